@@ -1,0 +1,52 @@
+"""The shape of a token sequence that holds a video, and where its text stands."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class VideoLayout:
+    """A sequence of video tokens, frame by frame, with text before or behind them.
+
+    Static and hashable: functions that take it as a jit-static argument compile once per layout.
+
+    Attributes:
+        num_frames: Latent frames after patching, N.
+        tokens_per_frame: Tokens of one such frame, L.
+        text_tokens: Text tokens in the same sequence, C, padding included; 0 where text enters by
+            cross-attention.
+        text_position: Whether text stands before ("first") or behind ("last") the video.
+    """
+
+    num_frames: int
+    tokens_per_frame: int
+    text_tokens: int = 0
+    text_position: Literal["first", "last"] = "last"
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 1 or self.tokens_per_frame < 1 or self.text_tokens < 0:
+            raise ValueError(
+                f"a video has at least one frame of one token and no negative text: got {self}"
+            )
+        if self.text_position not in ("first", "last"):
+            raise ValueError(f"text_position is 'first' or 'last', not {self.text_position!r}")
+
+    @property
+    def video_tokens(self) -> int:
+        """N·L."""
+        return self.num_frames * self.tokens_per_frame
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the whole sequence, S = C + N·L."""
+        return self.text_tokens + self.video_tokens
+
+    @property
+    def video_start(self) -> int:
+        """Position of the first video token."""
+        return self.text_tokens if self.text_position == "first" else 0
+
+    @property
+    def text_start(self) -> int:
+        """Position of the first text token."""
+        return 0 if self.text_position == "first" else self.video_tokens

@@ -1,0 +1,1 @@
+"""Sparse VideoGen in JAX: training-free sparse attention for video diffusion transformers."""

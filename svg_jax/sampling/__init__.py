@@ -1,0 +1,1 @@
+"""From noise to a video: schedulers, the denoising loop, one pipeline per family."""

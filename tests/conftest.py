@@ -1,0 +1,29 @@
+"""The strictness that every test runs under.
+
+No silent promotion of dtypes or ranks, warnings are errors (pyproject.toml), and the package's shape
+annotations are checked on every call.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Before the first `import svg_jax`: the hook only sees modules that are imported after it.
+install_import_hook("svg_jax", "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if jax.default_backend() == "gpu":
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

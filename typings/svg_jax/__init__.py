@@ -1,0 +1,1 @@
+../../svg_jax/__init__.py
