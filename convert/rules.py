@@ -1,0 +1,205 @@
+"""Conversion rules as data: which stored tensor becomes which leaf of a module, and back.
+
+A family (convert/cogvideox.py, convert/t5.py) is a function `rules(config) -> tuple[Rule, ...]`. Everything
+else follows from that table: what a checkpoint must hold, how a tensor is turned, and the way back.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+LAYER = "{layer}"
+_NAMED = 5  # how many names of each kind of problem an error spells out
+
+
+class ConversionError(ValueError):
+    """A checkpoint that cannot be converted, or is not what it says: what, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a family's table.
+
+    Attributes:
+        source: Name of the stored tensor; `{layer}` stands for the layer's number, and such a rule
+            stacks its tensors along a new leading axis of the leaf.
+        target: Dotted path of the leaf in the module's pure dict, e.g. `blocks.attention.query.kernel`.
+        transform: "none" keeps the array; "transpose" turns a linear weight [out, in] into [in, out];
+            "conv" turns a convolution's weight [out, in, *kernel] into [in * prod(kernel), out], the
+            input channel slowest.
+        source_shape: Shape of one stored tensor, from the config. It is what a checkpoint is checked
+            against, and what tells the inverse of "conv" its kernel.
+        aliases: Other names that the same tensor may be stored under (tied weights). At least one of
+            the names must be there, and those that are must hold the same bytes.
+    """
+
+    source: str
+    target: str
+    transform: Literal["none", "transpose", "conv"]
+    source_shape: tuple[int, ...]
+    aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        rank = len(self.source_shape)
+        if (self.transform == "transpose" and rank != 2) or (self.transform == "conv" and rank < 3):
+            raise ValueError(
+                f"{self.source}: {self.transform} of a tensor of shape {self.source_shape}"
+            )
+        if any((LAYER in alias) != self.stacked for alias in self.aliases):
+            raise ValueError(
+                f"{self.source}: its aliases {self.aliases} stack and it does not, or not"
+            )
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the leaf has a leading layer axis."""
+        return LAYER in self.source
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """Shape of one layer's share of the leaf."""
+        if self.transform == "none":
+            return self.source_shape
+        out, *inner = self.source_shape
+        return (int(np.prod(inner)), out)
+
+    def forward(self, tensor: np.ndarray) -> np.ndarray:
+        """The stored tensor as it lies in the leaf: a view where numpy can make one."""
+        return tensor if self.transform == "none" else tensor.reshape(tensor.shape[0], -1).T
+
+    def inverse(self, part: np.ndarray) -> np.ndarray:
+        """The tensor as it was stored; `inverse(forward(x))` is x, bit for bit."""
+        return part if self.transform == "none" else part.T.reshape(self.source_shape)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of a converted tree and the stored tensors that it is made of.
+
+    Attributes:
+        rule: The rule that asks for it.
+        names: Per layer (one entry where the rule does not stack), the names that the tensor is stored
+            under: one, or several where tied weights were stored more than once.
+        shape: The leaf's shape, the layer axis included.
+    """
+
+    rule: Rule
+    names: tuple[tuple[str, ...], ...]
+    shape: tuple[int, ...]
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """Keys from the root of the tree."""
+        return tuple(self.rule.target.split("."))
+
+
+def match_rules(
+    shapes: Mapping[str, tuple[int, ...]],
+    rules: Sequence[Rule],
+    num_layers: int,
+    *,
+    where: str = "checkpoint",
+) -> tuple[Leaf, ...]:
+    """Assigns every stored tensor to a leaf and every leaf to stored tensors.
+
+    Args:
+        shapes: Shape of each stored tensor.
+        rules: The family's table.
+        num_layers: What `{layer}` counts up to.
+        where: What is being read, for the error.
+
+    Raises:
+        ConversionError: Unless the two sides fit exactly. It lists missing, unexpected and misshapen
+            tensors and leaves that two rules claim, all at once.
+    """
+    leaves = []
+    missing, misshapen, used = [], [], set()
+    for rule in rules:
+        names = []
+        for layer in range(num_layers) if rule.stacked else (0,):
+            candidates = [name.replace(LAYER, str(layer)) for name in (rule.source, *rule.aliases)]
+            stored = tuple(name for name in candidates if name in shapes)
+            if not stored:
+                missing.append(candidates[0])
+            misshapen += [
+                f"{name} is {list(shapes[name])} and must be {list(rule.source_shape)}"
+                for name in stored
+                if shapes[name] != rule.source_shape
+            ]
+            used.update(stored)
+            names.append(stored)
+        stack = (num_layers,) if rule.stacked else ()
+        leaves.append(Leaf(rule, tuple(names), (*stack, *rule.target_shape)))
+
+    claims = Counter(name for leaf in leaves for stored in leaf.names for name in stored)
+    targets = Counter(rule.target for rule in rules)
+    problems = {
+        "missing": missing,
+        "unexpected": sorted(set(shapes) - used),
+        "misshapen": misshapen,
+        "claimed by two rules": sorted(name for name, count in claims.items() if count > 1),
+        "made by two rules": sorted(path for path, count in targets.items() if count > 1),
+    }
+    if any(problems.values()):
+        report = "; ".join(
+            f"{len(found)} {kind} ({_some(found)})" for kind, found in problems.items() if found
+        )
+        raise ConversionError(
+            f"{where}: the tensors do not fit the config: {report}. "
+            "Check that config.json belongs to these weights."
+        )
+    return tuple(leaves)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f", and {more} more" if more > 0 else "")
+
+
+def convert_state(
+    tensors: Mapping[str, np.ndarray], rules: Sequence[Rule], num_layers: int
+) -> dict[str, Any]:
+    """A whole state dict, in memory, as a module's nested pure dict.
+
+    For tests and small models; `convert_pipeline` does the same a tensor at a time.
+
+    Raises:
+        ConversionError: If tensors and rules do not fit, or tied weights differ.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    tree: dict[str, Any] = {}
+    for leaf in match_rules(shapes, rules, num_layers):
+        parts = []
+        for first, *ties in leaf.names:
+            for tie in ties:
+                if tensors[tie].tobytes() != tensors[first].tobytes():
+                    raise ConversionError(f"{first} and {tie} must be the same tensor and differ.")
+            parts.append(leaf.rule.forward(tensors[first]))
+        node = tree
+        for key in leaf.path[:-1]:
+            node = node.setdefault(key, {})
+        node[leaf.path[-1]] = (
+            np.stack(parts) if leaf.rule.stacked else np.ascontiguousarray(parts[0])
+        )
+    return tree
+
+
+def restore_state(
+    tree: Mapping[str, Any], rules: Sequence[Rule], num_layers: int
+) -> dict[str, np.ndarray]:
+    """The inverse of `convert_state`; tied weights come out once, under the rule's own name."""
+    tensors = {}
+    for rule in rules:
+        leaf: Any = tree
+        for key in rule.target.split("."):
+            leaf = leaf[key]
+        if not rule.stacked:
+            tensors[rule.source] = rule.inverse(np.asarray(leaf))
+            continue
+        for layer in range(num_layers):
+            name = rule.source.replace(LAYER, str(layer))
+            tensors[name] = rule.inverse(np.asarray(leaf[layer]))
+    return tensors
