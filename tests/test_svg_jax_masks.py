@@ -1,0 +1,136 @@
+"""From a density to the exact mask, for the three families of the paper."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from svg_jax.config import SparsityConfig, dense_layer_count, dense_step_count
+from svg_jax.kernels import mask_density
+from svg_jax.masks import band_width, sparse_mask
+from svg_jax.models import VideoLayout
+
+COGVIDEOX = VideoLayout(num_frames=11, tokens_per_frame=4080, text_tokens=226, text_position="first")
+HUNYUANVIDEO = VideoLayout(num_frames=33, tokens_per_frame=3600, text_tokens=256)
+WAN_720P = VideoLayout(num_frames=21, tokens_per_frame=3600)
+WAN_480P = VideoLayout(num_frames=21, tokens_per_frame=1560)
+
+
+@pytest.mark.parametrize(
+    ("layout", "density", "width", "realised"),
+    [
+        (COGVIDEOX, 0.25, 5760, 0.248),
+        (HUNYUANVIDEO, 0.25, 15616, 0.249),
+        (WAN_720P, 0.30, 12416 + 1, 0.340),  # keeps |q − k| ≤ 12416; .302 and the sink
+        (WAN_480P, 0.30, 5376 + 1, None),
+    ],
+)
+def test_the_scripts_settings_realise_the_known_widths(layout, density, width, realised):
+    mask = sparse_mask(layout, SparsityConfig(density=density))
+    assert mask.band_width == width
+    if realised:
+        assert float(mask_density(mask)) == pytest.approx(realised, abs=5e-4)
+
+
+def test_the_sink_comes_on_top_of_the_budget():
+    config = SparsityConfig(density=0.30, first_frame_sink=False)
+    assert float(mask_density(sparse_mask(WAN_720P, config))) == pytest.approx(0.302, abs=5e-4)
+
+
+def specified_mask(layout: VideoLayout, width: int, text_length: int) -> np.ndarray:
+    """The three rows of the specification, written as they stand there. S×S."""
+    position = np.arange(layout.num_tokens)
+    q, k = position[:, None], position[None, :]
+    if layout.text_tokens == 0:  # Wan
+        return (np.abs(q - k) < width) | (k < layout.tokens_per_frame)
+    if layout.text_position == "first":  # CogVideoX, whose text is never padded
+        return (q < layout.text_tokens) | (k < layout.text_tokens) | (np.abs(q - k) < width)
+    real = position < layout.video_tokens + text_length  # HunyuanVideo
+    is_text = position >= layout.video_tokens
+    near = np.abs(q - k) < width
+    return real[:, None] & real[None, :] & (near | is_text[:, None] | is_text[None, :])
+
+
+@st.composite
+def layouts(draw):
+    family = draw(st.sampled_from(["cogvideox", "hunyuanvideo", "wan"]))
+    return VideoLayout(
+        num_frames=draw(st.integers(1, 5)),
+        tokens_per_frame=draw(st.integers(2, 13)),
+        text_tokens=0 if family == "wan" else draw(st.integers(1, 7)),
+        text_position="first" if family == "cogvideox" else "last",
+    )
+
+
+@given(layouts(), st.floats(0.01, 1.2), st.sampled_from([1, 4, 128]), st.data())
+def test_the_closed_form_is_the_specified_mask(layout, density, multiple, data):
+    config = SparsityConfig(density=density, band_multiple=multiple)
+    if density <= 2 * layout.text_tokens / layout.num_tokens:
+        return
+    mask = sparse_mask(layout, config)
+    padded = layout.text_tokens > 0 and layout.text_position == "last"
+    length = data.draw(st.integers(0, layout.text_tokens)) if padded else layout.text_tokens
+    position = np.arange(layout.num_tokens)
+    kept = mask.keep(position[:, None], position[None, :], np.asarray(length))
+    expected = specified_mask(layout, mask.band_width, length)
+    np.testing.assert_array_equal(kept, expected)
+
+    real = layout.video_tokens + length
+    if density >= 1:
+        assert kept.sum() == real * real
+    assert kept[position < real].any(axis=1).all(), "no real row is ever left empty"
+    computed = mask_density(mask, np.asarray([length], np.int32))
+    assert float(computed) == pytest.approx(expected.mean(), rel=1e-5)
+
+
+@given(layouts(), st.integers(1, 40))
+def test_the_unrounded_band_spends_no_more_than_the_density_and_nearly_all_of_it(layout, percent):
+    density = percent / 40
+    if density <= 2 * layout.text_tokens / layout.num_tokens:
+        return
+    config = SparsityConfig(density=density, band_multiple=1, first_frame_sink=False)
+    width = band_width(layout, config)
+    exact = layout.num_tokens * (
+        1 - math.sqrt(1 - min(density - 2 * layout.text_tokens / layout.num_tokens, 1))
+    )
+    assert density >= 1 or abs(width - exact) <= 2
+    assert 1 <= width <= layout.num_tokens
+
+
+def test_a_width_that_rounds_to_nothing_is_kept_unrounded():
+    layout = VideoLayout(num_frames=4, tokens_per_frame=64, text_tokens=16, text_position="first")
+    assert band_width(layout, SparsityConfig(density=0.25)) == math.ceil(
+        272 * (1 - math.sqrt(1 - (0.25 - 32 / 272)))
+    )
+
+
+def test_a_density_that_the_text_eats_up_names_the_smallest_that_works():
+    layout = VideoLayout(num_frames=4, tokens_per_frame=4, text_tokens=4)
+    with pytest.raises(ValueError, match=r"smallest density that works is 0\.4001"):
+        band_width(layout, SparsityConfig(density=0.4))
+    assert band_width(layout, SparsityConfig(density=0.4001)) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"density": 0.0},
+        {"density": float("nan")},
+        {"dense_steps": 1.5},
+        {"dense_layers": -0.1},
+        {"sampled_rows": 0},
+        {"band_multiple": 0},
+    ],
+)
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SparsityConfig(**wrong)
+
+
+def test_warm_up_counts_are_floors_that_forgive_rounding():
+    config = SparsityConfig(dense_steps=0.3, dense_layers=0.03)
+    assert dense_step_count(config, 10) == 3  # .3·10 is 2.999…
+    assert dense_step_count(config, 50) == 15
+    assert dense_layer_count(config, 42) == 1
+    assert dense_layer_count(config, 30) == 0
