@@ -1,1 +1,45 @@
 """Sparse VideoGen in JAX: training-free sparse attention for video diffusion transformers."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from svg_jax.attention import attend_dense, attend_sparse, sparse_attention
+    from svg_jax.classify import classify_heads
+    from svg_jax.config import PAPER_PRESETS, SparsityConfig
+    from svg_jax.models.layout import VideoLayout
+    from svg_jax.sampling import from_pretrained
+    from svg_jax.video import save_video
+
+__all__ = [
+    "PAPER_PRESETS",
+    "SparsityConfig",
+    "VideoLayout",
+    "attend_dense",
+    "attend_sparse",
+    "classify_heads",
+    "from_pretrained",
+    "save_video",
+    "sparse_attention",
+]
+
+_HOME = {
+    "PAPER_PRESETS": "svg_jax.config",
+    "SparsityConfig": "svg_jax.config",
+    "VideoLayout": "svg_jax.models.layout",
+    "attend_dense": "svg_jax.attention",
+    "attend_sparse": "svg_jax.attention",
+    "classify_heads": "svg_jax.classify",
+    "from_pretrained": "svg_jax.sampling",
+    "save_video": "svg_jax.video",
+    "sparse_attention": "svg_jax.attention",
+}
+
+
+def __getattr__(name: str):
+    """Import what is asked for when it is asked for: `svg-jax --help` needs no jax."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'svg_jax' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

@@ -5,7 +5,7 @@ from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from svg_jax import kernels
 from svg_jax.classify import classify_heads
@@ -15,7 +15,7 @@ from svg_jax.masks import sparse_mask
 from svg_jax.models import Attend, VideoLayout
 
 
-@partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SparseAttentionInfo:
     """What a call of `sparse_attention` found out. Stacked over layers, each gains a first axis.
@@ -31,7 +31,7 @@ class SparseAttentionInfo:
     density: Float[Array, "*layers"]
 
 
-@partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepState:
     """What `attend_sparse` needs to know of a step; models hand it through unread.
@@ -84,12 +84,14 @@ def sparse_attention(
     batch, _, heads, _ = query.shape
     if labels is not None:
         errors = jnp.full((batch, heads, 2), jnp.nan, jnp.float32)
-    elif rng is not None:
+    elif rng is None:
+        raise ValueError(
+            "sparse_attention needs a PRNG key (rng) to profile heads, or their labels"
+        )
+    else:
         labels, errors = classify_heads(
             query, key, value, layout=layout, config=config, rng=rng, text_length=text_length
         )
-    else:
-        raise ValueError("sparse_attention needs a PRNG key (rng) to profile heads, or their labels")
     mask = sparse_mask(layout, config)
     density = kernels.mask_density(mask, text_length)
     info = SparseAttentionInfo(labels, errors, density)
@@ -170,7 +172,7 @@ def attend_sparse(
             return dense(query, key, value, layout, text_length)
         return jax.lax.cond(
             layer < dense_layers,
-            lambda *qkv: dense(*qkv, layout, text_length),
+            partial(dense, layout=layout, text_length=text_length),
             sparse,
             query,
             key,
@@ -192,7 +194,11 @@ def _dense(query, key, value, layout: VideoLayout, text_length, implementation: 
                 text_tokens=layout.text_tokens,
             )
             return kernels.block_sparse_attention(
-                query, key, value, masks=mask, text_length=text_length,
+                query,
+                key,
+                value,
+                masks=mask,
+                text_length=text_length,
                 implementation=implementation,
             )
         lengths = layout.video_tokens + text_length

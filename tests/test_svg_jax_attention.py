@@ -136,6 +136,4 @@ def test_profiling_needs_a_key():
 
 def test_arrays_must_fit_the_layout():
     with pytest.raises(ValueError, match="142 tokens"):
-        sparse_attention(
-            *random_qkv(COGVIDEOX), layout=WAN, config=CONFIG, rng=jax.random.key(0)
-        )
+        sparse_attention(*random_qkv(COGVIDEOX), layout=WAN, config=CONFIG, rng=jax.random.key(0))

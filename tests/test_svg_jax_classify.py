@@ -100,7 +100,9 @@ def test_rows_are_distinct_video_tokens_of_the_whole_sequence(layout):
 
 def test_rows_reach_every_token_of_a_full_size_video():
     layout = VideoLayout(num_frames=33, tokens_per_frame=3600, text_tokens=256)
-    rows = jax.vmap(lambda key: sample_rows(key, layout, 1, 64))(jax.random.split(jax.random.key(0), 500))
+    rows = jax.vmap(lambda key: sample_rows(key, layout, 1, 64))(
+        jax.random.split(jax.random.key(0), 500)
+    )
     counts = np.histogram(rows, bins=8, range=(0, layout.video_tokens))[0]
     assert (counts == 500 * 64 // 8).all()
 

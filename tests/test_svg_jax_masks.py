@@ -11,7 +11,9 @@ from svg_jax.kernels import mask_density
 from svg_jax.masks import band_width, sparse_mask
 from svg_jax.models import VideoLayout
 
-COGVIDEOX = VideoLayout(num_frames=11, tokens_per_frame=4080, text_tokens=226, text_position="first")
+COGVIDEOX = VideoLayout(
+    num_frames=11, tokens_per_frame=4080, text_tokens=226, text_position="first"
+)
 HUNYUANVIDEO = VideoLayout(num_frames=33, tokens_per_frame=3600, text_tokens=256)
 WAN_720P = VideoLayout(num_frames=21, tokens_per_frame=3600)
 WAN_480P = VideoLayout(num_frames=21, tokens_per_frame=1560)
