@@ -22,7 +22,7 @@ class SparseAttentionInfo:
 
     Attributes:
         labels: True where a head is temporal.
-        errors: Mean squared errors of the spatial and the temporal mask; NaN where labels were given.
+        errors: Mean squared errors of the spatial and the temporal mask; NaN if labels were given.
         density: Share of the S×S map that was computed, mean over the batch: exact, token by token.
     """
 

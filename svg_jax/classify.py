@@ -1,4 +1,4 @@
-"""Online profiling: is this head, at this layer and step, spatial or temporal? (paper, section 4.1)
+"""Online profiling: which heads are spatial, which temporal, at this layer and step (paper, 4.1).
 
 A few query rows are attended exactly, and again under the spatial and under the temporal mask; the
 mask whose output is nearer to the exact one wins. Rows come from the whole video, masks are closed
@@ -42,7 +42,7 @@ def profile_masks(
     key_position: Int[Array, " keys"],
     text_length: Int[Array, " batch"] | None,
 ) -> Bool[Array, "3 batch rows keys"]:
-    """What dense attention, a spatial and a temporal head keep, in the frame-major order of Q and K."""
+    """What dense attention, a spatial and a temporal head keep; positions are frame-major."""
     if text_length is not None:
         text_length = text_length[:, None, None]
     query_position = query_position[:, :, None]

@@ -1,7 +1,7 @@
 """The paper's two patterns as one mask: from a density to a band, and to the kernels' closed form.
 
-A spatial head looks at a few frames around its own: in frame-major order, a band about the diagonal.
-A temporal head looks at one place in all frames: in token-major order, the very same band
+A spatial head looks at a few frames around its own: in frame-major order, a band about the
+diagonal. A temporal head looks at one place in all frames: in token-major order, the very same band
 (Sparse VideoGen, section 4).
 """
 

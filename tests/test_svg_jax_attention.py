@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from svg_jax.attention import StepState, attend_dense, attend_sparse, sparse_attention
 from svg_jax.config import SparsityConfig
 from svg_jax.layout import token_major_position

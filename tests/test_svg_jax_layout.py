@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from svg_jax.layout import to_frame_major, to_token_major, token_major_position
 from svg_jax.models import VideoLayout
 

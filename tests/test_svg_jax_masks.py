@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from svg_jax.config import SparsityConfig, dense_layer_count, dense_step_count
 from svg_jax.kernels import mask_density
 from svg_jax.masks import band_width, sparse_mask
