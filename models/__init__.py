@@ -1,2 +1,22 @@
+"""Flax NNX ports of video diffusion transformers and text encoders; nothing of SVG is here."""
+
 if __name__ != "svg_jax.models":
-    raise ImportError(f"import svg_jax.models, not {__name__}: install the project with `pip install -e .`")
+    raise ImportError(
+        f"import svg_jax.models, not {__name__}: install the project with `pip install -e .`"
+    )
+
+from svg_jax.models.attention import Attend, dense_attention
+from svg_jax.models.cogvideox import CogVideoXTransformer
+from svg_jax.models.cogvideox_config import CogVideoXConfig
+from svg_jax.models.layout import VideoLayout
+from svg_jax.models.t5 import T5Config, T5Encoder
+
+__all__ = [
+    "Attend",
+    "CogVideoXConfig",
+    "CogVideoXTransformer",
+    "T5Config",
+    "T5Encoder",
+    "VideoLayout",
+    "dense_attention",
+]

@@ -1,0 +1,99 @@
+"""The attention that a model is given: its signature, and a dense default."""
+
+import functools
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from svg_jax.models.layout import VideoLayout
+
+_ROWS = 256  # query rows of a block: the fastest on a CPU, where 512 fall out of the cache
+
+
+@runtime_checkable
+class Attend(Protocol):
+    """Self-attention over one sequence of text and video, as a model's layer calls it.
+
+    Query and key come after normalisation and rotary embedding; scores are scaled by
+    1 / sqrt(head_dim).
+    """
+
+    def __call__(
+        self,
+        query: Float[Array, "batch tokens heads head_dim"],
+        key: Float[Array, "batch tokens heads head_dim"],
+        value: Float[Array, "batch tokens heads head_dim"],
+        *,
+        layout: VideoLayout,
+        text_length: Int[Array, " batch"] | None,
+        layer: Int[Array, ""],
+        step_state: Any,
+    ) -> tuple[Float[Array, "batch tokens heads head_dim"], Any]:
+        """Attends.
+
+        Args:
+            query: Queries.
+            key: Keys.
+            value: Values.
+            layout: Where text and video stand in the sequence; static.
+            text_length: Real text tokens of each batch entry, traced; None if all are real. Padded
+                text is neither query (its rows are zero) nor key.
+            layer: Number of the layer, traced.
+            step_state: What the caller of the model passed, whole and unread.
+
+        Returns:
+            The output, and anything to be known about the layer: the model stacks it over layers.
+        """
+        ...
+
+
+def dense_attention(
+    query: Float[Array, "batch tokens heads head_dim"],
+    key: Float[Array, "batch tokens heads head_dim"],
+    value: Float[Array, "batch tokens heads head_dim"],
+    *,
+    layout: VideoLayout,
+    text_length: Int[Array, " batch"] | None = None,
+    layer: Int[Array, ""] | None = None,
+    step_state: Any = None,
+) -> tuple[Float[Array, "batch tokens heads head_dim"], None]:
+    """Exact attention: cuDNN in 16 bit on a GPU, else by blocks of query rows (see `Attend`)."""
+    del layer, step_state
+    if text_length is None:
+        return _attend(query, key, value, None), None
+    # Padding stands at the end of the text; with the text last it stands at the end of all tokens,
+    # where one length per batch entry describes it.
+    shift = layout.text_tokens if layout.text_position == "first" else 0
+    query, key, value = (jnp.roll(x, -shift, axis=1) for x in (query, key, value))
+    length = layout.video_tokens + text_length
+    out = _attend(query, key, value, length)
+    is_real = jnp.arange(layout.num_tokens)[None, :] < length[:, None]
+    out = jnp.where(is_real[:, :, None, None], out, jnp.zeros((), out.dtype))
+    return jnp.roll(out, shift, axis=1), None
+
+
+def _attend(query: Array, key: Array, value: Array, length: Array | None) -> Array:
+    batch, tokens, heads, head_dim = query.shape
+    in_16_bit = query.dtype in (jnp.bfloat16, jnp.float16)
+    if in_16_bit and jax.default_backend() == "gpu" and head_dim % 8 == 0 and head_dim <= 128:
+        return jax.nn.dot_product_attention(
+            query, key, value, key_value_seq_lengths=length, implementation="cudnn"
+        )
+
+    # Without jax.checkpoint the backward pass would keep the scores of all blocks: tokens².
+    attend_rows = jax.checkpoint(
+        functools.partial(
+            jax.nn.dot_product_attention,
+            key=key,
+            value=value,
+            key_value_seq_lengths=length,
+            implementation="xla",
+        )
+    )
+    rows = min(_ROWS, tokens)
+    blocks = -(-tokens // rows)
+    query = jnp.pad(query, ((0, 0), (0, blocks * rows - tokens), (0, 0), (0, 0)))
+    query = jnp.moveaxis(query.reshape(batch, blocks, rows, heads, head_dim), 1, 0)
+    out = jnp.moveaxis(jax.lax.map(attend_rows, query), 0, 1)
+    return out.reshape(batch, blocks * rows, heads, head_dim)[:, :tokens]

@@ -1,0 +1,320 @@
+"""CogVideoX, a video diffusion transformer (arXiv 2408.06072), in all its released variants.
+
+2b, 5b, 5b-I2V, 1.5-5b and 1.5-5b-I2V differ by their config alone. Source of the architecture as
+released: diffusers `CogVideoXTransformer3DModel` and the rotary grids of its pipelines.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.typing import Dtype
+from jax.nn.initializers import zeros
+from jaxtyping import Array, Bool, Float, Int, Real
+from svg_jax.models.attention import Attend, dense_attention
+from svg_jax.models.cogvideox_config import CogVideoXConfig
+from svg_jax.models.embeddings import TimestepEmbedding, sincos_video_embedding
+from svg_jax.models.layers import FeedForward, layer_norm, scan_layers, stack_layers
+from svg_jax.models.layout import VideoLayout
+from svg_jax.models.rope import Rotation, cropped_grid, rotate, video_rotation
+
+
+class Attention(nnx.Module):
+    """Self-attention over text and video: all but the attending itself, which is passed in."""
+
+    def __init__(
+        self, config: CogVideoXConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
+    ):
+        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        norm = partial(layer_norm, config.attention_head_dim, 1e-6, param_dtype=param_dtype)
+        self.num_heads = config.num_attention_heads
+        self.query = nnx.Linear(width, width, **kinds)
+        self.key = nnx.Linear(width, width, **kinds)
+        self.value = nnx.Linear(width, width, **kinds)
+        self.query_norm = norm(rngs=rngs)
+        self.key_norm = norm(rngs=rngs)
+        self.output = nnx.Linear(width, width, **kinds)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch tokens width"],
+        rotation: Rotation | None,
+        attend: Callable[[Array, Array, Array], tuple[Array, Any]],
+    ) -> tuple[Float[Array, "batch tokens width"], Any]:
+        """Returns the layer's output and what `attend` has to say."""
+        by_head = (*hidden.shape[:-1], self.num_heads, -1)
+        query = self.query_norm(self.query(hidden).reshape(by_head))
+        key = self.key_norm(self.key(hidden).reshape(by_head))
+        value = self.value(hidden).reshape(by_head)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        out, info = attend(query.astype(value.dtype), key.astype(value.dtype), value)
+        return self.output(out.reshape(hidden.shape)), info
+
+
+class Block(nnx.Module):
+    """One layer. Text and video share all weights but the modulation by time."""
+
+    def __init__(
+        self, config: CogVideoXConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
+    ):
+        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        norm = partial(layer_norm, width, config.norm_eps, param_dtype=param_dtype)
+        modulation = partial(nnx.Linear, config.time_embed_dim, 6 * width, kernel_init=zeros)
+        self.attention_modulation = modulation(**kinds)
+        self.attention_norm = norm(rngs=rngs)
+        self.attention = Attention(config, **kinds)
+        self.feed_forward_modulation = modulation(**kinds)
+        self.feed_forward_norm = norm(rngs=rngs)
+        self.feed_forward = FeedForward(width, 4 * width, **kinds)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch tokens width"],
+        conditioning: Float[Array, "batch time_embed_dim"],
+        is_text: Bool[Array, " tokens"],
+        rotation: Rotation | None,
+        attend: Callable[[Array, Array, Array], tuple[Array, Any]],
+    ) -> tuple[Float[Array, "batch tokens width"], Any]:
+        """Returns the next hidden state and what `attend` has to say."""
+        shift, scale, gate = _per_token(self.attention_modulation(conditioning), is_text)
+        modulated = self.attention_norm(hidden) * (1 + scale) + shift
+        out, info = self.attention(modulated, rotation, attend)
+        hidden = _add_gated(hidden, gate, out)
+
+        shift, scale, gate = _per_token(self.feed_forward_modulation(conditioning), is_text)
+        modulated = self.feed_forward_norm(hidden) * (1 + scale) + shift
+        return _add_gated(hidden, gate, self.feed_forward(modulated)), info
+
+
+def _per_token(
+    modulation: Float[Array, "batch six_widths"], is_text: Bool[Array, " tokens"]
+) -> list[Float[Array, "batch tokens width"]]:
+    """Shift, scale and gate of every token, float32; `modulation` has the video's three first."""
+    video, text = jnp.split(modulation.astype(jnp.float32)[:, None, :], 2, axis=-1)
+    return jnp.split(jnp.where(is_text[None, :, None], text, video), 3, axis=-1)
+
+
+def _add_gated(hidden: Array, gate: Array, out: Array) -> Array:
+    return (hidden.astype(jnp.float32) + gate * out.astype(jnp.float32)).astype(hidden.dtype)
+
+
+class CogVideoXTransformer(nnx.Module):
+    """Predicts velocities of noisy video latents from text features and a time.
+
+    Modulations and the last projection start at zero, so that an untrained model predicts zeros.
+
+    Attributes:
+        config: The architecture.
+        blocks: All layers in one module; every parameter has a leading [layers] axis.
+    """
+
+    def __init__(
+        self,
+        config: CogVideoXConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        residual_dtype: Dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Makes a model with random weights (under `nnx.eval_shape`: without any).
+
+        Args:
+            config: The architecture.
+            dtype: Of matrix products and attention; norms and modulation are float32 inside.
+            param_dtype: Of the parameters.
+            residual_dtype: Of the hidden state between layers; None is `dtype`.
+            rngs: Source of random weights.
+        """
+        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        norm = partial(layer_norm, width, config.norm_eps, param_dtype=param_dtype)
+        patch = math.prod(config.patch_shape)
+        self.config = config
+        self.dtype = dtype
+        self.residual_dtype = dtype if residual_dtype is None else residual_dtype
+
+        self.time_embedding = TimestepEmbedding(width, config.time_embed_dim, **kinds)
+        if config.ofs_embed_dim is not None:
+            self.ofs_embedding = TimestepEmbedding(
+                config.ofs_embed_dim, config.ofs_embed_dim, **kinds
+            )
+        self.patch_projection = nnx.Linear(config.in_channels * patch, width, **kinds)
+        self.text_projection = nnx.Linear(config.text_embed_dim, width, **kinds)
+        if config.use_learned_positional_embeddings:
+            text = jnp.zeros((config.max_text_seq_length, width))
+            table = jnp.concatenate([text, self._sincos_embedding(*config.sample_grid)])
+            self.position_embedding = nnx.Param(table[None].astype(param_dtype))
+        self.blocks = stack_layers(
+            lambda rngs: Block(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
+            config.num_layers,
+            rngs,
+        )
+        self.final_norm = norm(rngs=rngs)
+        self.output_modulation = nnx.Linear(
+            config.time_embed_dim, 2 * width, kernel_init=zeros, **kinds
+        )
+        self.output_norm = norm(rngs=rngs)
+        self.output_projection = nnx.Linear(
+            width, config.out_channels * patch, kernel_init=zeros, **kinds
+        )
+
+    def layout(self, num_frames: int, height: int, width: int, text_tokens: int) -> VideoLayout:
+        """The token sequence of a video: text first.
+
+        Args:
+            num_frames: Latent frames.
+            height: Latent rows.
+            width: Latent columns.
+            text_tokens: Text tokens, padding included.
+
+        Raises:
+            ValueError: On sizes that this model cannot take.
+        """
+        return self.config.layout(num_frames, height, width, text_tokens)
+
+    def __call__(
+        self,
+        hidden_states: Float[Array, "batch frames in_channels height width"],
+        encoder_hidden_states: Float[Array, "batch text_tokens text_embed_dim"],
+        timestep: Real[Array, " batch"],
+        *,
+        ofs: Real[Array, " batch"] | None = None,
+        attend: Attend = dense_attention,
+        step_state: Any = None,
+        text_length: Int[Array, " batch"] | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "batch frames out_channels height width"], Any]:
+        """Predicts the velocity.
+
+        Args:
+            hidden_states: Noisy latents, and image latents behind them in the channels (I2V).
+            encoder_hidden_states: Text features.
+            timestep: Time of each batch entry, 0 to 999.
+            ofs: The offset of 1.5-5b-I2V, which was trained with 2.0; None for all others.
+            attend: The attention of every layer.
+            step_state: Passed to `attend` unread.
+            text_length: Real text tokens of each batch entry; None (as released) if padding counts
+                as text.
+            remat: Recompute the layers in the backward pass instead of keeping their activations.
+
+        Returns:
+            The velocity in `dtype`, and the info of `attend` stacked over layers.
+
+        Raises:
+            ValueError: On inputs that this model cannot take.
+        """
+        num_frames, channels, height, width = hidden_states.shape[1:]
+        text_tokens, text_features = encoder_hidden_states.shape[1:]
+        config = self.config
+        layout = self.layout(num_frames, height, width, text_tokens)
+        if channels != config.in_channels:
+            raise ValueError(
+                f"hidden_states has {channels} channels and the model takes {config.in_channels}."
+            )
+        if text_features != config.text_embed_dim:
+            raise ValueError(
+                f"encoder_hidden_states has {text_features} features and the model takes "
+                f"{config.text_embed_dim}: it belongs to another text encoder."
+            )
+        if (ofs is None) != (config.ofs_embed_dim is None):
+            raise ValueError(
+                "this model takes no ofs."
+                if config.ofs_embed_dim is None
+                else "this model needs ofs: it was trained with 2.0 for each batch entry."
+            )
+
+        conditioning = self.time_embedding(timestep)
+        if ofs is not None:
+            conditioning = conditioning + self.ofs_embedding(ofs)
+        conditioning = jax.nn.silu(conditioning)
+
+        text = self.text_projection(encoder_hidden_states)
+        video = self.patch_projection(patchify(hidden_states, config.patch_shape))
+        pt, ph, pw = config.patch_shape
+        grid = (num_frames // pt, height // ph, width // pw)
+        hidden = jnp.concatenate([text, video], axis=1).astype(self.residual_dtype)
+        hidden = self._add_positions(hidden, grid, text_tokens)
+
+        is_text = jnp.arange(layout.num_tokens) < text_tokens
+        rotation = self._rotation(grid, text_tokens)
+
+        def apply_layer(block: Block, hidden: Array, layer: Array) -> tuple[Array, Any]:
+            attend_layer = partial(
+                attend, layout=layout, text_length=text_length, layer=layer, step_state=step_state
+            )
+            return block(hidden, conditioning, is_text, rotation, attend_layer)
+
+        hidden, info = scan_layers(self.blocks, apply_layer, hidden, remat=remat)
+
+        modulation = self.output_modulation(conditioning).astype(jnp.float32)[:, None, :]
+        shift, scale = jnp.split(modulation, 2, axis=-1)
+        video = self.output_norm(self.final_norm(hidden[:, text_tokens:])) * (1 + scale) + shift
+        return unpatchify(self.output_projection(video), grid, config.patch_shape), info
+
+    def _add_positions(self, hidden: Array, grid: tuple[int, int, int], text_tokens: int) -> Array:
+        """Adds what is added to the first hidden state: nothing to a model with rotation alone."""
+        config = self.config
+        if config.use_learned_positional_embeddings and grid == config.sample_grid:
+            table = self.position_embedding[...].astype(jnp.float32)
+        elif (
+            config.use_learned_positional_embeddings or not config.use_rotary_positional_embeddings
+        ):
+            # The released 5b-I2V, too, falls back to this where its table does not fit.
+            table = jnp.pad(self._sincos_embedding(*grid), ((text_tokens, 0), (0, 0)))[None]
+        else:
+            return hidden
+        return (hidden.astype(jnp.float32) + table).astype(hidden.dtype)
+
+    def _sincos_embedding(self, frames: int, rows: int, columns: int) -> Array:
+        return sincos_video_embedding(
+            frames,
+            rows,
+            columns,
+            self.config.width,
+            spatial_scale=self.config.spatial_interpolation_scale,
+            temporal_scale=self.config.temporal_interpolation_scale,
+        )
+
+    def _rotation(self, grid: tuple[int, int, int], text_tokens: int) -> Rotation | None:
+        config, (frames, rows, columns) = self.config, grid
+        if not config.use_rotary_positional_embeddings:
+            return None
+        if config.patch_size_t is None:
+            row, column = cropped_grid((rows, columns), config.sample_grid[1:])
+        else:  # 1.5 counts from the top left corner of a large grid
+            row, column = np.arange(rows), np.arange(columns)
+        eighth = config.attention_head_dim // 8
+        return video_rotation(
+            (np.arange(frames), row, column),
+            (2 * eighth, 3 * eighth, 3 * eighth),
+            text_tokens=text_tokens,
+        )
+
+
+def patchify(
+    latents: Float[Array, "batch frames channels height width"], patch: tuple[int, int, int]
+) -> Float[Array, "batch tokens features"]:
+    """Tokens in the order frame, row, column; features in the order channel, frame, row, column."""
+    batch, frames, channels, height, width = latents.shape
+    pt, ph, pw = patch
+    x = latents.reshape(batch, frames // pt, pt, channels, height // ph, ph, width // pw, pw)
+    x = x.transpose(0, 1, 4, 6, 3, 2, 5, 7)
+    return x.reshape(batch, -1, channels * pt * ph * pw)
+
+
+def unpatchify(
+    tokens: Float[Array, "batch tokens features"],
+    grid: tuple[int, int, int],
+    patch: tuple[int, int, int],
+) -> Float[Array, "batch frames channels height width"]:
+    """The inverse of `patchify` for a grid of (frames, rows, columns) tokens."""
+    (frames, rows, columns), (pt, ph, pw) = grid, patch
+    x = tokens.reshape(len(tokens), frames, rows, columns, -1, pt, ph, pw)
+    x = x.transpose(0, 1, 5, 4, 2, 6, 3, 7)
+    return x.reshape(len(tokens), frames * pt, -1, rows * ph, columns * pw)

@@ -1,0 +1,193 @@
+"""The config of a CogVideoX transformer, and the videos that it can take."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any
+
+from svg_jax.models.config import check_config, read_config
+from svg_jax.models.layout import VideoLayout
+
+_IMPLEMENTED = MappingProxyType(
+    {
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "dropout": 0.0,
+        "attention_bias": True,
+        "activation_fn": "gelu-approximate",
+        "timestep_activation_fn": "silu",
+        "norm_elementwise_affine": True,
+    }
+)
+
+
+@dataclass(frozen=True)
+class CogVideoXConfig:
+    """A released config.json; diffusers' names and defaults (these are 2b's).
+
+    Attributes:
+        num_attention_heads: Heads of a layer; times attention_head_dim: the width of the model.
+        attention_head_dim: Features of a head.
+        in_channels: Latent channels of the input, those of an image condition included.
+        out_channels: Latent channels of the output.
+        flip_sin_to_cos: True.
+        freq_shift: 0.
+        time_embed_dim: Features of the time embedding.
+        ofs_embed_dim: Features of the `ofs` embedding (1.5-5b-I2V), or None.
+        text_embed_dim: Features of the text encoder.
+        num_layers: Layers.
+        dropout: 0.
+        attention_bias: True.
+        sample_width: Latent width that the model was trained at.
+        sample_height: Latent height that the model was trained at.
+        sample_frames: Frames of a training video, in pixel space.
+        patch_size: Latent rows and columns of a token.
+        patch_size_t: Latent frames of a token; None is one (1.0), and 2 is 1.5.
+        temporal_compression_ratio: Video frames of a latent frame.
+        max_text_seq_length: Text tokens, padding included.
+        activation_fn: "gelu-approximate".
+        timestep_activation_fn: "silu".
+        norm_elementwise_affine: True.
+        norm_eps: Epsilon of the layer norms but those of query and key.
+        spatial_interpolation_scale: Divides rows and columns in the sin-cos embedding.
+        temporal_interpolation_scale: Divides frames in the sin-cos embedding.
+        use_rotary_positional_embeddings: Rotary embedding in the layers; without it (2b) a sin-cos
+            embedding is added to the first hidden state.
+        use_learned_positional_embeddings: Add a learned embedding too (5b-I2V).
+        patch_bias: Whether a convolutional patch embedding has a bias: True, and without meaning
+            where patch_size_t is given (there it always has one).
+    """
+
+    num_attention_heads: int = 30
+    attention_head_dim: int = 64
+    in_channels: int = 16
+    out_channels: int = 16
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    time_embed_dim: int = 512
+    ofs_embed_dim: int | None = None
+    text_embed_dim: int = 4096
+    num_layers: int = 30
+    dropout: float = 0.0
+    attention_bias: bool = True
+    sample_width: int = 90
+    sample_height: int = 60
+    sample_frames: int = 49
+    patch_size: int = 2
+    patch_size_t: int | None = None
+    temporal_compression_ratio: int = 4
+    max_text_seq_length: int = 226
+    activation_fn: str = "gelu-approximate"
+    timestep_activation_fn: str = "silu"
+    norm_elementwise_affine: bool = True
+    norm_eps: float = 1e-5
+    spatial_interpolation_scale: float = 1.875
+    temporal_interpolation_scale: float = 1.0
+    use_rotary_positional_embeddings: bool = False
+    use_learned_positional_embeddings: bool = False
+    patch_bias: bool = True
+
+    def __post_init__(self) -> None:
+        check_config(self, only=_IMPLEMENTED)
+        rotary, learned = (
+            self.use_rotary_positional_embeddings,
+            self.use_learned_positional_embeddings,
+        )
+        if learned and not rotary:
+            raise ValueError("learned positional embeddings without rotary ones: no such model.")
+        if self.patch_size_t is not None and (learned or not rotary):
+            raise ValueError("patch_size_t goes with rotary positional embeddings alone.")
+        if self.patch_size_t is None and not self.patch_bias:
+            raise ValueError(
+                "patch_bias=False is not implemented for a patch without patch_size_t."
+            )
+        if rotary and self.attention_head_dim % 16:
+            raise ValueError(
+                "rotary positional embeddings need an attention_head_dim that 16 divides, not "
+                f"{self.attention_head_dim}."
+            )
+        if (learned or not rotary) and self.width % 16:
+            raise ValueError(
+                "sin-cos positional embeddings need a width (heads * head_dim) that 16 divides, "
+                f"not {self.width}."
+            )
+        if learned and (self.sample_frames - 1) % self.temporal_compression_ratio:
+            raise ValueError(
+                f"learned positional embeddings of sample_frames={self.sample_frames} end within a "
+                f"latent frame of {self.temporal_compression_ratio} frames."
+            )
+        if self.width % 2:
+            raise ValueError(f"the width (heads * head_dim) must be even, not {self.width}.")
+        if self.ofs_embed_dim not in (None, self.time_embed_dim):
+            raise ValueError(
+                f"ofs_embed_dim={self.ofs_embed_dim} must be time_embed_dim={self.time_embed_dim}: "
+                "the two embeddings are added."
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CogVideoXConfig":
+        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
+        return read_config(cls, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config.json without diffusers' own "_" keys."""
+        return asdict(self)
+
+    @property
+    def width(self) -> int:
+        """Features of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def patch_shape(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of a token."""
+        return (self.patch_size_t or 1, self.patch_size, self.patch_size)
+
+    @property
+    def sample_grid(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of tokens that the model was trained at."""
+        latent_frames = (self.sample_frames - 1) // self.temporal_compression_ratio + 1
+        return (
+            -(-latent_frames // self.patch_shape[0]),
+            self.sample_height // self.patch_size,
+            self.sample_width // self.patch_size,
+        )
+
+    def layout(self, num_frames: int, height: int, width: int, text_tokens: int) -> VideoLayout:
+        """See `CogVideoXTransformer.layout`."""
+        for name, size, patch in zip(
+            ("num_frames", "height", "width"),
+            (num_frames, height, width),
+            self.patch_shape,
+            strict=True,
+        ):
+            if size < 1 or size % patch:
+                raise ValueError(f"latent {name}={size} must be a positive multiple of {patch}.")
+        if not 1 <= text_tokens <= self.max_text_seq_length:
+            raise ValueError(
+                f"text_tokens={text_tokens} must lie between 1 and "
+                f"max_text_seq_length={self.max_text_seq_length}."
+            )
+        sample = (self.sample_height, self.sample_width)
+        if self.use_learned_positional_embeddings:
+            if (height, width) != sample:
+                raise ValueError(
+                    f"the learned positions of this model fit latents of {sample[0]}x{sample[1]} "
+                    f"(height x width) alone, not {height}x{width}."
+                )
+            if text_tokens != self.max_text_seq_length:
+                raise ValueError(
+                    f"the learned positions of this model fit {self.max_text_seq_length} text "
+                    f"tokens, not {text_tokens}: pad the prompt."
+                )
+        if self.patch_size_t is not None and (height > sample[0] or width > sample[1]):
+            raise ValueError(
+                f"latents of {height}x{width} (height x width) exceed the largest that this model "
+                f"has positions for, {sample[0]}x{sample[1]}."
+            )
+        return VideoLayout(
+            num_frames // self.patch_shape[0],
+            (height // self.patch_size) * (width // self.patch_size),
+            text_tokens,
+            "first",
+        )

@@ -1,0 +1,58 @@
+"""Reading a released config.json strictly: nothing unknown, mistyped or unimplemented gets by."""
+
+import dataclasses
+import typing
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+def read_config(
+    config: type[Config], values: Mapping[str, Any], *, ignored: Collection[str] = ()
+) -> Config:
+    """Makes a config dataclass from a parsed config.json.
+
+    Args:
+        config: The dataclass; its field names are the file's keys.
+        values: The parsed file. Keys that begin with "_" are the writing library's notes to itself.
+        ignored: Keys that say nothing about what the model computes.
+
+    Raises:
+        ValueError: On unknown keys or values of another type than the field's.
+    """
+    types = typing.get_type_hints(config)
+    values = {k: v for k, v in values.items() if not k.startswith("_") and k not in ignored}
+    if unknown := sorted(values.keys() - types.keys()):
+        raise ValueError(
+            f"{config.__name__}: unknown keys {unknown}; this is the config of another model "
+            "or of a newer version than the one implemented."
+        )
+    for name, value in values.items():
+        if types[name] is float and type(value) is int:
+            values[name] = float(value)
+        elif type(value) not in (typing.get_args(types[name]) or (types[name],)):
+            raise ValueError(f"{config.__name__}: {name} cannot be {value!r}.")
+    return config(**values)
+
+
+def check_config(config: Any, only: Mapping[str, Any]) -> None:
+    """Refuses what no model has and what is not implemented.
+
+    Args:
+        config: A config dataclass.
+        only: Fields of which a single value is implemented, with that value.
+
+    Raises:
+        ValueError: On another value than that, or sizes below one.
+    """
+    name = type(config).__name__
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in only:
+            if value != only[field.name]:
+                raise ValueError(
+                    f"{name}: {field.name}={value!r} is not implemented, only {only[field.name]!r}."
+                )
+        elif type(value) is int and value < 1:
+            raise ValueError(f"{name}: {field.name} must be at least 1, not {value}.")

@@ -1,0 +1,88 @@
+"""Embeddings of times and positions by sines and cosines."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Real
+
+_MAX_PERIOD = 10_000
+
+
+def sinusoidal_embedding(
+    times: Real[Array, " batch"], features: int
+) -> Float[Array, "batch features"]:
+    """Cosines and then sines of `times` at geometrically falling frequencies (float32).
+
+    Source: diffusers `get_timestep_embedding` with flip_sin_to_cos and no frequency shift.
+    """
+    # In float32 and in the reference's order of operations: at times up to 1000 the rounding of the
+    # frequencies shows in the result.
+    half = features // 2
+    exponents = np.float32(-math.log(_MAX_PERIOD)) * np.arange(half, dtype=np.float32)
+    frequencies = np.exp(exponents / np.float32(half))
+    angles = times.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Linear, SiLU, linear over a sinusoidal embedding."""
+
+    def __init__(
+        self,
+        sinusoid_features: int,
+        features: int,
+        *,
+        dtype: Dtype,
+        param_dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.sinusoid_features = sinusoid_features
+        self.input = nnx.Linear(sinusoid_features, features, **kinds)
+        self.output = nnx.Linear(features, features, **kinds)
+
+    def __call__(self, times: Real[Array, " batch"]) -> Float[Array, "batch features"]:
+        """Embeds one time per batch entry."""
+        hidden = self.input(sinusoidal_embedding(times, self.sinusoid_features))
+        return self.output(jax.nn.silu(hidden))
+
+
+def sincos_video_embedding(
+    num_frames: int,
+    height: int,
+    width: int,
+    features: int,
+    *,
+    spatial_scale: float = 1.0,
+    temporal_scale: float = 1.0,
+) -> Float[Array, "tokens features"]:
+    """A fixed embedding of each video token's place, in token order frame, row, column (float32).
+
+    A quarter of the features is for the frame, three eighths each for column and row, in this
+    order; each part holds sines and then cosines. Positions are divided by the scales.
+
+    Source: diffusers `get_3d_sincos_pos_embed`.
+    """
+    # Only the axes' own tables are constants of the program: the product of all three is as large
+    # as a hidden state, and the addition that it goes into can make it on the fly.
+    shape = (num_frames, height, width)
+    parts = [
+        (_sincos_axis(np.arange(num_frames) / temporal_scale, features // 4), (0,)),
+        (_sincos_axis(np.arange(width) / spatial_scale, 3 * features // 8), (2,)),
+        (_sincos_axis(np.arange(height) / spatial_scale, 3 * features // 8), (1,)),
+    ]
+    spread = [
+        jax.lax.broadcast_in_dim(table, (*shape, table.shape[-1]), (*axis, 3))
+        for table, axis in parts
+    ]
+    return jnp.concatenate(spread, axis=-1).reshape(-1, features)
+
+
+def _sincos_axis(positions: np.ndarray, features: int) -> np.ndarray:
+    half = features // 2
+    angles = np.outer(positions, _MAX_PERIOD ** -(np.arange(half) / half))
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)

@@ -1,0 +1,83 @@
+"""Rotary position embedding over frames, rows and columns (RoFormer, arXiv 2104.09864)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+class Rotation(NamedTuple):
+    """How far each pair of neighbouring features turns at each token (float32)."""
+
+    cos: Float[Array, "tokens half_head_dim"]
+    sin: Float[Array, "tokens half_head_dim"]
+
+
+def rotate(
+    x: Float[Array, "batch tokens heads head_dim"], rotation: Rotation
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """Turns the feature pairs (0, 1), (2, 3), … of every head; float32 inside."""
+    cos, sin = (table[None, :, None, :] for table in rotation)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def video_rotation(
+    positions: Sequence[np.ndarray],
+    axis_features: Sequence[int],
+    *,
+    theta: float = 10_000.0,
+    text_tokens: int = 0,
+) -> Rotation:
+    """The rotation of each token of a video, in token order frame, row, column.
+
+    Args:
+        positions: Of the frames, rows and columns: three vectors of any spacing.
+        axis_features: How many of a head's features turn with each; even, head_dim in all.
+        theta: Base of the frequencies theta^(-2i / axis_features).
+        text_tokens: So many tokens before the video are not turned.
+    """
+    # As in sincos_video_embedding, only the tables of the single axes are constants of the program.
+    shape = tuple(len(axis) for axis in positions)
+    tables = []
+    for function, at_rest in ((np.cos, 1.0), (np.sin, 0.0)):
+        parts = []
+        for axis, (places, features) in enumerate(zip(positions, axis_features, strict=True)):
+            frequencies = theta ** -(np.arange(0, features, 2) / features)
+            table = function(np.outer(places, frequencies)).astype(np.float32)
+            parts.append(jax.lax.broadcast_in_dim(table, (*shape, features // 2), (axis, 3)))
+        video = jnp.concatenate(parts, axis=-1).reshape(-1, sum(axis_features) // 2)
+        tables.append(jnp.pad(video, ((text_tokens, 0), (0, 0)), constant_values=at_rest))
+    return Rotation(*tables)
+
+
+def cropped_grid(grid: tuple[int, int], base: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of a grid's rows and columns, stretched over the grid that a model was trained on.
+
+    The grid is enlarged or reduced until it fits into the base grid, keeping its shape, and laid in
+    its middle; a grid of the base's size stands at 0, 1, 2, …
+
+    Args:
+        grid: Rows and columns.
+        base: Rows and columns of the training grid.
+
+    Source: diffusers `get_resize_crop_region_for_grid` and the "linspace" grid of
+    `get_3d_rotary_pos_embed`.
+    """
+    (rows, columns), (base_rows, base_columns) = grid, base
+    if rows / columns > base_rows / base_columns:
+        resized = (base_rows, round(base_rows / rows * columns))
+    else:
+        resized = (round(base_columns / columns * rows), base_columns)
+    positions = []
+    for size, whole, part in zip(grid, base, resized, strict=True):
+        start = round((whole - part) / 2)
+        # The last position scales with the end of the crop and not with its length, so that the
+        # distances are not exactly part / size where start > 0: as the models were trained.
+        positions.append(np.linspace(start, (start + part) * (size - 1) / size, size))
+    return positions[0], positions[1]

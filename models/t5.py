@@ -1,0 +1,286 @@
+"""The T5 v1.1 encoder (arXiv 1910.10683; v1.1: arXiv 2002.05202): CogVideoX's text encoder.
+
+Source of the architecture as released: transformers `T5EncoderModel`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.typing import Dtype
+from jax.nn.initializers import normal
+from jaxtyping import Array, Bool, Float, Int
+from svg_jax.models.config import check_config, read_config
+from svg_jax.models.layers import gelu_tanh, scan_layers, stack_layers
+
+_IMPLEMENTED = MappingProxyType({"feed_forward_proj": "gated-gelu"})
+
+# What transformers writes beside it: training, the decoder, generation, how the file was made.
+_NOT_THE_ENCODERS = frozenset(
+    {
+        "architectures",
+        "classifier_dropout",
+        "decoder_start_token_id",
+        "dense_act_fn",
+        "dropout_rate",
+        "dtype",
+        "eos_token_id",
+        "initializer_factor",
+        "is_decoder",
+        "is_encoder_decoder",
+        "is_gated_act",
+        "model_type",
+        "n_positions",
+        "num_decoder_layers",
+        "output_past",
+        "pad_token_id",
+        "scale_decoder_outputs",
+        "task_specific_params",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """What the encoder needs of a released config.json; transformers' names, XXL's sizes.
+
+    Attributes:
+        vocab_size: Rows of the token embedding.
+        d_model: Features of a token.
+        d_kv: Features of a head.
+        d_ff: Features inside the feed-forward layer.
+        num_layers: Layers.
+        num_heads: Heads; times d_kv this need not be d_model.
+        relative_attention_num_buckets: Buckets of the distance from query to key.
+        relative_attention_max_distance: From this distance on, all fall into one bucket.
+        layer_norm_epsilon: Epsilon of the norms.
+        feed_forward_proj: "gated-gelu" (which transformers takes in its tanh approximation).
+    """
+
+    vocab_size: int = 32128
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "gated-gelu"
+
+    def __post_init__(self) -> None:
+        check_config(self, only=_IMPLEMENTED)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "T5Config":
+        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
+        activation = values.get("dense_act_fn", "gelu_new")
+        if activation != "gelu_new":
+            raise ValueError(f"T5Config: dense_act_fn={activation!r} is not implemented.")
+        return read_config(cls, values, ignored=_NOT_THE_ENCODERS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The encoder's share of a config.json."""
+        return asdict(self)
+
+
+class Attention(nnx.Module):
+    """Self-attention with a bias for each distance; scores are not scaled."""
+
+    def __init__(self, config: T5Config, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs):
+        linear = partial(
+            nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        model, inner = config.d_model, config.num_heads * config.d_kv
+        self.num_heads = config.num_heads
+        # Queries start small by 1 / sqrt(d_kv) because their scores are not scaled by it.
+        small = normal((model * config.d_kv) ** -0.5)
+        self.query = linear(model, inner, kernel_init=small)
+        self.key = linear(model, inner)
+        self.value = linear(model, inner)
+        self.output = linear(inner, model)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch tokens d_model"],
+        bias: Float[Array, "1 heads tokens tokens"],
+        mask: Bool[Array, "batch 1 1 tokens"] | None,
+    ) -> Float[Array, "batch tokens d_model"]:
+        """Attends; the mask is True at the keys that count."""
+        by_head = (*hidden.shape[:-1], self.num_heads, -1)
+        out = jax.nn.dot_product_attention(
+            self.query(hidden).reshape(by_head),
+            self.key(hidden).reshape(by_head),
+            self.value(hidden).reshape(by_head),
+            bias=bias,
+            mask=mask,
+            scale=1.0,
+            implementation="xla",
+        )
+        return self.output(out.reshape(*hidden.shape[:-1], -1))
+
+
+class GatedFeedForward(nnx.Module):
+    """Linear times tanh-GELU of another linear, then linear."""
+
+    def __init__(self, config: T5Config, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs):
+        linear = partial(
+            nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.gate = linear(config.d_model, config.d_ff)
+        self.input = linear(config.d_model, config.d_ff)
+        self.output = linear(config.d_ff, config.d_model)
+
+    def __call__(
+        self, hidden: Float[Array, "batch tokens d_model"]
+    ) -> Float[Array, "batch tokens d_model"]:
+        """Applies the layer to every token."""
+        return self.output(gelu_tanh(self.gate(hidden)) * self.input(hidden))
+
+
+class Block(nnx.Module):
+    """One layer."""
+
+    def __init__(self, config: T5Config, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs):
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.attention_norm = _rms_norm(config, param_dtype, rngs)
+        self.attention = Attention(config, **kinds)
+        self.feed_forward_norm = _rms_norm(config, param_dtype, rngs)
+        self.feed_forward = GatedFeedForward(config, **kinds)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch tokens d_model"],
+        bias: Float[Array, "1 heads tokens tokens"],
+        mask: Bool[Array, "batch 1 1 tokens"] | None,
+    ) -> Float[Array, "batch tokens d_model"]:
+        """Returns the next hidden state, float32 as the one before."""
+        out = self.attention(self.attention_norm(hidden), bias, mask)
+        hidden = hidden + out.astype(hidden.dtype)
+        out = self.feed_forward(self.feed_forward_norm(hidden))
+        return hidden + out.astype(hidden.dtype)
+
+
+class T5Encoder(nnx.Module):
+    """Token ids to features.
+
+    The hidden state between layers is float32 whatever `dtype` is: it is small, and grows large.
+
+    Attributes:
+        config: The architecture.
+        blocks: All layers in one module; every parameter has a leading [layers] axis.
+    """
+
+    def __init__(
+        self,
+        config: T5Config,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Makes an encoder with random weights (under `nnx.eval_shape`: without any).
+
+        Args:
+            config: The architecture.
+            dtype: Of matrix products and the result; norms and softmax are float32 inside.
+            param_dtype: Of the parameters.
+            rngs: Source of random weights.
+
+        Raises:
+            ValueError: If dtype is float16, in which the released encoder overflows.
+        """
+        if jnp.dtype(dtype) == jnp.float16:
+            raise ValueError("T5 overflows in float16: choose bfloat16 or float32 as dtype.")
+        kinds = {"param_dtype": param_dtype, "rngs": rngs}
+        self.config = config
+        self.dtype = dtype
+        self.token_embedding = nnx.Embed(
+            config.vocab_size,
+            config.d_model,
+            dtype=jnp.float32,
+            embedding_init=normal(1.0),
+            **kinds,
+        )
+        self.relative_bias = nnx.Embed(
+            config.relative_attention_num_buckets,
+            config.num_heads,
+            dtype=jnp.float32,
+            embedding_init=normal(config.d_model**-0.5),
+            **kinds,
+        )
+        self.blocks = stack_layers(
+            lambda rngs: Block(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
+            config.num_layers,
+            rngs,
+        )
+        self.final_norm = _rms_norm(config, param_dtype, rngs)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch tokens"],
+        attention_mask: Bool[Array, "batch tokens"] | Int[Array, "batch tokens"] | None = None,
+    ) -> Float[Array, "batch tokens d_model"]:
+        """Encodes.
+
+        Args:
+            input_ids: Token ids.
+            attention_mask: True or 1 at the tokens that count as keys; None if all do, padding too
+                (as CogVideoX was trained).
+
+        Returns:
+            The last hidden state after the final norm, in `dtype`.
+        """
+        buckets = distance_buckets(
+            input_ids.shape[1],
+            self.config.relative_attention_num_buckets,
+            self.config.relative_attention_max_distance,
+        )
+        bias = self.relative_bias(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
+        mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
+
+        def apply_layer(block: Block, hidden: Array, layer: Array) -> tuple[Array, None]:
+            return block(hidden, bias, mask), None
+
+        hidden = self.token_embedding(input_ids)
+        hidden, _ = scan_layers(self.blocks, apply_layer, hidden)
+        return self.final_norm(hidden).astype(self.dtype)
+
+
+def distance_buckets(num_tokens: int, num_buckets: int, max_distance: int) -> np.ndarray:
+    """The bucket of the distance from each query to each key, int32 [tokens, tokens].
+
+    Half of the buckets are for keys behind the query. Of each half, half are for single distances
+    and the others grow geometrically up to `max_distance`.
+    """
+    position = np.arange(num_tokens)
+    distance = position[None, :] - position[:, None]
+    side = num_buckets // 2
+    single = side // 2
+    # In float32 as the reference, whose rounding decides at the edges of the buckets.
+    ratio = np.maximum(np.abs(distance), 1).astype(np.float32) / np.float32(single)
+    steps = np.log(ratio) / np.float32(math.log(max_distance / single)) * np.float32(side - single)
+    wide = np.minimum(single + steps.astype(np.int32), side - 1)
+    bucket = np.where(np.abs(distance) < single, np.abs(distance), wide)
+    return (bucket + side * (distance > 0)).astype(np.int32)
+
+
+def _rms_norm(config: T5Config, param_dtype: Dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(
+        config.d_model,
+        epsilon=config.layer_norm_epsilon,
+        dtype=jnp.float32,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
