@@ -1,0 +1,139 @@
+"""What a pipeline folder is made of, and which of its components are ported."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svg_jax.convert import cogvideox, t5
+from svg_jax.convert.reader import read_json
+from svg_jax.convert.rules import ConversionError, Leaf, Rule, match_rules
+from svg_jax.models.cogvideox import CogVideoXConfig
+from svg_jax.models.t5 import T5Config
+
+PIPELINES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline")
+COPIED = ("scheduler", "tokenizer")  # small files, carried as they are
+
+
+@dataclass(frozen=True)
+class Family:
+    """A ported model class.
+
+    Attributes:
+        read_config: Makes the config from a parsed config.json, strictly.
+        rules: The family's conversion table for a config.
+        stem: What its library calls the weights' file.
+    """
+
+    read_config: Callable[[Mapping[str, Any]], Any]
+    rules: Callable[[Any], tuple[Rule, ...]]
+    stem: str
+
+
+FAMILIES: Mapping[str, Family] = {
+    "CogVideoXTransformer3DModel": Family(
+        CogVideoXConfig.from_dict, cogvideox.rules, "diffusion_pytorch_model"
+    ),
+    "T5EncoderModel": Family(T5Config.from_dict, t5.rules, "model"),
+}
+
+
+@dataclass(frozen=True)
+class PipelineIndex:
+    """What model_index.json says.
+
+    Attributes:
+        pipeline: The pipeline's class.
+        classes: Class of each component that is there; null ones are left out.
+    """
+
+    pipeline: str
+    classes: Mapping[str, str]
+
+
+def read_pipeline_index(folder: Path) -> PipelineIndex:
+    """Reads model_index.json.
+
+    Raises:
+        ConversionError: If it is missing or damaged, or the pipeline is not one that is supported.
+    """
+    file = folder / "model_index.json"
+    if not file.is_file():
+        what = "holds no model_index.json" if folder.is_dir() else "is no folder"
+        raise ConversionError(f"{folder}: {what}: give a pipeline's folder in diffusers' layout.")
+    values = read_json(file)
+    pipeline = values.get("_class_name")
+    if pipeline not in PIPELINES:
+        raise ConversionError(
+            f"{file}: the pipeline is {pipeline!r} and only {' and '.join(PIPELINES)} are supported."
+        )
+    classes = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            if len(value) != 2 or not all(isinstance(part, str | None) for part in value):
+                raise ConversionError(f"{file}: {name} is not [library, class] but {value!r:.80}.")
+            if value[1] is not None:
+                classes[name] = value[1]
+    return PipelineIndex(pipeline, classes)
+
+
+def select_components(
+    index: PipelineIndex, components: Collection[str] | None, where: Path
+) -> tuple[str, ...]:
+    """The components to convert, sorted.
+
+    Args:
+        index: What there is.
+        components: What was asked for; None asks for everything.
+        where: The source, for errors.
+
+    Raises:
+        ConversionError: If a component was asked for that is not there or not ported yet.
+    """
+    there = sorted(index.classes.keys() - set(COPIED))
+    ported = [name for name in there if index.classes[name] in FAMILIES]
+    wanted = there if components is None else sorted(set(components) - set(COPIED))
+    if absent := sorted(set(wanted) - set(there)):
+        raise ConversionError(
+            f"{where}: has no {' and no '.join(absent)}; its components are {', '.join(there)}."
+        )
+    if foreign := [f"{name} ({index.classes[name]})" for name in wanted if name not in ported]:
+        raise ConversionError(
+            f"{where}: {', '.join(foreign)} cannot be converted yet: leave it out with "
+            f"components={tuple(ported)!r} (--components {','.join(ported)})."
+        )
+    if not wanted:
+        raise ConversionError(f"{where}: there is no component to convert.")
+    return tuple(wanted)
+
+
+def component_leaves(
+    folder: Path, class_name: str, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Leaf, ...]:
+    """Matches a component's tensors to the leaves that its config.json asks for.
+
+    Raises:
+        ConversionError: If the config is not the model's, or the tensors do not fit it.
+    """
+    family = FAMILIES[class_name]
+    config = read_component_config(folder, class_name)
+    return match_rules(shapes, family.rules(config), config.num_layers, where=str(folder))
+
+
+def read_component_config(folder: Path, class_name: str) -> Any:
+    """The config of a component, checked against its class.
+
+    Raises:
+        ConversionError: If config.json is missing, damaged, or not of this class.
+    """
+    file = folder / "config.json"
+    values = read_json(file)
+    named = values.get("_class_name", class_name)
+    if named != class_name:
+        raise ConversionError(
+            f"{file}: is the config of a {named} and model_index.json has a {class_name} there."
+        )
+    try:
+        return FAMILIES[class_name].read_config(values)
+    except ValueError as error:
+        raise ConversionError(f"{file}: {error}") from error

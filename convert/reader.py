@@ -1,0 +1,271 @@
+"""Safetensors files, read a tensor at a time and believed only as far as they were checked.
+
+The format: 8 bytes (little-endian length of the header), a JSON header {name: {dtype, shape,
+data_offsets}}, the tensors' bytes. A reader of our own, because the usual one accepts a key that stands
+twice, reads NaN without a word, and knows nothing of shards.
+"""
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from svg_jax.convert.rules import ConversionError
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call the weights
+_HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
+# The exponent bits of each type: all of them set means infinity or no number.
+_EXPONENT = {
+    DTYPES["F32"]: np.uint32(0x7F800000),
+    DTYPES["F16"]: np.uint16(0x7C00),
+    DTYPES["BF16"]: np.uint16(0x7F80),
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes:
+        name: Its name in the header.
+        file: The safetensors file.
+        dtype: float32, float16 or bfloat16.
+        shape: Its shape.
+        start: Offset of its first byte in the file.
+        nbytes: Its size in bytes.
+    """
+
+    name: str
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Reads and checks the header of one safetensors file.
+
+    Raises:
+        ConversionError: If the file is not a whole safetensors file, bytes of the data belong to no
+            tensor or to two, a name stands twice, or a tensor is not float32, float16 or bfloat16.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            header = stream.read(length) if length <= min(size, _HEADER_LIMIT) else b""
+    except OSError as error:
+        raise ConversionError(f"{file}: cannot be read: {error.strerror}.") from error
+    if prefix == b"version ":
+        raise ConversionError(
+            f"{file}: is a Git-LFS pointer, not the weights: run `git lfs pull` in that folder."
+        )
+    if size < 8:
+        raise ConversionError(f"{file}: has only {size} bytes, no safetensors header: fetch it again.")
+    if len(header) < length or length == 0:
+        raise ConversionError(
+            f"{file}: claims a header of {length} bytes in a file of {size} (at most {_HEADER_LIMIT} "
+            "are allowed): it is damaged, or no safetensors file; fetch it again."
+        )
+    entries = _parse_json(header, file)
+    entries.pop("__metadata__", None)
+    data_start = 8 + length
+    tensors = {name: _tensor(file, name, entry, data_start) for name, entry in entries.items()}
+
+    end = data_start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.nbytes)):
+        if tensor.start != end:
+            kind = "overlaps the tensor before it" if tensor.start < end else "leaves a hole before it"
+            raise ConversionError(f"{file}: {tensor.name} {kind}: the file is damaged.")
+        end += tensor.nbytes
+    if end != size:
+        what = "is truncated" if end > size else "has bytes that belong to no tensor"
+        raise ConversionError(f"{file}: {what} ({size} bytes, {end} expected): fetch it again.")
+    return tensors
+
+
+def _tensor(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    where = f"{file}: {name}"
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers_are_sizes = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        numbers_are_sizes = False
+    if not numbers_are_sizes:
+        raise ConversionError(f"{where} has a header entry that is not safetensors': {entry!r:.80}.")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ConversionError(
+            f"{where} is {dtype!r:.20}, and a weight must be one of {', '.join(DTYPES)}: save the model "
+            "unquantised."
+        )
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != nbytes:
+        raise ConversionError(
+            f"{where} of shape {shape} takes {nbytes} bytes and its offsets give {end - begin}: the "
+            "header is damaged."
+        )
+    return StoredTensor(name, file, DTYPES[dtype], tuple(shape), data_start + begin, nbytes)
+
+
+def read_weights(folder: Path, allowed: Iterable[Path] = ()) -> dict[str, StoredTensor]:
+    """The tensors of one component: one safetensors file, or shards listed by an index.
+
+    Args:
+        folder: The component's folder.
+        allowed: Folders, besides `folder`, that symbolic links may lead to (the hub's cache keeps the
+            files in a `blobs` folder of its own).
+
+    Raises:
+        ConversionError: If there are no weights, or more than one set of them; if shards and index do
+            not fit each other exactly; or a file lies outside the folder.
+    """
+    present = [
+        folder / f"{stem}{ending}"
+        for stem in STEMS
+        for ending in (".safetensors", ".safetensors.index.json")
+        if os.path.lexists(folder / f"{stem}{ending}")
+    ]
+    if len(present) > 1:
+        names = " and ".join(path.name for path in present)
+        raise ConversionError(f"{folder}: holds {names}: remove the one that is not meant.")
+    if not present:
+        others = sorted(path.name for path in folder.glob("*") if path.suffix != ".json")
+        raise ConversionError(
+            f"{folder}: holds no {STEMS[0]}.safetensors or {STEMS[1]}.safetensors, nor an index of "
+            f"shards (found: {', '.join(others[:5]) or 'nothing'}): fetch the safetensors weights."
+        )
+    (weights,) = present
+    roots = (folder, *allowed)
+    check_inside(weights, roots)
+    if weights.suffix == ".safetensors":
+        return read_header(weights)
+    return _read_shards(weights, roots)
+
+
+def _read_shards(index: Path, roots: Iterable[Path]) -> dict[str, StoredTensor]:
+    try:
+        weight_map = _parse_json(index.read_bytes(), index)["weight_map"]
+    except (OSError, KeyError) as error:
+        raise ConversionError(f"{index}: has no weight_map: fetch it again.") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise ConversionError(f"{index}: its weight_map does not map tensors to files: fetch it again.")
+
+    folder, stem = index.parent, index.name.removesuffix(".safetensors.index.json")
+    shards = sorted(set(weight_map.values()))
+    stray = {path.name for path in folder.glob(f"{stem}-*.safetensors")} - set(shards)
+    stray = {name for name in stray if re.search(r"-\d+-of-\d+\.safetensors$", name)}
+    if stray:
+        raise ConversionError(
+            f"{index}: lists nothing of {', '.join(sorted(stray)[:5])}: remove the shards that are not "
+            "of this checkpoint, or fetch its index."
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        file = folder / shard
+        check_inside(file, roots)
+        if not file.is_file():
+            raise ConversionError(f"{file}: the index lists this shard and it is missing: fetch it.")
+        found = read_header(file)
+        twice = sorted(found.keys() & tensors.keys())
+        if twice:
+            raise ConversionError(
+                f"{file}: {twice[0]} is also in {tensors[twice[0]].file.name} ({len(twice)} tensors "
+                "are in two shards): fetch the checkpoint again."
+            )
+        listed = {name for name, of in weight_map.items() if of == shard}
+        for names, what in (
+            (listed - found.keys(), "lacks tensors that the index says are in it"),
+            (found.keys() - listed, "holds tensors that the index does not say are in it"),
+        ):
+            if names:
+                some = ", ".join(sorted(names)[:5])
+                raise ConversionError(f"{file}: {what} ({len(names)}: {some}): fetch both again.")
+        tensors |= found
+    return tensors
+
+
+def check_inside(file: Path, roots: Iterable[Path]) -> None:
+    """Refuses a file that does not lie in one of the folders `roots`, links followed.
+
+    Raises:
+        ConversionError: If it does not.
+    """
+    target = file.resolve()
+    if not any(target.is_relative_to(root.resolve()) for root in roots):
+        raise ConversionError(
+            f"{file}: leads out of the checkpoint's folder, to {target}: copy the file into it."
+        )
+
+
+def _parse_json(text: bytes, file: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConversionError(f"{file}: the key {twice!r:.80} stands twice: fetch it again.")
+        return found
+
+    try:
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except ConversionError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{file}: its JSON cannot be read ({error}): fetch it again.") from error
+    if not isinstance(parsed, dict):
+        raise ConversionError(f"{file}: its JSON is not an object: fetch it again.")
+    return parsed
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; a key that stands twice is an error.
+
+    Raises:
+        ConversionError: If there is no such file or it holds anything else.
+    """
+    try:
+        return _parse_json(file.read_bytes(), file)
+    except OSError as error:
+        raise ConversionError(f"{file}: cannot be read: {error.strerror}.") from error
+
+
+def read_tensor(tensor: StoredTensor) -> np.ndarray:
+    """Reads one tensor, in its own dtype.
+
+    Raises:
+        ConversionError: If it holds NaN or infinities, or the file has shrunk since it was checked.
+    """
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.start)
+        raw = np.fromfile(stream, np.uint8, tensor.nbytes)
+    if raw.nbytes != tensor.nbytes:
+        raise ConversionError(f"{tensor.file}: was cut off while it was read.")
+    array = raw.view(tensor.dtype).reshape(tensor.shape)
+    if not all_finite(array):
+        raise ConversionError(
+            f"{tensor.file}: {tensor.name} holds NaN or infinities: these weights cannot be used."
+        )
+    return array
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no element is NaN or infinite: by the bits, several times faster than np.isfinite."""
+    exponent = _EXPONENT[array.dtype]
+    bits = np.ascontiguousarray(array).reshape(-1).view(exponent.dtype)
+    pieces = (bits[at : at + (1 << 22)] for at in range(0, bits.size, 1 << 22))  # bounds the memory
+    return not any(((piece & exponent) == exponent).any() for piece in pieces)

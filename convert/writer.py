@@ -1,0 +1,139 @@
+"""Orbax folders written and read a slab at a time, so that no model has to fit into memory.
+
+What is written is orbax's standard layout (OCDBT, zarr3): `StandardCheckpointer().restore` reads it.
+"""
+
+import asyncio
+import contextlib
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from svg_jax.convert.rules import ConversionError
+
+# Leaves above this many bytes are stored in one chunk per layer and written some layers at a time.
+SLAB_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class LazyArray:
+    """An array that is made piece by piece while it is written.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+        slabs: Makes the pieces, each with the part of the leading axis that it fills.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    slabs: Callable[[], Iterator[tuple[slice | EllipsisType, np.ndarray]]]
+
+    @property
+    def size(self) -> int:
+        """Number of elements; orbax asks for it."""
+        return math.prod(self.shape)
+
+
+class _LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes lazy arrays one after the other, where orbax would take all of them at once."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self._turn = asyncio.Lock()
+        self._failed = False
+
+    async def _open_and_write(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, value: LazyArray, tspec: dict[str, Any], ts_context: ts.Context
+    ) -> None:
+        async with self._turn:
+            if self._failed:  # the event loop is about to be closed: start nothing more
+                return
+            self._failed = True
+            spec = ts.Spec(tspec)
+            array = await ts.open(spec, create=True, open=True, context=ts_context)
+            for part, slab in value.slabs():
+                await array[part].write(slab)
+            self._failed = False
+
+
+def write_tree(folder: Path, tree: Mapping[str, Any]) -> None:
+    """Writes a nested dict of `LazyArray`s as an orbax checkpoint.
+
+    Args:
+        folder: The checkpoint's folder; it must not exist.
+        tree: The arrays. What their `slabs` raise comes out of here.
+
+    Raises:
+        OSError: If the system refuses to write: no room, no right.
+    """
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (LazyArray, _LazyHandler()),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # orbax warns without one
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=True, use_zarr3=True, use_compression=False, type_handler_registry=registry
+    )
+    save_args = jax.tree.map(_save_args, tree)
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(
+                folder.absolute(), args=ocp.args.PyTreeSave(dict(tree), save_args=save_args)
+            )
+    except ValueError as error:  # what tensorstore makes of the system's errors
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):
+            number = int(code[1])
+            raise OSError(number, os.strerror(number), str(folder)) from error
+        raise
+
+
+def _save_args(array: LazyArray) -> ocp.SaveArgs:
+    large = len(array.shape) > 1 and array.size * array.dtype.itemsize > SLAB_BYTES
+    return ocp.SaveArgs(shard_axes=(0,)) if large else ocp.SaveArgs()
+
+
+def open_leaves(folder: Path) -> dict[tuple[str, ...], ts.TensorStore]:
+    """Opens every leaf of an orbax checkpoint without reading it, by its path in the tree.
+
+    Raises:
+        ConversionError: If it cannot be read.
+    """
+    base = f"file://{folder.absolute()}/"
+
+    def spec(path: tuple[str, ...]) -> dict[str, Any]:
+        kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
+        return {"driver": "zarr3", "kvstore": kvstore}
+
+    with readable(folder), ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        paths = [tuple(key.key for key in path) for path, _ in jax.tree.leaves_with_path(tree)]
+        opened = [ts.open(spec(path), open=True, read=True) for path in paths]
+        return {path: store.result() for path, store in zip(paths, opened, strict=True)}
+
+
+@contextlib.contextmanager
+def readable(what: Path | str) -> Iterator[None]:
+    """Turns whatever orbax and tensorstore raise about a damaged checkpoint into one sentence.
+
+    Raises:
+        ConversionError: In place of any other error.
+    """
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ConversionError(
+            f"{what}: cannot be read as an orbax checkpoint ({reason}): convert the source again."
+        ) from error
