@@ -53,5 +53,3 @@ def test_restoring_undoes_the_transformation(layout):
 def test_a_layout_without_frames_is_refused():
     with pytest.raises(ValueError, match="at least one frame"):
         VideoLayout(num_frames=0, tokens_per_frame=4)
-    with pytest.raises(ValueError, match="text_position"):
-        VideoLayout(num_frames=1, tokens_per_frame=4, text_position="middle")  # type: ignore
