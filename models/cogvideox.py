@@ -242,7 +242,7 @@ class CogVideoXTransformer(nnx.Module):
         hidden = self._add_positions(hidden, grid, text_tokens)
 
         is_text = jnp.arange(layout.num_tokens) < text_tokens
-        rotation = self._rotation(grid, text_tokens)
+        rotation = self.rotation(grid, text_tokens)
 
         def apply_layer(block: Block, hidden: Array, layer: Array) -> tuple[Array, Any]:
             attend_layer = partial(
@@ -281,7 +281,7 @@ class CogVideoXTransformer(nnx.Module):
             temporal_scale=self.config.temporal_interpolation_scale,
         )
 
-    def _rotation(self, grid: tuple[int, int, int], text_tokens: int) -> Rotation | None:
+    def rotation(self, grid: tuple[int, int, int], text_tokens: int) -> Rotation | None:
         config, (frames, rows, columns) = self.config, grid
         if not config.use_rotary_positional_embeddings:
             return None

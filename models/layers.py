@@ -79,7 +79,7 @@ def scan_layers(
     """
     graph, state = nnx.split(layers)
 
-    def step(hidden: Array, layer_input: tuple[nnx.State, Array]) -> tuple[Array, Any]:
+    def step(hidden: Array, layer_input: tuple[Any, Array]) -> tuple[Array, Any]:
         layer_state, layer = layer_input
         return apply_layer(nnx.merge(graph, layer_state), hidden, layer)
 

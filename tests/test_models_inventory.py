@@ -1,0 +1,108 @@
+"""The ports at full size: exactly the parameters of the released checkpoints, and no allocation."""
+
+import itertools
+import json
+import math
+import re
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from svg_jax.convert import cogvideox, t5
+from svg_jax.convert.rules import ConversionError, match_rules
+from svg_jax.models import CogVideoXConfig, CogVideoXTransformer, T5Config, T5Encoder
+
+INVENTORY = Path(__file__).parent / "data" / "inventory"
+TRANSFORMERS = [
+    "cogvideox-2b-transformer",
+    "cogvideox-5b-transformer",
+    "cogvideox-5b-i2v-transformer",
+    "cogvideox-1.5-5b-transformer",
+    "cogvideox-1.5-5b-i2v-transformer",
+]
+ENCODER = "t5-v1_1-xxl-encoder"
+
+
+@cache
+def read(name):
+    """Config, and shape of every tensor by name."""
+    inventory = json.loads((INVENTORY / f"{name}.json").read_text())
+    shapes = {}
+    for pattern, shape in inventory["tensors"].items():
+        ranges = [range(int(a), int(b) + 1) for a, b in re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)]
+        for numbers in itertools.product(*ranges):
+            filled = iter(numbers)
+            full_name = re.sub(r"\{.*?\}", lambda _, filled=filled: str(next(filled)), pattern)
+            shapes[full_name] = tuple(shape)
+    assert len(shapes) == inventory["num_tensors"]
+    assert sum(map(math.prod, shapes.values())) == inventory["num_params"]
+    return inventory["config"], shapes
+
+
+def port(name):
+    """Abstract module, rules and number of layers of an inventory's config."""
+    config, _ = read(name)
+    if name == ENCODER:
+        config = T5Config.from_dict(config)
+        module = nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0)))
+        return module, t5.rules(config), config.num_layers
+    config = CogVideoXConfig.from_dict(config)
+    module = nnx.eval_shape(lambda: CogVideoXTransformer(config, rngs=nnx.Rngs(0)))
+    return module, cogvideox.rules(config), config.num_layers
+
+
+def leaf_shapes(module):
+    flat, _ = jax.tree.flatten_with_path(nnx.to_pure_dict(nnx.state(module)))
+    return {".".join(key.key for key in path): leaf.shape for path, leaf in flat}
+
+
+@pytest.mark.parametrize("name", [*TRANSFORMERS, ENCODER])
+def test_every_released_tensor_has_its_place_and_every_parameter_its_tensor(name):
+    module, rules, num_layers = port(name)
+    _, shapes = read(name)
+    placed = {leaf.rule.target: leaf.shape for leaf in match_rules(shapes, rules, num_layers)}
+    assert placed == leaf_shapes(module)
+    assert sum(map(math.prod, placed.values())) == sum(map(math.prod, shapes.values()))
+
+
+@pytest.mark.parametrize("name", [*TRANSFORMERS, ENCODER])
+def test_a_dropped_renamed_or_misshapen_tensor_does_not_fit(name):
+    _, rules, num_layers = port(name)
+    _, shapes = read(name)
+    for victim in (rule.source.replace("{layer}", str(num_layers - 1)) for rule in rules):
+        dropped = {k: v for k, v in shapes.items() if k != victim}
+        for wrong in (dropped, {**dropped, f"{victim}_": shapes[victim]}, {**shapes, victim: (3,)}):
+            with pytest.raises(ConversionError, match=re.escape(victim)):
+                match_rules(wrong, rules, num_layers)
+
+
+def test_tied_token_embeddings_may_be_stored_under_either_name_or_both():
+    _, rules, num_layers = port(ENCODER)
+    _, shapes = read(ENCODER)
+    other = {**shapes, "encoder.embed_tokens.weight": shapes["shared.weight"]}
+    for stored in (other, {k: v for k, v in other.items() if k != "shared.weight"}):
+        assert len(match_rules(stored, rules, num_layers)) == len(rules)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_full_size_forward_pass_has_the_shapes_of_its_input(name):
+    module, _, _ = port(name)
+    config = module.config
+    grid = (22, 96, 170) if config.patch_size_t else (13, 60, 90)
+    latents = jax.ShapeDtypeStruct((2, grid[0], config.in_channels, *grid[1:]), jnp.float32)
+    text = jax.ShapeDtypeStruct((2, 226, config.text_embed_dim), jnp.float32)
+    times = jax.ShapeDtypeStruct((2,), jnp.int32)
+    ofs = jax.ShapeDtypeStruct((2,), jnp.float32) if config.ofs_embed_dim else None
+
+    graph, state = nnx.split(module)
+
+    def forward(state, latents, text, times, ofs):
+        return nnx.merge(graph, state)(latents, text, times, ofs=ofs)
+
+    velocity, info = jax.eval_shape(forward, state, latents, text, times, ofs)
+    assert velocity.shape == (2, grid[0], config.out_channels, *grid[1:])
+    assert info is None
