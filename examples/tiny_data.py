@@ -212,3 +212,10 @@ def make_videos(rng: PRNGKeyArray, assets: Assets, attributes: Int[Array, "batch
     picture = shaded * (1.0 - fill) + painted * fill
     pixels = jnp.moveaxis(picture / 127.5 - 1.0, -1, 2)
     return Videos(pixels, jnp.moveaxis(jnp.maximum(fill, outline), -1, 2), attributes)
+
+
+def balanced_attributes(seed: int, number: int) -> np.ndarray:
+    """Attributes of captions to evaluate with: int32 [number, 4], every answer about as often."""
+    rng = np.random.default_rng(seed)
+    columns = [rng.permutation(np.resize(rng.permutation(n), number)) for n in NUM_ANSWERS]
+    return np.stack(columns, axis=-1).astype(np.int32)

@@ -12,29 +12,33 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
-from tiny_data import NUM_ANSWERS, NUM_FRAMES, QUESTIONS, Assets, draw_attributes, make_videos
+from tiny_data import (
+    HEIGHT,
+    NUM_ANSWERS,
+    NUM_FRAMES,
+    QUESTIONS,
+    WIDTH,
+    Assets,
+    draw_attributes,
+    make_videos,
+)
 
+PATCH = 4  # pixels
 NOISE = 0.1  # standard deviation of the noise on its training videos, whose range is -1..1
 
 
 class Judge(nnx.Module):
-    """Logits of the four questions; convolutions by frame, then all frames together."""
+    """Logits of the four questions: patches and their neighbours by frame, then all frames."""
 
-    def __init__(self, width: int = 32, *, rngs: nnx.Rngs):
-        def conv(inputs: int, outputs: int, size: int, stride: int) -> nnx.Conv:
-            return nnx.Conv(inputs, outputs, (size, size), strides=stride, rngs=rngs)
-
-        self.convolutions = nnx.List(
-            [
-                conv(3, width, 5, 2),
-                conv(width, 2 * width, 3, 2),
-                conv(2 * width, 4 * width, 3, 1),
-                conv(4 * width, 4 * width, 3, 2),
-            ]
-        )
-        self.frame = nnx.Linear(6 * 8 * 4 * width, 4 * width, rngs=rngs)
-        self.video = nnx.Linear(NUM_FRAMES * 4 * width, 8 * width, rngs=rngs)
-        self.answers = nnx.Linear(8 * width, sum(NUM_ANSWERS), rngs=rngs)
+    def __init__(self, width: int = 128, *, rngs: nnx.Rngs):
+        # Convolutions written as matrix products: a CPU trains them too.
+        self.near = nnx.Linear(9 * 3 * PATCH**2, width, rngs=rngs)
+        self.far = nnx.Linear(9 * width, width, rngs=rngs)
+        self.merge = nnx.Linear(4 * width, width, rngs=rngs)
+        grid = (HEIGHT // PATCH // 2) * (WIDTH // PATCH // 2)
+        self.frame = nnx.Linear(grid * width, width, rngs=rngs)
+        self.video = nnx.Linear(NUM_FRAMES * width, 2 * width, rngs=rngs)
+        self.answers = nnx.Linear(2 * width, sum(NUM_ANSWERS), rngs=rngs)
 
     def __call__(
         self, pixels: Float[Array, "batch frames 3 height width"]
@@ -42,11 +46,31 @@ class Judge(nnx.Module):
         """Logits of each question of tiny_data.QUESTIONS, in that order."""
         batch, frames = pixels.shape[:2]
         hidden = jnp.moveaxis(pixels.reshape(batch * frames, *pixels.shape[2:]), 1, -1)
-        for convolution in self.convolutions:
-            hidden = nnx.gelu(convolution(hidden))
+        hidden = nnx.gelu(self.near(neighbours(patches(hidden, PATCH))))
+        hidden = nnx.gelu(self.far(neighbours(hidden)))
+        hidden = nnx.gelu(self.merge(patches(hidden, 2)))
         hidden = nnx.gelu(self.frame(hidden.reshape(batch * frames, -1)))
         hidden = nnx.gelu(self.video(hidden.reshape(batch, -1)))
         return jnp.split(self.answers(hidden), np.cumsum(NUM_ANSWERS)[:-1], axis=-1)
+
+
+def patches(
+    x: Float[Array, "batch height width features"], size: int
+) -> Float[Array, "batch rows columns patch_features"]:
+    """Squares of `size` by `size` places, their features side by side."""
+    batch, height, width, features = x.shape
+    x = x.reshape(batch, height // size, size, width // size, size, features)
+    return jnp.moveaxis(x, 2, 3).reshape(batch, height // size, width // size, -1)
+
+
+def neighbours(
+    x: Float[Array, "batch height width features"],
+) -> Float[Array, "batch height width nine_features"]:
+    """Every place with its eight neighbours, zeros beyond the border."""
+    height, width = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifts = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return jnp.concatenate(shifts, axis=-1)
 
 
 class Accuracies(NamedTuple):
@@ -68,7 +92,7 @@ def train_judge(
     batch: int = 128,
     max_steps: int = 6000,
     steps_per_call: int = 50,
-    width: int = 32,
+    width: int = 128,
 ) -> tuple[Judge, int]:
     """Train a judge until the time is over or `max_steps` are done.
 
@@ -79,7 +103,7 @@ def train_judge(
         batch: Videos a step.
         max_steps: The learning rate falls to nothing by then (or by the end of the time).
         steps_per_call: Steps in one device call.
-        width: Channels of the first convolution.
+        width: Features of the judge's hidden layers.
 
     Returns:
         The judge, and the number of steps that it was trained for.
