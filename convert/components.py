@@ -65,7 +65,8 @@ def read_pipeline_index(folder: Path) -> PipelineIndex:
     pipeline = values.get("_class_name")
     if pipeline not in PIPELINES:
         raise ConversionError(
-            f"{file}: the pipeline is {pipeline!r} and only {' and '.join(PIPELINES)} are supported."
+            f"{file}: the pipeline is {pipeline!r} and only {' and '.join(PIPELINES)} are "
+            "supported."
         )
     classes = {}
     for name, value in values.items():

@@ -56,9 +56,9 @@ def export_pipeline(
 ) -> None:
     """Writes a converted folder as a pipeline folder in diffusers' layout.
 
-    Names, shapes, dtypes and bytes of all tensors are those of the folder that was converted (after the
-    cast, if one was asked for), and every tensor is checked against its digest on the way. Components
-    that were skipped are null in model_index.json.
+    Names, shapes, dtypes and bytes of all tensors are those of the folder that was converted (after
+    the cast, if one was asked for); every tensor is checked against its digest on the way. Skipped
+    components are null in model_index.json.
 
     Args:
         source: What `convert_pipeline` made.
@@ -68,7 +68,7 @@ def export_pipeline(
         progress: Called with (bytes done, bytes in all, component).
 
     Raises:
-        ConversionError: One sentence; nothing is left at `destination` then, or what was there before.
+        ConversionError: One sentence; at `destination` is then what was there before, or nothing.
     """
     source, destination = Path(source), Path(destination)
     manifest = read_manifest(source)
@@ -141,8 +141,8 @@ def _read_checked(component: str, name: str, tensor: _Source) -> np.ndarray:
         array = tensor.read()
     if digest(array) != tensor.record.stored_sha256:
         raise ConversionError(
-            f"{component}: {name} is not what was converted: the disk or someone changed it; convert "
-            "the source again."
+            f"{component}: {name} is not what was converted: the disk or someone changed it; "
+            "convert the source again."
         )
     return array
 
@@ -164,7 +164,7 @@ def _write_weights(
             stream.write(_header({name: tensors[name] for name in names}))
             for name in names:
                 array = _read_checked(folder.name, name, tensors[name])
-                stream.write(array.reshape(-1).view(np.uint8))
+                stream.write(array.reshape(-1).view(np.uint8).data)
                 advance(array.nbytes, folder.name)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -176,7 +176,7 @@ def _write_weights(
 def _shards(tensors: Mapping[str, _Source], limit: int) -> Iterator[list[str]]:
     """Names in the order of the files: wide dtypes first, so that every tensor lies aligned."""
     names, size = [], 0
-    width = {name: np.dtype(tensor.record.stored_dtype).itemsize for name, tensor in tensors.items()}
+    width = {name: np.dtype(of.record.stored_dtype).itemsize for name, of in tensors.items()}
     for name in sorted(tensors, key=lambda name: (-width[name], name)):
         if names and size + tensors[name].nbytes > limit:
             yield names

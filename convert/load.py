@@ -36,8 +36,8 @@ def load_transformer(
         residual_dtype: Dtype of the residual stream; None is `dtype`.
 
     Raises:
-        ConversionError: If the folder is not a whole converted one, or its weights are not the model
-            that its config describes.
+        ConversionError: If the folder is not a whole converted one, or its weights are not the
+            model that its config describes.
     """
 
     def make(config: Any) -> CogVideoXTransformer:
@@ -62,8 +62,8 @@ def load_text_encoder(
         param_dtype: Dtype to cast the parameters to; None keeps each as it is stored.
 
     Raises:
-        ConversionError: If the folder is not a whole converted one, or its weights are not the model
-            that its config describes.
+        ConversionError: If the folder is not a whole converted one, or its weights are not the
+            model that its config describes.
     """
 
     def make(config: Any) -> T5Encoder:
@@ -84,8 +84,8 @@ def _load(
     if name not in manifest.components or found != class_name:
         there = ", ".join(sorted(manifest.components))
         raise ConversionError(
-            f"{folder}: holds no {name} of class {class_name} (it holds {there}): convert the source "
-            "again with it."
+            f"{folder}: holds no {name} of class {class_name} (it holds {there}): convert the "
+            "source again with it."
         )
     config = read_component_config(folder / name, class_name)
     graph, state = nnx.split(nnx.eval_shape(lambda: make(config)))
@@ -109,13 +109,15 @@ def _load(
 
 def _check_tree(weights: Path, expected: Any, stored: Any) -> None:
     shapes = [
-        {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
-         for path, leaf in jax.tree.leaves_with_path(tree)}
+        {
+            jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+            for path, leaf in jax.tree.leaves_with_path(tree)
+        }
         for tree in (expected, stored)
     ]
     if shapes[0] != shapes[1]:
         differ = sorted(path for path, _ in shapes[0].items() ^ shapes[1].items())
         raise ConversionError(
-            f"{weights}: is not the model of its config.json ({len(set(differ))} parameters differ, "
-            f"first {differ[0]}): convert the source again."
+            f"{weights}: is not the model of its config.json ({len(set(differ))} parameters "
+            f"differ, first {differ[0]}): convert the source again."
         )

@@ -1,4 +1,4 @@
-"""manifest.json: what a converted folder holds and what it was made of. Written last, read first."""
+"""manifest.json: what a converted folder holds and what it was made of; it is written last."""
 
 import dataclasses
 import hashlib
@@ -69,7 +69,8 @@ def library_versions() -> dict[str, str]:
 
 def digest(array: np.ndarray) -> str:
     """sha256 of an array's bytes in C order."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return hashlib.sha256(raw.data).hexdigest()
 
 
 def file_digest(file: Path) -> str:
@@ -95,18 +96,19 @@ def read_manifest(folder: Path) -> Manifest:
             raise ConversionError(f"{folder}: is no folder.")
         if (folder / "model_index.json").is_file():
             raise ConversionError(
-                f"{folder}: is a pipeline folder that was not converted: run `svg-jax convert` on it."
+                f"{folder}: is a pipeline folder that was not converted: run `svg-jax convert` on "
+                "it."
             )
         raise ConversionError(
-            f"{folder}: is no converted pipeline (it has no {NAME}): convert it again if a conversion "
-            "was cut off."
+            f"{folder}: is no converted pipeline (it has no {NAME}): convert it again if a "
+            "conversion was cut off."
         )
     values: dict[str, Any] = read_json(file)
     version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise ConversionError(
-            f"{file}: is of format {version!r} and this version reads {FORMAT_VERSION}: convert the "
-            "source again."
+            f"{file}: is of format {version!r} and this version reads {FORMAT_VERSION}: convert "
+            "the source again."
         )
     try:
         components = {
@@ -119,4 +121,6 @@ def read_manifest(folder: Path) -> Manifest:
         skipped = tuple(values["skipped"])
         return Manifest(**{**values, "components": components, "skipped": skipped})
     except (KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{file}: is damaged ({error!r}): convert the source again.") from error
+        raise ConversionError(
+            f"{file}: is damaged ({error!r}): convert the source again."
+        ) from error

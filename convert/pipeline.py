@@ -68,24 +68,25 @@ def convert_pipeline(
 ) -> None:
     """Converts a pipeline folder in diffusers' layout into orbax checkpoints.
 
-    The result holds `model_index.json`, `manifest.json`, the files of `scheduler/` and `tokenizer/`, and
-    per component `config.json` and `weights/`, an orbax checkpoint of the module's pure dict. It
-    appears whole or not at all. At no time more than a few tensors are in memory.
+    The result holds `model_index.json`, `manifest.json`, the files of `scheduler/` and
+    `tokenizer/`, and per component `config.json` and `weights/`, an orbax checkpoint of the
+    module's pure dict. It appears whole or not at all. At no time more than a few tensors are in
+    memory.
 
     Args:
         source: Folder with model_index.json. Weights are safetensors, one file or shards.
         destination: Folder to be made.
-        components: Components to convert, e.g. ("transformer", "text_encoder"); the others are left out
-            and named in the manifest. None takes all and refuses those that are not ported.
-        dtype: float32, float16 or bfloat16 to cast every weight to. None keeps what is stored, tensor
-            by tensor: a component may mix dtypes (T5's `wo` in float32 among float16), the layers of
-            one stacked weight may not.
+        components: Components to convert, e.g. ("transformer", "text_encoder"); the others are
+            left out and named in the manifest. None takes all and refuses those not ported yet.
+        dtype: float32, float16 or bfloat16 to cast every weight to. None keeps what is stored,
+            tensor by tensor: a component may mix dtypes (T5's `wo` in float32 among float16), the
+            layers of one stacked weight may not.
         overwrite: Whether to replace a checkpoint folder that is at `destination`.
         progress: Called with (bytes done, bytes in all, component).
 
     Raises:
-        ConversionError: One sentence that says what is wrong with the source or the destination, where,
-            and what to do. Nothing is left at `destination` then, or what was there before.
+        ConversionError: One sentence that says what is wrong with the source or the destination,
+            where, and what to do. At `destination` is then what was there before, or nothing.
     """
     source, destination = Path(source), Path(destination)
     if (source / NAME).is_file():
@@ -125,13 +126,13 @@ def _weight_dtype(dtype: DTypeLike) -> np.dtype:
         found = np.dtype(dtype)
     except TypeError:
         found = None
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise ConversionError(f"dtype={dtype!r}: must be float32, float16 or bfloat16.")
     return found
 
 
 def _link_targets(source: Path) -> tuple[Path, ...]:
-    """Where links in the source may lead: in the hub's cache, a snapshot's files live in `blobs`."""
+    """Where links in the source may lead: the hub's cache keeps a snapshot's files in `blobs`."""
     cached = source.resolve().parent.name == "snapshots"
     return (source, source.resolve().parent.parent / "blobs") if cached else (source,)
 
@@ -161,8 +162,8 @@ def _check_component(
         found = {tensors[name].dtype.name for names in leaf.names for name in names}
         if dtype is None and len(found) > 1:
             raise ConversionError(
-                f"{folder}: the layers of {leaf.rule.source} mix {' and '.join(sorted(found))}: choose "
-                "one dtype to cast the weights to."
+                f"{folder}: the layers of {leaf.rule.source} mix {' and '.join(sorted(found))}: "
+                "choose one dtype to cast the weights to."
             )
     return _Component(folder.name, folder, tensors, leaves, dtype)
 
@@ -189,8 +190,8 @@ def _write_component(
             )
             if records[name].sha256 != records[leaf.names[layer][0]].sha256:
                 raise ConversionError(
-                    f"{stored.file}: {name} and {leaf.names[layer][0]} are one weight of the model and "
-                    "differ: remove the wrong one."
+                    f"{stored.file}: {name} and {leaf.names[layer][0]} are one weight of the "
+                    "model and differ: remove the wrong one."
                 )
             arrays.append(cast)
             advance(stored.nbytes, component.name)
@@ -223,7 +224,7 @@ def _lazy_leaf(
             layers = range(start, min(start + rows, leaf.shape[0]))
             yield slice(start, layers.stop), np.stack([part(leaf, layer) for layer in layers])
 
-    return LazyArray(leaf.shape, dtype, slabs)
+    return LazyArray(leaf.shape, dtype, leaf.rule.stacked, slabs)
 
 
 def _cast(tensor: np.ndarray, dtype: np.dtype, stored: StoredTensor) -> np.ndarray:
@@ -231,8 +232,8 @@ def _cast(tensor: np.ndarray, dtype: np.dtype, stored: StoredTensor) -> np.ndarr
         cast = tensor.astype(dtype)
     if not all_finite(cast):
         raise ConversionError(
-            f"{stored.file}: {stored.name} has values that {dtype.name} cannot hold: choose another "
-            "dtype."
+            f"{stored.file}: {stored.name} has values that {dtype.name} cannot hold: choose "
+            "another dtype."
         )
     return cast
 

@@ -1,8 +1,8 @@
 """Safetensors files, read a tensor at a time and believed only as far as they were checked.
 
 The format: 8 bytes (little-endian length of the header), a JSON header {name: {dtype, shape,
-data_offsets}}, the tensors' bytes. A reader of our own, because the usual one accepts a key that stands
-twice, reads NaN without a word, and knows nothing of shards.
+data_offsets}}, the tensors' bytes. A reader of our own, because the usual one accepts a key that
+stands twice, reads NaN without a word, and knows nothing of shards.
 """
 
 import json
@@ -76,11 +76,13 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             f"{file}: is a Git-LFS pointer, not the weights: run `git lfs pull` in that folder."
         )
     if size < 8:
-        raise ConversionError(f"{file}: has only {size} bytes, no safetensors header: fetch it again.")
+        raise ConversionError(
+            f"{file}: has only {size} bytes, too few for a header: fetch it again."
+        )
     if len(header) < length or length == 0:
         raise ConversionError(
-            f"{file}: claims a header of {length} bytes in a file of {size} (at most {_HEADER_LIMIT} "
-            "are allowed): it is damaged, or no safetensors file; fetch it again."
+            f"{file}: claims a header of {length} bytes in a file of {size} (at most "
+            f"{_HEADER_LIMIT} are allowed): it is damaged, or no safetensors file; fetch it again."
         )
     entries = _parse_json(header, file)
     entries.pop("__metadata__", None)
@@ -90,8 +92,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     end = data_start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.nbytes)):
         if tensor.start != end:
-            kind = "overlaps the tensor before it" if tensor.start < end else "leaves a hole before it"
-            raise ConversionError(f"{file}: {tensor.name} {kind}: the file is damaged.")
+            kind = "overlaps the tensor" if tensor.start < end else "leaves a hole"
+            raise ConversionError(f"{file}: {tensor.name} {kind} before it: the file is damaged.")
         end += tensor.nbytes
     if end != size:
         what = "is truncated" if end > size else "has bytes that belong to no tensor"
@@ -103,21 +105,22 @@ def _tensor(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     where = f"{file}: {name}"
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers_are_sizes = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
-    except (KeyError, TypeError, ValueError):
-        numbers_are_sizes = False
-    if not numbers_are_sizes:
-        raise ConversionError(f"{where} has a header entry that is not safetensors': {entry!r:.80}.")
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
+            raise ValueError("not all of them are sizes")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConversionError(
+            f"{where} has a damaged header entry, {entry!r:.80}: fetch it again."
+        ) from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ConversionError(
-            f"{where} is {dtype!r:.20}, and a weight must be one of {', '.join(DTYPES)}: save the model "
-            "unquantised."
+            f"{where} is {dtype!r:.20}, and a weight must be one of {', '.join(DTYPES)}: save the "
+            "model unquantised."
         )
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != nbytes:
         raise ConversionError(
-            f"{where} of shape {shape} takes {nbytes} bytes and its offsets give {end - begin}: the "
-            "header is damaged."
+            f"{where} of shape {shape} takes {nbytes} bytes and its offsets give {end - begin}: "
+            "the header is damaged."
         )
     return StoredTensor(name, file, DTYPES[dtype], tuple(shape), data_start + begin, nbytes)
 
@@ -127,12 +130,12 @@ def read_weights(folder: Path, allowed: Iterable[Path] = ()) -> dict[str, Stored
 
     Args:
         folder: The component's folder.
-        allowed: Folders, besides `folder`, that symbolic links may lead to (the hub's cache keeps the
-            files in a `blobs` folder of its own).
+        allowed: Folders, besides `folder`, that symbolic links may lead to (the hub's cache keeps
+            the files in a `blobs` folder of its own).
 
     Raises:
-        ConversionError: If there are no weights, or more than one set of them; if shards and index do
-            not fit each other exactly; or a file lies outside the folder.
+        ConversionError: If there are no weights, or more than one set of them; if shards and index
+            do not fit each other exactly; or a file lies outside the folder.
     """
     present = [
         folder / f"{stem}{ending}"
@@ -162,8 +165,9 @@ def _read_shards(index: Path, roots: Iterable[Path]) -> dict[str, StoredTensor]:
         weight_map = _parse_json(index.read_bytes(), index)["weight_map"]
     except (OSError, KeyError) as error:
         raise ConversionError(f"{index}: has no weight_map: fetch it again.") from error
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise ConversionError(f"{index}: its weight_map does not map tensors to files: fetch it again.")
+    files = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(file, str) for file in files):
+        raise ConversionError(f"{index}: its weight_map maps no tensors to files: fetch it again.")
 
     folder, stem = index.parent, index.name.removesuffix(".safetensors.index.json")
     shards = sorted(set(weight_map.values()))
@@ -171,21 +175,21 @@ def _read_shards(index: Path, roots: Iterable[Path]) -> dict[str, StoredTensor]:
     stray = {name for name in stray if re.search(r"-\d+-of-\d+\.safetensors$", name)}
     if stray:
         raise ConversionError(
-            f"{index}: lists nothing of {', '.join(sorted(stray)[:5])}: remove the shards that are not "
-            "of this checkpoint, or fetch its index."
+            f"{index}: lists nothing of {', '.join(sorted(stray)[:5])}: remove the shards that "
+            "are not of this checkpoint, or fetch its index."
         )
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         file = folder / shard
         check_inside(file, roots)
         if not file.is_file():
-            raise ConversionError(f"{file}: the index lists this shard and it is missing: fetch it.")
+            raise ConversionError(f"{file}: the index lists this shard, it is missing: fetch it.")
         found = read_header(file)
         twice = sorted(found.keys() & tensors.keys())
         if twice:
             raise ConversionError(
-                f"{file}: {twice[0]} is also in {tensors[twice[0]].file.name} ({len(twice)} tensors "
-                "are in two shards): fetch the checkpoint again."
+                f"{file}: {twice[0]} is also in {tensors[twice[0]].file.name} ({len(twice)} "
+                "tensors are in two shards): fetch the checkpoint again."
             )
         listed = {name for name, of in weight_map.items() if of == shard}
         for names, what in (
@@ -226,7 +230,7 @@ def _parse_json(text: bytes, file: Path) -> dict[str, Any]:
     except ConversionError:
         raise
     except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{file}: its JSON cannot be read ({error}): fetch it again.") from error
+        raise ConversionError(f"{file}: is no whole JSON ({error}): fetch it again.") from error
     if not isinstance(parsed, dict):
         raise ConversionError(f"{file}: its JSON is not an object: fetch it again.")
     return parsed

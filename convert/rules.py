@@ -1,7 +1,8 @@
 """Conversion rules as data: which stored tensor becomes which leaf of a module, and back.
 
-A family (convert/cogvideox.py, convert/t5.py) is a function `rules(config) -> tuple[Rule, ...]`. Everything
-else follows from that table: what a checkpoint must hold, how a tensor is turned, and the way back.
+A family (convert/cogvideox.py, convert/t5.py) is a function `rules(config) -> tuple[Rule, ...]`.
+Everything else follows from that table: what a checkpoint must hold, how a tensor is turned, and
+the way back.
 """
 
 from collections import Counter
@@ -16,7 +17,7 @@ _NAMED = 5  # how many names of each kind of problem an error spells out
 
 
 class ConversionError(ValueError):
-    """A checkpoint that cannot be converted, or is not what it says: what, where, and what to do."""
+    """A checkpoint cannot be converted, or is not what it says: what, where, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,14 @@ class Rule:
     Attributes:
         source: Name of the stored tensor; `{layer}` stands for the layer's number, and such a rule
             stacks its tensors along a new leading axis of the leaf.
-        target: Dotted path of the leaf in the module's pure dict, e.g. `blocks.attention.query.kernel`.
-        transform: "none" keeps the array; "transpose" turns a linear weight [out, in] into [in, out];
-            "conv" turns a convolution's weight [out, in, *kernel] into [in * prod(kernel), out], the
-            input channel slowest.
-        source_shape: Shape of one stored tensor, from the config. It is what a checkpoint is checked
-            against, and what tells the inverse of "conv" its kernel.
-        aliases: Other names that the same tensor may be stored under (tied weights). At least one of
-            the names must be there, and those that are must hold the same bytes.
+        target: Dotted path of the leaf in the module's pure dict, `blocks.attention.query.kernel`.
+        transform: "none" keeps the array; "transpose" turns a linear weight [out, in] into
+            [in, out]; "conv" turns a convolution's weight [out, in, *kernel] into
+            [in * prod(kernel), out], the input channel slowest.
+        source_shape: Shape of one stored tensor, from the config. It is what a checkpoint is
+            checked against, and what tells the inverse of "conv" its kernel.
+        aliases: Other names that the same tensor may be stored under (tied weights). At least one
+            of the names must be there, and those that are must hold the same bytes.
     """
 
     source: str
@@ -81,8 +82,8 @@ class Leaf:
 
     Attributes:
         rule: The rule that asks for it.
-        names: Per layer (one entry where the rule does not stack), the names that the tensor is stored
-            under: one, or several where tied weights were stored more than once.
+        names: Per layer (one entry where the rule does not stack), the names that the tensor is
+            stored under: one, or several where tied weights were stored more than once.
         shape: The leaf's shape, the layer axis included.
     """
 
@@ -112,8 +113,8 @@ def match_rules(
         where: What is being read, for the error.
 
     Raises:
-        ConversionError: Unless the two sides fit exactly. It lists missing, unexpected and misshapen
-            tensors and leaves that two rules claim, all at once.
+        ConversionError: Unless the two sides fit exactly. It lists missing, unexpected and
+            misshapen tensors and leaves that two rules claim, all at once.
     """
     leaves = []
     missing, misshapen, used = [], [], set()

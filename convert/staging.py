@@ -1,8 +1,9 @@
 """A folder that appears whole or not at all.
 
-Everything is written to a hidden sibling of the destination, `.NAME.partial-…`, and renamed at the end.
-A run that is killed leaves only that sibling; the next run for the same destination removes it. A lock
-on it, which the kernel drops with the process, tells a dead run's from that of one still at work.
+Everything is written to a hidden sibling of the destination, `.NAME.partial-…`, and renamed at the
+end. A run that is killed leaves only that sibling; the next run for the same destination removes
+it. A lock on it, which the kernel drops with the process, tells a dead run's from that of one
+still at work.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ try:
 except ImportError:  # Windows: a dead run's folder cannot be told, and is left
     fcntl = None
 
-# What marks a folder as one that these tools wrote, so that `overwrite` cannot remove anything else.
+# What marks a folder as a checkpoint, so that `overwrite` cannot remove anything else.
 MARKS = ("manifest.json", "model_index.json")
 
 
@@ -33,8 +34,8 @@ def check_destination(destination: Path, source: Path, nbytes: int, overwrite: b
         overwrite: Whether a checkpoint that is there may be replaced.
 
     Raises:
-        ConversionError: If the destination is there already, lies in the source or around it, or the
-            disk has too little room.
+        ConversionError: If the destination is there already, lies in the source or around it, or
+            the disk has too little room.
     """
     here, there = destination.resolve(), source.resolve()
     if here.is_relative_to(there) or there.is_relative_to(here):
@@ -55,8 +56,8 @@ def check_destination(destination: Path, source: Path, nbytes: int, overwrite: b
     free = shutil.disk_usage(existing).free
     if free < nbytes:
         raise ConversionError(
-            f"{destination}: needs {nbytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free: "
-            "make room, or choose another disk."
+            f"{destination}: needs {nbytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB "
+            "free: make room, or choose another disk."
         )
 
 
@@ -92,8 +93,8 @@ def staged_folder(destination: Path, *, overwrite: bool = False) -> Iterator[Pat
 
 def _cannot_write(destination: Path, error: OSError) -> ConversionError:
     return ConversionError(
-        f"{destination}: cannot be written ({error.strerror or error}): nothing was left there; make "
-        "room or choose another folder."
+        f"{destination}: cannot be written ({error.strerror or error}): nothing was left there; "
+        "make room or choose another folder."
     )
 
 

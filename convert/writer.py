@@ -1,6 +1,6 @@
 """Orbax folders written and read a slab at a time, so that no model has to fit into memory.
 
-What is written is orbax's standard layout (OCDBT, zarr3): `StandardCheckpointer().restore` reads it.
+The layout is orbax's standard one (OCDBT, zarr3), which `StandardCheckpointer().restore` reads.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ import tensorstore as ts
 
 from svg_jax.convert.rules import ConversionError
 
-# Leaves above this many bytes are stored in one chunk per layer and written some layers at a time.
+# Stacked leaves above this many bytes are stored a layer a chunk and written some layers at a time.
 SLAB_BYTES = 64 * 2**20
 
 
@@ -32,11 +32,13 @@ class LazyArray:
     Attributes:
         shape: Its shape.
         dtype: Its dtype.
+        stacked: Whether the leading axis counts layers.
         slabs: Makes the pieces, each with the part of the leading axis that it fills.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    stacked: bool
     slabs: Callable[[], Iterator[tuple[slice | EllipsisType, np.ndarray]]]
 
     @property
@@ -51,20 +53,21 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self._turn = asyncio.Lock()
-        self._failed = False
+        self.failure: Exception | None = None
 
     async def _open_and_write(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, value: LazyArray, tspec: dict[str, Any], ts_context: ts.Context
     ) -> None:
         async with self._turn:
-            if self._failed:  # the event loop is about to be closed: start nothing more
+            if self.failure is not None:
                 return
-            self._failed = True
-            spec = ts.Spec(tspec)
-            array = await ts.open(spec, create=True, open=True, context=ts_context)
-            for part, slab in value.slabs():
-                await array[part].write(slab)
-            self._failed = False
+            try:
+                spec = ts.Spec(tspec)
+                array = await ts.open(spec, create=True, open=True, context=ts_context)
+                for part, slab in value.slabs():
+                    await array[part].write(slab)
+            except Exception as error:  # raised here, orbax would log it from two of its threads
+                self.failure = error
 
 
 def write_tree(folder: Path, tree: Mapping[str, Any]) -> None:
@@ -77,29 +80,33 @@ def write_tree(folder: Path, tree: Mapping[str, Any]) -> None:
     Raises:
         OSError: If the system refuses to write: no room, no right.
     """
+    arrays = _LazyHandler()
     registry = ocp.type_handlers.create_type_handler_registry(
-        (LazyArray, _LazyHandler()),
+        (LazyArray, arrays),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # orbax warns without one
     )
-    handler = ocp.PyTreeCheckpointHandler(
+    pytree_handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt=True, use_zarr3=True, use_compression=False, type_handler_registry=registry
     )
     save_args = jax.tree.map(_save_args, tree)
+    failure = None
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(
-                folder.absolute(), args=ocp.args.PyTreeSave(dict(tree), save_args=save_args)
-            )
-    except ValueError as error:  # what tensorstore makes of the system's errors
-        if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        with ocp.Checkpointer(pytree_handler) as checkpointer:
+            args = ocp.args.PyTreeSave(dict(tree), save_args=save_args)
+            checkpointer.save(folder.absolute(), args=args)
+    except Exception as error:
+        failure = error
+    if failure := arrays.failure or failure:
+        # tensorstore makes ValueErrors of the system's errors
+        if code := re.search(r"os_error_code='(\d+)'", str(failure)):
             number = int(code[1])
-            raise OSError(number, os.strerror(number), str(folder)) from error
-        raise
+            raise OSError(number, os.strerror(number), str(folder)) from failure
+        raise failure
 
 
 def _save_args(array: LazyArray) -> ocp.SaveArgs:
-    large = len(array.shape) > 1 and array.size * array.dtype.itemsize > SLAB_BYTES
-    return ocp.SaveArgs(shard_axes=(0,)) if large else ocp.SaveArgs()
+    large = array.size * array.dtype.itemsize > SLAB_BYTES
+    return ocp.SaveArgs(shard_axes=(0,)) if array.stacked and large else ocp.SaveArgs()
 
 
 def open_leaves(folder: Path) -> dict[tuple[str, ...], ts.TensorStore]:
