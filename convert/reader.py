@@ -181,7 +181,7 @@ def _read_shards(index: Path, roots: Iterable[Path]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         file = folder / shard
-        check_inside(file, roots)
+        check_inside(file, roots, named_by=index)
         if not file.is_file():
             raise ConversionError(f"{file}: the index lists this shard, it is missing: fetch it.")
         found = read_header(file)
@@ -203,8 +203,13 @@ def _read_shards(index: Path, roots: Iterable[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def check_inside(file: Path, roots: Iterable[Path]) -> None:
+def check_inside(file: Path, roots: Iterable[Path], *, named_by: Path | None = None) -> None:
     """Refuses a file that does not lie in one of the folders `roots`, links followed.
+
+    Args:
+        file: The file.
+        roots: The folders.
+        named_by: The file that gives its name, if one does, for the error.
 
     Raises:
         ConversionError: If it does not.
@@ -212,7 +217,8 @@ def check_inside(file: Path, roots: Iterable[Path]) -> None:
     target = file.resolve()
     if not any(target.is_relative_to(root.resolve()) for root in roots):
         raise ConversionError(
-            f"{file}: leads out of the checkpoint's folder, to {target}: copy the file into it."
+            f"{f'{named_by}: ' if named_by else ''}{file} leads out of the checkpoint's folder, to "
+            f"{target}: copy the file into it."
         )
 
 
