@@ -5,18 +5,22 @@ if __name__ != "svg_jax.convert":
         f"import svg_jax.convert, not {__name__}: install the project with `pip install -e .`"
     )
 
-from svg_jax.convert.export import export_pipeline, verify_pipeline
-from svg_jax.convert.load import load_text_encoder, load_transformer
-from svg_jax.convert.manifest import Manifest, TensorRecord, read_manifest
-from svg_jax.convert.pipeline import convert_pipeline
-from svg_jax.convert.rules import (
-    ConversionError,
-    Leaf,
-    Rule,
-    convert_state,
-    match_rules,
-    restore_state,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from svg_jax.convert.export import export_pipeline, verify_pipeline
+    from svg_jax.convert.load import load_text_encoder, load_transformer
+    from svg_jax.convert.manifest import Manifest, TensorRecord, read_manifest
+    from svg_jax.convert.pipeline import convert_pipeline
+    from svg_jax.convert.rules import (
+        ConversionError,
+        Leaf,
+        Rule,
+        convert_state,
+        match_rules,
+        restore_state,
+    )
 
 __all__ = [
     "ConversionError",
@@ -34,3 +38,19 @@ __all__ = [
     "restore_state",
     "verify_pipeline",
 ]
+
+_HOME = {
+    "export": ("export_pipeline", "verify_pipeline"),
+    "load": ("load_text_encoder", "load_transformer"),
+    "manifest": ("Manifest", "TensorRecord", "read_manifest"),
+    "pipeline": ("convert_pipeline",),
+    "rules": ("ConversionError", "Leaf", "Rule", "convert_state", "match_rules", "restore_state"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: the rules need neither flax nor orbax."""
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

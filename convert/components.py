@@ -8,7 +8,7 @@ from typing import Any
 from svg_jax.convert import cogvideox, t5
 from svg_jax.convert.reader import read_json
 from svg_jax.convert.rules import ConversionError, Leaf, Rule, match_rules
-from svg_jax.models.cogvideox import CogVideoXConfig
+from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.t5 import T5Config
 
 PIPELINES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline")

@@ -77,6 +77,8 @@ def staged_folder(destination: Path, *, overwrite: bool = False) -> Iterator[Pat
         destination.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(destination)
         staging, lock = _make_staging(destination)
+    except FileExistsError as error:
+        raise ConversionError(f"{error.filename}: is no folder: choose another place.") from error
     except OSError as error:
         raise _cannot_write(destination, error) from error
     try:
