@@ -163,7 +163,7 @@ def trajectories(rng: PRNGKeyArray, motion: Int[Array, " batch"]) -> Float[Array
     )
     bouncing = jnp.stack([floor - height * hop, drifting], axis=-1)
 
-    radius = jnp.array([0.34, 0.22]) * (1.0 + 0.3 * size)  # y, x: nearly round in pixels
+    radius = jnp.array([[[0.34, 0.22]]]) * (1.0 + 0.3 * size)  # y, x: nearly round in pixels
     angle = 2.0 * jnp.pi * (sign[..., 0] * turns + phase)
     centre = radius + spot * (1.0 - 2.0 * radius)
     circling = centre + radius * jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)

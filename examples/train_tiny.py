@@ -70,7 +70,7 @@ def main() -> None:
             entry = {"step": int(state.step), "progress": round(float(progress[-1]), 4)}
             entry |= {"seconds": round(record["seconds"], 1), "loss": round(loss, 5)}
             entry |= {"steps_per_second": round(args.steps_per_call / pace, 2)}
-            entry |= {"validation": validation.round(5).tolist()}
+            entry |= {"validation": [round(loss, 5) for loss in validation.tolist()]}
             record["log"].append(entry)
             print(json.dumps(entry), flush=True)
         if time.monotonic() - saved > 120:
