@@ -11,7 +11,7 @@ from svg_jax import kernels
 from svg_jax.classify import classify_heads
 from svg_jax.config import SparsityConfig, dense_layer_count
 from svg_jax.layout import to_frame_major, to_token_major
-from svg_jax.masks import sparse_mask
+from svg_jax.masks import realised_density, sparse_mask
 from svg_jax.models import Attend, VideoLayout
 
 
@@ -22,7 +22,8 @@ class SparseAttentionInfo:
 
     Attributes:
         labels: True where a head is temporal.
-        errors: Mean squared errors of the spatial and the temporal mask; NaN if labels were given.
+        errors: Mean squared errors of the spatial and the temporal mask; NaN if labels were given,
+            0 at density 1.
         density: Share of the S×S map that was computed, mean over the batch: exact, token by token.
     """
 
@@ -82,6 +83,11 @@ def sparse_attention(
     if query.shape[1] != layout.num_tokens:
         raise ValueError(f"query has {query.shape[1]} tokens, {layout} has {layout.num_tokens}")
     batch, _, heads, _ = query.shape
+    if config.density >= 1:
+        labels = jnp.zeros((batch, heads), bool) if labels is None else labels
+        errors = jnp.zeros((batch, heads, 2), jnp.float32)
+        info = SparseAttentionInfo(labels, errors, jnp.ones((), jnp.float32))
+        return _dense(query, key, value, layout, text_length, implementation), info
     if labels is not None:
         errors = jnp.full((batch, heads, 2), jnp.nan, jnp.float32)
     elif rng is None:
@@ -93,10 +99,7 @@ def sparse_attention(
             query, key, value, layout=layout, config=config, rng=rng, text_length=text_length
         )
     mask = sparse_mask(layout, config)
-    density = kernels.mask_density(mask, text_length)
-    info = SparseAttentionInfo(labels, errors, density)
-    if config.density >= 1:
-        return _dense(query, key, value, layout, text_length, implementation), info
+    info = SparseAttentionInfo(labels, errors, realised_density(mask, text_length))
     out = kernels.block_sparse_attention(
         to_token_major(query, layout, labels),
         to_token_major(key, layout, labels),

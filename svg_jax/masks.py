@@ -7,8 +7,11 @@ diagonal. A temporal head looks at one place in all frames: in token-major order
 
 import math
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
 from svg_jax.config import SparsityConfig
-from svg_jax.kernels import BandMask
+from svg_jax.kernels import BandMask, kept_pairs
 from svg_jax.models import VideoLayout
 
 
@@ -56,3 +59,14 @@ def sparse_mask(layout: VideoLayout, config: SparsityConfig) -> BandMask:
         text_tokens=layout.text_tokens,
         sink_tokens=layout.video_start + layout.tokens_per_frame if sink else 0,
     )
+
+
+def realised_density(
+    mask: BandMask, text_length: Int[Array, " batch"] | None = None
+) -> Float[Array, ""]:
+    """Share of the S×S map that a mask keeps: exact, token by token, mean over the batch.
+
+    Sink, text and rounding are in it; pairs with padded text are not, though S counts padding.
+    """
+    share = jnp.asarray(kept_pairs(mask, text_length), jnp.float32) / float(mask.num_tokens**2)
+    return share.mean()

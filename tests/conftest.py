@@ -9,12 +9,17 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A first example compiles and a later one does not: times say nothing here.
+hypothesis.settings.register_profile("svg-jax", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("svg-jax")
 
 # Before the first `import svg_jax`: the hook only sees modules that are imported after it.
 install_import_hook("svg_jax", "beartype.beartype")

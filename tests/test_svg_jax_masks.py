@@ -2,14 +2,14 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from svg_jax.config import SparsityConfig, dense_layer_count, dense_step_count
-from svg_jax.kernels import mask_density
-from svg_jax.masks import band_width, sparse_mask
+from svg_jax.masks import band_width, realised_density, sparse_mask
 from svg_jax.models import VideoLayout
 
 COGVIDEOX = VideoLayout(
@@ -33,12 +33,12 @@ def test_the_scripts_settings_realise_the_known_widths(layout, density, width, r
     mask = sparse_mask(layout, SparsityConfig(density=density))
     assert mask.band_width == width
     if realised:
-        assert float(mask_density(mask)) == pytest.approx(realised, abs=5e-4)
+        assert float(realised_density(mask)) == pytest.approx(realised, abs=5e-4)
 
 
 def test_the_sink_comes_on_top_of_the_budget():
     config = SparsityConfig(density=0.30, first_frame_sink=False)
-    assert float(mask_density(sparse_mask(WAN_720P, config))) == pytest.approx(0.302, abs=5e-4)
+    assert float(realised_density(sparse_mask(WAN_720P, config))) == pytest.approx(0.302, abs=5e-4)
 
 
 def specified_mask(layout: VideoLayout, width: int, text_length: int) -> np.ndarray:
@@ -83,7 +83,7 @@ def test_the_closed_form_is_the_specified_mask(layout, density, multiple, data):
     if density >= 1:
         assert kept.sum() == real * real
     assert kept[position < real].any(axis=1).all(), "no real row is ever left empty"
-    computed = mask_density(mask, np.asarray([length], np.int32))
+    computed = realised_density(mask, jnp.array([length], jnp.int32))
     assert float(computed) == pytest.approx(expected.mean(), rel=1e-5)
 
 
