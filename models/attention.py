@@ -1,11 +1,11 @@
 """The attention that a model is given: its signature, and a dense default."""
 
-import functools
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
 from svg_jax.models.layout import VideoLayout
 
 _ROWS = 256  # query rows of a block: the fastest on a CPU, where 512 fall out of the cache
@@ -73,6 +73,34 @@ def dense_attention(
     return jnp.roll(out, shift, axis=1), None
 
 
+def softmax_attention(
+    query: Float[Array, "batch rows heads head_dim"],
+    key: Float[Array, "batch keys heads head_dim"],
+    value: Float[Array, "batch keys heads head_dim"],
+    *,
+    scale: float,
+    bias: Float[Array, "1 heads rows keys"] | None = None,
+    keep: Bool[Array, "batch keys"] | None = None,
+) -> Float[Array, "batch rows heads head_dim"]:
+    """Attention as the formula stands, scores in float32, all of them at once.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        value: Values.
+        scale: Factor of the scores.
+        bias: Added to the scores.
+        keep: The keys that count; None if all do.
+    """
+    scores = scale * jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores += bias
+    if keep is not None:
+        scores = jnp.where(keep[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
 def _attend(query: Array, key: Array, value: Array, length: Array | None) -> Array:
     batch, tokens, heads, head_dim = query.shape
     in_16_bit = query.dtype in (jnp.bfloat16, jnp.float16)
@@ -81,16 +109,12 @@ def _attend(query: Array, key: Array, value: Array, length: Array | None) -> Arr
             query, key, value, key_value_seq_lengths=length, implementation="cudnn"
         )
 
-    # Without jax.checkpoint the backward pass would keep the scores of all blocks: tokens².
-    attend_rows = jax.checkpoint(
-        functools.partial(
-            jax.nn.dot_product_attention,
-            key=key,
-            value=value,
-            key_value_seq_lengths=length,
-            implementation="xla",
-        )
-    )
+    keep = None if length is None else jnp.arange(tokens)[None, :] < length[:, None]
+
+    @jax.checkpoint  # or the backward pass would keep the scores of all blocks: tokens squared
+    def attend_rows(rows: Array) -> Array:
+        return softmax_attention(rows, key, value, scale=head_dim**-0.5, keep=keep)
+
     rows = min(_ROWS, tokens)
     blocks = -(-tokens // rows)
     query = jnp.pad(query, ((0, 0), (0, blocks * rows - tokens), (0, 0), (0, 0)))

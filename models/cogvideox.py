@@ -16,6 +16,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jax.nn.initializers import zeros
 from jaxtyping import Array, Bool, Float, Int, Real
+
 from svg_jax.models.attention import Attend, dense_attention
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.embeddings import TimestepEmbedding, sincos_video_embedding
@@ -282,6 +283,7 @@ class CogVideoXTransformer(nnx.Module):
         )
 
     def rotation(self, grid: tuple[int, int, int], text_tokens: int) -> Rotation | None:
+        """The rotary embedding of text, at rest, and a grid of (frames, rows, columns) tokens."""
         config, (frames, rows, columns) = self.config, grid
         if not config.use_rotary_positional_embeddings:
             return None

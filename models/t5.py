@@ -10,13 +10,14 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 from jax.nn.initializers import normal
 from jaxtyping import Array, Bool, Float, Int
+
+from svg_jax.models.attention import softmax_attention
 from svg_jax.models.config import check_config, read_config
 from svg_jax.models.layers import gelu_tanh, scan_layers, stack_layers
 
@@ -115,18 +116,17 @@ class Attention(nnx.Module):
         self,
         hidden: Float[Array, "batch tokens d_model"],
         bias: Float[Array, "1 heads tokens tokens"],
-        mask: Bool[Array, "batch 1 1 tokens"] | None,
+        keep: Bool[Array, "batch tokens"] | None,
     ) -> Float[Array, "batch tokens d_model"]:
-        """Attends; the mask is True at the keys that count."""
+        """Attends to the tokens to keep; None keeps all."""
         by_head = (*hidden.shape[:-1], self.num_heads, -1)
-        out = jax.nn.dot_product_attention(
+        out = softmax_attention(
             self.query(hidden).reshape(by_head),
             self.key(hidden).reshape(by_head),
             self.value(hidden).reshape(by_head),
-            bias=bias,
-            mask=mask,
             scale=1.0,
-            implementation="xla",
+            bias=bias,
+            keep=keep,
         )
         return self.output(out.reshape(*hidden.shape[:-1], -1))
 
@@ -163,10 +163,10 @@ class Block(nnx.Module):
         self,
         hidden: Float[Array, "batch tokens d_model"],
         bias: Float[Array, "1 heads tokens tokens"],
-        mask: Bool[Array, "batch 1 1 tokens"] | None,
+        keep: Bool[Array, "batch tokens"] | None,
     ) -> Float[Array, "batch tokens d_model"]:
         """Returns the next hidden state, float32 as the one before."""
-        out = self.attention(self.attention_norm(hidden), bias, mask)
+        out = self.attention(self.attention_norm(hidden), bias, keep)
         hidden = hidden + out.astype(hidden.dtype)
         out = self.feed_forward(self.feed_forward_norm(hidden))
         return hidden + out.astype(hidden.dtype)
@@ -248,10 +248,10 @@ class T5Encoder(nnx.Module):
             self.config.relative_attention_max_distance,
         )
         bias = self.relative_bias(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
-        mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
+        keep = None if attention_mask is None else attention_mask.astype(bool)
 
         def apply_layer(block: Block, hidden: Array, layer: Array) -> tuple[Array, None]:
-            return block(hidden, bias, mask), None
+            return block(hidden, bias, keep), None
 
         hidden = self.token_embedding(input_ids)
         hidden, _ = scan_layers(self.blocks, apply_layer, hidden)
