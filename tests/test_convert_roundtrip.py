@@ -1,0 +1,251 @@
+"""Folders that diffusers and transformers wrote: converted, loaded, verified, and given back."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from safetensors.numpy import load_file
+
+from svg_jax.convert import (
+    ConversionError,
+    cogvideox,
+    convert_pipeline,
+    convert_state,
+    export_pipeline,
+    load_text_encoder,
+    load_transformer,
+    read_manifest,
+    t5,
+    verify_pipeline,
+)
+from svg_jax.models import CogVideoXConfig, T5Config
+
+SMALL = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 16,
+    "text_embed_dim": 16,
+    "num_layers": 2,
+    "sample_width": 8,
+    "sample_height": 8,
+    "sample_frames": 9,
+    "max_text_seq_length": 8,
+}
+ROTARY = {**SMALL, "use_rotary_positional_embeddings": True}
+VARIANTS = {
+    "2b": SMALL,
+    "5b-I2V": {**ROTARY, "in_channels": 8, "use_learned_positional_embeddings": True},
+    "1.5-5b-I2V": {**ROTARY, "patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 16},
+}
+T5 = {
+    "d_model": 16,
+    "d_ff": 32,
+    "d_kv": 8,
+    "num_heads": 2,
+    "num_layers": 2,
+    "vocab_size": 20,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
+def released(folder: Path, variant: str) -> Path:
+    """A pipeline folder as the libraries write it: sharded bfloat16 and whole float16 weights."""
+    torch.manual_seed(0)
+    transformer = diffusers.CogVideoXTransformer3DModel(**VARIANTS[variant])
+    encoder = transformers.T5EncoderModel(transformers.T5Config(**T5))
+    for module in (transformer, encoder):
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter)
+    transformer.to(torch.bfloat16).save_pretrained(folder / "transformer", max_shard_size="30KB")
+    encoder.to(torch.float16).save_pretrained(folder / "text_encoder")
+    diffusers.CogVideoXDDIMScheduler().save_pretrained(folder / "scheduler")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer/tokenizer.json").write_text("{}")
+    index = {
+        "_class_name": "CogVideoXPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+        "vae": [None, None],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request, tmp_path_factory):
+    """A released folder of each variant, and what it was converted to."""
+    folder = tmp_path_factory.mktemp("variant")
+    convert_pipeline(released(folder / "source", request.param), folder / "out")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The same for one variant only."""
+    folder = tmp_path_factory.mktemp("one")
+    convert_pipeline(released(folder / "source", "2b"), folder / "out")
+    return folder
+
+
+@pytest.fixture
+def own_copy(one, tmp_path):
+    """A converted folder for a test to damage."""
+    shutil.copytree(one / "out", tmp_path / "out")
+    return tmp_path / "out"
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def assert_same_bits(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert found[name].tobytes() == tensor.tobytes()
+
+
+def small_files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*.json")
+        if not file.name.endswith(".index.json") or file.name == "model_index.json"
+    }
+
+
+def largest_data_file(weights: Path) -> Path:
+    return max(weights.rglob("d/*"), key=lambda file: file.stat().st_size)
+
+
+class TestExport:
+    def test_tensors_and_small_files_come_back_bit_for_bit(self, variant, tmp_path):
+        export_pipeline(variant / "out", tmp_path / "back")
+        assert (tmp_path / "back/transformer/diffusion_pytorch_model.safetensors").is_file()
+        assert (tmp_path / "back/text_encoder/model.safetensors").is_file()
+        for component in ("transformer", "text_encoder"):
+            expected = tensors_of(variant / "source" / component)
+            assert_same_bits(tensors_of(tmp_path / "back" / component), expected)
+        assert small_files(tmp_path / "back") == small_files(variant / "source")
+
+    def test_the_libraries_read_what_comes_back(self, one, tmp_path):
+        export_pipeline(one / "out", tmp_path / "back", shard_bytes=30_000)
+        for component, load in (
+            ("transformer", diffusers.CogVideoXTransformer3DModel.from_pretrained),
+            ("text_encoder", transformers.T5EncoderModel.from_pretrained),
+        ):
+            found, expected = (
+                load(one_of / component) for one_of in (tmp_path / "back", one / "source")
+            )
+            assert found.state_dict().keys() == expected.state_dict().keys()
+            for name, tensor in expected.state_dict().items():
+                assert torch.equal(found.state_dict()[name], tensor)
+
+    def test_shards_convert_to_the_same_as_the_whole(self, one, tmp_path):
+        export_pipeline(one / "out", tmp_path / "back", shard_bytes=20_000)
+        assert len(list((tmp_path / "back/transformer").glob("*.safetensors"))) > 2
+        convert_pipeline(tmp_path / "back", tmp_path / "again")
+        assert read_manifest(tmp_path / "again").components == read_manifest(one / "out").components
+
+
+class TestVerify:
+    def test_a_sound_folder_passes_and_every_byte_is_counted(self, one):
+        calls = []
+        verify_pipeline(one / "out", progress=lambda *call: calls.append(call))
+        done, total, _ = calls[-1]
+        sizes = [
+            tensor.nbytes
+            for component in ("transformer", "text_encoder")
+            for tensor in tensors_of(one / "source" / component).values()
+        ]
+        assert done == total == sum(sizes)
+
+    def test_a_flipped_bit_is_found_by_verify_and_export(self, own_copy, tmp_path):
+        file = largest_data_file(own_copy / "transformer/weights")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(ConversionError, match=r"transformer: .* is not what was converted"):
+            verify_pipeline(own_copy)
+        with pytest.raises(ConversionError, match=r"transformer: .* is not what was converted"):
+            export_pipeline(own_copy, tmp_path / "back")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_a_changed_small_file_is_found(self, own_copy):
+        (own_copy / "tokenizer/tokenizer.json").write_text("{ }")
+        with pytest.raises(ConversionError, match=r"tokenizer.json: is not the file"):
+            verify_pipeline(own_copy)
+
+
+class TestLoad:
+    def test_parameters_are_the_released_ones_as_stored(self, variant):
+        config = json.loads((variant / "source/transformer/config.json").read_text())
+        for component, module, rules in (
+            (
+                "transformer",
+                load_transformer(variant / "out"),
+                cogvideox.rules(CogVideoXConfig.from_dict(config)),
+            ),
+            ("text_encoder", load_text_encoder(variant / "out"), t5.rules(T5Config(**T5))),
+        ):
+            expected = convert_state(tensors_of(variant / "source" / component), rules, 2)
+            found = nnx.to_pure_dict(nnx.state(module))
+            assert jax.tree.structure(found) == jax.tree.structure(expected)
+            for leaf, array in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+                assert leaf.dtype == array.dtype
+                assert np.asarray(leaf).tobytes() == array.tobytes()
+                assert leaf.devices() == {jax.devices()[0]}
+
+    def test_parameters_are_cast_and_computed_in_what_is_asked_for(self, one):
+        encoder = load_text_encoder(one / "out", dtype=jnp.bfloat16, param_dtype=jnp.float32)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(encoder))} == {"float32"}
+        assert encoder(jnp.zeros((1, 4), jnp.int32)).dtype == jnp.bfloat16
+        transformer = load_transformer(one / "out", dtype=jnp.bfloat16, param_dtype=jnp.float16)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(transformer))} == {"float16"}
+
+    def test_what_was_not_converted_is_told(self, one, tmp_path):
+        with pytest.raises(ConversionError, match="is no folder"):
+            load_transformer(tmp_path / "nowhere")
+        with pytest.raises(ConversionError, match="run `svg-jax convert` on it"):
+            load_transformer(one / "source")
+        with pytest.raises(ConversionError, match=r"no converted pipeline \(it has no manifest"):
+            load_transformer(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [("{", "no whole JSON"), ("{}", "is of format None"), ('{"format_version": 1}', "damaged")],
+    )
+    def test_a_damaged_manifest_is_told(self, own_copy, content, message):
+        (own_copy / "manifest.json").write_text(content)
+        with pytest.raises(ConversionError, match=f"manifest.json: .*{message}"):
+            load_transformer(own_copy)
+
+    def test_weights_of_another_config_are_refused(self, own_copy):
+        config = own_copy / "transformer/config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 3}))
+        message = r"not the model of its config.json \(24 parameters differ, first blocks\."
+        with pytest.raises(ConversionError, match=message):
+            load_transformer(own_copy)
+
+    def test_weights_that_are_cut_or_gone_are_told(self, own_copy):
+        message = "weights: cannot be read as an orbax checkpoint"
+        file = largest_data_file(own_copy / "transformer/weights")
+        os.truncate(file, file.stat().st_size // 2)
+        with pytest.raises(ConversionError, match=message):
+            load_transformer(own_copy)
+        shutil.rmtree(own_copy / "text_encoder/weights")
+        with pytest.raises(ConversionError, match=message):
+            load_text_encoder(own_copy)
