@@ -1,2 +1,20 @@
+"""Attention kernels: arrays in, arrays out, nothing of videos."""
+
 if __name__ != "svg_jax.kernels":
-    raise ImportError(f"import svg_jax.kernels, not {__name__}: install the project with `pip install -e .`")
+    raise ImportError(
+        f"import svg_jax.kernels, not {__name__}: install the project with `pip install -e .`"
+    )
+
+from svg_jax.kernels.attention import block_sparse_attention, dense_attention
+from svg_jax.kernels.block_mask import BandMask, BlockMap, block_map, kept_pairs
+from svg_jax.kernels.profile import sampled_attention
+
+__all__ = [
+    "BandMask",
+    "BlockMap",
+    "block_map",
+    "block_sparse_attention",
+    "dense_attention",
+    "kept_pairs",
+    "sampled_attention",
+]
