@@ -1,9 +1,9 @@
 """CogVideoX's two samplers, DDIM and SDE-DPM-Solver++(2M), as tables and pure functions.
 
-A schedule is a table of numbers, made once on the host in float64. A step is a pure function, linear
-in its inputs with the coefficients of that table, which enter a jitted step as traced scalars:
-neither the number of steps nor the position in the run is ever compiled in. What a step leaves for
-the next one is explicit state, and its noise is an argument.
+A schedule is a table of numbers, made once on the host in float64. A step is a pure function,
+linear in its inputs with the coefficients of that table, which enter a jitted step as traced
+scalars: neither the number of steps nor the position in the run is ever compiled in. What a step
+leaves for the next one is explicit state, and its noise is an argument.
 
 Same arithmetic as diffusers' CogVideoXDDIMScheduler and CogVideoXDPMScheduler (0.42.1), and the
 same quirk: a step from `t` leads to `t - 1000 // steps`, whether or not that is the next entry.

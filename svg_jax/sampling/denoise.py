@@ -1,0 +1,294 @@
+"""The denoising loop: one jitted pure step, called in order.
+
+All that changes from step to step (coefficients, guidance scale, PRNG key, labels) enters the step
+as a traced value. What remains is two executables per shape and guidance mode: a dense one and a
+sparse one.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from svg_jax.attention import SparseAttentionInfo, StepState, attend_dense, attend_sparse
+from svg_jax.config import SparsityConfig, dense_step_count, share_of
+from svg_jax.models import Attend
+from svg_jax.sampling.record import HeadProfile, StepRecord
+from svg_jax.sampling.schedulers import (
+    SamplerState,
+    Schedule,
+    StepCoefficients,
+    ddim_step,
+    dpm_step,
+    step_key,
+    step_noise,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Conditions:
+    """What the model is told beside latents and timestep.
+
+    Attributes:
+        prompt_embeds: Text features [batch, text_tokens, features].
+        negative_prompt_embeds: Those that guidance leads away from, same shape; None if no step is
+            guided.
+        image_latents: Appended to the latents' channels (image to video), [batch, frames, channels,
+            height, width].
+        ofs: Float32 scalar, 2.0 for CogVideoX-1.5 image to video.
+    """
+
+    prompt_embeds: Any
+    negative_prompt_embeds: Any = None
+    image_latents: Any = None
+    ofs: Any = None
+
+
+def guidance_scales(
+    timesteps: np.ndarray,
+    guidance_scale: float | int,
+    *,
+    guidance_steps: float | int = 1.0,
+    use_dynamic_cfg: bool = False,
+) -> Float[np.ndarray, " steps"]:
+    """The guidance scale of every step, float64; 1 means that the step is not guided at all.
+
+    Args:
+        timesteps: Of the schedule.
+        guidance_scale: As in diffusers; at most 1 turns guidance off.
+        guidance_steps: Share of the steps, from the first on, that are guided.
+        use_dynamic_cfg: diffusers' formula, literally: it compares the timestep (0 to 999) with the
+            number of steps.
+
+    Raises:
+        ValueError: If guidance_steps is no share.
+    """
+    if not 0 <= guidance_steps <= 1:
+        raise ValueError(f"guidance_steps is a share from 0 to 1: got {guidance_steps}")
+    num_steps = len(timesteps)
+    scales = np.full(num_steps, max(float(guidance_scale), 1.0))
+    if use_dynamic_cfg and guidance_scale > 1:
+        for step, timestep in enumerate(timesteps.tolist()):
+            # In Python's float64: in float32 the cosine of these large angles is noise.
+            angle = math.pi * ((num_steps - timestep) / num_steps) ** 5.0
+            scales[step] = 1 + guidance_scale * ((1 - math.cos(angle)) / 2)
+    scales[share_of(guidance_steps, num_steps) :] = 1.0
+    return scales
+
+
+def denoise(
+    transformer: nnx.Module,
+    state: SamplerState,
+    schedule: Schedule,
+    conditions: Conditions,
+    *,
+    scales: Float[np.ndarray, " steps"],
+    sparsity: SparsityConfig | None = None,
+    labels: Bool[np.ndarray, "..."] | None = None,
+    seed: int = 0,
+    steps: range | None = None,
+    callback_on_step_end: Callable[[StepRecord], None] | None = None,
+) -> tuple[SamplerState, tuple[StepRecord, ...]]:
+    """Runs the steps of a schedule, or some of them.
+
+    Args:
+        transformer: Predicts velocities, as `models.CogVideoXTransformer` does.
+        state: Latents, float32 [batch, frames, channels, height, width], and the sampler's history.
+        schedule: All steps of the run.
+        conditions: Text and image that the model is told.
+        scales: Guidance scale of every step of the schedule (`guidance_scales`).
+        sparsity: Sparse attention after its dense warm-up; None is dense throughout.
+        labels: Labels to use in place of profiling, True = temporal: bool [layers, entries, heads],
+            or with a leading axis for all steps of the schedule. Entries are those of a guided
+            step ([negative, positive]), or the positive ones alone for both.
+        seed: Of the rows that profiling samples and of DPM's noise.
+        steps: Which steps of the schedule to run; `state` is that before the first of them.
+        callback_on_step_end: Called with the record of each step.
+
+    Returns:
+        The state after the last step, and a record of each.
+
+    Raises:
+        FloatingPointError: If latents are not finite after a step; says which step and layer.
+        ValueError: If labels do not fit.
+    """
+    steps = range(schedule.num_steps) if steps is None else steps
+    num_layers: int = transformer.config.num_layers  # pyright: ignore[reportAttributeAccessIssue]
+    graphdef, weights = nnx.split(transformer)
+    dense_steps = schedule.num_steps
+    sparse: Attend = attend_dense
+    if sparsity is not None:
+        dense_steps = dense_step_count(sparsity, schedule.num_steps)
+        sparse = attend_sparse(sparsity, num_layers)
+    records: list[StepRecord] = []
+    kinds = set()
+    for step in steps:
+        started = time.perf_counter()
+        is_sparse, guided = step >= dense_steps, bool(scales[step] != 1)
+        attend = sparse if is_sparse else attend_dense
+        step_state = None
+        if is_sparse:
+            given = None
+            if labels is not None:
+                layers = _labels_of_step(labels, step, schedule.num_steps)
+                given = _labels_of_entries(layers, guided, len(state.latents))
+            step_state = StepState(step_key(seed, step), given)
+        noise = None
+        if schedule.sampler == "dpm":
+            noise = jnp.asarray(step_noise(seed, step, state.latents.shape))
+        arguments = (
+            weights,
+            state,
+            schedule.step(step),
+            conditions,
+            np.float32(scales[step]) if guided else None,
+            noise,
+            step_state,
+        )
+        after, info, is_finite = denoise_step(graphdef, attend, *arguments)
+        if not is_finite:
+            place = f"step {step} of {schedule.num_steps} (timestep {schedule.timesteps[step]})"
+            raise FloatingPointError(_diagnose(place, graphdef, attend, *arguments))
+        state = after
+        kind = (is_sparse, guided)
+        record = StepRecord(
+            step=step,
+            timestep=int(schedule.timesteps[step]),
+            guidance_scale=float(scales[step]),
+            seconds=time.perf_counter() - started,
+            first_of_kind=kind not in kinds,
+            profile=_host_profile(info) if is_sparse else None,
+        )
+        kinds.add(kind)
+        records.append(record)
+        if callback_on_step_end is not None:
+            callback_on_step_end(record)
+    return state, tuple(records)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "attend"))
+def denoise_step(
+    graphdef: Any,
+    attend: Attend,
+    weights: Any,
+    state: SamplerState,
+    coefficients: StepCoefficients,
+    conditions: Conditions,
+    scale: Float[Array, ""] | None,
+    noise: Array | None,
+    step_state: Any,
+) -> tuple[SamplerState, Any, Bool[Array, ""]]:
+    """One step of a run, compiled once per shape, `attend` and guidance mode.
+
+    Nothing is donated: latents are small, and those of before the step tell why it failed.
+
+    Args:
+        graphdef: Structure of the transformer (`nnx.split`); static.
+        attend: The attention of every layer; static, so it must be the same object in every call.
+        weights: The transformer's parameters.
+        state: Before the step.
+        coefficients: Of the step.
+        conditions: What the model is told.
+        scale: Guidance scale; None runs the model on the prompt alone.
+        noise: Standard normal noise of latents' shape, for DPM; None is DDIM.
+        step_state: For `attend`.
+
+    Returns:
+        The state after the step, the info of `attend` stacked over layers, and whether all latents
+        are finite.
+    """
+    velocity, info = _velocity(
+        graphdef,
+        attend,
+        weights,
+        state.latents,
+        coefficients.timestep,
+        conditions,
+        scale,
+        step_state,
+    )
+    if noise is None:
+        state = ddim_step(state, velocity, coefficients)
+    else:
+        state = dpm_step(state, velocity, coefficients, noise)
+    return state, info, jnp.isfinite(state.latents).all()
+
+
+def _velocity(
+    graphdef, attend, weights, latents, timestep, conditions: Conditions, scale, step_state
+) -> tuple[Array, Any]:
+    """The model's prediction in float32, under classifier-free guidance if there is a scale."""
+    embeds = conditions.prompt_embeds
+    hidden = latents
+    if conditions.image_latents is not None:
+        hidden = jnp.concatenate([hidden, conditions.image_latents], axis=2)
+    if scale is not None:
+        hidden = jnp.concatenate([hidden, hidden])
+        embeds = jnp.concatenate([conditions.negative_prompt_embeds, embeds])
+    entries = len(hidden)
+    velocity, info = nnx.merge(graphdef, weights)(
+        hidden,
+        embeds,
+        jnp.full((entries,), timestep),
+        ofs=None if conditions.ofs is None else jnp.full((entries,), conditions.ofs),
+        attend=attend,
+        step_state=step_state,
+    )
+    velocity = velocity.astype(jnp.float32)
+    if scale is not None:
+        negative, positive = jnp.split(velocity, 2)
+        velocity = negative + scale * (positive - negative)
+    return velocity, info
+
+
+def _host_profile(info: SparseAttentionInfo) -> HeadProfile:
+    return HeadProfile(np.asarray(info.labels), np.asarray(info.errors), np.asarray(info.density))
+
+
+def _labels_of_step(labels: np.ndarray, step: int, num_steps: int) -> np.ndarray:
+    if labels.ndim == 3:
+        return labels
+    if labels.ndim != 4 or len(labels) != num_steps:
+        raise ValueError(
+            "labels are [layers, entries, heads] or [steps, layers, entries, heads] with "
+            f"{num_steps} steps: got {labels.shape}"
+        )
+    return labels[step]
+
+
+def _labels_of_entries(labels: np.ndarray, guided: bool, batch: int) -> Array:
+    entries = labels.shape[1]
+    if entries not in (batch, 2 * batch):
+        raise ValueError(f"labels have {entries} batch entries, not {batch} or {2 * batch}")
+    if guided and entries == batch:
+        labels = np.concatenate([labels, labels], axis=1)
+    return jnp.asarray(labels if guided else labels[:, -batch:])
+
+
+def _diagnose(place: str, graphdef, attend: Attend, *arguments) -> str:
+    """Repeats a step that failed and says where its numbers first stop being finite."""
+
+    def watch(query, key, value, **context):
+        out, _ = attend(query, key, value, **context)
+        inputs_are_finite = [jnp.isfinite(x).all() for x in (query, key, value)]
+        return out, (jnp.stack(inputs_are_finite).all(), jnp.isfinite(out).all())
+
+    _, (inputs, outputs), _ = denoise_step(graphdef, watch, *arguments)
+    inputs, outputs = np.asarray(inputs), np.asarray(outputs)
+    message = f"the latents are not finite after {place}: "
+    layers = len(inputs)
+    bad = np.flatnonzero(~(inputs & outputs))
+    if not len(bad):
+        return message + f"the attention of all {layers} layers is finite, what follows it is not"
+    first = bad[0]
+    what = "output" if inputs[first] else "input"
+    return message + f"first in the attention {what} of layer {first} of {layers}, counted from 0"

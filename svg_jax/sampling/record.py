@@ -1,0 +1,111 @@
+"""What a run leaves behind beside its video: times, and what sparse attention found out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from svg_jax.files import written_atomically
+
+
+@dataclass(frozen=True, eq=False)
+class HeadProfile:
+    """What sparse attention found out in one step.
+
+    Batch entries are as the model saw them: under guidance those of the negative prompt first.
+
+    Attributes:
+        labels: True where a head was treated as temporal.
+        errors: Mean squared errors of the spatial and of the temporal mask, NaN where not profiled.
+        density: Computed share of each layer's attention map.
+    """
+
+    labels: Bool[np.ndarray, "layers entries heads"]
+    errors: Float[np.ndarray, "layers entries heads 2"]
+    density: Float[np.ndarray, " layers"]
+
+
+@dataclass(frozen=True, eq=False)
+class StepRecord:
+    """One denoising step.
+
+    Attributes:
+        step: Its index in the whole schedule.
+        timestep: The schedule's timestep.
+        guidance_scale: 1 where guidance was not paid for.
+        seconds: Wall time. The first step of a kind may have compiled its executable.
+        first_of_kind: Whether it was the first of its kind (dense or sparse, guided or not).
+        profile: None in a dense step.
+    """
+
+    step: int
+    timestep: int
+    guidance_scale: float
+    seconds: float
+    first_of_kind: bool
+    profile: HeadProfile | None
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingInfo:
+    """All steps of a run, in order."""
+
+    steps: tuple[StepRecord, ...]
+
+    @property
+    def profiles(self) -> tuple[HeadProfile, ...]:
+        """Those of the sparse steps."""
+        return tuple(step.profile for step in self.steps if step.profile is not None)
+
+    @property
+    def density(self) -> float:
+        """Computed share of the attention maps, mean over sparse steps and layers; 1 if none."""
+        return float(np.mean([profile.density for profile in self.profiles] or [1.0]))
+
+    @property
+    def spatial_share(self) -> Float[np.ndarray, " layers"] | None:
+        """Share of heads that were spatial, per layer, over all sparse steps; None if none."""
+        if not self.profiles:
+            return None
+        return 1 - np.mean([profile.labels.mean(axis=(1, 2)) for profile in self.profiles], axis=0)
+
+    def save(self, path: str | Path) -> None:
+        """Writes an .npz of what the sparse steps found out.
+
+        Its arrays: `steps` and `timesteps` [n], `labels` bool [n, layers, entries, heads] (True =
+        temporal), `errors` [n, layers, entries, heads, 2] and `density` [n, layers]. Where only
+        some of these steps were guided, entries of the negative prompt have errors NaN and labels
+        False in the others.
+
+        Raises:
+            ValueError: If no step was sparse.
+            OSError: If the file cannot be written.
+        """
+        if not self.profiles:
+            raise ValueError("no step was sparse: there are no labels to write")
+        sparse = [step for step in self.steps if step.profile is not None]
+        entries = max(profile.labels.shape[1] for profile in self.profiles)
+        arrays: dict[str, Any] = {
+            "steps": np.array([step.step for step in sparse]),
+            "timesteps": np.array([step.timestep for step in sparse]),
+            "labels": np.stack([_widen(p.labels, entries, False) for p in self.profiles]),
+            "errors": np.stack([_widen(p.errors, entries, np.nan) for p in self.profiles]),
+            "density": np.stack([profile.density for profile in self.profiles]),
+        }
+        with written_atomically(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+
+def _widen(array: np.ndarray, entries: int, fill: float | bool) -> np.ndarray:
+    missing = entries - array.shape[1]
+    pad = [(0, 0), (missing, 0)] + [(0, 0)] * (array.ndim - 2)
+    return np.pad(array, pad, constant_values=fill)
+
+
+def median_seconds(steps: Sequence[StepRecord]) -> float:
+    """Median wall time of a step, those left out that may have compiled, if others remain."""
+    seconds = [step.seconds for step in steps if not step.first_of_kind]
+    return float(np.median(seconds or [step.seconds for step in steps]))
