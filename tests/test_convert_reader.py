@@ -29,7 +29,7 @@ def safetensors(entries: object, data: bytes, length: int | None = None) -> byte
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
-def entry(dtype="F32", shape=(2,), begin=0, end=8):
+def entry(dtype: object = "F32", shape=(2,), begin=0, end=8):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 

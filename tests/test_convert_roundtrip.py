@@ -67,8 +67,8 @@ def released(folder: Path, variant: str) -> Path:
     for module in (transformer, encoder):
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter)
-    transformer.to(torch.bfloat16).save_pretrained(folder / "transformer", max_shard_size="30KB")
-    encoder.to(torch.float16).save_pretrained(folder / "text_encoder")
+    transformer.bfloat16().save_pretrained(folder / "transformer", max_shard_size="30KB")
+    encoder.half().save_pretrained(folder / "text_encoder")
     diffusers.CogVideoXDDIMScheduler().save_pretrained(folder / "scheduler")
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer/tokenizer.json").write_text("{}")

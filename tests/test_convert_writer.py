@@ -64,7 +64,7 @@ def test_a_large_stacked_leaf_lies_a_layer_a_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "SLAB_BYTES", 3000)
     write_tree(tmp_path / "weights", lazy(arrays()))
     leaves = open_leaves(tmp_path / "weights")
-    chunks = {path: tuple(leaf.chunk_layout.read_chunk.shape) for path, leaf in leaves.items()}
+    chunks = {path: leaf.chunk_layout.read_chunk.shape for path, leaf in leaves.items()}
     assert chunks["blocks", "kernel"] == (1, 40, 50)
     assert chunks["blocks", "bias"] == (3, 50)
     np.testing.assert_array_equal(
