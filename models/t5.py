@@ -82,13 +82,27 @@ class T5Config:
 
     def __post_init__(self) -> None:
         check_config(self, only=_IMPLEMENTED)
+        if self.relative_attention_num_buckets % 4:
+            raise ValueError(
+                "relative_attention_num_buckets must be a multiple of 4, not "
+                f"{self.relative_attention_num_buckets}."
+            )
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
+            raise ValueError(
+                f"relative_attention_max_distance={self.relative_attention_max_distance} must exceed "
+                "a quarter of relative_attention_num_buckets="
+                f"{self.relative_attention_num_buckets}."
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "T5Config":
         """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
-        activation = values.get("dense_act_fn", "gelu_new")
-        if activation != "gelu_new":
-            raise ValueError(f"T5Config: dense_act_fn={activation!r} is not implemented.")
+        # Not fields, but they tell other models: UMT5 has a distance bias in every layer.
+        for name, only in (("model_type", "t5"), ("dense_act_fn", "gelu_new")):
+            if values.get(name, only) != only:
+                raise ValueError(
+                    f"T5Config: {name}={values[name]!r} is not implemented, only {only!r}."
+                )
         return read_config(cls, values, ignored=_NOT_THE_ENCODERS)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The ports against the released code, on random weights: no bias, gain or table is trivial."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import diffusers
@@ -196,12 +197,11 @@ def test_each_cogvideox_layer_alone_equals_diffusers():
         block = nnx.merge(graph, jax.tree.map(lambda x, layer=layer: x[layer], layers))
         hidden = torch.cat([before["encoder_hidden_states"], before["hidden_states"]], dim=1)
         conditioning = torch.nn.functional.silu(before["temb"])
-        ours, _ = block(
+        ours, _ = jax.jit(partial(block, attend=attend))(
             jnp.asarray(hidden.numpy()),
             jnp.asarray(conditioning.numpy()),
             is_text,
             rotation,
-            attend,
         )
         assert relative_error(ours, torch.cat([text, video], dim=1).numpy()) < TOLERANCE
 
@@ -222,7 +222,7 @@ def bfloat16_errors(make_pair, make_inputs, run_reference, run_ours):
     return np.sqrt(np.mean(ours)), np.sqrt(np.mean(theirs))
 
 
-@pytest.mark.parametrize("case", ["2b", "5b", "5b-I2V", "1.5-5b-I2V"])
+@pytest.mark.parametrize("case", ["2b", "5b", "1.5-5b-I2V"])
 def test_cogvideox_in_bfloat16_is_as_near_to_float32_as_diffusers(case):
     variant, size = CASES[case]
 

@@ -1,0 +1,90 @@
+"""What the T5 encoder promises beside its numbers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from svg_jax.models import T5Config, T5Encoder
+
+CONFIG = T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=3)
+IDS = jnp.array([[3, 14, 15, 9, 1, 0, 0], [2, 7, 1, 0, 0, 0, 0]], jnp.int32)
+
+
+def test_an_untrained_encoder_keeps_the_size_of_its_features():
+    features = T5Encoder(dataclasses.replace(CONFIG, num_layers=6), rngs=nnx.Rngs(0))(IDS)
+    assert features.shape == (2, 7, 32)
+    assert 0.9 < jnp.std(features) < 1.1
+
+
+def test_masked_padding_does_not_reach_the_text():
+    encoder = T5Encoder(CONFIG, rngs=nnx.Rngs(0))
+    mask = IDS != 0
+    other = jnp.where(mask, IDS, 33)
+    text, same = encoder(IDS, mask)[mask], encoder(other, mask)[mask]
+    np.testing.assert_allclose(text, same, atol=1e-5)
+    assert jnp.abs(encoder(other)[mask] - encoder(IDS)[mask]).max() > 1e-2
+
+
+def test_gradients_reach_every_parameter():
+    graph, params = nnx.split(T5Encoder(CONFIG, rngs=nnx.Rngs(0)), nnx.Param)
+    target = jax.random.normal(jax.random.key(0), (2, 7, 32))
+    gradient = jax.grad(lambda p: jnp.sum(nnx.merge(graph, p)(IDS) * target))(params)
+    for path, leaf in jax.tree.leaves_with_path(gradient):
+        assert jnp.isfinite(leaf).all(), path
+        assert jnp.abs(leaf).max() > 1e-6, path
+
+
+def test_an_id_beyond_the_vocabulary_gives_no_plausible_features():
+    features = T5Encoder(CONFIG, rngs=nnx.Rngs(0))(IDS.at[0, 0].set(50))
+    assert jnp.isnan(features[0]).any()
+
+
+def test_float16_is_refused():
+    with pytest.raises(ValueError, match="overflows in float16"):
+        T5Encoder(CONFIG, dtype=jnp.float16, rngs=nnx.Rngs(0))
+
+
+def test_a_released_config_reads_with_its_notes():
+    values = {
+        **CONFIG.to_dict(),
+        "_name_or_path": "google/t5-v1_1-xxl",
+        "architectures": ["T5EncoderModel"],
+        "classifier_dropout": 0.0,
+        "decoder_start_token_id": 0,
+        "dense_act_fn": "gelu_new",
+        "dropout_rate": 0.1,
+        "eos_token_id": 1,
+        "initializer_factor": 1.0,
+        "is_encoder_decoder": True,
+        "is_gated_act": True,
+        "model_type": "t5",
+        "num_decoder_layers": 24,
+        "output_past": True,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.44.2",
+        "use_cache": True,
+    }
+    assert T5Config.from_dict(values) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"feed_forward_proj": "relu"}, "feed_forward_proj='relu' is not implemented"),
+        ({"dense_act_fn": "relu"}, "dense_act_fn='relu' is not implemented"),
+        ({"model_type": "umt5"}, "model_type='umt5'"),
+        ({"d_models": 3}, r"unknown keys \['d_models'\]"),
+        ({"num_heads": 0}, "num_heads must be at least 1"),
+        ({"relative_attention_num_buckets": 6}, "relative_attention_num_buckets"),
+        ({"relative_attention_max_distance": 8}, "relative_attention_max_distance"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        T5Config.from_dict(values)
