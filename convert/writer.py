@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -53,7 +54,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self._turn = asyncio.Lock()
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None  # ends the writing, and is for the caller
 
     async def _open_and_write(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, value: LazyArray, tspec: dict[str, Any], ts_context: ts.Context
@@ -65,6 +66,8 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
                 spec = ts.Spec(tspec)
                 array = await ts.open(spec, create=True, open=True, context=ts_context)
                 for part, slab in value.slabs():
+                    if self.failure is not None:
+                        return
                     await array[part].write(slab)
             except Exception as error:  # raised here, orbax would log it from two of its threads
                 self.failure = error
@@ -89,13 +92,20 @@ def write_tree(folder: Path, tree: Mapping[str, Any]) -> None:
         use_ocdbt=True, use_zarr3=True, use_compression=False, type_handler_registry=registry
     )
     save_args = jax.tree.map(_save_args, tree)
-    failure = None
-    try:
+
+    def save() -> None:
         with ocp.Checkpointer(pytree_handler) as checkpointer:
             args = ocp.args.PyTreeSave(dict(tree), save_args=save_args)
             checkpointer.save(folder.absolute(), args=args)
-    except Exception as error:
-        failure = error
+
+    # In a thread, because Ctrl-C would leave orbax's own threads writing after this has returned.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        saving = pool.submit(save)
+        try:
+            failure = saving.exception()
+        except KeyboardInterrupt as interrupt:
+            arrays.failure = interrupt
+            raise
     if failure := arrays.failure or failure:
         # tensorstore makes ValueErrors of the system's errors
         if code := re.search(r"os_error_code='(\d+)'", str(failure)):

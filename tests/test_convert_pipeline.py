@@ -343,6 +343,26 @@ def test_source_and_destination_cannot_be_confused(converted, source, tmp_path):
         convert_pipeline(converted.parent / "source", converted)
 
 
+def test_ctrl_c_leaves_nothing_and_prints_nothing_of_its_own(source, tmp_path):
+    code = """
+import os, signal, sys, time
+from svg_jax.convert import convert_pipeline
+presses = [signal.SIGINT]
+def interrupt(done, total, what):
+    if done > total / 2 and presses:
+        os.kill(os.getpid(), presses.pop())
+        time.sleep(0.1)
+try:
+    convert_pipeline(sys.argv[1], sys.argv[2], progress=interrupt)
+except KeyboardInterrupt:
+    print("interrupted", end="")
+"""
+    arguments = [sys.executable, "-c", code, str(source), str(tmp_path / "out")]
+    result = subprocess.run(arguments, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("interrupted", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_conversion_that_is_killed_leaves_no_checkpoint_and_can_be_run_again(source, tmp_path):
     code = """
 import os, signal, sys
