@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 Video = Float[np.ndarray, "frames height width channels"]
 Reference = Float[np.ndarray, "..."]
+SSIM_WINDOW = 11  # pixels a side: σ = 1.5, cut at 3.5σ
 
 
 def _check_same_shape(video: np.ndarray, reference: np.ndarray) -> None:
@@ -39,8 +40,8 @@ def ssim(video: Video, reference: Reference) -> float:
     from skimage.metrics import structural_similarity
 
     _check_same_shape(video, reference)
-    if min(video.shape[1:3]) < 11:
-        raise ValueError(f"SSIM needs frames of at least 11 pixels a side: got {video.shape[1:3]}")
+    if min(video.shape[1:3]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs {SSIM_WINDOW} pixels each way: got {video.shape[1:3]}")
     return float(
         np.mean(
             [

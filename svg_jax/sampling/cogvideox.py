@@ -319,6 +319,11 @@ class CogVideoXPipeline:
         if not guided:
             return positive, None
         if negative_prompt_embeds is None:
+            if self.text_encoder is None:
+                raise ValueError(
+                    "this checkpoint has no text encoder: pass negative_prompt_embeds too, "
+                    "or a guidance_scale of 1"
+                )
             single = isinstance(negative_prompt, str)
             negatives = [negative_prompt] * len(positive) if single else list(negative_prompt)
             negative = self.encode_prompts(negatives, positive.shape[1])

@@ -1,0 +1,332 @@
+"""The command line: `svg-jax convert | export | generate | compare | demo`.
+
+Commands are imported when they run: `svg-jax --help` needs no jax.
+"""
+
+import os
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svg_jax.config import SparsityConfig
+
+_SPARSITY = SparsityConfig()
+# RuntimeError is what JAX raises when memory runs out.
+_EXPECTED = (ValueError, OSError, FloatingPointError, RuntimeError)
+
+app = typer.Typer(
+    help="Sparse VideoGen in JAX: video diffusion transformers with sparse attention.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Attention(StrEnum):
+    """How generate attends."""
+
+    dense = "dense"
+    svg = "svg"
+
+
+class PatternName(StrEnum):
+    """What compare takes heads for."""
+
+    svg = "svg"
+    spatial = "spatial"
+    temporal = "temporal"
+    random = "random"
+
+
+class SamplerName(StrEnum):
+    """The samplers."""
+
+    ddim = "ddim"
+    dpm = "dpm"
+
+
+class Dtype(StrEnum):
+    """What matrix products are computed in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class StoredDtype(StrEnum):
+    """What weights are stored in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _option(*names: str, help: str):
+    return typer.Option(*names, help=help)
+
+
+Model = Annotated[Path, _option("--model", help="A converted folder (svg-jax convert).")]
+Prompt = Annotated[str | None, _option("--prompt", help="What to show.")]
+Negative = Annotated[str, _option("--negative-prompt", help="What guidance leads away from.")]
+Embeds = Annotated[
+    Path | None,
+    _option(
+        "--prompt-embeds",
+        help="T5 features in place of a prompt: .npy, or .npz with prompt_embeds and, for "
+        "guidance, negative_prompt_embeds [1, tokens, features].",
+    ),
+]
+Height = Annotated[int | None, _option("--height", help="In pixels; default: as trained.")]
+Width = Annotated[int | None, _option("--width", help="In pixels; default: as trained.")]
+Frames = Annotated[int | None, _option("--num-frames", help="Default: as trained.")]
+Steps = Annotated[int, _option("--steps", help="Denoising steps.")]
+Guidance = Annotated[float, _option("--guidance-scale", help="1 or less: no guidance.")]
+GuidanceSteps = Annotated[
+    float,
+    _option("--guidance-steps", help="Share of the steps, from the first, that pay for guidance."),
+]
+DynamicCfg = Annotated[bool, _option("--dynamic-cfg", help="Vary guidance over the run.")]
+Seed = Annotated[int, _option("--seed", help="The same seed gives the same noise anywhere.")]
+Latents = Annotated[
+    Path | None, _option("--latents", help="Initial noise in place of the seed's: .npy or .npz.")
+]
+ImageLatents = Annotated[
+    Path | None,
+    _option("--image-latents", help="Of the first frame, for image to video: .npy or .npz."),
+]
+Density = Annotated[float, _option("--density", help="Share of attention that is computed.")]
+DenseSteps = Annotated[
+    float, _option("--dense-steps", help="Share of the steps, from the first, that stay dense.")
+]
+DenseLayers = Annotated[
+    float, _option("--dense-layers", help="Share of the layers, from the first, that stay dense.")
+]
+SampledRows = Annotated[
+    int, _option("--sampled-rows", help="Query rows from which heads are told apart.")
+]
+DtypeOption = Annotated[
+    Dtype | None,
+    _option("--dtype", help="Of computation; default: bfloat16 on a GPU, float32 on a CPU."),
+]
+Scheduler = Annotated[
+    SamplerName | None, _option("--scheduler", help="Default: the checkpoint's own.")
+]
+Fps = Annotated[float, _option("--fps", help="Frames per second of the video.")]
+Enlarge = Annotated[int, _option("--enlarge", help="Pixels to show each pixel as, each way.")]
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A pipeline folder in diffusers' layout.")],
+    destination: Annotated[Path, typer.Argument(help="The folder to make.")],
+    components: Annotated[
+        str | None,
+        _option("--components", help="Only these, e.g. transformer,text_encoder."),
+    ] = None,
+    dtype: Annotated[
+        StoredDtype | None, _option("--dtype", help="Cast weights; default: as they are.")
+    ] = None,
+    overwrite: Annotated[bool, _option("--overwrite", help="Replace the destination.")] = False,
+) -> None:
+    """Convert a trained checkpoint."""
+    from svg_jax import commands
+
+    names = None if components is None else [name.strip() for name in components.split(",")]
+    commands.convert(source, destination, components=names, dtype=dtype, overwrite=overwrite)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A converted folder.")],
+    destination: Annotated[Path, typer.Argument(help="The folder to make.")],
+) -> None:
+    """Write a converted checkpoint back in diffusers' layout, bit for bit."""
+    from svg_jax import commands
+
+    commands.export(source, destination)
+
+
+@app.command()
+def generate(
+    model: Model,
+    output: Annotated[
+        Path, _option("--output", "-o", help=".mp4, .gif or .png; .npz for the latents.")
+    ],
+    prompt: Prompt = None,
+    negative_prompt: Negative = "",
+    prompt_embeds: Embeds = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
+    steps: Steps = 50,
+    guidance_scale: Guidance = 6.0,
+    guidance_steps: GuidanceSteps = 1.0,
+    dynamic_cfg: DynamicCfg = False,
+    seed: Seed = 0,
+    latents: Latents = None,
+    image_latents: ImageLatents = None,
+    attention: Annotated[
+        Attention, _option("--attention", help="Dense, or Sparse VideoGen.")
+    ] = Attention.svg,
+    density: Density = _SPARSITY.density,
+    dense_steps: DenseSteps = _SPARSITY.dense_steps,
+    dense_layers: DenseLayers = _SPARSITY.dense_layers,
+    sampled_rows: SampledRows = _SPARSITY.sampled_rows,
+    dtype: DtypeOption = None,
+    scheduler: Scheduler = None,
+    fps: Fps = 8.0,
+    enlarge: Enlarge = 1,
+    labels_out: Annotated[
+        Path | None,
+        _option("--labels-out", help="Write what profiling found out: .npz."),
+    ] = None,
+) -> None:
+    """Generate a video from a prompt."""
+    from svg_jax import commands
+
+    sparsity = None
+    if attention is Attention.svg:
+        sparsity = SparsityConfig(density, dense_steps, dense_layers, sampled_rows)
+    commands.generate(
+        model,
+        output,
+        sparsity=sparsity,
+        dtype=dtype,
+        fps=fps,
+        enlarge=enlarge,
+        labels_out=labels_out,
+        files={
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "image_latents": image_latents,
+        },
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        guidance_steps=guidance_steps,
+        use_dynamic_cfg=dynamic_cfg,
+        scheduler=scheduler,
+        seed=seed,
+    )
+
+
+@app.command()
+def compare(
+    model: Model,
+    prompt: Prompt = None,
+    output: Annotated[
+        Path, _option("--output", "-o", help="Both videos, as OUTPUT.mp4 and OUTPUT.gif.")
+    ] = Path("compare"),
+    negative_prompt: Negative = "",
+    prompt_embeds: Embeds = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
+    steps: Steps = 50,
+    guidance_scale: Guidance = 6.0,
+    guidance_steps: GuidanceSteps = 1.0,
+    dynamic_cfg: DynamicCfg = False,
+    seed: Seed = 0,
+    latents: Latents = None,
+    image_latents: ImageLatents = None,
+    pattern: Annotated[
+        PatternName, _option("--pattern", help="Profile heads, or take all for one kind.")
+    ] = PatternName.svg,
+    density: Density = _SPARSITY.density,
+    dense_steps: DenseSteps = _SPARSITY.dense_steps,
+    dense_layers: DenseLayers = _SPARSITY.dense_layers,
+    sampled_rows: SampledRows = _SPARSITY.sampled_rows,
+    dtype: DtypeOption = None,
+    scheduler: Scheduler = None,
+    fps: Fps = 8.0,
+    enlarge: Enlarge = 1,
+    json_file: Annotated[Path | None, _option("--json", help="Write the figures.")] = None,
+) -> None:
+    """Generate a video with dense and with sparse attention, and compare the two."""
+    from svg_jax import commands
+
+    commands.compare(
+        model,
+        output,
+        sparsity=SparsityConfig(density, dense_steps, dense_layers, sampled_rows),
+        pattern=pattern.value,
+        dtype=dtype,
+        fps=fps,
+        enlarge=enlarge,
+        json_file=json_file,
+        files={
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "image_latents": image_latents,
+        },
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        guidance_steps=guidance_steps,
+        use_dynamic_cfg=dynamic_cfg,
+        scheduler=scheduler,
+        seed=seed,
+    )
+
+
+@app.command()
+def demo(
+    prompt: Annotated[
+        str, _option("--prompt", help="The bundled model knows few words: an error lists them.")
+    ] = "a red three moving left over the flower",
+    seed: Seed = 0,
+    output: Annotated[
+        Path, _option("--output", "-o", help="Both videos, as OUTPUT.mp4 and OUTPUT.gif.")
+    ] = Path("demo"),
+    source: Annotated[
+        Path | None,
+        _option("--source", help="Another pipeline folder in diffusers' layout."),
+    ] = None,
+) -> None:
+    """Convert the bundled tiny model, and compare dense and sparse attention on it."""
+    from svg_jax import commands
+
+    commands.demo(prompt, seed=seed, output=output, source=source)
+
+
+def main() -> None:
+    """Runs the command line; an error is one sentence, and exit code 1 (2: wrong usage)."""
+    warnings.showwarning = _show_warning
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if os.environ.get("SVG_JAX_TRACEBACK"):
+            raise
+        # Usage errors: typer's own click and click itself have different classes for them.
+        code = getattr(error, "exit_code", None)
+        if code is None and not isinstance(error, _EXPECTED):
+            raise
+        typer.echo(f"svg-jax: {_sentence(error)}", err=True)
+        code = 1 if code is None else code
+    sys.exit(code)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return "the device ran out of memory: ask for fewer frames or a smaller size"
+    message = getattr(error, "format_message", error.__str__)()
+    return " ".join(message.split()) or type(error).__name__
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    del filename, lineno, file, line
+    if issubclass(category, UserWarning):
+        typer.echo(f"svg-jax: {message}", err=True)

@@ -1,0 +1,243 @@
+"""What the commands of the command line do."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from svg_jax.comparison import Comparison, Pattern
+from svg_jax.comparison import compare as compare_attention
+from svg_jax.config import SparsityConfig
+from svg_jax.convert import convert_pipeline, export_pipeline
+from svg_jax.files import written_atomically
+from svg_jax.sampling import CogVideoXPipeline, from_pretrained
+from svg_jax.sampling.record import median_seconds
+from svg_jax.video import check_video_path, enlarge, save_video, side_by_side, with_label
+
+_DEMO_SPARSITY = SparsityConfig(density=0.25, dense_steps=0.3)
+_DEMO_ARGUMENTS: Mapping[str, Any] = {
+    "num_inference_steps": 20,
+    "guidance_scale": 4.0,
+    "guidance_steps": 0.3,  # guidance is only paid for in the dense steps
+}
+_DEMO_ENLARGE = 6
+_DEMO_FPS = 8
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    *,
+    components: Sequence[str] | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Converts a pipeline folder in diffusers' layout, with a progress bar."""
+    with _bytes_bar() as progress:
+        convert_pipeline(
+            source,
+            destination,
+            components=components,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    print(f"wrote {destination}")
+
+
+def export(source: Path, destination: Path) -> None:
+    """Writes a converted folder back in diffusers' layout, with a progress bar."""
+    with _bytes_bar() as progress:
+        export_pipeline(source, destination, progress=progress)
+    print(f"wrote {destination}")
+
+
+def generate(
+    model: Path,
+    output: Path,
+    *,
+    sparsity: SparsityConfig | None,
+    dtype: str | None,
+    fps: float,
+    enlarge: int,
+    labels_out: Path | None,
+    files: Mapping[str, Path | None],
+    **arguments: Any,
+) -> None:
+    """Generates one video and writes it, or its latents."""
+    wants_latents = output.suffix == ".npz"
+    if not wants_latents:
+        check_video_path(output)
+    for path in (output, labels_out):
+        _check_folder(path)
+    if labels_out is not None and sparsity is None:
+        raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
+    pipeline = _load(model, dtype)
+    if pipeline.has_vae and not wants_latents:
+        raise ValueError(
+            "the VAE of this checkpoint comes in a later version: write its latents instead "
+            "(--output latents.npz)"
+        )
+    arguments |= _read_arrays(files)
+    with _steps_bar(arguments["num_inference_steps"]) as advance:
+        video = pipeline(
+            sparsity=sparsity, callback_on_step_end=lambda _: advance("denoising"), **arguments
+        )
+    if wants_latents:
+        with written_atomically(output) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, latents=video.latents)
+    else:
+        assert video.frames is not None
+        save_video(_enlarged(video.frames[0], enlarge), output, fps=fps)
+    if labels_out is not None:
+        video.info.save(labels_out)
+    print(f"wrote {output} ({median_seconds(video.info.steps):.2f} s a step)")
+
+
+def compare(
+    model: Path,
+    output: Path,
+    *,
+    sparsity: SparsityConfig,
+    pattern: Pattern,
+    dtype: str | None,
+    fps: float,
+    enlarge: int,
+    json_file: Path | None,
+    files: Mapping[str, Path | None],
+    **arguments: Any,
+) -> None:
+    """Generates a video with dense and with sparse attention; writes both side by side."""
+    for path in (output, json_file):
+        _check_folder(path)
+    pipeline = _load(model, dtype)
+    comparison = _compare(
+        pipeline, sparsity=sparsity, pattern=pattern, **arguments, **_read_arrays(files)
+    )
+    _write_comparison(comparison, output, fps=fps, factor=enlarge)
+    if json_file is not None:
+        comparison.report.save(json_file)
+
+
+def demo(prompt: str, *, seed: int, output: Path, source: Path | None) -> None:
+    """Converts the bundled model into a temporary folder and compares dense with sparse."""
+    _check_folder(output)
+    bundled = files("svg_jax") / "assets" / "tiny_cogvideox"
+    with tempfile.TemporaryDirectory() as scratch, as_file(bundled) as folder:
+        converted = Path(scratch) / "model"
+        with _bytes_bar() as progress:
+            convert_pipeline(source or folder, converted, progress=progress)
+        pipeline = from_pretrained(converted)
+    comparison = _compare(
+        pipeline,
+        prompt=prompt,
+        seed=seed,
+        sparsity=_DEMO_SPARSITY,
+        pattern="svg",
+        **_DEMO_ARGUMENTS,
+    )
+    _write_comparison(comparison, output, fps=_DEMO_FPS, factor=_DEMO_ENLARGE)
+
+
+def _compare(pipeline: CogVideoXPipeline, **arguments: Any) -> Comparison:
+    num_steps, dense_steps = arguments["num_inference_steps"], arguments["sparsity"].dense_steps
+    total = 2 * num_steps - int(dense_steps * num_steps + 1e-9)
+    with _steps_bar(total) as advance:
+        return compare_attention(
+            pipeline, callback_on_step_end=lambda part, _: advance(part), **arguments
+        )
+
+
+def _write_comparison(comparison: Comparison, output: Path, *, fps: float, factor: int) -> None:
+    report, dense, sparse = comparison.report, comparison.dense.frames, comparison.sparse.frames
+    Console().print(report.table())
+    if dense is None or sparse is None:
+        print("the VAE of this checkpoint comes in a later version: there are no videos to write")
+        return
+    both = side_by_side(
+        with_label(_enlarged(dense[0], factor), f"dense: {report.dense_seconds:.2f} s a step"),
+        with_label(
+            _enlarged(sparse[0], factor),
+            f"{report.pattern}, density {report.density:.2f}: {report.sparse_seconds:.2f} s a step",
+        ),
+        gap=2 * factor,
+    )
+    for suffix in (".mp4", ".gif"):
+        path = output.with_name(output.name + suffix)
+        save_video(both, path, fps=fps)
+        print(f"wrote {path}")
+
+
+def _load(model: Path, dtype: str | None) -> CogVideoXPipeline:
+    return from_pretrained(model, dtype=dtype)
+
+
+def _enlarged(frames: np.ndarray, factor: int) -> np.ndarray:
+    if factor < 1:
+        raise ValueError(f"--enlarge is at least 1: got {factor}")
+    return enlarge(frames, factor)
+
+
+def _check_folder(path: Path | None) -> None:
+    """Before the work, not after it."""
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path.name}: there is no folder {path.parent}")
+
+
+def _read_arrays(paths: Mapping[str, Path | None]) -> dict[str, np.ndarray]:
+    """Arrays of .npy and .npz files by the name of the argument that they are for.
+
+    An .npz may hold one array of any name, or the argument's; with prompt_embeds also
+    negative_prompt_embeds.
+    """
+    arrays = {}
+    for name, path in paths.items():
+        if path is None:
+            continue
+        try:
+            loaded = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is no .npy or .npz file: {error}") from error
+        if isinstance(loaded, np.ndarray):
+            arrays[name] = loaded
+            continue
+        with loaded:
+            found = list(loaded)
+            if name not in found and len(found) != 1:
+                raise ValueError(f"{path} has no array {name}: it has {', '.join(found)}")
+            arrays[name] = loaded[name if name in found else found[0]]
+            negative = f"negative_{name}"
+            if negative in found:
+                arrays[negative] = loaded[negative]
+    return arrays
+
+
+@contextmanager
+def _bar(*columns: Any) -> Iterator[Progress]:
+    """A progress bar on the terminal; nothing where there is none."""
+    console = Console(stderr=True)
+    text, bar, time = TextColumn("{task.description:10}"), BarColumn(), TimeElapsedColumn()
+    with Progress(text, bar, *columns, time, console=console, disable=not console.is_terminal) as p:
+        yield p
+
+
+@contextmanager
+def _steps_bar(total: int) -> Iterator[Any]:
+    with _bar(MofNCompleteColumn()) as progress:
+        task = progress.add_task("compiling", total=total)
+        yield lambda what: progress.update(task, advance=1, description=what)
+
+
+@contextmanager
+def _bytes_bar() -> Iterator[Any]:
+    with _bar() as progress:
+        task = progress.add_task("checking", total=None)
+        yield lambda done, total, what: progress.update(
+            task, completed=done, total=total, description=what
+        )

@@ -1,0 +1,112 @@
+"""What a comparison of dense and sparse attention found, as data, as a table, and as JSON."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svg_jax.files import written_atomically
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """Dense and sparse attention from the same noise, over the same schedule.
+
+    Attributes:
+        prompt: What was generated.
+        seed: Of the noise.
+        pattern: "svg" (online profiling), or the labels that all heads were given.
+        num_inference_steps: Steps of the run.
+        dense_steps: Steps of the warm-up, which both runs share.
+        guided_steps: Steps that paid for guidance.
+        requested_density: What was asked for.
+        density: Computed share of the attention maps in sparse steps, exact.
+        latents: Frames, channels, height and width of the latents.
+        num_tokens: Length of the sequence that attention runs over, text included.
+        psnr: Of the sparse video against the dense one, dB; None where there are no pixels.
+        ssim: Likewise; None too where frames are too small for it.
+        dense_seconds: Median wall time of a dense step after the warm-up.
+        sparse_seconds: Median wall time of a sparse step.
+        spatial_share: Share of spatial heads, by layer.
+        device: That it ran on.
+        versions: Of what it ran with.
+    """
+
+    prompt: str
+    seed: int
+    pattern: str
+    num_inference_steps: int
+    dense_steps: int
+    guided_steps: int
+    requested_density: float
+    density: float
+    latents: tuple[int, int, int, int]
+    num_tokens: int
+    psnr: float | None
+    ssim: float | None
+    dense_seconds: float
+    sparse_seconds: float
+    spatial_share: tuple[float, ...]
+    device: str
+    versions: dict[str, str]
+
+    @property
+    def speed_up(self) -> float:
+        """How many times faster a sparse step is than a dense one."""
+        return self.dense_seconds / self.sparse_seconds
+
+    def to_json(self) -> str:
+        """All attributes and the speed-up; an infinite PSNR (equal videos) is null."""
+        values = dataclasses.asdict(self) | {"speed_up": self.speed_up}
+        if values["psnr"] == float("inf"):
+            values["psnr"] = None
+        return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Writes `to_json`, whole or not at all."""
+        with written_atomically(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+    def table(self) -> "Table":
+        """For a terminal."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.prompt} (seed {self.seed})", show_header=False)
+        table.add_column(style="bold")
+        table.add_column()
+        for name, value in self._rows():
+            table.add_row(name, value)
+        return table
+
+    def _rows(self) -> list[tuple[str, str]]:
+        frames, channels, height, width = self.latents
+        size = (
+            f"{frames} frames of {width}x{height}, {channels} channels: {self.num_tokens:,} tokens"
+        )
+        steps = f"{self.num_inference_steps}, the first {self.dense_steps} dense in both"
+        if self.guided_steps:
+            steps += f", the first {self.guided_steps} guided"
+        rows = [
+            ("latents", size),
+            ("steps", steps),
+            (
+                "density",
+                f"{self.density:.3f} of dense attention ({self.requested_density:g} asked)",
+            ),
+        ]
+        if self.psnr is not None:
+            rows.append(("PSNR to dense", f"{self.psnr:.2f} dB"))
+        if self.ssim is not None:
+            rows.append(("SSIM to dense", f"{self.ssim:.4f}"))
+        shares = ", ".join(f"{share:.0%}" for share in self.spatial_share)
+        return [
+            *rows,
+            ("dense step", f"{self.dense_seconds:.2f} s"),
+            ("sparse step", f"{self.sparse_seconds:.2f} s, {self.speed_up:.2f} times faster"),
+            ("spatial heads", f"{shares} (by layer; pattern: {self.pattern})"),
+            ("device", self.device),
+        ]
