@@ -5,6 +5,13 @@ annotations are checked on every call.
 """
 
 import os
+import sys
+from pathlib import Path
+
+# `python -m pytest` puts the root first, where `kernels` would pass for Hugging Face's package of
+# that name (transformers looks for it) and `svg_jax` would hide the installed one.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
