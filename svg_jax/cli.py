@@ -20,6 +20,7 @@ _EXPECTED = (ValueError, OSError, FloatingPointError, RuntimeError)
 
 app = typer.Typer(
     help="Sparse VideoGen in JAX: video diffusion transformers with sparse attention.",
+    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -312,7 +313,8 @@ def main() -> None:
         code = getattr(error, "exit_code", None)
         if code is None and not isinstance(error, _EXPECTED):
             raise
-        typer.echo(f"svg-jax: {_sentence(error)}", err=True)
+        if message := _sentence(error):  # without arguments help was printed, and this is empty
+            typer.echo(f"svg-jax: {message}", err=True)
         code = 1 if code is None else code
     sys.exit(code)
 
@@ -323,7 +325,7 @@ def _sentence(error: Exception) -> str:
     if "RESOURCE_EXHAUSTED" in str(error):
         return "the device ran out of memory: ask for fewer frames or a smaller size"
     message = getattr(error, "format_message", error.__str__)()
-    return " ".join(message.split()) or type(error).__name__
+    return " ".join(message.split())
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
