@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from svg_jax.convert import (
     ConversionError,
@@ -108,6 +108,21 @@ def own_copy(one, tmp_path):
     return tmp_path / "out"
 
 
+@pytest.fixture
+def own_source(one, tmp_path):
+    """A released folder for a test to change."""
+    shutil.copytree(one / "source", tmp_path / "source")
+    return tmp_path / "source"
+
+
+def change_encoder(source: Path, change) -> dict[str, np.ndarray]:
+    """Rewrites the text encoder's tensors as `change(name, tensor)` has them."""
+    file = source / "text_encoder/model.safetensors"
+    changed = {name: change(name, tensor) for name, tensor in load_file(file).items()}
+    save_file(changed, file)
+    return changed
+
+
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
@@ -159,6 +174,65 @@ class TestExport:
         assert len(list((tmp_path / "back/transformer").glob("*.safetensors"))) > 2
         convert_pipeline(tmp_path / "back", tmp_path / "again")
         assert read_manifest(tmp_path / "again").components == read_manifest(one / "out").components
+
+    def test_tied_weights_come_back_under_every_name(self, own_source, tmp_path):
+        file = own_source / "text_encoder/model.safetensors"
+        tied = load_file(file)
+        tied["encoder.embed_tokens.weight"] = tied["shared.weight"]
+        save_file(tied, file)
+        convert_pipeline(own_source, tmp_path / "out")
+        export_pipeline(tmp_path / "out", tmp_path / "back")
+        assert_same_bits(tensors_of(tmp_path / "back/text_encoder"), tied)
+
+
+class TestDtypes:
+    def test_a_cast_is_made_where_it_is_asked_for(self, own_source, tmp_path):
+        convert_pipeline(own_source, tmp_path / "out", dtype=jnp.bfloat16)
+        export_pipeline(tmp_path / "out", tmp_path / "back")
+        stored = tensors_of(own_source / "text_encoder")
+        expected = {name: tensor.astype(jnp.bfloat16) for name, tensor in stored.items()}
+        assert_same_bits(tensors_of(tmp_path / "back/text_encoder"), expected)
+        before, after = (
+            json.loads((folder / "text_encoder/config.json").read_text())
+            for folder in (own_source, tmp_path / "back")
+        )
+        assert after == before | {"dtype": "bfloat16"}
+        record = read_manifest(tmp_path / "out").components["text_encoder"]["shared.weight"]
+        assert (record.dtype, record.stored_dtype) == ("float16", "bfloat16")
+        assert record.sha256 != record.stored_sha256
+
+    def test_one_weight_may_differ_from_another(self, own_source, tmp_path):
+        def widen(name, tensor):  # what transformers does to keep T5 from overflowing
+            return tensor.astype(np.float32) if "DenseReluDense.wo" in name else tensor
+
+        expected = change_encoder(own_source, widen)
+        convert_pipeline(own_source, tmp_path / "out")
+        feed_forward = load_text_encoder(tmp_path / "out").blocks.feed_forward
+        assert feed_forward.output.kernel.dtype == jnp.float32
+        assert feed_forward.input.kernel.dtype == jnp.float16
+        export_pipeline(tmp_path / "out", tmp_path / "back")
+        assert_same_bits(tensors_of(tmp_path / "back/text_encoder"), expected)
+
+    def test_the_layers_of_one_weight_may_not_unless_they_are_cast(self, own_source, tmp_path):
+        def widen(name, tensor):
+            return tensor.astype(np.float32) if "block.1.layer.1.DenseRe" in name else tensor
+
+        change_encoder(own_source, widen)
+        with pytest.raises(ConversionError, match=r"wi_0.weight mix float16 and float32"):
+            convert_pipeline(own_source, tmp_path / "out")
+        convert_pipeline(own_source, tmp_path / "out", dtype="float32")
+        feed_forward = load_text_encoder(tmp_path / "out").blocks.feed_forward
+        assert feed_forward.input.kernel.dtype == jnp.float32
+
+    def test_a_cast_that_overflows_is_refused(self, own_source, tmp_path):
+        change_encoder(own_source, lambda name, tensor: tensor.astype(np.float32) + 1e5)
+        with pytest.raises(ConversionError, match="values that float16 cannot hold"):
+            convert_pipeline(own_source, tmp_path / "out", dtype="float16")
+
+    @pytest.mark.parametrize("dtype", ["int8", "float64", "nonsense"])
+    def test_other_dtypes_are_refused(self, one, tmp_path, dtype):
+        with pytest.raises(ConversionError, match="must be float32, float16 or bfloat16"):
+            convert_pipeline(one / "source", tmp_path / "out", dtype=dtype)
 
 
 class TestVerify:
