@@ -89,9 +89,8 @@ class T5Config:
             )
         if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
             raise ValueError(
-                f"relative_attention_max_distance={self.relative_attention_max_distance} must exceed "
-                "a quarter of relative_attention_num_buckets="
-                f"{self.relative_attention_num_buckets}."
+                f"relative_attention_max_distance={self.relative_attention_max_distance} must be "
+                f"more than a quarter of the {self.relative_attention_num_buckets} buckets."
             )
 
     @classmethod

@@ -1,6 +1,7 @@
 """Embeddings of times and positions: laws, and the tables of the released code."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import diffusers
 import jax
@@ -53,7 +54,7 @@ def test_rotations_equal_those_of_the_diffusers_pipeline(rows, columns, frames, 
             sample_width=120 if patch_size_t else 90,
         )
     )
-    pipeline = SimpleNamespace(transformer=transformer, vae_scale_factor_spatial=8)
+    pipeline: Any = SimpleNamespace(transformer=transformer, vae_scale_factor_spatial=8)
     cos, sin = diffusers.CogVideoXPipeline._prepare_rotary_positional_embeddings(
         pipeline, 16 * rows, 16 * columns, frames * (patch_size_t or 1), torch.device("cpu")
     )

@@ -6,6 +6,7 @@ import math
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 from flax import nnx
 
 from svg_jax.convert import cogvideox, t5
-from svg_jax.convert.rules import ConversionError, match_rules
+from svg_jax.convert.rules import ConversionError, Rule, match_rules
 from svg_jax.models import CogVideoXConfig, CogVideoXTransformer, T5Config, T5Encoder
 
 INVENTORY = Path(__file__).parent / "data" / "inventory"
@@ -43,7 +44,7 @@ def read(name):
     return inventory["config"], shapes
 
 
-def port(name):
+def port(name) -> tuple[Any, tuple[Rule, ...], int]:
     """Abstract module, rules and number of layers of an inventory's config."""
     config, _ = read(name)
     if name == ENCODER:

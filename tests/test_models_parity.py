@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import diffusers
 import jax
@@ -134,7 +135,7 @@ def reference_velocity(reference, latents, text, times):
     dtype = reference.dtype
     rotary = None
     if reference.config.use_rotary_positional_embeddings:
-        pipeline = SimpleNamespace(transformer=reference, vae_scale_factor_spatial=8)
+        pipeline: Any = SimpleNamespace(transformer=reference, vae_scale_factor_spatial=8)
         frames, _, height, width = latents.shape[1:]
         rotary = diffusers.CogVideoXPipeline._prepare_rotary_positional_embeddings(
             pipeline, 8 * height, 8 * width, frames, torch.device("cpu")
