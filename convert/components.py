@@ -73,6 +73,8 @@ def read_pipeline_index(folder: Path) -> PipelineIndex:
         if isinstance(value, list):
             if len(value) != 2 or not all(isinstance(part, str | None) for part in value):
                 raise ConversionError(f"{file}: {name} is not [library, class] but {value!r:.80}.")
+            if not name.isidentifier():  # it becomes a folder's name
+                raise ConversionError(f"{file}: {name!r:.80} is no name of a component.")
             if value[1] is not None:
                 classes[name] = value[1]
     return PipelineIndex(pipeline, classes)

@@ -114,6 +114,8 @@ def _open(folder: Path, manifest: Manifest) -> dict[str, dict[str, _Source]]:
     classes = read_pipeline_index(folder).classes
     sources = {}
     for component, records in manifest.components.items():
+        if component not in classes:
+            raise ConversionError(f"{folder}: model_index.json lacks the converted {component}.")
         shapes = {name: record.shape for name, record in records.items()}
         leaves = component_leaves(folder / component, classes[component], shapes)
         weights = folder / component / "weights"

@@ -6,12 +6,12 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from svg_jax.convert.reader import read_json
+from svg_jax.convert.reader import DTYPES, read_json
 from svg_jax.convert.rules import ConversionError
 
 FORMAT_VERSION = 1
@@ -119,8 +119,22 @@ def read_manifest(folder: Path) -> Manifest:
             for component, tensors in values["components"].items()
         }
         skipped = tuple(values["skipped"])
-        return Manifest(**{**values, "components": components, "skipped": skipped})
-    except (KeyError, TypeError, AttributeError) as error:
+        manifest = Manifest(**{**values, "components": components, "skipped": skipped})
+        _check_names(manifest)
+        return manifest
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConversionError(
             f"{file}: is damaged ({error!r}): convert the source again."
         ) from error
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Refuses names that lead out of the folder, for they become paths, and unknown dtypes."""
+    for name in (*manifest.components, *manifest.files):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name:
+            raise ValueError(f"{name} leads out of the folder")
+    for tensors in manifest.components.values():
+        for name, record in tensors.items():
+            if np.dtype(record.stored_dtype) not in DTYPES.values():
+                raise ValueError(f"{name} is {record.stored_dtype}")

@@ -257,6 +257,10 @@ WRONG = {
         edit_json("model_index.json", _class_name="StableDiffusionPipeline"),
         "pipeline is 'StableDiffusionPipeline' and only",
     ),
+    "a component elsewhere": (
+        edit_json("model_index.json", **{"../x": ["transformers", "T5EncoderModel"]}),
+        "'../x' is no name of a component",
+    ),
     "odd index entry": (edit_json("model_index.json", vae=[1]), r"vae is not \[library, class\]"),
     "no config": (
         lambda source: (source / "transformer/config.json").unlink(),

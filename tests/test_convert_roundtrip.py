@@ -307,6 +307,30 @@ class TestLoad:
         with pytest.raises(ConversionError, match=f"manifest.json: .*{message}"):
             load_transformer(own_copy)
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"files": {"../outside": "0"}},
+            {"files": {"/etc/hostname": "0"}},
+            {"components": {"../outside": {}}},
+            {"components": {"transformer": {"w": {"shape": [1], "dtype": "float32"}}}},
+            {"unknown": 1},
+        ],
+    )
+    def test_a_manifest_of_somebody_elses_making_is_refused(self, own_copy, change):
+        file = own_copy / "manifest.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        with pytest.raises(ConversionError, match=r"manifest.json: is damaged"):
+            load_transformer(own_copy)
+
+    def test_a_manifest_with_a_dtype_of_its_own_is_refused(self, own_copy):
+        file = own_copy / "manifest.json"
+        values = json.loads(file.read_text())
+        values["components"]["text_encoder"]["shared.weight"]["stored_dtype"] = "int32"
+        file.write_text(json.dumps(values))
+        with pytest.raises(ConversionError, match=r"manifest.json: .*shared.weight is int32"):
+            load_transformer(own_copy)
+
     def test_weights_of_another_config_are_refused(self, own_copy):
         config = own_copy / "transformer/config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 3}))
