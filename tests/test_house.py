@@ -1,9 +1,11 @@
 """The layout of the source tree: what is installed, and which way imports may point."""
 
 import ast
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,23 @@ def test_a_folder_cannot_be_imported_by_its_bare_name(folder):
     )
     assert run.returncode != 0
     assert f"import svg_jax.{folder}" in run.stderr
+
+
+def test_the_wheel_holds_every_module_and_the_bundled_model(tmp_path):
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "tests"))
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", build], cwd=tree, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = set()
+    for folder in MAY_IMPORT:
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                inside = path.relative_to(ROOT).as_posix()
+                expected.add(inside if folder == "svg_jax" else f"svg_jax/{inside}")
+    assert packed == expected
+    assert any(name.endswith("diffusion_pytorch_model.safetensors") for name in packed)
