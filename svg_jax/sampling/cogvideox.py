@@ -34,8 +34,9 @@ from svg_jax.tokenizer import PromptTokenizer
 
 _OFS = 2.0  # the only value that CogVideoX-1.5 image to video was trained with
 
-Embeddings = Float[Array | np.ndarray, "batch text_tokens features"]
-Latents = Float[Array | np.ndarray, "batch frames channels height width"]
+# Ranks alone: sizes are checked against each other with errors that say what to do.
+Embeddings = Float[Array | np.ndarray, "_batch _text_tokens _features"]
+Latents = Float[Array | np.ndarray, "_batch _frames _channels _height _width"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +236,7 @@ class CogVideoXPipeline:
             conditions=Conditions(
                 prompt_embeds=positive,
                 negative_prompt_embeds=negative,
-                image_latents=self._prepare_image(image_latents, shape, padding_frames),
+                image_latents=self._prepare_image(image_latents, shape),
                 ofs=None if config.ofs_embed_dim is None else np.float32(_OFS),
             ),
             scales=scales,
@@ -337,9 +338,7 @@ class CogVideoXPipeline:
             )
         return positive, negative
 
-    def _prepare_image(
-        self, image_latents: Latents | None, shape: tuple[int, ...], padding_frames: int
-    ) -> Array | None:
+    def _prepare_image(self, image_latents: Latents | None, shape: tuple[int, ...]) -> Array | None:
         config = self.transformer.config
         if config.in_channels == config.out_channels:
             if image_latents is not None:
@@ -356,7 +355,7 @@ class CogVideoXPipeline:
                 f"image_latents must have the shape {expected}: got {image_latents.shape}"
             )
         _check_finite("image_latents", image_latents)
-        return place_image(image_latents, shape[1], padding_frames)
+        return place_image(image_latents, shape[1])
 
 
 @partial(jax.jit, static_argnums=0)

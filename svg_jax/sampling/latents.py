@@ -56,18 +56,14 @@ def latent_shape(
 
 
 def place_image(
-    image_latents: Float[Array | np.ndarray, "batch 1 channels height width"],
-    num_frames: int,
-    padding_frames: int,
+    image_latents: Float[Array | np.ndarray, "batch 1 channels height width"], num_frames: int
 ) -> Float[Array, "batch frames channels height width"]:
     """The image's latent frame at the start of a video, and zeros behind it.
 
-    In the padding frames of 1.5, which come first, the image stands again.
+    With 1.5 it stands, as in diffusers, in the padding frame if there is one.
     """
     image = jnp.asarray(image_latents, jnp.float32)
-    batch, _, *others = image.shape
-    zeros = jnp.zeros((batch, num_frames - padding_frames - 1, *others), jnp.float32)
-    return jnp.concatenate([image] * (padding_frames + 1) + [zeros], axis=1)
+    return jnp.pad(image, ((0, 0), (0, num_frames - 1), (0, 0), (0, 0), (0, 0)))
 
 
 def to_pixels(
