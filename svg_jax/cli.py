@@ -15,6 +15,7 @@ import typer
 from svg_jax.config import SparsityConfig
 
 _SPARSITY = SparsityConfig()
+_INTERRUPTED = 130  # exit code after Ctrl-C
 # RuntimeError is what JAX raises when memory runs out.
 _EXPECTED = (ValueError, OSError, FloatingPointError, RuntimeError)
 
@@ -316,6 +317,12 @@ def main() -> None:
         if message := _sentence(error):  # without arguments help was printed, and this is empty
             typer.echo(f"svg-jax: {message}", err=True)
         code = 1 if code is None else code
+    if code == _INTERRUPTED:
+        # The temporary files are gone. A step may still be running on other threads, and Python's
+        # own way out would take its memory away and crash.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -27,7 +27,7 @@ _DEMO_ARGUMENTS: Mapping[str, Any] = {
     "guidance_steps": 0.3,  # guidance is only paid for in the dense steps
 }
 _DEMO_ENLARGE = 6
-_DEMO_FPS = 8
+_DEMO_FPS = 8.0
 
 
 def convert(

@@ -22,7 +22,10 @@ _PALETTE_PIXELS = 500_000
 class HasFrames(Protocol):
     """What a pipeline returns."""
 
-    frames: Any
+    @property
+    def frames(self) -> Any:
+        """Pixels in 0…1 [batch, frames, height, width, 3], or None."""
+        ...
 
 
 def check_video_path(path: str | Path) -> Path:

@@ -1,0 +1,368 @@
+"""The command line on a tiny checkpoint: what it writes, what it prints, and how it fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+
+from svg_jax import cli
+from svg_jax.video import save_video
+
+TRANSFORMER = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 3,
+    "out_channels": 3,
+    "time_embed_dim": 16,
+    "text_embed_dim": 16,
+    "num_layers": 2,
+    "sample_width": 16,
+    "sample_height": 12,
+    "sample_frames": 4,
+    "temporal_compression_ratio": 1,
+    "max_text_seq_length": 8,
+    "use_rotary_positional_embeddings": True,
+}
+T5 = {
+    "d_model": 16,
+    "d_ff": 32,
+    "d_kv": 8,
+    "num_heads": 2,
+    "num_layers": 1,
+    "vocab_size": 8,
+    "feed_forward_proj": "gated-gelu",
+}
+SCHEDULER = {
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": True,
+    "clip_sample": False,
+}
+QUICK = ["--steps", "4", "--guidance-scale", "1", "--density", "0.6", "--sampled-rows", "4"]
+PROMPT = ["--prompt", "a red cat"]
+
+
+def write_checkpoint(folder: Path, vae: tuple[str | None, str | None] = (None, None)) -> Path:
+    torch.manual_seed(0)
+    transformer = diffusers.CogVideoXTransformer3DModel(**TRANSFORMER)
+    encoder = transformers.T5EncoderModel(transformers.T5Config(**T5))
+    for module in (transformer, encoder):
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    transformer.save_pretrained(folder / "transformer")
+    encoder.save_pretrained(folder / "text_encoder")
+    diffusers.CogVideoXDDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "cat"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(words[:3])
+    (folder / "tokenizer").mkdir()
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"pad_token": "<pad>"}')
+    index = {
+        "_class_name": "CogVideoXPipeline",
+        "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+        "vae": vae,
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+class Result:
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Calls the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["svg-jax", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        captured = capsys.readouterr()
+        return Result(exit.value.code or 0, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("cli") / "source")
+
+
+@pytest.fixture(scope="module")
+def model(source):
+    from svg_jax.convert import convert_pipeline
+
+    convert_pipeline(source, source.parent / "model")
+    return source.parent / "model"
+
+
+@pytest.fixture(scope="module")
+def model_with_vae(tmp_path_factory):
+    from svg_jax.convert import convert_pipeline
+
+    folder = tmp_path_factory.mktemp("vae")
+    write_checkpoint(folder / "source", ("diffusers", "AutoencoderKLCogVideoX"))
+    convert_pipeline(folder / "source", folder / "model", components=["transformer"])
+    return folder / "model"
+
+
+def is_one_sentence(text):
+    return len(text.strip().splitlines()) == 1 and text.startswith("svg-jax: ")
+
+
+def test_convert_and_export_are_inverse(run, source, tmp_path):
+    assert run("convert", source, "out").code == 0
+    assert run("export", "out", "back").code == 0
+    for name in ("transformer", "text_encoder"):
+        before = {
+            k: v for f in (source / name).glob("*.safetensors") for k, v in load_file(f).items()
+        }
+        after = {
+            k: v
+            for f in (tmp_path / "back" / name).glob("*.safetensors")
+            for k, v in load_file(f).items()
+        }
+        assert before.keys() == after.keys()
+        assert all(before[k].tobytes() == after[k].tobytes() for k in before)
+
+
+def test_convert_only_some_components_in_another_dtype(run, source):
+    result = run("convert", source, "out", "--components", "transformer", "--dtype", "bfloat16")
+    assert result.code == 0
+    assert sorted(json.loads(Path("out/manifest.json").read_text())["components"]) == [
+        "transformer"
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "gif", "png"])
+def test_generate_writes_a_video(run, model, suffix, tmp_path):
+    result = run("generate", "--model", model, *PROMPT, *QUICK, "-o", f"a.{suffix}")
+    assert (result.code, result.err) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == [f"a.{suffix}"]
+
+
+def test_generate_dense_is_the_pipeline_from_python(run, model):
+    import svg_jax
+
+    result = run(
+        "generate", "--model", model, *PROMPT, *QUICK, "--seed", "3",
+        "--attention", "dense", "-o", "a.npz",
+    )  # fmt: skip
+    assert result.code == 0
+    pipeline = svg_jax.from_pretrained(model)
+    video = pipeline("a red cat", num_inference_steps=4, guidance_scale=1, seed=3)
+    with np.load("a.npz") as file:
+        np.testing.assert_array_equal(file["latents"], video.latents)
+    assert video.frames is not None
+    assert video.frames.shape == (1, 4, 12, 16, 3)
+    save_video(video, "a.gif")
+
+
+def test_generate_from_files_and_write_labels(run, model):
+    rng = np.random.default_rng(0)
+    np.save("noise.npy", rng.normal(size=(1, 3, 3, 8, 12)).astype(np.float32))
+    embeds: dict[str, Any] = {
+        name: rng.normal(size=(1, 8, 16)).astype(np.float32)
+        for name in ("prompt_embeds", "negative_prompt_embeds")
+    }
+    np.savez("embeds.npz", **embeds)
+    result = run(
+        "generate", "--model", model, "--prompt-embeds", "embeds.npz", "--latents", "noise.npy",
+        "--num-frames", "3", "--height", "8", "--width", "12", "--steps", "4",
+        "--guidance-scale", "2", "--guidance-steps", "0.5", "--dense-steps", "0.25",
+        "--dense-layers", "0.5", "--density", "0.7", "--scheduler", "dpm", "--dtype", "float32",
+        "--labels-out", "labels.npz", "-o", "a.gif", "--enlarge", "4", "--fps", "12",
+    )  # fmt: skip
+    assert (result.code, result.err) == (0, "")
+    with np.load("labels.npz") as file:
+        assert file["labels"].shape == (3, 2, 2, 2)
+        assert file["steps"].tolist() == [1, 2, 3]
+        assert (file["density"][:, 0] == 1).all()  # the first layer stays dense
+        assert np.isnan(file["errors"][:, 0]).all()
+        assert np.isfinite(file["errors"][0, 1]).all()
+
+
+def test_compare_reports_and_writes_both_videos(run, model, tmp_path):
+    result = run(
+        "compare", "--model", model, *PROMPT, *QUICK, "--dense-steps", "0.5", "--json", "r.json"
+    )
+    assert (result.code, result.err) == (0, "")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["compare.gif", "compare.mp4", "r.json"]
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["dense_steps"] == 2
+    assert report["latents"] == [4, 3, 12, 16]
+    assert report["num_tokens"] == 8 + 4 * 6 * 8
+    assert 0 < report["density"] < 0.7
+    assert 10 < report["psnr"] < 100
+    assert 0 < report["ssim"] <= 1
+    assert len(report["spatial_share"]) == 2
+    assert report["speed_up"] == pytest.approx(report["dense_seconds"] / report["sparse_seconds"])
+    for figure in ("PSNR", "SSIM", "spatial heads", "a red cat"):
+        assert figure in result.out
+
+
+def test_compare_at_density_one_finds_no_difference(run, model):
+    options = ["--steps", "4", "--guidance-scale", "1", "--density", "1", "--json", "r.json"]
+    assert run("compare", "--model", model, *PROMPT, *options).code == 0
+    report = json.loads(Path("r.json").read_text())
+    assert report["density"] == 1
+    assert report["psnr"] is None or report["psnr"] > 80
+
+
+def test_compare_with_one_kind_of_head(run, model):
+    options = ["--pattern", "temporal", "--json", "r.json"]
+    assert run("compare", "--model", model, *PROMPT, *QUICK, *options).code == 0
+    assert json.loads(Path("r.json").read_text())["spatial_share"] == [0, 0]
+
+
+def test_demo_leaves_two_videos(run, source, tmp_path):
+    result = run("demo", "--prompt", "a blue cat", "--source", source)
+    assert (result.code, result.err) == (0, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.gif", "demo.mp4"]
+    assert "PSNR" in result.out
+
+
+def test_a_checkpoint_with_a_vae_gives_latents(run, model_with_vae, tmp_path):
+    np.save("embeds.npy", np.ones((1, 8, 16), np.float32))
+    call = ["generate", "--model", model_with_vae, "--prompt-embeds", "embeds.npy", *QUICK]
+    result = run(*call, "-o", "a.mp4")
+    assert (result.code, is_one_sentence(result.err)) == (1, True)
+    assert "(--output latents.npz)" in result.err
+    dense = ["--attention", "dense", "--height", "32", "--width", "32"]
+    result = run(*call, *dense, "-o", "latents.npz")
+    assert (result.code, result.err) == (0, "")
+    with np.load("latents.npz") as file:
+        assert file["latents"].shape == (1, 4, 3, 4, 4)
+    result = run(*call[:3], *PROMPT, *QUICK, "-o", "a.npz")
+    assert "pass prompt_embeds (--prompt-embeds)" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--prompt", "a dog", "-o", "a.gif"], "does not know 'dog'; it knows: a, blue, cat, red"),
+        ([*PROMPT, "-o", "a.avi"], "a video is written as .mp4, .gif, .png"),
+        ([*PROMPT, "-o", "no/a.gif"], "there is no folder no"),
+        (["-o", "a.gif"], "pass either a prompt or prompt_embeds"),
+        ([*PROMPT, "-o", "a.gif", "--height", "13"], "height must be a positive multiple of 2"),
+        ([*PROMPT, "-o", "a.gif", "--num-frames", "0"], "num_frames must be positive"),
+        ([*PROMPT, "-o", "a.gif", "--density", "0.01"], "density"),
+        ([*PROMPT, "-o", "a.gif", "--density", "0"], "density"),
+        ([*PROMPT, "-o", "a.gif", "--dense-steps", "2"], "dense_steps is a share"),
+        ([*PROMPT, "-o", "a.gif", "--guidance-steps", "2"], "guidance_steps is a share"),
+        ([*PROMPT, "-o", "a.gif", "--steps", "0"], "num_inference_steps must be 1 to 1000"),
+        ([*PROMPT, "-o", "a.gif", "--seed", "-1"], "seed must not be negative"),
+        ([*PROMPT, "-o", "a.gif", "--latents", "none.npy"], "none.npy: No such file"),
+        ([*PROMPT, "-o", "a.gif", "--enlarge", "0"], "--enlarge is at least 1"),
+        ([*PROMPT, "-o", "a.gif", "--fps", "0"], "fps must be positive"),
+        (
+            [*PROMPT, "-o", "a.gif", "--attention", "dense", "--labels-out", "l.npz"],
+            "dense attention has no labels",
+        ),
+    ],
+)
+def test_errors_are_one_sentence_and_leave_nothing(run, model, arguments, sentence, tmp_path):
+    result = run("generate", "--model", model, *QUICK, *arguments)
+    assert result.code == 1
+    assert is_one_sentence(result.err), result.err
+    assert sentence in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"not an array", "is no .npy or .npz file"),
+        (b"", "is no .npy or .npz file"),
+    ],
+)
+def test_files_that_hold_no_arrays(run, model, content, sentence):
+    Path("noise.npy").write_bytes(content)
+    result = run("generate", "--model", model, *PROMPT, "--latents", "noise.npy", "-o", "a.gif")
+    assert (result.code, is_one_sentence(result.err)) == (1, True)
+    assert sentence in result.err
+
+
+def test_an_archive_without_the_array(run, model):
+    np.savez("noise.npz", a=np.zeros(1), b=np.zeros(1))
+    result = run("generate", "--model", model, *PROMPT, "--latents", "noise.npz", "-o", "a.gif")
+    assert "noise.npz has no array latents: it has a, b" in result.err
+
+
+def test_weights_that_overflow_stop_with_step_and_layer(run, source, tmp_path):
+    broken = tmp_path / "broken"
+    subprocess.run(["cp", "-r", source, broken], check=True)
+    file = next((broken / "transformer").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["transformer_blocks.1.attn1.to_q.bias"][:2] = 3e38
+    save_file(tensors, file)
+    result = run("convert", broken, "model")
+    assert (result.code, result.err) == (0, "")
+    result = run("generate", "--model", "model", *PROMPT, *QUICK, "-o", "a.mp4")
+    assert (result.code, is_one_sentence(result.err)) == (1, True)
+    assert "not finite after step 0 of 4 (timestep 999)" in result.err
+    assert "layer 1 of 2" in result.err
+    assert not Path("a.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["dance"], ["generate"], ["generate", "--model", "x", "-o", "a.gif", "--steps", "q"]],
+)
+def test_wrong_usage_is_one_sentence_and_code_2(run, arguments):
+    result = run(*arguments)
+    assert (result.code, is_one_sentence(result.err)) == (2, True)
+
+
+def test_a_folder_that_was_not_converted_says_what_to_do(run, source):
+    result = run("generate", "--model", source, *PROMPT, "-o", "a.gif")
+    assert (result.code, is_one_sentence(result.err)) == (1, True)
+    assert "svg-jax convert" in result.err
+
+
+def test_help_is_quick_because_it_needs_no_jax():
+    probe = "import sys; import svg_jax.cli; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe]).returncode == 0
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing(model, tmp_path):
+    command = [sys.executable, "-c", "from svg_jax.cli import main; main()", "generate"]
+    command += ["--model", str(model), *PROMPT, "--steps", "1000", "-o", "a.mp4"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, env=os.environ | {"JAX_LOG_COMPILES": "1"}
+    )
+    assert process.stderr is not None
+    for line in process.stderr:  # the loop runs when its step is compiled
+        if b"denoise_step" in line:
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
