@@ -366,3 +366,17 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(model, tmp_path):
     assert process.returncode == 130
     assert b"Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bundled_model_knows_the_words_of_the_demo():
+    import inspect
+    from importlib.resources import files
+
+    from svg_jax.tokenizer import load_tokenizer
+
+    prompt = inspect.signature(cli.demo).parameters["prompt"].default
+    bundled = Path(str(files("svg_jax"))) / "assets" / "tiny_cogvideox" / "tokenizer"
+    tokenizer = load_tokenizer(bundled)
+    assert tokenizer([prompt], 16).shape == (1, 16)
+    with pytest.raises(ValueError, match="does not know 'surfing'"):
+        tokenizer(["a cat surfing"], 16)
