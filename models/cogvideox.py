@@ -140,11 +140,10 @@ class CogVideoXTransformer(nnx.Module):
         self.dtype = dtype
         self.residual_dtype = dtype if residual_dtype is None else residual_dtype
 
-        self.time_embedding = TimestepEmbedding(width, config.time_embed_dim, **kinds)
+        embedding = partial(TimestepEmbedding, param_dtype=param_dtype, rngs=rngs)
+        self.time_embedding = embedding(width, config.time_embed_dim)
         if config.ofs_embed_dim is not None:
-            self.ofs_embedding = TimestepEmbedding(
-                config.ofs_embed_dim, config.ofs_embed_dim, **kinds
-            )
+            self.ofs_embedding = embedding(config.ofs_embed_dim, config.ofs_embed_dim)
         self.patch_projection = nnx.Linear(config.in_channels * patch, width, **kinds)
         self.text_projection = nnx.Linear(config.text_embed_dim, width, **kinds)
         if config.use_learned_positional_embeddings:

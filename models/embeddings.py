@@ -29,18 +29,21 @@ def sinusoidal_embedding(
 
 
 class TimestepEmbedding(nnx.Module):
-    """Linear, SiLU, linear over a sinusoidal embedding."""
+    """Linear, SiLU, linear over a sinusoidal embedding, in float32 whatever the model's dtype.
+
+    It is one row per batch entry, and every layer's modulation repeats what is lost here: in
+    bfloat16, a fifth of a whole model's error came from this place.
+    """
 
     def __init__(
         self,
         sinusoid_features: int,
         features: int,
         *,
-        dtype: Dtype,
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        kinds = {"dtype": jnp.float32, "param_dtype": param_dtype, "rngs": rngs}
         self.sinusoid_features = sinusoid_features
         self.input = nnx.Linear(sinusoid_features, features, **kinds)
         self.output = nnx.Linear(features, features, **kinds)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.embeddings import get_3d_sincos_pos_embed, get_timestep_embedding
-from hypothesis import given, settings
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -32,19 +33,36 @@ def test_sinusoids_of_all_times_equal_diffusers(dtype):
     np.testing.assert_allclose(ours[:2], reference[:2], atol=2e-7)
 
 
-@given(sizes, sizes, st.integers(1, 8))
-@settings(deadline=None, max_examples=20)
-def test_sincos_positions_equal_diffusers(height, width, frames):
+@pytest.mark.parametrize("size", [(1, 1, 1), (13, 30, 45), (4, 7, 5)])
+def test_sincos_positions_equal_diffusers(size):
+    frames, height, width = size
     reference = get_3d_sincos_pos_embed(32, (width, height), frames, 1.875, 1.5)
-    ours = sincos_video_embedding(
-        frames, height, width, 32, spatial_scale=1.875, temporal_scale=1.5
-    )
+    ours = sincos_video_embedding(*size, 32, spatial_scale=1.875, temporal_scale=1.5)
     np.testing.assert_allclose(ours, reference.flatten(0, 1), atol=5e-6)
 
 
-@given(sizes, sizes, st.integers(1, 8), st.sampled_from([None, 2]))
-@settings(deadline=None, max_examples=25)
-def test_rotations_equal_those_of_the_diffusers_pipeline(rows, columns, frames, patch_size_t):
+@given(sizes, sizes, sizes, sizes)
+def test_cropped_grids_equal_diffusers(rows, columns, base_rows, base_columns):
+    start, stop = get_resize_crop_region_for_grid((rows, columns), base_columns, base_rows)
+    ours = cropped_grid((rows, columns), (base_rows, base_columns))
+    for positions, size, first, end in zip(ours, (rows, columns), start, stop, strict=True):
+        reference = torch.linspace(first, end * (size - 1) / size, size)
+        np.testing.assert_allclose(positions, reference, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch_size_t"),
+    [
+        ((13, 30, 45), None),
+        ((2, 20, 45), None),
+        ((2, 31, 16), None),
+        ((1, 3, 1), None),
+        ((11, 30, 45), 2),
+        ((2, 5, 60), 2),
+    ],
+)
+def test_rotations_equal_those_of_the_diffusers_pipeline(size, patch_size_t):
+    frames, rows, columns = size
     transformer = SimpleNamespace(
         config=SimpleNamespace(
             patch_size=2,

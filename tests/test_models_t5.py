@@ -1,6 +1,7 @@
 """What the T5 encoder promises beside its numbers."""
 
 import dataclasses
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ run = nnx.jit(T5Encoder.__call__)
 IDS = jnp.array([[3, 14, 15, 9, 1, 0, 0], [2, 7, 1, 0, 0, 0, 0]], jnp.int32)
 
 
+@cache
 def make_encoder(config=CONFIG):
     return nnx.jit(lambda: T5Encoder(config, rngs=nnx.Rngs(0)))()
 
