@@ -37,7 +37,9 @@ def test_sinusoids_of_all_times_equal_diffusers(dtype):
 def test_sincos_positions_equal_diffusers(size):
     frames, height, width = size
     reference = get_3d_sincos_pos_embed(32, (width, height), frames, 1.875, 1.5)
-    ours = sincos_video_embedding(*size, 32, spatial_scale=1.875, temporal_scale=1.5)
+    ours = sincos_video_embedding(
+        frames, height, width, 32, spatial_scale=1.875, temporal_scale=1.5
+    )
     np.testing.assert_allclose(ours, reference.flatten(0, 1), atol=5e-6)
 
 
