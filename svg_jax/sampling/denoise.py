@@ -5,6 +5,7 @@ as a traced value. What remains is two executables per shape and guidance mode: 
 sparse one.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -128,7 +129,8 @@ def denoise(
     sparse: Attend = attend_dense
     if sparsity is not None:
         dense_steps = dense_step_count(sparsity, schedule.num_steps)
-        sparse = attend_sparse(sparsity, num_layers)
+        # The loop knows the warm-up; a step that did would be compiled for each length of it.
+        sparse = attend_sparse(dataclasses.replace(sparsity, dense_steps=0.0), num_layers)
     records: list[StepRecord] = []
     kinds = set()
     for step in steps:
