@@ -1,10 +1,10 @@
 """The contract of the attention kernels, and the choice of an implementation.
 
-All arrays are [batch, tokens, heads, head_dim], as in `jax.nn.dot_product_attention`. Rows without a
-key and padding rows give 0, with a log-sum-exp of -inf.
+All arrays are [batch, tokens, heads, head_dim], as in `jax.nn.dot_product_attention`. Rows without
+a key and padding rows give 0, with a log-sum-exp of -inf.
 """
 
-from typing import Literal
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,18 @@ from svg_jax.kernels import reference, xla
 from svg_jax.kernels.block_mask import BandMask
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@overload
+def block_sparse_attention(
+    query: Array, key: Array, value: Array, *, return_lse: Literal[True], **options: Any
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def block_sparse_attention(
+    query: Array, key: Array, value: Array, *, return_lse: Literal[False] = False, **options: Any
+) -> Array: ...
 
 
 def block_sparse_attention(
@@ -37,7 +49,7 @@ def block_sparse_attention(
     neither labels nor prompts compile anew. Differentiable with memory linear in the sequence.
 
     Args:
-        query: Queries, float32, bfloat16, float16 or float64; softmax and sums are float32 or wider.
+        query: Queries: float32, bfloat16, float16 or float64; sums are float32 or wider.
         key: Keys, of the same shape and dtype.
         value: Values, of the same shape and dtype.
         masks: One mask for all heads, or several to choose from.
@@ -71,7 +83,9 @@ def block_sparse_attention(
                 f"the mask is made for {mask.num_tokens} tokens but query has {tokens}: {mask}"
             )
     if mask_of_head is None and len(masks) > 1:
-        raise ValueError(f"{len(masks)} masks are given: mask_of_head must say which head runs which")
+        raise ValueError(
+            f"{len(masks)} masks are given: mask_of_head must say which head runs which"
+        )
     _check_integers("mask_of_head", mask_of_head, (batch, heads))
     _check_integers("text_length", text_length, (batch,))
     if text_length is not None and not any(mask.text_tokens for mask in masks):
@@ -95,8 +109,22 @@ def block_sparse_attention(
             keep = reference.keep_table(masks, mask_of_head, text_length)
             out, lse = reference.masked_attention(query, key, value, keep, scale=scale)
         case _:
-            raise ValueError(f"implementation is None, 'xla' or 'reference', not {implementation!r}")
+            raise ValueError(
+                f"implementation is None, 'xla' or 'reference', not {implementation!r}"
+            )
     return (out, lse.astype(jnp.float32)) if return_lse else out
+
+
+@overload
+def dense_attention(
+    query: Array, key: Array, value: Array, *, return_lse: Literal[True], **options: Any
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def dense_attention(
+    query: Array, key: Array, value: Array, *, return_lse: Literal[False] = False, **options: Any
+) -> Array: ...
 
 
 def dense_attention(
@@ -116,7 +144,7 @@ def dense_attention(
     """Attend to all real keys, by the fastest way of the device.
 
     Args:
-        query: Queries, float32, bfloat16, float16 or float64; softmax and sums are float32 or wider.
+        query: Queries: float32, bfloat16, float16 or float64; sums are float32 or wider.
         key: Keys, of the same dtype and head_dim; their number may differ.
         value: Values, of the keys' shape and dtype.
         query_seq_lengths: Real queries of each entry, int32; those behind are padding. None: all.

@@ -1,7 +1,7 @@
-"""The mask of sparse video attention in closed form, and the blocks of it that a kernel must visit.
+"""The mask of sparse video attention in closed form, and the blocks that a kernel must visit.
 
-One mask serves spatial and temporal heads (Sparse VideoGen, section 4.1): a band around the diagonal,
-text that sees and is seen by everything, and a sink of first keys that everything sees.
+One mask serves spatial and temporal heads (Sparse VideoGen, section 4.1): a band around the
+diagonal, text that sees and is seen by everything, and a sink of first keys that everything sees.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class BandMask:
             raise ValueError(f"a mask needs at least one token, but num_tokens={self.num_tokens}")
         if self.band_width < 1:
             raise ValueError(
-                f"band_width={self.band_width} keeps nothing of a query's own surroundings: give 1 or more"
+                f"band_width={self.band_width} keeps not even a query's own key: give 1 or more"
             )
         if not 0 <= self.text_tokens <= self.num_tokens:
             raise ValueError(
@@ -48,8 +48,9 @@ class BandMask:
             )
         if self.text_tokens and self.text_start not in (0, self.num_tokens - self.text_tokens):
             raise ValueError(
-                f"text stands first or last: text_start={self.text_start} must be 0 or "
-                f"{self.num_tokens - self.text_tokens} for {self.text_tokens} of {self.num_tokens} tokens"
+                f"text stands first or last: for text_tokens={self.text_tokens} of "
+                f"num_tokens={self.num_tokens} text_start is 0 or "
+                f"{self.num_tokens - self.text_tokens}, not {self.text_start}"
             )
         if not 0 <= self.sink_tokens <= self.num_tokens:
             raise ValueError(
@@ -176,8 +177,8 @@ def block_map(mask: BandMask, block_q: int, block_kv: int, *, padded_text: bool 
     nearest = np.maximum(np.maximum(k_start - (q_stop - 1), q_start - (k_stop - 1)), 0)
     kept = (nearest < mask.band_width) | q_text | k_text | (k_start < mask.sink_tokens)
 
-    # What remains of a block without the tokens that keep everything (and of the keys, the sink) must
-    # lie in the band. Text stands first or last, so what remains is an interval, perhaps an empty one.
+    # What remains of a block without the tokens that keep everything (and of the keys, the sink)
+    # must lie in the band. Text stands first or last, so it is an interval, perhaps an empty one.
     q_first, q_last = _without_text(mask, q_start, q_stop)
     k_first, k_last = _without_text(mask, k_start, k_stop)
     k_first = np.maximum(k_first, mask.sink_tokens)

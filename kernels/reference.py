@@ -1,4 +1,4 @@
-"""Masked attention in its plainest form: the oracle that every other implementation is tested against.
+"""Masked attention in its plainest form: the oracle that all other implementations are held to.
 
 It builds whole S×S arrays; nothing but tests and small studies should call it.
 """

@@ -1,8 +1,8 @@
 """How the portable kernel cuts a band into row blocks of static size, each with one window of keys.
 
-XLA needs static shapes, and on a CPU a few large products beat many small ones. So a row block takes
-its keys as one contiguous window: far from the edges the window moves along with the rows; near an
-edge it is cut off there and stands still for a few row blocks.
+XLA needs static shapes, and on a CPU a few large products beat many small ones. So a row block
+takes its keys as one contiguous window: far from the edges the window moves along with the rows;
+near an edge it is cut off there and stands still for a few row blocks.
 """
 
 from dataclasses import dataclass
@@ -60,8 +60,14 @@ def band_windows(
     Returns:
         Windows in order of rows, which together hold every row once.
     """
-    if band_width >= num_tokens:
-        return even_windows(num_tokens, first_key, num_tokens - first_key, block_rows)
+    if band_width >= num_tokens:  # every row keeps every key
+        whole, rest = divmod(num_tokens, block_rows)
+        runs = [(0, block_rows, whole), (whole * block_rows, rest, 1)]
+        return tuple(
+            Window(row, rows, blocks, first_key, 0, 0, num_tokens - first_key, 0)
+            for row, rows, blocks in runs
+            if rows * blocks
+        )
     reach = _round_up(band_width)
     first_inner = min(first_key + reach, num_tokens)
     inner_blocks = max(num_tokens - reach - first_inner, 0) // block_rows
@@ -84,19 +90,6 @@ def band_windows(
             )
         )
     windows += _edge_windows(stop_inner, num_tokens, num_tokens, band_width, first_key, block_rows)
-    return tuple(windows)
-
-
-def even_windows(
-    num_rows: int, first_key: int, num_keys: int, block_rows: int
-) -> tuple[Window, ...]:
-    """Cover rows that all keep the same keys with equal blocks and one smaller at the end."""
-    blocks, rest = divmod(num_rows, block_rows)
-    windows = []
-    if blocks:
-        windows.append(Window(0, block_rows, blocks, first_key, 0, 0, num_keys, 0))
-    if rest:
-        windows.append(Window(blocks * block_rows, rest, 1, first_key, 0, 0, num_keys, 0))
     return tuple(windows)
 
 

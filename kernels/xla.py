@@ -1,12 +1,13 @@
 """Block-sparse and dense attention in plain XLA: portable, differentiable, really sparse on a CPU.
 
-One head at a time, one block of query rows at a time: its keys are one contiguous window of the band,
-of which only the two boundaries are tested, and beside it the text and the sink, which every row
-keeps. All of these parts share one softmax. Nothing is ever larger than rows × keys of one block.
+A few heads at a time, one block of query rows at a time: its keys are one contiguous window of the
+band, of which only the two boundaries are tested, and beside it the text and the sink, which every
+row keeps. All of them share one softmax. No array is larger than one block's rows × keys.
 """
 
+import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -15,13 +16,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from svg_jax.kernels.block_mask import BandMask
-from svg_jax.kernels.windows import Window, band_windows, even_windows
+from svg_jax.kernels.windows import Window, band_windows
 
 BLOCK_ROWS = 256
-DENSE_BLOCK_ROWS = 128
-# On an accelerator one head does not fill the machine; on a CPU several heads spill the caches.
+DENSE_BLOCK_ROWS = 256
+# Heads at once. On a CPU two make products large enough for its threads, more spill the caches; one
+# head does not fill an accelerator at all.
+CPU_HEADS = 2
 ACCELERATOR_HEADS = 8
-# Finite, so that a row whose keys are all masked gives numbers (replaced later) and no NaN gradients.
+# Finite: a row whose keys are all masked gives numbers (blanked later) and gradients without NaN.
 MASKED = -1e30
 
 
@@ -33,6 +36,7 @@ class _Keys(NamedTuple):
     keep: Bool[Array, "#rows keys"] | None = None
 
 
+@partial(jax.jit, static_argnames=("masks", "scale", "block_rows"))
 def block_sparse_attention(
     query: Float[Array, "batch tokens heads head_dim"],
     key: Float[Array, "batch tokens heads head_dim"],
@@ -56,7 +60,7 @@ def block_sparse_attention(
         scale: Factor of the logits, positive.
         block_rows: Query rows in a block.
     """
-    batch, _, heads, _ = query.shape
+    heads = query.shape[2]
     of_masks = [
         partial(_sparse_head, mask=mask, scale=scale, block_rows=block_rows) for mask in masks
     ]
@@ -68,9 +72,12 @@ def block_sparse_attention(
 
     index = None if mask_of_head is None or len(masks) == 1 else mask_of_head.reshape(-1)
     length = None if text_length is None else jnp.repeat(text_length, heads)
-    return _over_heads(one_head, query, key, value, index, length)
+    # Heads that run different masks cannot run at once: XLA would run all masks for all of them.
+    cpu_heads = CPU_HEADS if index is None else 1
+    return _over_heads(one_head, query, key, value, index, length, cpu_heads=cpu_heads)
 
 
+@partial(jax.jit, static_argnames=("scale", "block_rows"))
 def dense_attention(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys heads head_dim"],
@@ -85,131 +92,160 @@ def dense_attention(
     heads = query.shape[2]
 
     def one_head(query, key, value, num_queries, num_keys):
-        keep = None
+        keep = real = None
         if num_keys is not None:
-            keep = (jnp.arange(key.shape[0]) < num_keys)[None]
-            # 0 * NaN must not reach the sum: what padding holds is nobody's business.
-            key, value = (jnp.where(keep.T, x, jnp.zeros((), x.dtype)) for x in (key, value))
-        windows = even_windows(query.shape[0], 0, 0, block_rows)
-        out, lse = _attend_rows(query, windows, [_Keys(key, value, keep)], None, scale)
-        real = None
-        if num_keys is not None:
-            real = jnp.broadcast_to(num_keys > 0, lse.shape)
+            keep = jnp.arange(key.shape[0]) < num_keys
+            key, value = _blank(keep, key), _blank(keep, value)
+            real = jnp.broadcast_to(num_keys > 0, query.shape[:1])
         if num_queries is not None:
-            below = jnp.arange(lse.size) < num_queries
+            below = jnp.arange(query.shape[0]) < num_queries
             real = below if real is None else real & below
-        return _blank(out, lse, real)
+            query = _blank(real, query)
+        everything = _Keys(key, value, None if keep is None else keep[None])
+        out, lse = _by_rows(_attend_all, query, everything, block_rows=block_rows, scale=scale)
+        return _blank(real, out), lse if real is None else jnp.where(real, lse, -jnp.inf)
 
     lengths = [
         None if x is None else jnp.repeat(x, heads)
         for x in (query_seq_lengths, key_value_seq_lengths)
     ]
-    return _over_heads(one_head, query, key, value, *lengths)
+    return _over_heads(one_head, query, key, value, *lengths, cpu_heads=1)
 
 
-def _over_heads(one_head: Callable, query, key, value, *of_heads):
+def _over_heads(one_head: Callable, query, key, value, *of_heads, cpu_heads: int):
     """Map a function of one head's [tokens, head_dim] arrays over batch and heads."""
     batch, tokens, heads, head_dim = query.shape
     arrays = [
         x.swapaxes(1, 2).reshape(batch * heads, x.shape[1], head_dim) for x in (query, key, value)
     ]
 
-    def on_cpu(*args):
-        # A CPU multiplies float32 faster than any narrower type, and one head's copy is small.
+    def run(query, key, value, *rest, widen: bool, heads_at_once: int):
         def widened(args):
-            query, key, value, *rest = args
-            dtype = jnp.promote_types(query.dtype, jnp.float32)
-            return one_head(*(x.astype(dtype) for x in (query, key, value)), *rest)
+            dtype = _accumulator(args[0].dtype) if widen else args[0].dtype
+            out, lse = one_head(*(x.astype(dtype) for x in args[:3]), *args[3:])
+            return out.astype(args[0].dtype), lse
 
-        return lax.map(widened, args)
+        # A remainder would be compiled as a second program.
+        at_once = math.gcd(query.shape[0], heads_at_once)
+        args = (query, key, value, *rest)
+        return lax.map(widened, args, batch_size=at_once if at_once > 1 else None)
 
-    def on_accelerator(*args):
-        return lax.map(lambda args: one_head(*args), args, batch_size=ACCELERATOR_HEADS)
-
-    out, lse = lax.platform_dependent(*arrays, *of_heads, cpu=on_cpu, default=on_accelerator)
+    out, lse = lax.platform_dependent(
+        *arrays,
+        *of_heads,
+        # A CPU multiplies float32 faster than any narrower type, and one head's copy is small.
+        cpu=partial(run, widen=True, heads_at_once=cpu_heads),
+        default=partial(run, widen=False, heads_at_once=ACCELERATOR_HEADS),
+    )
     out = out.reshape(batch, heads, tokens, head_dim).swapaxes(1, 2)
-    return out.astype(query.dtype), lse.reshape(batch, heads, tokens)
+    return out, lse.reshape(batch, heads, tokens)
 
 
 def _sparse_head(query, key, value, text_length, *, mask: BandMask, scale: float, block_rows: int):
     """One head: the video rows by windows of the band, the text rows over everything."""
     text = slice(mask.text_start, mask.text_stop)
     video = slice(mask.video_start, mask.video_start + mask.video_tokens)
-    sink = mask.video_sink_tokens
-    text_arrays = [x[text] for x in (query, key, value)]
-    keep = real = None
-    if mask.text_tokens and text_length is not None:
-        real = jnp.arange(mask.text_tokens) < text_length
-        keep = real[None]
-        # 0 * NaN must not reach the sum: what padding holds is nobody's business.
-        text_arrays = [jnp.where(real[:, None], x, jnp.zeros((), x.dtype)) for x in text_arrays]
-    text_query, *text_key_value = text_arrays
-    query, key, value = (x[video] for x in (query, key, value))
+    if mask.text_tokens == 0 or text_length is None:
+        text_length = real = None
+    else:
+        real = mask.is_real(jnp.arange(mask.num_tokens), text_length)
+        query, key, value = (_blank(real, x) for x in (query, key, value))
 
-    everywhere = [_Keys(*text_key_value, keep)] if mask.text_tokens else []
-    of_text = [*everywhere, _Keys(key, value)] if mask.video_tokens else everywhere
-    of_video = [*everywhere, _Keys(key[:sink], value[:sink])] if sink else everywhere
-    rows = []
-    if mask.video_tokens:
-        windows = band_windows(mask.video_tokens, mask.band_width, sink, block_rows)
-        band = _Band(key, value, mask.band_width)
-        rows.append(_attend_rows(query, windows, of_video, band, scale))
-    if mask.text_tokens:
-        windows = even_windows(mask.text_tokens, 0, 0, block_rows)
-        out, lse = _attend_rows(text_query, windows, of_text, None, scale)
-        rows.append(_blank(out, lse, real))
-    if mask.text_start == 0:
-        rows.reverse()
-    outs, lses = zip(*rows, strict=True)
-    return jnp.concatenate(outs), jnp.concatenate(lses)
-
-
-class _Band(NamedTuple):
-    """The keys of one head that rows see through windows, and the width that boundaries test."""
-
-    key: Float[Array, "keys head_dim"]
-    value: Float[Array, "keys head_dim"]
-    width: int
-
-
-def _attend_rows(query, windows: tuple[Window, ...], everywhere, band: _Band | None, scale: float):
-    """Attend all rows of one head: to the keys that every row sees, and to its window of the band."""
     outs, lses = [], []
-    for window in windows:
-        # Recomputing a block in the backward pass keeps its memory linear in the sequence.
-        block = jax.checkpoint(
-            partial(_attend_block, window=window, width=band.width if band else 0, scale=scale),
-            prevent_cse=False,
+    if mask.text_tokens:
+        everything = _Keys(key, value, None if real is None else real[None])
+        out, lse = _by_rows(
+            _attend_all, query[text], everything, block_rows=block_rows, scale=scale
         )
-        rows = query[window.first_row : window.stop_row]
-        rows = rows.reshape(window.num_blocks, window.block_rows, -1)
-        arrays = None if band is None else (band.key, band.value)
-
-        def one_block(xs, block=block, arrays=arrays):
-            return block(*xs, everywhere, arrays)
-
-        out, lse = lax.map(one_block, (jnp.arange(window.num_blocks), rows))
-        outs.append(out.reshape(-1, out.shape[-1]))
-        lses.append(lse.reshape(-1))
+        if real is not None:
+            out, lse = _blank(real[text], out), jnp.where(real[text], lse, -jnp.inf)
+        outs.append(out)
+        lses.append(lse)
+    for window in _windows(mask, block_rows):
+        out, lse = _by_blocks(
+            partial(_attend_window, mask=mask, window=window, scale=scale),
+            query[video][window.first_row : window.stop_row],
+            window.block_rows,
+            (key[video], value[video], key[text], value[text], text_length),
+        )
+        outs.append(out)
+        lses.append(lse)
+    if mask.text_tokens and mask.text_start > 0:  # it stands behind the video
+        outs, lses = outs[1:] + outs[:1], lses[1:] + lses[:1]
     return jnp.concatenate(outs), jnp.concatenate(lses)
 
 
-def _attend_block(index, rows, everywhere, band, *, window: Window, width: int, scale: float):
-    """Attend one block of rows to the keys that every row sees and to its window."""
-    parts = list(everywhere)
-    if band is not None:
-        first_row = window.first_row + index * window.block_rows
-        first_key = window.first_key + index * window.key_step
-        for size, tested in ((window.left, True), (window.full, False), (window.right, True)):
-            if size:
-                keep = None
-                if tested:
-                    row = first_row + jnp.arange(window.block_rows)
-                    keep = jnp.abs(row[:, None] - (first_key + jnp.arange(size))[None]) < width
-                key, value = (lax.dynamic_slice_in_dim(x, first_key, size) for x in band)
-                parts.append(_Keys(key, value, keep))
-            first_key = first_key + size
-    return _softmax_over(rows, parts, scale)
+def _windows(mask: BandMask, block_rows: int) -> tuple[Window, ...]:
+    if not mask.video_tokens:
+        return ()
+    return band_windows(mask.video_tokens, mask.band_width, mask.video_sink_tokens, block_rows)
+
+
+def _by_rows(body: Callable, query, arrays, *, block_rows: int, scale: float):
+    """Apply a body to all rows, in blocks of `block_rows` and a smaller one for the rest."""
+    body = partial(body, scale=scale)
+    whole = query.shape[0] // block_rows * block_rows
+    results = [
+        _by_blocks(body, rows, min(block_rows, rows.shape[0]), arrays)
+        for rows in (query[:whole], query[whole:])
+        if rows.shape[0]
+    ]
+    outs, lses = zip(*results, strict=True)
+    return jnp.concatenate(outs), jnp.concatenate(lses)
+
+
+def _by_blocks(body: Callable, query, block_rows: int, arrays):
+    """Apply a body to equal blocks of rows, one after another."""
+    # Recomputing a block in the backward pass keeps its memory linear in the sequence.
+    body = jax.checkpoint(body, prevent_cse=False)
+    blocks = query.reshape(-1, block_rows, query.shape[-1])
+    out, lse = lax.map(lambda xs: body(*xs, arrays), (jnp.arange(len(blocks)), blocks))
+    return out.reshape(-1, out.shape[-1]), lse.reshape(-1)
+
+
+def _attend_all(_index, query, everything: _Keys, *, scale: float):
+    """Attend one block of rows to the same keys as all the others."""
+    return _softmax_over(query, [everything], scale)
+
+
+def _attend_window(index, query, arrays, *, mask: BandMask, window: Window, scale: float):
+    """Attend one block of video rows to text, sink and its window of the band.
+
+    All keys that need a test are joined into one set and all others into a second: few large
+    products are faster, and compile faster, than many small ones.
+    """
+    key, value, text_key, text_value, text_length = arrays
+    first_row = window.first_row + index * window.block_rows
+    first_key = window.first_key + index * window.key_step
+
+    def join(video, text):
+        left, full, right = (
+            lax.dynamic_slice_in_dim(video, first_key + start, size)
+            for start, size in (
+                (0, window.left),
+                (window.left, window.full),
+                (window.left + window.full, window.right),
+            )
+        )
+        tested, untested = [left, right], [video[: mask.video_sink_tokens], full]
+        (untested if text_length is None else tested).insert(0, text)
+        return jnp.concatenate(tested), jnp.concatenate(untested)
+
+    tested_key, untested_key = join(key, text_key)
+    tested_value, untested_value = join(value, text_value)
+    parts = []
+    if tested_key.shape[0]:
+        column = jnp.arange(tested_key.shape[0])[None]
+        row = (first_row + jnp.arange(window.block_rows))[:, None]
+        text = 0 if text_length is None else mask.text_tokens
+        beyond_full = jnp.where(column - text < window.left, 0, window.full)
+        keep = jnp.abs(row - (first_key + column - text + beyond_full)) < mask.band_width
+        if text:
+            keep = jnp.where(column < text, column < text_length, keep)
+        parts.append(_Keys(tested_key, tested_value, keep))
+    if untested_key.shape[0]:
+        parts.append(_Keys(untested_key, untested_value))
+    return _softmax_over(query, parts, scale)
 
 
 def _softmax_over(query, parts: list[_Keys], scale: float):
@@ -221,14 +257,14 @@ def _softmax_over(query, parts: list[_Keys], scale: float):
     dot = partial(
         jnp.matmul,
         precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.promote_types(query.dtype, jnp.float32),
+        preferred_element_type=_accumulator(query.dtype),
     )
     logits = []
     for part in parts:
         each = dot(query, part.key.T)
         logits.append(each if part.keep is None else jnp.where(part.keep, each, MASKED))
     tops = [jnp.max(each, axis=-1, keepdims=True) for each in logits]
-    top = lax.stop_gradient(jnp.max(jnp.concatenate(tops, axis=-1), axis=-1, keepdims=True))
+    top = lax.stop_gradient(reduce(jnp.maximum, tops))
     weights = [jnp.exp((each - top) * scale) for each in logits]
     total = sum(jnp.sum(each, axis=-1, keepdims=True) for each in weights)
     out = sum(
@@ -239,8 +275,13 @@ def _softmax_over(query, parts: list[_Keys], scale: float):
     return (out / total).astype(query.dtype), lse
 
 
-def _blank(out, lse, real):
-    """Give rows that are not real (None: all are) the result of having no key."""
-    if real is None:
-        return out, lse
-    return jnp.where(real[:, None], out, jnp.zeros((), out.dtype)), jnp.where(real, lse, -jnp.inf)
+def _blank(real, x):
+    """Put 0 into rows that are not real (None: all are): what padding holds is nobody's business.
+
+    A weight of 0 would not do for keys and values: 0 * NaN is NaN.
+    """
+    return x if real is None else jnp.where(real[:, None], x, jnp.zeros((), x.dtype))
+
+
+def _accumulator(dtype) -> jnp.dtype:
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
