@@ -101,14 +101,14 @@ def _write_json(file: Path, values: dict[str, Any]) -> None:
 
 def _write_weights(file: Path, tensors: dict[str, np.ndarray]) -> None:
     largest = max(float(np.abs(tensor).max()) for tensor in tensors.values())
-    if not largest < np.finfo(np.float16).max:
+    if not largest < float(np.finfo(np.float16).max):
         raise OverflowError(f"a weight of {largest} does not fit into float16")
     halves = {name: np.ascontiguousarray(t, np.float16) for name, t in tensors.items()}
     save_file(halves, file, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("state", type=Path)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()

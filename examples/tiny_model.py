@@ -92,8 +92,9 @@ SCHEDULER = {
 
 def make_transformer(rngs: nnx.Rngs, config: dict[str, Any], dtype: Dtype) -> CogVideoXTransformer:
     """A transformer to train: float32 parameters and residual stream, the rest in `dtype`."""
-    config = CogVideoXConfig.from_dict(config)
-    return CogVideoXTransformer(config, dtype=dtype, residual_dtype=jnp.float32, rngs=rngs)
+    return CogVideoXTransformer(
+        CogVideoXConfig.from_dict(config), dtype=dtype, residual_dtype=jnp.float32, rngs=rngs
+    )
 
 
 def make_text_encoder(rngs: nnx.Rngs, config: dict[str, Any], dtype: Dtype) -> T5Encoder:

@@ -201,7 +201,7 @@ def make_optimizer() -> optax.GradientTransformation:
             adam_learning_rate=ADAM_RATE,
             adam_b1=0.9,
             adam_b2=0.98,
-            muon_weight_dimension_numbers=matrices,
+            muon_weight_dimension_numbers=matrices,  # pyright: ignore[reportArgumentType]
         ),
     )
 
@@ -213,9 +213,9 @@ def save_state(folder: Path, state: TrainState, record: Mapping[str, Any]) -> No
         leaves = jax.tree.leaves(getattr(state, name))
         arrays = {f"{number:04}": np.asarray(leaf) for number, leaf in enumerate(leaves)}
         partial_file = folder / f"{name}.partial.npz"
-        np.savez(partial_file, **arrays)
+        np.savez(partial_file, **arrays)  # pyright: ignore[reportArgumentType]
         partial_file.rename(folder / f"{name}.npz")
-    (folder / "record.json").write_text(json.dumps({"step": int(state.step), **record}, indent=1))
+    (folder / "record.json").write_text(json.dumps({**record, "step": int(state.step)}, indent=1))
 
 
 def load_state(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:

@@ -24,7 +24,7 @@ from tiny_training import TinyTrainer, load_state, save_state
 def main() -> None:
     """Parse the command line and train."""
     started = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--state", type=Path, required=True, help="folder of the training state")
     parser.add_argument("--minutes", type=float, required=True, help="of this call, in all")
     parser.add_argument("--until", type=float, default=1.0, help="progress at its end, 0..1")
@@ -55,8 +55,8 @@ def main() -> None:
     pace = 0.0  # seconds of a chunk
     last_validation = begun
     while (now := time.monotonic()) < deadline:
-        share = [min(1.0, (t - begun) / (deadline - begun)) for t in (now, now + pace)]
-        progress = first + (args.until - first) * np.linspace(*share, args.steps_per_call)
+        begin, end = (min(1.0, (t - begun) / (deadline - begun)) for t in (now, now + pace))
+        progress = first + (args.until - first) * np.linspace(begin, end, args.steps_per_call)
         state, losses = train(state, jnp.asarray(progress, jnp.float32))
         loss = float(losses.mean())
         pace = time.monotonic() - now

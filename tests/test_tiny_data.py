@@ -52,11 +52,9 @@ def test_a_caption_names_colour_digit_motion_and_place():
 
 def test_token_ids_end_and_pad():
     words = vocabulary()
-    ids = token_ids("a red three standing still over the cat")
-    assert [list(words)[i] for i in ids[:9]] == [
-        *"a red three standing still over the cat".split(),
-        EOS,
-    ]
+    text = "a red three standing still over the cat"
+    ids = token_ids(text)
+    assert " ".join(list(words)[i] for i in ids[:9]) == f"{text} {EOS}"
     assert set(ids[9:]) == {words[PAD]}
     assert list(token_ids("")[:2]) == [words[EOS], words[PAD]]
     assert token_ids("a mauve three")[1] == words[UNKNOWN]
