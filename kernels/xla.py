@@ -240,7 +240,7 @@ def _attend_window(index, query, arrays, *, mask: BandMask, window: Window, scal
         text = 0 if text_length is None else mask.text_tokens
         beyond_full = jnp.where(column - text < window.left, 0, window.full)
         keep = jnp.abs(row - (first_key + column - text + beyond_full)) < mask.band_width
-        if text:
+        if text_length is not None:
             keep = jnp.where(column < text, column < text_length, keep)
         parts.append(_Keys(tested_key, tested_value, keep))
     if untested_key.shape[0]:
@@ -266,13 +266,13 @@ def _softmax_over(query, parts: list[_Keys], scale: float):
     tops = [jnp.max(each, axis=-1, keepdims=True) for each in logits]
     top = lax.stop_gradient(reduce(jnp.maximum, tops))
     weights = [jnp.exp((each - top) * scale) for each in logits]
-    total = sum(jnp.sum(each, axis=-1, keepdims=True) for each in weights)
-    out = sum(
+    total = reduce(jnp.add, [jnp.sum(each, axis=-1, keepdims=True) for each in weights])
+    outs = [
         dot(each.astype(part.value.dtype), part.value)
         for each, part in zip(weights, parts, strict=True)
-    )
+    ]
     lse = (top * scale + jnp.log(total))[:, 0]
-    return (out / total).astype(query.dtype), lse
+    return (reduce(jnp.add, outs) / total).astype(query.dtype), lse
 
 
 def _blank(real, x):
