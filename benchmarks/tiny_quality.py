@@ -184,7 +184,7 @@ def fidelity_report(
         report[method]["svg is better by"] = _mean_and_error(decibels["svg"] - decibels[method])
     infos = [info for _, info in runs if info is not None]
     report["density computed"] = float(np.mean([info.density for info in infos]))
-    spatial = np.mean([info.spatial_share for info in infos], axis=0)
+    spatial = np.mean([info.spatial_share for info in infos], axis=0)  # pyright: ignore
     report["spatial share of each layer"] = spatial.round(3).tolist()
     report["heads"] = head_report(infos)
     return report, prompts, runs[0][0]

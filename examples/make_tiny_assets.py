@@ -77,5 +77,5 @@ def make_assets() -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     destination = Path(__file__).with_name("tiny_assets.npz")
-    np.savez_compressed(destination, **make_assets())
+    np.savez_compressed(destination, **make_assets())  # pyright: ignore
     print(f"{destination}: {destination.stat().st_size} bytes")

@@ -138,7 +138,7 @@ def train_judge(
         return jax.lax.scan(step, carry, jnp.arange(steps_per_call))
 
     carry = (parameters, optimizer.init(parameters))
-    train = train.lower(carry, jnp.int32(0), jnp.float32(0)).compile()
+    train = train.lower(carry, jnp.int32(0), jnp.float32(0)).compile()  # pyright: ignore
     started, steps, progress = time.monotonic(), 0, 0.0
     while progress < 1.0:
         rate = 1e-3 * min(1.0, 2.0 * (1.0 - progress), (steps + 1) / (2 * steps_per_call))

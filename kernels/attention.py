@@ -28,7 +28,7 @@ def block_sparse_attention(
 ) -> Array: ...
 
 
-def block_sparse_attention(
+def block_sparse_attention(  # pyright: ignore[reportInconsistentOverload]
     query: Float[Array, "batch tokens heads head_dim"],
     key: Float[Array, "batch tokens heads head_dim"],
     value: Float[Array, "batch tokens heads head_dim"],
@@ -127,7 +127,7 @@ def dense_attention(
 ) -> Array: ...
 
 
-def dense_attention(
+def dense_attention(  # pyright: ignore[reportInconsistentOverload]
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys heads head_dim"],
     value: Float[Array, "batch keys heads head_dim"],

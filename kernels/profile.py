@@ -35,8 +35,7 @@ def sampled_attention(
     batch, rows, heads, head_dim = query.shape
     tokens = key.shape[1]
     block_kv = min(block_kv, tokens)
-    scale = head_dim**-0.5 if scale is None else scale
-    scaled_query = query.astype(jnp.float32) * scale
+    scaled_query = query.astype(jnp.float32) * (head_dim**-0.5 if scale is None else scale)
 
     def visit(carry, block):
         highest, weight, output = carry

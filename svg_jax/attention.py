@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def sparse_attention(
     rng: PRNGKeyArray | None = None,
     labels: Bool[Array, "batch heads"] | None = None,
     text_length: Int[Array, " batch"] | None = None,
-    implementation: str | None = None,
+    implementation: Literal["xla", "reference"] | None = None,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], SparseAttentionInfo]:
     """Attention of a video's tokens, each head inside its own sparse pattern.
 
@@ -84,31 +85,31 @@ def sparse_attention(
         raise ValueError(f"query has {query.shape[1]} tokens, {layout} has {layout.num_tokens}")
     batch, _, heads, _ = query.shape
     if config.density >= 1:
-        labels = jnp.zeros((batch, heads), bool) if labels is None else labels
-        errors = jnp.zeros((batch, heads, 2), jnp.float32)
-        info = SparseAttentionInfo(labels, errors, jnp.ones((), jnp.float32))
+        info = SparseAttentionInfo(
+            labels=jnp.zeros((batch, heads), bool) if labels is None else labels,
+            errors=jnp.zeros((batch, heads, 2), jnp.float32),
+            density=jnp.ones((), jnp.float32),
+        )
         return _dense(query, key, value, layout, text_length, implementation), info
     if labels is not None:
-        errors = jnp.full((batch, heads, 2), jnp.nan, jnp.float32)
-    elif rng is None:
-        raise ValueError(
-            "sparse_attention needs a PRNG key (rng) to profile heads, or their labels"
-        )
-    else:
-        labels, errors = classify_heads(
+        temporal, errors = labels, jnp.full((batch, heads, 2), jnp.nan, jnp.float32)
+    elif rng is not None:
+        temporal, errors = classify_heads(
             query, key, value, layout=layout, config=config, rng=rng, text_length=text_length
         )
+    else:
+        raise ValueError("sparse_attention profiles heads with a PRNG key: give rng, or labels")
     mask = sparse_mask(layout, config)
-    info = SparseAttentionInfo(labels, errors, realised_density(mask, text_length))
+    info = SparseAttentionInfo(temporal, errors, realised_density(mask, text_length))
     out = kernels.block_sparse_attention(
-        to_token_major(query, layout, labels),
-        to_token_major(key, layout, labels),
-        to_token_major(value, layout, labels),
+        to_token_major(query, layout, temporal),
+        to_token_major(key, layout, temporal),
+        to_token_major(value, layout, temporal),
         masks=mask,
         text_length=text_length,
         implementation=implementation,
     )
-    return to_frame_major(out, layout, labels), info
+    return to_frame_major(out, layout, temporal), info
 
 
 def attend_dense(
@@ -127,7 +128,9 @@ def attend_dense(
 
 @cache
 def attend_sparse(
-    config: SparsityConfig, num_layers: int, implementation: str | None = None
+    config: SparsityConfig,
+    num_layers: int,
+    implementation: Literal["xla", "reference"] | None = None,
 ) -> Attend:
     """`sparse_attention` as a model's `attend`, with the first layers dense.
 
@@ -154,7 +157,7 @@ def attend_sparse(
         )
         return _dense(query, key, value, layout, text_length, implementation), info
 
-    def attend(query, key, value, *, layout, text_length, layer, step_state: StepState):
+    def attend(query, key, value, *, layout, text_length, layer, step_state) -> Any:
         def sparse(query, key, value):
             labels = None if step_state.labels is None else step_state.labels[layer]
             return sparse_attention(
@@ -185,7 +188,14 @@ def attend_sparse(
     return attend
 
 
-def _dense(query, key, value, layout: VideoLayout, text_length, implementation: str | None):
+def _dense(
+    query,
+    key,
+    value,
+    layout: VideoLayout,
+    text_length,
+    implementation: Literal["xla", "reference"] | None,
+):
     lengths = None
     if text_length is not None:
         if layout.text_position == "first":

@@ -53,11 +53,12 @@ def profile_masks(
         text_start=mask.text_start,
         text_tokens=mask.text_tokens,
     )
-    moved = [token_major_position(p, layout) for p in (query_position, key_position)]
+    moved_query = token_major_position(query_position, layout)
+    moved_key = token_major_position(key_position, layout)
     kept = (
         dense.keep(query_position, key_position, text_length),
         mask.keep(query_position, key_position, text_length),
-        mask.keep(*moved, text_length),
+        mask.keep(moved_query, moved_key, text_length),
     )
     return jnp.stack(jnp.broadcast_arrays(*kept))
 

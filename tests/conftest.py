@@ -1,7 +1,7 @@
 """The strictness that every test runs under.
 
-No silent promotion of dtypes or ranks, warnings are errors (pyproject.toml), and the package's shape
-annotations are checked on every call.
+No silent promotion of dtypes or ranks, warnings are errors (pyproject.toml), and the package's
+shape annotations are checked on every call.
 """
 
 import os

@@ -53,7 +53,7 @@ def test_accuracies_count_each_question_and_all_at_once():
 
     pixels = np.zeros((3, 1, 1, 1, 1), np.float32)
     attributes = np.array([[0, 1, 2, 3], [0, 1, 2, 0], [1, 1, 2, 3]])
-    found = judge_videos(Fixed(), pixels, attributes, batch=2)
+    found = judge_videos(Fixed(), pixels, attributes, batch=2)  # pyright: ignore
     assert found.as_dict() == pytest.approx(
         {"digit": 2 / 3, "colour": 1, "motion": 1, "place": 2 / 3, "all four": 1 / 3}
     )
