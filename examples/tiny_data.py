@@ -133,7 +133,8 @@ def trajectories(rng: PRNGKeyArray, motion: Int[Array, " batch"]) -> Float[Array
     """Top left corner (y, x) of the sprite in every frame, in pixels.
 
     Positions are made in the unit square of where the sprite may be. Straight motions cross 60 to
-    95 % of it; a bouncing digit hops twice while it drifts; a circling one goes round once.
+    95 % of it; a bouncing digit hops one and a half times while it drifts; a circling one goes
+    round once.
     """
     batch = motion.shape[0]
     keys = jax.random.split(rng, 5)
@@ -155,15 +156,15 @@ def trajectories(rng: PRNGKeyArray, motion: Int[Array, " batch"]) -> Float[Array
     diagonal = middle + sign * line
 
     turns = jnp.arange(NUM_FRAMES)[None, :] / NUM_FRAMES
-    hop = jnp.abs(jnp.sin(jnp.pi * (2.0 * turns + phase)))
-    floor, height = 0.85 + 0.15 * spot[..., 0], 0.6 + 0.25 * size[..., 0]
+    hop = jnp.abs(jnp.sin(jnp.pi * (1.5 * turns + phase)))
+    floor, height = 0.85 + 0.15 * spot[..., 0], 0.45 + 0.2 * size[..., 0]
     drift = 0.25 + 0.3 * size[..., 1]
     drifting = (
         drift / 2 + spot[..., 1] * (1.0 - drift) + sign[..., 1] * drift * (time[..., 0] - 0.5)
     )
     bouncing = jnp.stack([floor - height * hop, drifting], axis=-1)
 
-    radius = jnp.array([[[0.34, 0.22]]]) * (1.0 + 0.3 * size)  # y, x: nearly round in pixels
+    radius = jnp.array([[[0.29, 0.19]]]) * (1.0 + 0.3 * size)  # y, x: nearly round in pixels
     angle = 2.0 * jnp.pi * (sign[..., 0] * turns + phase)
     centre = radius + spot * (1.0 - 2.0 * radius)
     circling = centre + radius * jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)

@@ -14,8 +14,31 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from optax.contrib import MuonDimensionNumbers, muon
-from tiny_data import Assets, caption_table, draw_attributes, make_videos, token_ids
-from tiny_model import make_text_encoder, make_transformer, signal_and_noise
+from safetensors.numpy import load_file
+from tiny_data import (
+    CAPTION_TOKENS,
+    HEIGHT,
+    NUM_FRAMES,
+    WIDTH,
+    Assets,
+    caption_table,
+    draw_attributes,
+    make_videos,
+    token_ids,
+)
+from tiny_model import (
+    TEXT_ENCODER,
+    TRANSFORMER,
+    make_text_encoder,
+    make_transformer,
+    signal_and_noise,
+)
+
+from svg_jax.convert import cogvideox, t5
+from svg_jax.convert.rules import convert_state
+from svg_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
+from svg_jax.models.rope import Rotation
+from svg_jax.models.t5 import T5Config
 
 Parameters = dict[str, Any]  # {"transformer": ..., "text_encoder": ...}, nested, float32
 
@@ -23,7 +46,10 @@ MUON_RATE, ADAM_RATE = 4e-3, 1e-3
 AVERAGE_DECAY = 0.999
 CAPTION_DROPOUT = 0.1
 WARM_UP_STEPS = 200
-COARSE_UNTIL = 0.4  # share of the training in which the digit counts more and the rate is constant
+# The first phase sees COARSE_FRAMES of a video's frames, twice as many videos, and the digit counts
+# more: it teaches what goes where, cheaply. The second sees whole videos, as sampling does.
+COARSE_UNTIL = 0.6
+COARSE_FRAMES = 8
 DIGIT_WEIGHT = 3.0
 LAST_RATE = 0.02
 NUM_EIGHTHS = 8
@@ -39,13 +65,23 @@ class TrainState(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One batch of the v-prediction task; digit: see tiny_data.Videos."""
+    """One batch of the v-prediction task.
+
+    Attributes:
+        noisy: The videos, noised.
+        velocity: What is to be predicted.
+        digit: As in tiny_data.Videos.
+        timestep: How noisy each one is.
+        tokens: Captions.
+        frames: Which frames of the videos these are; None: all.
+    """
 
     noisy: Float[Array, "batch frames channels height width"]
     velocity: Float[Array, "batch frames channels height width"]
     digit: Float[Array, "batch frames 1 height width"]
     timestep: Int[Array, " batch"]
     tokens: Int[Array, "batch 16"]
+    frames: Int[Array, " frames"] | None = None
 
 
 class TinyTrainer:
@@ -77,22 +113,28 @@ class TinyTrainer:
             self.graphs[name], state = nnx.split(network)
             self._initial[name] = nnx.to_pure_dict(state)
 
-    def initial_state(self) -> TrainState:
-        """Fresh parameters, the optimizer's zeros."""
-        parameters = jax.tree.map(jnp.copy, self._initial)  # `train` consumes its state
-        optimizer = self.optimizer.init(parameters)
-        average = jax.tree.map(jnp.copy, parameters)
-        return TrainState(jnp.int32(0), parameters, average, optimizer)
+    def initial_state(self, parameters: Parameters | None = None) -> TrainState:
+        """These parameters (None: fresh ones), the optimizer's zeros."""
+        # A copy, since `train` consumes its state.
+        start = self._initial if parameters is None else parameters
+        copied: Parameters = jax.tree.map(jnp.array, start)
+        average = jax.tree.map(jnp.copy, copied)
+        return TrainState(jnp.int32(0), copied, average, self.optimizer.init(copied))
 
-    def networks(self, parameters: Parameters) -> dict[str, nnx.Module]:
+    def networks(self, parameters: Parameters) -> dict[str, Any]:
         """The transformer and the text encoder with these parameters."""
         return {name: nnx.merge(graph, parameters[name]) for name, graph in self.graphs.items()}
 
-    def draw_batch(self, rng: PRNGKeyArray, timestep: Int[Array, " batch"]) -> Batch:
-        """Videos noised to the given timesteps, one in ten without its caption."""
-        attribute_rng, video_rng, noise_rng, drop_rng = jax.random.split(rng, 4)
+    def draw_batch(
+        self, rng: PRNGKeyArray, timestep: Int[Array, " batch"], *, coarse: bool = False
+    ) -> Batch:
+        """Videos, or some of their frames, noised to the timesteps; one in ten has no caption."""
+        attribute_rng, video_rng, noise_rng, drop_rng, frame_rng = jax.random.split(rng, 5)
         attributes = draw_attributes(attribute_rng, len(timestep))
         videos = make_videos(video_rng, self.assets, attributes)
+        frames = draw_frames(frame_rng) if coarse else None
+        if frames is not None:
+            videos = videos._replace(pixels=videos.pixels[:, frames], digit=videos.digit[:, frames])
         noise = jax.random.normal(noise_rng, videos.pixels.shape)
         a = self.signal[timestep][:, None, None, None, None]
         b = self.noise[timestep][:, None, None, None, None]
@@ -104,6 +146,7 @@ class TinyTrainer:
             digit=videos.digit,
             timestep=timestep,
             tokens=jnp.where(drop, self.no_caption[None], tokens),
+            frames=frames,
         )
 
     def squared_error(
@@ -111,19 +154,21 @@ class TinyTrainer:
     ) -> Float[Array, "batch frames channels height width"]:
         """Squared error of the predicted velocity."""
         networks = self.networks(parameters)
-        text = networks["text_encoder"](batch.tokens)
-        velocity, _ = networks["transformer"](batch.noisy, text, batch.timestep, remat=remat)
+        transformer, text = networks["transformer"], networks["text_encoder"](batch.tokens)
+        rotation = None if batch.frames is None else frame_rotation(transformer, batch.frames)
+        velocity, _ = transformer(batch.noisy, text, batch.timestep, rotation=rotation, remat=remat)
         return jnp.square(velocity.astype(jnp.float32) - batch.velocity)
 
     def train_step(
-        self, state: TrainState, progress: Float[Array, ""]
+        self, state: TrainState, progress: Float[Array, ""], *, coarse: bool
     ) -> tuple[TrainState, Float[Array, ""]]:
         """One step at `progress` (0..1) of the whole training; returns the state and the loss."""
         rng = jax.random.fold_in(jax.random.key(self.seed), state.step)
         time_rng, batch_rng = jax.random.split(rng)
-        batch = self.draw_batch(batch_rng, draw_timesteps(time_rng, self.batch))
-        coarse = progress < COARSE_UNTIL
-        weight = 1.0 + jnp.where(coarse, DIGIT_WEIGHT - 1.0, 0.0) * batch.digit
+        videos = self.batch * (NUM_FRAMES // COARSE_FRAMES if coarse else 1)
+        timestep = draw_timesteps(time_rng, videos, coarse=coarse)
+        batch = self.draw_batch(batch_rng, timestep, coarse=coarse)
+        weight = 1.0 + (DIGIT_WEIGHT - 1.0 if coarse else 0.0) * batch.digit
 
         def loss(parameters: Parameters) -> Float[Array, ""]:
             error = self.squared_error(parameters, batch, remat=True)
@@ -137,12 +182,12 @@ class TinyTrainer:
         average = jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), state.average, parameters)
         return TrainState(state.step + 1, parameters, average, optimizer), value
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    @partial(jax.jit, static_argnums=0, static_argnames="coarse", donate_argnums=1)
     def train(
-        self, state: TrainState, progress: Float[Array, " steps"]
+        self, state: TrainState, progress: Float[Array, " steps"], *, coarse: bool
     ) -> tuple[TrainState, Float[Array, " steps"]]:
-        """Many steps in one device call."""
-        return jax.lax.scan(self.train_step, state, progress)
+        """Many steps of one phase in one device call."""
+        return jax.lax.scan(partial(self.train_step, coarse=coarse), state, progress)
 
     @partial(jax.jit, static_argnums=0, static_argnames=("batches", "batch"))
     def validate(
@@ -162,12 +207,38 @@ class TinyTrainer:
         return jnp.mean(losses.reshape(batches, NUM_EIGHTHS), axis=0)
 
 
-def draw_timesteps(rng: PRNGKeyArray, batch: int) -> Int[Array, " batch"]:
-    """Half uniform, half from the middle and the end, where motion and layout are decided."""
+def draw_timesteps(rng: PRNGKeyArray, batch: int, *, coarse: bool) -> Int[Array, " batch"]:
+    """Uniform; in the coarse phase mostly from the middle, where motion and layout are decided."""
     pick_rng, time_rng = jax.random.split(rng)
     time = jax.random.uniform(time_rng, (batch,))
-    late = jax.random.bernoulli(pick_rng, 0.5, (batch,))
-    return jnp.floor(1000.0 * jnp.where(late, 0.35 + 0.65 * time, time)).astype(jnp.int32)
+    if coarse:
+        middle = jax.random.bernoulli(pick_rng, 0.6, (batch,))
+        time = jnp.where(middle, 0.35 + 0.62 * time, time)
+    return jnp.floor(1000.0 * time).astype(jnp.int32)
+
+
+def draw_frames(rng: PRNGKeyArray) -> Int[Array, " frames"]:
+    """Some frames of a video: every other one, or neighbours."""
+    stride_rng, first_rng = jax.random.split(rng)
+    stride = jnp.where(jax.random.bernoulli(stride_rng), NUM_FRAMES // COARSE_FRAMES, 1)
+    last_first = NUM_FRAMES - 1 - (COARSE_FRAMES - 1) * stride
+    first = jax.random.randint(first_rng, (), 0, last_first + 1)
+    return first + stride * jnp.arange(COARSE_FRAMES)
+
+
+def frame_rotation(transformer: CogVideoXTransformer, frames: Int[Array, " frames"]) -> Rotation:
+    """The rotary embedding of some frames, each at its place in the whole video."""
+    _, patch_height, patch_width = transformer.config.patch_shape
+    grid = (NUM_FRAMES, HEIGHT // patch_height, WIDTH // patch_width)
+    whole = transformer.rotation(grid, CAPTION_TOKENS)
+    assert whole is not None
+
+    def pick(table: Array) -> Array:
+        text, video = jnp.split(table, [CAPTION_TOKENS])
+        video = video.reshape(NUM_FRAMES, -1, table.shape[-1])[frames]
+        return jnp.concatenate([text, video.reshape(-1, table.shape[-1])])
+
+    return Rotation(*map(pick, whole))
 
 
 def learning_rate(progress: Float[Array, ""], step: Int[Array, ""]) -> Float[Array, ""]:
@@ -216,6 +287,29 @@ def save_state(folder: Path, state: TrainState, record: Mapping[str, Any]) -> No
         np.savez(partial_file, **arrays)  # pyright: ignore[reportArgumentType]
         partial_file.rename(folder / f"{name}.npz")
     (folder / "record.json").write_text(json.dumps({**record, "step": int(state.step)}, indent=1))
+
+
+def load_weights(folder: Path) -> Parameters:
+    """Read an exported model's parameters, made float32."""
+    text_config = T5Config.from_dict(TEXT_ENCODER)
+    config = CogVideoXConfig.from_dict(TRANSFORMER)
+
+    def read(file: str, rules: Any, num_layers: int) -> dict[str, Any]:
+        tensors = {
+            name: tensor.astype(np.float32) for name, tensor in load_file(folder / file).items()
+        }
+        return convert_state(tensors, rules, num_layers)
+
+    return {
+        "transformer": read(
+            "transformer/diffusion_pytorch_model.safetensors",
+            cogvideox.rules(config),
+            config.num_layers,
+        ),
+        "text_encoder": read(
+            "text_encoder/model.safetensors", t5.rules(text_config), text_config.num_layers
+        ),
+    }
 
 
 def load_state(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:

@@ -3,14 +3,19 @@
     python examples/train_tiny.py --state STATE --minutes 9 --until 0.5
     python examples/train_tiny.py --state STATE --minutes 9 --until 1.0      # goes on where it was
 
-About 20 minutes on one H100 or H200. `--until` says how far along the whole training this call
-gets (the learning rate follows it); STATE is read if it is there, and written every two minutes and
-at the end. Then: python examples/export_tiny.py STATE svg_jax/assets/tiny_cogvideox
+About 20 minutes on one H100 or H200 from scratch; `--weights FOLDER --begin 0.3` goes on from an
+exported model instead, as if 0.3 of the training were done. `--until` says how far along the whole
+training this call gets (the phase and the learning rate follow it); STATE is read if it is there,
+and written every two minutes and at the end. Then:
+
+    python examples/export_tiny.py STATE svg_jax/assets/tiny_cogvideox
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -18,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_data import load_assets
 from tiny_model import TEXT_ENCODER, TRANSFORMER
-from tiny_training import TinyTrainer, load_state, save_state
+from tiny_training import COARSE_UNTIL, TinyTrainer, load_state, load_weights, save_state
 
 
 def main() -> None:
@@ -28,6 +33,8 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder of the training state")
     parser.add_argument("--minutes", type=float, required=True, help="of this call, in all")
     parser.add_argument("--until", type=float, default=1.0, help="progress at its end, 0..1")
+    parser.add_argument("--weights", type=Path, help="exported model to start from")
+    parser.add_argument("--begin", type=float, default=0.0, help="progress of a new state, 0..1")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps-per-call", type=int, default=50)
@@ -40,15 +47,26 @@ def main() -> None:
     trainer = TinyTrainer(
         load_assets(), transformer, TEXT_ENCODER, batch=args.batch, dtype=dtype, seed=args.seed
     )
-    state = trainer.initial_state()
-    record = {"progress": 0.0, "seconds": 0.0, "seed": args.seed, "batch": args.batch, "log": []}
+    weights = None if args.weights is None else load_weights(args.weights)
+    state = trainer.initial_state(weights)
+    record = {
+        "progress": args.begin,
+        "seconds": 0.0,
+        "seed": args.seed,
+        "batch": args.batch,
+        "log": [],
+    }
     if (args.state / "record.json").exists():
         state, record = load_state(args.state, state)
     record["device"] = jax.devices()[0].device_kind
     record["jax"] = jax.__version__
 
-    chunk = jnp.zeros(args.steps_per_call)
-    train = TinyTrainer.train.lower(trainer, state, chunk).compile()
+    @cache
+    def compiled(coarse: bool) -> Callable:
+        chunk = jnp.zeros(args.steps_per_call)
+        return TinyTrainer.train.lower(trainer, state, chunk, coarse=coarse).compile()
+
+    compiled(record["progress"] < COARSE_UNTIL)
     print(f"compiled after {time.monotonic() - started:.1f} s", flush=True)
     deadline = started + 60 * args.minutes
     first, begun, saved = record["progress"], time.monotonic(), time.monotonic()
@@ -57,6 +75,7 @@ def main() -> None:
     while (now := time.monotonic()) < deadline:
         begin, end = (min(1.0, (t - begun) / (deadline - begun)) for t in (now, now + pace))
         progress = first + (args.until - first) * np.linspace(begin, end, args.steps_per_call)
+        train = compiled(progress[0] < COARSE_UNTIL)
         state, losses = train(state, jnp.asarray(progress, jnp.float32))
         loss = float(losses.mean())
         pace = time.monotonic() - now

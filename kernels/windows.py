@@ -17,8 +17,8 @@ ALIGNMENT = 16
 class Window:
     """A run of equal row blocks and the keys of each.
 
-    Block b holds rows first_row + b*block_rows … and sees, from key first_key + b*key_step on,
-    `left` keys that need the band's test, `full` that every row keeps, and `right` that need it.
+    Block b holds rows first_row + b*block_rows … and sees `num_keys` keys from
+    first_key + b*key_step on.
 
     Attributes:
         first_row: First row of the first block.
@@ -26,9 +26,8 @@ class Window:
         num_blocks: Blocks in the run.
         first_key: First key of the first block.
         key_step: Keys that the window moves by from block to block.
-        left: Boundary keys before the full ones.
-        full: Keys that every row of the block keeps.
-        right: Boundary keys behind the full ones.
+        num_keys: Keys that a block sees.
+        is_full: Whether every row keeps every key that its block sees.
     """
 
     first_row: int
@@ -36,9 +35,8 @@ class Window:
     num_blocks: int
     first_key: int
     key_step: int
-    left: int
-    full: int
-    right: int
+    num_keys: int
+    is_full: bool
 
     @property
     def stop_row(self) -> int:
@@ -64,7 +62,7 @@ def band_windows(
         whole, rest = divmod(num_tokens, block_rows)
         runs = [(0, block_rows, whole), (whole * block_rows, rest, 1)]
         return tuple(
-            Window(row, rows, blocks, first_key, 0, 0, num_tokens - first_key, 0)
+            Window(row, rows, blocks, first_key, 0, num_tokens - first_key, is_full=True)
             for row, rows, blocks in runs
             if rows * blocks
         )
@@ -74,9 +72,6 @@ def band_windows(
     stop_inner = first_inner + inner_blocks * block_rows
     windows = _edge_windows(0, first_inner, num_tokens, band_width, first_key, block_rows)
     if inner_blocks:
-        full = max(2 * _round_down(band_width) - block_rows, 0)
-        boundaries = 2 * reach + block_rows - full
-        left = boundaries // 2 if full else boundaries
         windows.append(
             Window(
                 first_row=first_inner,
@@ -84,9 +79,8 @@ def band_windows(
                 num_blocks=inner_blocks,
                 first_key=first_inner - reach,
                 key_step=block_rows,
-                left=left,
-                full=full,
-                right=boundaries - left,
+                num_keys=2 * reach + block_rows,
+                is_full=False,
             )
         )
     windows += _edge_windows(stop_inner, num_tokens, num_tokens, band_width, first_key, block_rows)
@@ -113,19 +107,11 @@ def _edge_windows(
         high = max(low, min(num_tokens, last + band_width))
         high = min(num_tokens, low + _round_up(high - low))
         low = max(first_key, high - _round_up(high - low))
-        left = _round_up(max(last - band_width + 1 - low, 0))
-        full = _round_down(min(row + band_width, high) - low - left)
-        if full <= 0:
-            left, full = high - low, 0
-        right = high - low - left - full
-        windows.append(Window(row, rows, blocks, low, 0, left, full, right))
+        is_full = last < low + band_width and high - band_width <= row
+        windows.append(Window(row, rows, blocks, low, 0, high - low, is_full))
         row = last + 1
     return windows
 
 
 def _round_up(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _round_down(size: int) -> int:
-    return size // ALIGNMENT * ALIGNMENT

@@ -1,13 +1,12 @@
 """Block-sparse and dense attention in plain XLA: portable, differentiable, really sparse on a CPU.
 
 A few heads at a time, one block of query rows at a time: its keys are one contiguous window of the
-band, of which only the two boundaries are tested, and beside it the text and the sink, which every
-row keeps. All of them share one softmax. No array is larger than one block's rows × keys.
+band, and before it the text and the sink, which every row keeps. No array is larger than one
+block's rows × keys.
 """
 
-import math
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,9 +19,9 @@ from svg_jax.kernels.windows import Window, band_windows
 
 BLOCK_ROWS = 256
 DENSE_BLOCK_ROWS = 256
-# Heads at once. On a CPU two make products large enough for its threads, more spill the caches; one
-# head does not fill an accelerator at all.
-CPU_HEADS = 2
+# Heads at once. On a CPU as many as give a block this many logits, and its threads enough to do
+# without spilling the caches; an accelerator is not filled by one head.
+CPU_LOGITS = 600_000
 ACCELERATOR_HEADS = 8
 # Finite: a row whose keys are all masked gives numbers (blanked later) and gradients without NaN.
 MASKED = -1e30
@@ -72,8 +71,11 @@ def block_sparse_attention(
 
     index = None if mask_of_head is None or len(masks) == 1 else mask_of_head.reshape(-1)
     length = None if text_length is None else jnp.repeat(text_length, heads)
-    # Heads that run different masks cannot run at once: XLA would run all masks for all of them.
-    cpu_heads = CPU_HEADS if index is None else 1
+    if index is None:
+        keys = max((window.num_keys for window in _windows(masks[0], block_rows)), default=1)
+        cpu_heads = CPU_LOGITS // (block_rows * keys)
+    else:  # XLA would run all masks for each of the heads that run at once
+        cpu_heads = 1
     return _over_heads(one_head, query, key, value, index, length, cpu_heads=cpu_heads)
 
 
@@ -109,7 +111,8 @@ def dense_attention(
         None if x is None else jnp.repeat(x, heads)
         for x in (query_seq_lengths, key_value_seq_lengths)
     ]
-    return _over_heads(one_head, query, key, value, *lengths, cpu_heads=1)
+    cpu_heads = CPU_LOGITS // (block_rows * key.shape[1])
+    return _over_heads(one_head, query, key, value, *lengths, cpu_heads=cpu_heads)
 
 
 def _over_heads(one_head: Callable, query, key, value, *of_heads, cpu_heads: int):
@@ -125,8 +128,11 @@ def _over_heads(one_head: Callable, query, key, value, *of_heads, cpu_heads: int
             out, lse = one_head(*(x.astype(dtype) for x in args[:3]), *args[3:])
             return out.astype(args[0].dtype), lse
 
-        # A remainder would be compiled as a second program.
-        at_once = math.gcd(query.shape[0], heads_at_once)
+        # A divisor, since a remainder would be compiled as a second program.
+        total = query.shape[0]
+        at_once = max(
+            n for n in range(1, total + 1) if total % n == 0 and n <= max(heads_at_once, 1)
+        )
         args = (query, key, value, *rest)
         return lax.map(widened, args, batch_size=at_once if at_once > 1 else None)
 
@@ -205,51 +211,37 @@ def _by_blocks(body: Callable, query, block_rows: int, arrays):
 
 def _attend_all(_index, query, everything: _Keys, *, scale: float):
     """Attend one block of rows to the same keys as all the others."""
-    return _softmax_over(query, [everything], scale)
+    return _softmax(query, everything, scale)
 
 
 def _attend_window(index, query, arrays, *, mask: BandMask, window: Window, scale: float):
     """Attend one block of video rows to text, sink and its window of the band.
 
-    All keys that need a test are joined into one set and all others into a second: few large
-    products are faster, and compile faster, than many small ones.
+    All keys are joined and, unless every row keeps all, all are tested: on a CPU one product over
+    all of them with a test that rides along beats several products of which few need one.
     """
     key, value, text_key, text_value, text_length = arrays
-    first_row = window.first_row + index * window.block_rows
     first_key = window.first_key + index * window.key_step
 
-    def join(video, text):
-        left, full, right = (
-            lax.dynamic_slice_in_dim(video, first_key + start, size)
-            for start, size in (
-                (0, window.left),
-                (window.left, window.full),
-                (window.left + window.full, window.right),
-            )
-        )
-        tested, untested = [left, right], [video[: mask.video_sink_tokens], full]
-        (untested if text_length is None else tested).insert(0, text)
-        return jnp.concatenate(tested), jnp.concatenate(untested)
+    def join(text, video):
+        band = lax.dynamic_slice_in_dim(video, first_key, window.num_keys)
+        return jnp.concatenate([text, video[: mask.video_sink_tokens], band])
 
-    tested_key, untested_key = join(key, text_key)
-    tested_value, untested_value = join(value, text_value)
-    parts = []
-    if tested_key.shape[0]:
-        column = jnp.arange(tested_key.shape[0])[None]
-        row = (first_row + jnp.arange(window.block_rows))[:, None]
-        text = 0 if text_length is None else mask.text_tokens
-        beyond_full = jnp.where(column - text < window.left, 0, window.full)
-        keep = jnp.abs(row - (first_key + column - text + beyond_full)) < mask.band_width
-        if text_length is not None:
-            keep = jnp.where(column < text, column < text_length, keep)
-        parts.append(_Keys(tested_key, tested_value, keep))
-    if untested_key.shape[0]:
-        parts.append(_Keys(untested_key, untested_value))
-    return _softmax_over(query, parts, scale)
+    column = jnp.arange(mask.text_tokens + mask.video_sink_tokens + window.num_keys)[None]
+    in_band = column - (mask.text_tokens + mask.video_sink_tokens)
+    keep = None
+    if not window.is_full:
+        row = window.first_row + index * window.block_rows + jnp.arange(window.block_rows)
+        distance = jnp.abs(row[:, None] - (first_key + in_band))
+        keep = (in_band < 0) | (distance < mask.band_width)
+    if text_length is not None:
+        real = (column >= mask.text_tokens) | (column < text_length)
+        keep = real if keep is None else keep & real
+    return _softmax(query, _Keys(join(text_key, key), join(text_value, value), keep), scale)
 
 
-def _softmax_over(query, parts: list[_Keys], scale: float):
-    """One softmax over several sets of keys, never joined into one array.
+def _softmax(query, keys: _Keys, scale: float):
+    """Attend some rows to some keys; returns the output and the log-sum-exp.
 
     The scale is applied to differences from the maximum, within the exponential: it costs nothing
     there, and low-precision queries are not rounded once more.
@@ -259,20 +251,14 @@ def _softmax_over(query, parts: list[_Keys], scale: float):
         precision=lax.Precision.HIGHEST,
         preferred_element_type=_accumulator(query.dtype),
     )
-    logits = []
-    for part in parts:
-        each = dot(query, part.key.T)
-        logits.append(each if part.keep is None else jnp.where(part.keep, each, MASKED))
-    tops = [jnp.max(each, axis=-1, keepdims=True) for each in logits]
-    top = lax.stop_gradient(reduce(jnp.maximum, tops))
-    weights = [jnp.exp((each - top) * scale) for each in logits]
-    total = reduce(jnp.add, [jnp.sum(each, axis=-1, keepdims=True) for each in weights])
-    outs = [
-        dot(each.astype(part.value.dtype), part.value)
-        for each, part in zip(weights, parts, strict=True)
-    ]
-    lse = (top * scale + jnp.log(total))[:, 0]
-    return (reduce(jnp.add, outs) / total).astype(query.dtype), lse
+    logits = dot(query, keys.key.T)
+    if keys.keep is not None:
+        logits = jnp.where(keys.keep, logits, MASKED)
+    top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp((logits - top) * scale)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = dot(weights.astype(keys.value.dtype), keys.value) / total
+    return out.astype(query.dtype), (top * scale + jnp.log(total))[:, 0]
 
 
 def _blank(real, x):

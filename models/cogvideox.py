@@ -188,6 +188,7 @@ class CogVideoXTransformer(nnx.Module):
         attend: Attend = dense_attention,
         step_state: Any = None,
         text_length: Int[Array, " batch"] | None = None,
+        rotation: Rotation | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "batch frames out_channels height width"], Any]:
         """Predicts the velocity.
@@ -201,6 +202,8 @@ class CogVideoXTransformer(nnx.Module):
             step_state: Passed to `attend` unread.
             text_length: Real text tokens of each batch entry; None (as released) if padding counts
                 as text.
+            rotation: Rotary embedding of every token; None is that of a whole video of this size.
+                Others serve training on some of a video's frames.
             remat: Recompute the layers in the backward pass instead of keeping their activations.
 
         Returns:
@@ -242,7 +245,8 @@ class CogVideoXTransformer(nnx.Module):
         hidden = self._add_positions(hidden, grid, text_tokens)
 
         is_text = jnp.arange(layout.num_tokens) < text_tokens
-        rotation = self.rotation(grid, text_tokens)
+        if rotation is None:
+            rotation = self.rotation(grid, text_tokens)
 
         def apply_layer(block: Block, hidden: Array, layer: Array) -> tuple[Array, Any]:
             attend_layer = partial(

@@ -15,13 +15,15 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from export_tiny import export_tiny, make_tokenizer
-from tiny_data import caption, load_assets, token_ids
+from tiny_data import CAPTION_TOKENS, NUM_FRAMES, caption, load_assets, token_ids
 from tiny_model import SCHEDULER, TEXT_ENCODER, TRANSFORMER, signal_and_noise
 from tiny_training import (
     COARSE_UNTIL,
     LAST_RATE,
     TinyTrainer,
+    draw_frames,
     draw_timesteps,
+    frame_rotation,
     learning_rate,
     load_state,
     save_state,
@@ -67,11 +69,28 @@ def test_one_caption_in_ten_is_dropped(trainer):
     assert 0.06 < dropped.mean() < 0.14
 
 
-def test_timesteps_cover_the_schedule_and_lean_to_its_end():
-    steps = np.asarray(draw_timesteps(jax.random.key(0), 20_000))
+@pytest.mark.parametrize(("coarse", "share"), [(False, 0.62), (True, 0.6 + 0.4 * 0.62)])
+def test_timesteps_cover_the_schedule_and_lean_to_its_middle_at_first(coarse, share):
+    steps = np.asarray(draw_timesteps(jax.random.key(0), 20_000, coarse=coarse))
     assert steps.min() < 5
     assert steps.max() == 999
-    np.testing.assert_allclose((steps >= 350).mean(), 0.5 + 0.5 * 0.65, atol=0.02)
+    np.testing.assert_allclose(((steps >= 350) & (steps < 970)).mean(), share, atol=0.02)
+
+
+def test_frames_are_every_other_or_neighbours_and_all_have_their_turn():
+    draws = np.asarray(jax.vmap(draw_frames)(jax.random.split(jax.random.key(0), 200)))
+    assert set(np.unique(np.diff(draws, axis=1))) == {1, 2}
+    np.testing.assert_array_equal(np.unique(draws), np.arange(NUM_FRAMES))
+
+
+def test_frames_are_rotated_as_in_the_whole_video(trainer):
+    model = trainer.networks(trainer.initial_state().parameters)["transformer"]
+    whole, some = (frame_rotation(model, jnp.array(f)) for f in (range(NUM_FRAMES), (3, 5)))
+    tokens = (whole.cos.shape[0] - CAPTION_TOKENS) // NUM_FRAMES
+    expected = [CAPTION_TOKENS + frame * tokens + np.arange(tokens) for frame in (3, 5)]
+    rows = np.concatenate([np.arange(CAPTION_TOKENS), *expected])
+    assert_equal_trees(some, jax.tree.map(lambda table: table[rows], whole))
+    assert_equal_trees(whole, model.rotation((NUM_FRAMES, 3, 4), CAPTION_TOKENS))
 
 
 def test_the_rate_warms_up_stays_and_falls():
@@ -94,14 +113,14 @@ def test_muon_has_the_matrices_of_the_blocks_and_adam_the_rest(trainer):
 
 @pytest.mark.slow
 def test_training_that_was_interrupted_goes_on_exactly(trainer, tmp_path):
-    before, after = jnp.array([0.3, 0.35]), jnp.array([0.45, 0.5])
+    before, after = jnp.array([0.5, 0.55]), jnp.array([0.65, 0.7])
     with jax.numpy_dtype_promotion("standard"):  # optax promotes
-        state, _ = trainer.train(trainer.initial_state(), before)
-        save_state(tmp_path, state, {"progress": 0.35})
-        whole, losses = trainer.train(state, after)
+        state, _ = trainer.train(trainer.initial_state(), before, coarse=True)
+        save_state(tmp_path, state, {"progress": 0.55})
+        whole, losses = trainer.train(state, after, coarse=False)
         loaded, record = load_state(tmp_path, trainer.initial_state())
-        resumed, losses_again = trainer.train(loaded, after)
-    assert record == {"progress": 0.35, "step": 2}
+        resumed, losses_again = trainer.train(loaded, after, coarse=False)
+    assert record == {"progress": 0.55, "step": 2}
     np.testing.assert_array_equal(losses, losses_again)
     assert_equal_trees(whole, resumed)
     assert int(resumed.step) == 4
