@@ -114,8 +114,8 @@ def test_diagonal_goes_along_both_axes_into_all_four_corners():
 def test_bouncing_hops_from_the_floor_while_it_drifts():
     corner = paths("bouncing")
     turns = (np.diff(np.sign(np.diff(corner[..., 0], axis=1)), axis=1) != 0).sum(axis=1)
-    assert turns.min() >= 3
-    assert (np.ptp(corner[..., 0], axis=1) > 12).all()
+    assert turns.min() >= 2  # one and a half hops
+    assert (np.ptp(corner[..., 0], axis=1) > 0.75 * 0.45 * (HEIGHT - 24 + 8)).all()
     assert (np.abs(np.diff(corner[..., 1], axis=1)) > 0.2).all()
 
 
