@@ -1,19 +1,18 @@
 """Modules from a converted folder, straight onto the default device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
+import tensorstore as ts
 from flax import nnx
 from jax.typing import DTypeLike
 
 from svg_jax.convert.components import read_component_config, read_pipeline_index
 from svg_jax.convert.manifest import read_manifest
 from svg_jax.convert.rules import ConversionError
-from svg_jax.convert.writer import readable
+from svg_jax.convert.writer import open_leaves, readable
 from svg_jax.models.cogvideox import CogVideoXTransformer
 from svg_jax.models.t5 import T5Encoder
 
@@ -89,35 +88,31 @@ def _load(
         )
     config = read_component_config(folder / name, class_name)
     graph, state = nnx.split(nnx.eval_shape(lambda: make(config)))
-    expected = nnx.to_pure_dict(state)
-
-    weights = (folder / name / "weights").absolute()
-    with readable(weights), ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(weights).item_metadata.tree
-        _check_tree(weights, expected, stored)
-        # As stored, for orbax would cast to another dtype without a word.
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), stored
-        )
-        params = checkpointer.restore(weights, target)
-    if param_dtype is not None:
-        params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
-    nnx.replace_by_pure_dict(state, params)
+    weights = folder / name / "weights"
+    stored = open_leaves(weights)
+    _check_shapes(weights, nnx.to_pure_dict(state), stored)
+    # Leaf by leaf: orbax would cast to another dtype without a word, and after a leaf that cannot
+    # be read it leaves the others' reads running into its closed event loop.
+    params = {}
+    with readable(weights):
+        for path, leaf in stored.items():
+            param = jnp.asarray(leaf.read().result())
+            params[path] = param if param_dtype is None else param.astype(param_dtype)
+    nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(params))
     return nnx.merge(graph, state)
 
 
-def _check_tree(weights: Path, expected: Any, stored: Any) -> None:
-    shapes = [
-        {
-            jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
-            for path, leaf in jax.tree.leaves_with_path(tree)
-        }
-        for tree in (expected, stored)
-    ]
-    if shapes[0] != shapes[1]:
-        differ = sorted(path for path, _ in shapes[0].items() ^ shapes[1].items())
+def _check_shapes(
+    weights: Path, expected: Mapping[str, Any], stored: Mapping[tuple[str, ...], ts.TensorStore]
+) -> None:
+    wanted = {
+        tuple(str(key) for key in path): leaf.shape
+        for path, leaf in nnx.traversals.flatten_mapping(expected).items()
+    }
+    found = {path: leaf.shape for path, leaf in stored.items()}
+    if wanted != found:
+        differ = sorted({".".join(path) for path, _ in wanted.items() ^ found.items()})
         raise ConversionError(
-            f"{weights}: is not the model of its config.json ({len(set(differ))} parameters "
-            f"differ, first {differ[0]}): convert the source again."
+            f"{weights}: is not the model of its config.json ({len(differ)} parameters differ, "
+            f"first {differ[0]}): convert the source again."
         )
