@@ -1,10 +1,17 @@
-"""Attention of a few sampled query rows under several masks at once, in one read of K and V."""
+"""Attention of a few sampled query rows under several masks at once: scores are computed once."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from svg_jax.kernels.block_mask import BandMask
+
+# Finite: the anchor of a row that has kept nothing yet must not make −inf − −inf = NaN.
+MASKED = -1e30
 
 
 def sampled_attention(
@@ -12,58 +19,88 @@ def sampled_attention(
     key: Float[Array, "batch tokens heads head_dim"],
     value: Float[Array, "batch tokens heads head_dim"],
     *,
-    keep: Callable[[Int[Array, " keys"]], Bool[Array, "masks batch rows keys"]],
+    masks: tuple[BandMask, ...],
+    query_positions: Int[Array, "masks batch rows"],
+    key_positions: Int[Array, "masks tokens"],
+    text_length: Int[Array, " batch"] | None = None,
     scale: float | None = None,
-    block_kv: int = 1024,
+    block_kv: int = 4096,
 ) -> Float[Array, "masks batch heads rows head_dim"]:
     """Exact outputs of the given rows, once per mask, by online softmaxes over blocks of keys.
 
-    Scores are computed once and shared by the masks; memory is linear in rows and `block_kv`.
+    Under mask m row r of entry b keeps key j if and only if `masks[m].keep(query_positions[m, b,
+    r], key_positions[m, j], text_length[b])`. Memory is linear in rows and `block_kv`: no rows ×
+    tokens mask is ever stored.
 
     Args:
         query: The sampled rows only.
         key: All keys.
         value: All values.
-        keep: Says which of the keys at these positions each mask keeps for each row. A function,
-            not an array: a rows × tokens mask is never stored.
+        masks: The masks.
+        query_positions: Where each row stands in the order that each mask speaks of, int32.
+        key_positions: Likewise the keys.
+        text_length: Real text tokens of each entry, int32; None means that all text is real.
         scale: Factor of the scores; 1/√head_dim if None.
-        block_kv: Keys a block.
+        block_kv: Most keys in a block.
 
     Returns:
         float32 outputs; zeros for a row that keeps no key.
     """
     batch, rows, heads, head_dim = query.shape
     tokens = key.shape[1]
-    block_kv = min(block_kv, tokens)
-    scaled_query = query.astype(jnp.float32) * (head_dim**-0.5 if scale is None else scale)
+    num_blocks = -(-tokens // block_kv)
+    block_kv = -(-tokens // num_blocks)
+    state = (heads, len(masks) * rows)  # the masks' rows one below the other
+    dot = partial(jnp.matmul, precision="highest")
 
-    def visit(carry, block):
-        highest, weight, output = carry
-        # The last block is moved back inside the sequence; what it repeats is masked away.
-        start = jnp.minimum(block * block_kv, tokens - block_kv)
-        positions = start + jnp.arange(block_kv, dtype=jnp.int32)
-        keys = jax.lax.dynamic_slice_in_dim(key, start, block_kv, axis=1).astype(jnp.float32)
-        values = jax.lax.dynamic_slice_in_dim(value, start, block_kv, axis=1).astype(jnp.float32)
-        kept = keep(positions) & (positions >= block * block_kv)[None, None, None, :]
-        scores = jnp.einsum("brhd,bkhd->bhrk", scaled_query, keys, precision="highest")
-        scores = jnp.where(kept[:, :, None], scores[None], -jnp.inf)
+    def one_entry(query, key, value, query_positions, length, each_head: Callable):
+        def visit(carry, block):
+            # The last block is moved back inside the sequence; what it repeats is masked away.
+            start = jnp.minimum(block * block_kv, tokens - block_kv)
+            fresh = start + jnp.arange(block_kv) >= block * block_kv
+            columns = lax.dynamic_slice_in_dim(key_positions, start, block_kv, axis=1)
+            kept = jnp.stack(
+                [
+                    mask.keep(row[:, None], column[None], length) & fresh[None]
+                    for mask, row, column in zip(masks, query_positions, columns, strict=True)
+                ]
+            )
 
-        new_highest = jnp.maximum(highest, scores.max(-1))
-        # A row that has kept nothing yet has −inf everywhere, and −inf − −inf would be NaN.
-        anchor = jnp.where(jnp.isfinite(new_highest), new_highest, 0.0)
-        probabilities = jnp.exp(scores - anchor[..., None])
-        decay = jnp.exp(highest - anchor)
-        weight = weight * decay + probabilities.sum(-1)
-        update = jnp.einsum("mbhrk,bkhd->mbhrd", probabilities, values, precision="highest")
-        return (new_highest, weight, output * decay[..., None] + update), None
+            def one_head(args):
+                highest, weight, output, query, key, value = args
+                keys, values = (lax.dynamic_slice_in_dim(x, start, block_kv) for x in (key, value))
+                scores = jnp.where(kept, dot(query, keys.T)[None], MASKED)
+                scores = scores.reshape(-1, block_kv)
+                new_highest = jnp.maximum(highest, scores.max(-1, keepdims=True))
+                probabilities = jnp.exp(scores - new_highest)
+                decay = jnp.exp(highest - new_highest)  # 0 where the first key is kept only now
+                weight = weight * decay + probabilities.sum(-1, keepdims=True)
+                return new_highest, weight, output * decay + dot(probabilities, values)
 
-    masks = jax.eval_shape(keep, jax.ShapeDtypeStruct((block_kv,), jnp.int32)).shape[0]
-    state = (masks, batch, heads, rows)
-    first = (
-        jnp.full(state, -jnp.inf, jnp.float32),
-        jnp.zeros(state, jnp.float32),
-        jnp.zeros((*state, head_dim), jnp.float32),
+            return each_head(one_head, (*carry, query, key, value)), None
+
+        first = tuple(
+            jnp.full((*state, width), fill, jnp.float32)
+            for width, fill in ((1, MASKED), (1, 0.0), (head_dim, 0.0))
+        )
+        blocks = jnp.arange(num_blocks, dtype=jnp.int32)
+        (highest, weight, output), _ = lax.scan(visit, first, blocks)
+        return jnp.where(highest > MASKED, output / weight, 0.0)
+
+    query, key, value = (x.swapaxes(1, 2).astype(jnp.float32) for x in (query, key, value))
+    query *= head_dim**-0.5 if scale is None else scale
+
+    def run(*args, each: Callable):
+        return each(lambda entry: one_entry(*entry, each_head=each), args)
+
+    output = lax.platform_dependent(
+        query,
+        key,
+        value,
+        query_positions.swapaxes(0, 1),
+        text_length,
+        # One head's scores stay in a CPU's caches; one head alone does not fill an accelerator.
+        cpu=partial(run, each=lax.map),
+        default=partial(run, each=lambda body, args: jax.vmap(body)(args)),
     )
-    blocks = jnp.arange(-(-tokens // block_kv), dtype=jnp.int32)
-    (_, weight, output), _ = jax.lax.scan(visit, first, blocks)
-    return output / jnp.where(weight > 0, weight, 1.0)[..., None]
+    return output.reshape(batch, heads, len(masks), rows, head_dim).transpose(2, 0, 1, 3, 4)

@@ -5,6 +5,7 @@ mask whose output is nearer to the exact one wins. Rows come from the whole vide
 forms with the run's own band, and one pass over the keys serves all three outputs.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from svg_jax.config import SparsityConfig
-from svg_jax.kernels import BandMask, sampled_attention
+from svg_jax.kernels import sampled_attention
 from svg_jax.layout import token_major_position
 from svg_jax.masks import sparse_mask
 from svg_jax.models import VideoLayout
@@ -33,34 +34,6 @@ def sample_rows(
     bounds = np.arange(rows + 1, dtype=np.int64) * layout.video_tokens // rows
     bounds = layout.video_start + bounds.astype(np.int32)
     return jax.random.randint(rng, (batch, rows), bounds[None, :-1], bounds[None, 1:])
-
-
-def profile_masks(
-    mask: BandMask,
-    layout: VideoLayout,
-    query_position: Int[Array, "batch rows"],
-    key_position: Int[Array, " keys"],
-    text_length: Int[Array, " batch"] | None,
-) -> Bool[Array, "3 batch rows keys"]:
-    """What dense attention, a spatial and a temporal head keep; positions are frame-major."""
-    if text_length is not None:
-        text_length = text_length[:, None, None]
-    query_position = query_position[:, :, None]
-    key_position = key_position[None, None, :]
-    dense = BandMask(
-        num_tokens=mask.num_tokens,
-        band_width=mask.num_tokens,
-        text_start=mask.text_start,
-        text_tokens=mask.text_tokens,
-    )
-    moved_query = token_major_position(query_position, layout)
-    moved_key = token_major_position(key_position, layout)
-    kept = (
-        dense.keep(query_position, key_position, text_length),
-        mask.keep(query_position, key_position, text_length),
-        mask.keep(moved_query, moved_key, text_length),
-    )
-    return jnp.stack(jnp.broadcast_arrays(*kept))
 
 
 @partial(jax.jit, static_argnames=("layout", "config"))
@@ -91,11 +64,16 @@ def classify_heads(
     """
     mask = sparse_mask(layout, config)
     rows = sample_rows(rng, layout, query.shape[0], config.sampled_rows)
+    dense = dataclasses.replace(mask, band_width=mask.num_tokens, sink_tokens=0)
+    tokens = jnp.arange(layout.num_tokens, dtype=jnp.int32)
     exact, spatial, temporal = sampled_attention(
         jnp.take_along_axis(query, rows[:, :, None, None], axis=1),
         key,
         value,
-        keep=lambda positions: profile_masks(mask, layout, rows, positions, text_length),
+        masks=(dense, mask, mask),
+        query_positions=jnp.stack([rows, rows, token_major_position(rows, layout)]),
+        key_positions=jnp.stack([tokens, tokens, token_major_position(tokens, layout)]),
+        text_length=text_length,
     )
     errors = jnp.stack(
         [jnp.square(output - exact).mean((-2, -1)) for output in (spatial, temporal)], axis=-1

@@ -179,14 +179,19 @@ def test_dense_attention_is_exact(tokens, implementation):
 def test_sampled_rows_are_exact_under_every_mask_and_zero_without_a_key():
     query, key, value = random_qkv(333, 32)
     rows = np.array([[0, 5, 200, 332], [1, 2, 3, 4]])
-    mask = BandMask(333, 40)
-
-    def keep(positions):
-        near = mask.keep(jnp.asarray(rows)[:, :, None], positions[None, None, :])
-        return jnp.stack([near, jnp.ones_like(near), jnp.zeros_like(near)])
-
-    sampled = jnp.take_along_axis(query, jnp.asarray(rows)[:, :, None, None], axis=1)
-    out = sampled_attention(sampled, key, value, keep=keep, block_kv=64)
+    mask, everything = BandMask(333, 40), BandMask(333, 333)
+    nothing = BandMask(333, 1, text_tokens=333)  # text, and none of it is real
+    position = jnp.arange(333, dtype=jnp.int32)
+    out = sampled_attention(
+        jnp.take_along_axis(query, jnp.asarray(rows)[:, :, None, None], axis=1),
+        key,
+        value,
+        masks=(mask, everything, nothing),
+        query_positions=jnp.broadcast_to(jnp.asarray(rows, jnp.int32), (3, 2, 4)),
+        key_positions=jnp.broadcast_to(position, (3, 333)),
+        text_length=jnp.zeros(2, jnp.int32),
+        block_kv=64,
+    )
     for number, whole in enumerate([table(mask), np.ones((1, 1, 333, 333), bool)]):
         expected, _ = exact((query, key, value), whole)
         expected = np.take_along_axis(expected, rows[:, :, None, None], axis=1).swapaxes(1, 2)
