@@ -39,6 +39,11 @@ class Window:
     is_full: bool
 
     @property
+    def moves_with_rows(self) -> bool:
+        """Whether every block keeps the same of its keys, because they move along with its rows."""
+        return self.key_step == self.block_rows
+
+    @property
     def stop_row(self) -> int:
         """Row behind the last block."""
         return self.first_row + self.num_blocks * self.block_rows
@@ -66,7 +71,7 @@ def band_windows(
             for row, rows, blocks in runs
             if rows * blocks
         )
-    reach = _round_up(band_width)
+    reach = _round_up(band_width - 1)
     first_inner = min(first_key + reach, num_tokens)
     inner_blocks = max(num_tokens - reach - first_inner, 0) // block_rows
     stop_inner = first_inner + inner_blocks * block_rows

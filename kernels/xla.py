@@ -17,22 +17,23 @@ from jaxtyping import Array, Bool, Float, Int
 from svg_jax.kernels.block_mask import BandMask
 from svg_jax.kernels.windows import Window, band_windows
 
-BLOCK_ROWS = 256
+BLOCK_ROWS = 192
 DENSE_BLOCK_ROWS = 256
-# Heads at once. On a CPU as many as give a block this many logits, and its threads enough to do
-# without spilling the caches; an accelerator is not filled by one head.
-CPU_LOGITS = 600_000
+# Heads at once: one fills a CPU and spares its caches, an accelerator wants more.
 ACCELERATOR_HEADS = 8
 # Finite: a row whose keys are all masked gives numbers (blanked later) and gradients without NaN.
 MASKED = -1e30
 
 
 class _Keys(NamedTuple):
-    """Some keys of one head: those where `keep` (None: all) holds for a row take part."""
+    """Some keys of one head, and what is added to a row's logits: 0 or MASKED (None: nothing).
+
+    Adding runs in one pass with the softmax, where selecting would take its own.
+    """
 
     key: Float[Array, "keys head_dim"]
     value: Float[Array, "keys head_dim"]
-    keep: Bool[Array, "#rows keys"] | None = None
+    bias: Float[Array, "#rows keys"] | None = None
 
 
 @partial(jax.jit, static_argnames=("masks", "scale", "block_rows"))
@@ -60,9 +61,16 @@ def block_sparse_attention(
         block_rows: Query rows in a block.
     """
     heads = query.shape[2]
-    of_masks = [
-        partial(_sparse_head, mask=mask, scale=scale, block_rows=block_rows) for mask in masks
-    ]
+    of_masks = []
+    for mask in masks:
+        windows = [
+            # Made once for all heads, where it is the same for all blocks.
+            (window, _band_bias(0, mask, window, query.dtype) if window.moves_with_rows else None)
+            for window in _windows(mask, block_rows)
+        ]
+        of_masks.append(
+            partial(_sparse_head, mask=mask, windows=windows, scale=scale, block_rows=block_rows)
+        )
 
     def one_head(query, key, value, index, length):
         if index is None:
@@ -71,12 +79,7 @@ def block_sparse_attention(
 
     index = None if mask_of_head is None or len(masks) == 1 else mask_of_head.reshape(-1)
     length = None if text_length is None else jnp.repeat(text_length, heads)
-    if index is None:
-        keys = max((window.num_keys for window in _windows(masks[0], block_rows)), default=1)
-        cpu_heads = CPU_LOGITS // (block_rows * keys)
-    else:  # XLA would run all masks for each of the heads that run at once
-        cpu_heads = 1
-    return _over_heads(one_head, query, key, value, index, length, cpu_heads=cpu_heads)
+    return _over_heads(one_head, query, key, value, index, length)
 
 
 @partial(jax.jit, static_argnames=("scale", "block_rows"))
@@ -103,7 +106,7 @@ def dense_attention(
             below = jnp.arange(query.shape[0]) < num_queries
             real = below if real is None else real & below
             query = _blank(real, query)
-        everything = _Keys(key, value, None if keep is None else keep[None])
+        everything = _Keys(key, value, None if keep is None else _bias(keep[None], key.dtype))
         out, lse = _by_rows(_attend_all, query, everything, block_rows=block_rows, scale=scale)
         return _blank(real, out), lse if real is None else jnp.where(real, lse, -jnp.inf)
 
@@ -111,11 +114,10 @@ def dense_attention(
         None if x is None else jnp.repeat(x, heads)
         for x in (query_seq_lengths, key_value_seq_lengths)
     ]
-    cpu_heads = CPU_LOGITS // (block_rows * key.shape[1])
-    return _over_heads(one_head, query, key, value, *lengths, cpu_heads=cpu_heads)
+    return _over_heads(one_head, query, key, value, *lengths)
 
 
-def _over_heads(one_head: Callable, query, key, value, *of_heads, cpu_heads: int):
+def _over_heads(one_head: Callable, query, key, value, *of_heads):
     """Map a function of one head's [tokens, head_dim] arrays over batch and heads."""
     batch, tokens, heads, head_dim = query.shape
     arrays = [
@@ -130,9 +132,7 @@ def _over_heads(one_head: Callable, query, key, value, *of_heads, cpu_heads: int
 
         # A divisor, since a remainder would be compiled as a second program.
         total = query.shape[0]
-        at_once = max(
-            n for n in range(1, total + 1) if total % n == 0 and n <= max(heads_at_once, 1)
-        )
+        at_once = max(n for n in range(1, total + 1) if total % n == 0 and n <= heads_at_once)
         args = (query, key, value, *rest)
         return lax.map(widened, args, batch_size=at_once if at_once > 1 else None)
 
@@ -140,14 +140,16 @@ def _over_heads(one_head: Callable, query, key, value, *of_heads, cpu_heads: int
         *arrays,
         *of_heads,
         # A CPU multiplies float32 faster than any narrower type, and one head's copy is small.
-        cpu=partial(run, widen=True, heads_at_once=cpu_heads),
+        cpu=partial(run, widen=True, heads_at_once=1),
         default=partial(run, widen=False, heads_at_once=ACCELERATOR_HEADS),
     )
     out = out.reshape(batch, heads, tokens, head_dim).swapaxes(1, 2)
     return out, lse.reshape(batch, heads, tokens)
 
 
-def _sparse_head(query, key, value, text_length, *, mask: BandMask, scale: float, block_rows: int):
+def _sparse_head(
+    query, key, value, text_length, *, mask: BandMask, windows, scale: float, block_rows: int
+):
     """One head: the video rows by windows of the band, the text rows over everything."""
     text = slice(mask.text_start, mask.text_stop)
     video = slice(mask.video_start, mask.video_start + mask.video_tokens)
@@ -159,7 +161,7 @@ def _sparse_head(query, key, value, text_length, *, mask: BandMask, scale: float
 
     outs, lses = [], []
     if mask.text_tokens:
-        everything = _Keys(key, value, None if real is None else real[None])
+        everything = _Keys(key, value, None if real is None else _bias(real[None], key.dtype))
         out, lse = _by_rows(
             _attend_all, query[text], everything, block_rows=block_rows, scale=scale
         )
@@ -167,12 +169,12 @@ def _sparse_head(query, key, value, text_length, *, mask: BandMask, scale: float
             out, lse = _blank(real[text], out), jnp.where(real[text], lse, -jnp.inf)
         outs.append(out)
         lses.append(lse)
-    for window in _windows(mask, block_rows):
+    for window, bias in windows:
         out, lse = _by_blocks(
             partial(_attend_window, mask=mask, window=window, scale=scale),
             query[video][window.first_row : window.stop_row],
             window.block_rows,
-            (key[video], value[video], key[text], value[text], text_length),
+            (key[video], value[video], key[text], value[text], text_length, bias),
         )
         outs.append(out)
         lses.append(lse)
@@ -217,48 +219,61 @@ def _attend_all(_index, query, everything: _Keys, *, scale: float):
 def _attend_window(index, query, arrays, *, mask: BandMask, window: Window, scale: float):
     """Attend one block of video rows to text, sink and its window of the band.
 
-    All keys are joined and, unless every row keeps all, all are tested: on a CPU one product over
-    all of them with a test that rides along beats several products of which few need one.
+    All keys are joined: on a CPU one product over all of them, with a bias that rides along, beats
+    several products of which few need one.
     """
-    key, value, text_key, text_value, text_length = arrays
+    key, value, text_key, text_value, text_length, bias = arrays
     first_key = window.first_key + index * window.key_step
 
     def join(text, video):
         band = lax.dynamic_slice_in_dim(video, first_key, window.num_keys)
         return jnp.concatenate([text, video[: mask.video_sink_tokens], band])
 
-    column = jnp.arange(mask.text_tokens + mask.video_sink_tokens + window.num_keys)[None]
-    in_band = column - (mask.text_tokens + mask.video_sink_tokens)
-    keep = None
-    if not window.is_full:
-        row = window.first_row + index * window.block_rows + jnp.arange(window.block_rows)
-        distance = jnp.abs(row[:, None] - (first_key + in_band))
-        keep = (in_band < 0) | (distance < mask.band_width)
+    if bias is None and not window.is_full:
+        bias = _band_bias(index, mask, window, query.dtype)
     if text_length is not None:
-        real = (column >= mask.text_tokens) | (column < text_length)
-        keep = real if keep is None else keep & real
-    return _softmax(query, _Keys(join(text_key, key), join(text_value, value), keep), scale)
+        column = jnp.arange(_front(mask) + window.num_keys)[None]
+        text_bias = _bias((column >= mask.text_tokens) | (column < text_length), query.dtype)
+        bias = text_bias if bias is None else bias + text_bias
+    return _softmax(query, _Keys(join(text_key, key), join(text_value, value), bias), scale)
+
+
+def _band_bias(index, mask: BandMask, window: Window, dtype) -> Float[Array, "rows keys"]:
+    """Bias of a window's block over text, sink and band, text being all real."""
+    in_band = jnp.arange(_front(mask) + window.num_keys) - _front(mask)
+    offset = window.first_row - window.first_key + index * (window.block_rows - window.key_step)
+    distance = jnp.abs(offset + jnp.arange(window.block_rows)[:, None] - in_band[None])
+    return _bias((in_band < 0)[None] | (distance < mask.band_width), dtype)
+
+
+def _front(mask: BandMask) -> int:
+    """Keys before the band that every row keeps."""
+    return mask.text_tokens + mask.video_sink_tokens
+
+
+def _bias(keep: Bool[Array, "#rows keys"], dtype) -> Float[Array, "#rows keys"]:
+    return jnp.where(keep, 0.0, MASKED).astype(_accumulator(dtype))
 
 
 def _softmax(query, keys: _Keys, scale: float):
     """Attend some rows to some keys; returns the output and the log-sum-exp.
 
-    The scale is applied to differences from the maximum, within the exponential: it costs nothing
-    there, and low-precision queries are not rounded once more.
+    Full-precision queries are scaled, for they are fewer than the logits. What is narrower would be
+    rounded once more, so there the logits are scaled.
     """
-    dot = partial(
-        jnp.matmul,
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=_accumulator(query.dtype),
-    )
-    logits = dot(query, keys.key.T)
-    if keys.keep is not None:
-        logits = jnp.where(keys.keep, logits, MASKED)
+    accumulator = _accumulator(query.dtype)
+    dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST, preferred_element_type=accumulator)
+    if query.dtype == accumulator:
+        logits = dot(query * scale, keys.key.T)
+    else:
+        logits = dot(query, keys.key.T) * scale
+    if keys.bias is not None:
+        logits += keys.bias
     top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.exp((logits - top) * scale)
+    weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = dot(weights.astype(keys.value.dtype), keys.value) / total
-    return out.astype(query.dtype), (top * scale + jnp.log(total))[:, 0]
+    return out.astype(query.dtype), (top + jnp.log(total))[:, 0]
 
 
 def _blank(real, x):
