@@ -95,12 +95,12 @@ def band_windows(
 def _edge_windows(
     start: int, stop: int, num_tokens: int, band_width: int, first_key: int, block_rows: int
 ) -> list[Window]:
-    """Cut rows [start, stop) into about EDGE_WINDOWS standing windows."""
+    """Cut rows [start, stop) into about EDGE_WINDOWS standing windows, of whole blocks first."""
     if start == stop:
         return []
     num_blocks = -(-(stop - start) // block_rows)
     blocks_a_window = -(-num_blocks // EDGE_WINDOWS)
-    rows = min(block_rows, _round_up(-(-(stop - start) // num_blocks)))
+    rows = min(block_rows, stop - start)
     windows = []
     row = start
     while row < stop:
