@@ -158,7 +158,8 @@ def block_map(mask: BandMask, block_q: int, block_kv: int, *, padded_text: bool 
     """List the blocks that a kernel must visit, from the closed form and never from an S×S array.
 
     The map depends on the static mask only, so no prompt's length makes another: with `padded_text`
-    every block that touches text is visited and tested. A partial last KV block is tested too.
+    every block whose keys touch text is visited and tested. A partial last KV block is tested too.
+    Padding among the queries is not a matter of blocks: a kernel blanks those rows in the end.
 
     Args:
         mask: The mask.
@@ -186,7 +187,7 @@ def block_map(mask: BandMask, block_q: int, block_kv: int, *, padded_text: bool 
     full = (farthest < mask.band_width) | (q_last < q_first) | (k_last < k_first)
     full &= k_stop - k_start == block_kv
     if padded_text:
-        full &= ~(q_text | k_text)
+        full &= ~k_text
 
     counts = kept.sum(axis=1, dtype=np.int32)
     order = np.argsort(~kept, axis=1, kind="stable")[:, : counts.max()]

@@ -1,0 +1,512 @@
+"""Block-sparse attention on Hopper, in Pallas: listed blocks of keys are all that is ever touched.
+
+A block of queries belongs to two warpgroups of 64 rows; a third one fetches its listed blocks of
+keys and values ahead of them with the copy engine. Blocks that a mask cuts through come first in a
+list and are tested pair by pair in registers; the others run untested. Lists and masks are data:
+labels and prompts change them without compiling.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from svg_jax.kernels import mosaic_gpu as mgpu
+from svg_jax.kernels.block_lists import Lists, lists_of_heads, lists_of_masks, starting_order
+from svg_jax.kernels.block_mask import BandMask
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the work is cut.
+
+    Attributes:
+        block_kv: Keys in a block.
+        stages: Blocks of keys and values on the way at once.
+        overlap: True: a warpgroup multiplies its next queries and keys while it weighs the last
+            ones. False: the two warpgroups take turns, one multiplying while the other weighs.
+        num_ctas: How many thread blocks share the query blocks; None gives each its own, started
+            longest first as multiprocessors become free.
+    """
+
+    block_kv: int = 128
+    stages: int = 2
+    overlap: bool = True
+    num_ctas: int | None = None
+
+
+CONSUMERS = 2
+BLOCK_Q = CONSUMERS * mgpu.ROWS
+# The faster of each on an H100; see docs/decisions/hopper-kernel.md.
+TILINGS = {64: Tiling(block_kv=256, overlap=False), 128: Tiling()}
+REGISTERS = (240, 24)  # a thread of a consumer and of the producer: 504 of 512 in all
+
+
+def block_sparse_attention(
+    query: Float[Array, "batch rows heads head_dim"],
+    key: Float[Array, "batch rows heads head_dim"],
+    value: Float[Array, "batch rows heads head_dim"],
+    *,
+    masks: tuple[BandMask, ...],
+    mask_of_head: Int[Array, "batch heads"] | None,
+    text_length: Int[Array, " batch"] | None,
+    scale: float,
+    tiling: Tiling | None = None,
+    order: Int[Array, " items"] | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "batch rows heads head_dim"], Float[Array, "batch heads rows"]]:
+    """Attend under closed-form masks; see `svg_jax.kernels.attention` for the contract.
+
+    Rows behind the masks' tokens are padding: no keys, and zeros as queries.
+
+    Args:
+        query: Queries, bfloat16 or float16; head_dim up to 64, or 128.
+        key: Keys.
+        value: Values.
+        masks: The masks.
+        mask_of_head: Which mask each head runs; None means the first.
+        text_length: Real text tokens; None means all.
+        scale: Factor of the logits, positive.
+        tiling: How to cut the work; None is the fastest known.
+        order: In which order query blocks start, numbered (batch, head, block); None is a good one.
+            It changes no bit of the result.
+        interpret: Parameters of Pallas' interpreter, to run on a CPU.
+    """
+    batch, num_rows, heads, head_dim = query.shape
+    tiling = TILINGS[max(head_dim, 64)] if tiling is None else tiling
+    lists, weights = lists_of_masks(masks, BLOCK_Q, tiling.block_kv, text_length is not None)
+    if mask_of_head is None:
+        mask_of_head = jnp.zeros((batch, heads), jnp.int32)
+    out, lse = _attend(
+        query,
+        key,
+        value,
+        lists=jax.tree.map(jnp.asarray, lists),
+        map_of_head=jnp.clip(mask_of_head, 0, len(masks) - 1),
+        order=starting_order(weights, batch * heads) if order is None else order,
+        num_tokens=masks[0].num_tokens,
+        text=None if text_length is None else (masks, text_length),
+        scale=scale,
+        tiling=tiling,
+        interpret=interpret,
+    )
+    if text_length is not None:
+        mask = _mask_with_text(masks)
+        real = mask.is_real(jnp.arange(lse.shape[-1])[None], text_length[:, None])
+        lse = jnp.where(real[:, None], lse, -jnp.inf)
+    return out[:, :num_rows, :, :head_dim], lse[..., :num_rows]
+
+
+def block_list_attention(
+    query: Float[Array, "batch tokens heads head_dim"],
+    key: Float[Array, "batch tokens heads head_dim"],
+    value: Float[Array, "batch tokens heads head_dim"],
+    *,
+    counts: Int[Array, "batch heads q_blocks"],
+    blocks: Int[Array, "batch heads q_blocks most"],
+    scale: float,
+    num_ctas: int | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "batch tokens heads head_dim"], Float[Array, "batch heads tokens"]]:
+    """Attend to listed blocks of 128 keys, whole; see `svg_jax.kernels.attention`."""
+    batch, tokens, heads, head_dim = query.shape
+    block_kv = 128
+    lists = lists_of_heads(counts, blocks, tokens, block_kv)
+    tiling = Tiling(block_kv, overlap=head_dim == 128, num_ctas=num_ctas)
+    out, lse = _attend(
+        query,
+        key,
+        value,
+        lists=lists,
+        map_of_head=jnp.arange(batch * heads, dtype=jnp.int32).reshape(batch, heads),
+        order=jnp.argsort(-lists.counts.reshape(-1), stable=True).astype(jnp.int32),
+        num_tokens=tokens,
+        text=None,
+        scale=scale,
+        tiling=tiling,
+        interpret=interpret,
+    )
+    return out[:, :tokens, :, :head_dim], lse[..., :tokens]
+
+
+def _attend(
+    query,
+    key,
+    value,
+    *,
+    lists: Lists,
+    map_of_head: Int[Array, "batch heads"],
+    order: Int[Array, " items"],
+    num_tokens: int,
+    text: tuple[tuple[BandMask, ...], Int[Array, " batch"]] | None,
+    scale: float,
+    tiling: Tiling,
+    interpret: Any,
+):
+    query, key, value = (mgpu.pad_tokens(mgpu.pad_head_dim(x)) for x in (query, key, value))
+    batch, _, heads, head_dim = query.shape
+    block_kv = tiling.block_kv
+    num_q_blocks = lists.counts.shape[1]
+    num_items = batch * heads * num_q_blocks
+    num_ctas = num_items if tiling.num_ctas is None else min(tiling.num_ctas, num_items)
+    if text is None:
+        # Never fetched from; every text token is real.
+        edge, edge_value, text_length = (0, 0), value, jnp.full(batch, num_tokens, jnp.int32)
+    else:
+        edge, edge_value = _value_of_text(value, *text, block_kv)
+        text_length = text[1].astype(jnp.int32)
+
+    body = partial(
+        _body,
+        tiling=tiling,
+        num_tokens=num_tokens,
+        num_ctas=num_ctas,
+        grid=(heads, num_q_blocks, num_items),
+        edge=edge,
+        scale=scale,
+        interpret=interpret,
+    )
+    tile = partial(plgpu.SMEM, dtype=query.dtype, transforms=mgpu.TILED)
+    scratch = {
+        "q_smem": tile((CONSUMERS, mgpu.ROWS, head_dim)),
+        "k_smem": tile((tiling.stages, block_kv, head_dim)),
+        "v_smem": tile((tiling.stages, block_kv, head_dim)),
+        "lse_smem": plgpu.SMEM((CONSUMERS, mgpu.ROWS), jnp.float32),
+        "q_ready": plgpu.Barrier(num_barriers=CONSUMERS),
+        "k_ready": plgpu.Barrier(num_barriers=tiling.stages),
+        "v_ready": plgpu.Barrier(num_barriers=tiling.stages),
+        "k_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiling.stages),
+        "v_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiling.stages),
+        "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
+    }
+    if interpret is not None:
+        scratch["staging"] = mgpu.Staging(
+            weights=tile((CONSUMERS, mgpu.ROWS, block_kv)),
+            keys=tile((CONSUMERS, head_dim, block_kv)),
+        )
+    padded_rows = num_q_blocks * BLOCK_Q
+    return mgpu.kernel(
+        body,
+        warpgroups=CONSUMERS + 1,
+        interpret=interpret,
+        out_type=(
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct((batch, heads, padded_rows), jnp.float32),
+        ),
+        scratch_types=scratch,
+        grid=(num_ctas,),
+        grid_names=("cta",),
+    )(
+        query,
+        key,
+        value,
+        edge_value,
+        *lists,
+        map_of_head.reshape(-1).astype(jnp.int32),
+        order,
+        text_length,
+    )
+
+
+def _mask_with_text(masks: tuple[BandMask, ...]) -> BandMask:
+    return next(mask for mask in masks if mask.text_tokens)
+
+
+def _value_of_text(value, masks: tuple[BandMask, ...], text_length, block_kv: int):
+    """The blocks of values that hold text, with padding blanked: 0 · NaN would be NaN.
+
+    Returns:
+        The number of the first such block and behind the last, and the blocks. Copying these few
+        spares a copy of all values.
+    """
+    mask = _mask_with_text(masks)
+    first, stop = mask.text_start // block_kv, -(-mask.text_stop // block_kv)
+    start = first * block_kv
+    blocks = value[:, start : stop * block_kv]
+    position = start + jnp.arange(blocks.shape[1], dtype=jnp.int32)
+    real = mask.is_real(position[None], text_length[:, None])
+    blanked = jnp.where(real[:, :, None, None], blocks, jnp.zeros((), value.dtype))
+    return (first, stop), mgpu.pad_tokens(blanked)
+
+
+def _body(
+    q_ref,
+    k_ref,
+    v_ref,
+    edge_ref,
+    tested_ref,
+    counts_ref,
+    blocks_ref,
+    bounds_ref,
+    map_ref,
+    order_ref,
+    length_ref,
+    out_ref,
+    lse_ref,
+    *,
+    tiling: Tiling,
+    num_tokens: int,
+    num_ctas: int,
+    grid: tuple[int, int, int],
+    edge: tuple[int, int],
+    scale: float,
+    interpret: Any,
+    q_smem,
+    k_smem,
+    v_smem,
+    lse_smem,
+    q_ready,
+    k_ready,
+    v_ready,
+    k_free,
+    v_free,
+    turn,
+    staging=None,
+):
+    """What every thread block does: three warpgroups, two of which compute."""
+    block_kv, stages = tiling.block_kv, tiling.stages
+    heads, num_q_blocks, num_items = grid
+    head_dim = q_smem.shape[-1]
+    factor = scale * mgpu.LOG2_E  # of logits, to weigh with powers of two
+    warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+    num_turns = lax.div(num_items - 1 - cta, num_ctas) + 1
+
+    def item(number):
+        chosen = order_ref[cta + number * num_ctas]
+        entry = lax.div(chosen, num_q_blocks)
+        return (
+            lax.div(entry, heads),
+            lax.rem(entry, heads),
+            map_ref[entry],
+            lax.rem(chosen, num_q_blocks),
+        )
+
+    @pl.when(warpgroup == CONSUMERS)
+    def _produce():
+        plgpu.set_max_registers(REGISTERS[1], action="decrease")
+
+        def one_item(number, step):
+            batch, head, which, q_block = item(number)
+            count = counts_ref[which, q_block]
+
+            def fetch(n, _):
+                block = blocks_ref[which, q_block, n]
+                slot = lax.rem(step + n, stages)
+                rows = (batch, pl.ds(block * block_kv, block_kv), head)
+                plgpu.barrier_wait(k_free.at[slot])
+                plgpu.copy_gmem_to_smem(k_ref.at[rows], k_smem.at[slot], k_ready.at[slot])
+                plgpu.barrier_wait(v_free.at[slot])
+                if edge[0] == edge[1]:
+                    plgpu.copy_gmem_to_smem(v_ref.at[rows], v_smem.at[slot], v_ready.at[slot])
+                    return
+                at_edge = (block >= edge[0]) & (block < edge[1])
+
+                @pl.when(at_edge)
+                def _():
+                    rows = (batch, pl.ds((block - edge[0]) * block_kv, block_kv), head)
+                    plgpu.copy_gmem_to_smem(edge_ref.at[rows], v_smem.at[slot], v_ready.at[slot])
+
+                @pl.when(~at_edge)
+                def _():
+                    plgpu.copy_gmem_to_smem(v_ref.at[rows], v_smem.at[slot], v_ready.at[slot])
+
+            lax.fori_loop(0, count, fetch, None)
+            return step + count
+
+        step = lax.fori_loop(0, num_turns, one_item, jnp.int32(0))
+        for n in range(stages):  # a barrier may not end with arrivals that nobody saw
+            plgpu.barrier_wait(k_free.at[lax.rem(step + n, stages)])
+            plgpu.barrier_wait(v_free.at[lax.rem(step + n, stages)])
+
+    @pl.when(warpgroup < CONSUMERS)
+    def _consume():
+        plgpu.set_max_registers(REGISTERS[0], action="increase")
+        my_q, my_lse = q_smem.at[warpgroup], lse_smem.at[warpgroup]
+        my_staging = jax.tree.map(lambda ref: ref.at[warpgroup], staging)
+        for slot in range(stages):
+            plgpu.barrier_arrive(k_free.at[slot])
+            plgpu.barrier_arrive(v_free.at[slot])
+        if not tiling.overlap:  # the second warpgroup is half a step behind
+            pl.when(warpgroup == 1)(partial(_pass_turn, turn))
+
+        def one_item(number, step):
+            batch, head, which, q_block = item(number)
+            first_row = q_block * BLOCK_Q + warpgroup * mgpu.ROWS
+            rows = pl.ds(first_row, mgpu.ROWS)
+            plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], my_q, q_ready.at[warpgroup])
+            tested, count = tested_ref[which, q_block], counts_ref[which, q_block]
+            band, text_start, text_stop, sink = (bounds_ref[which, n] for n in range(4))
+            real_stop = jnp.minimum(text_start + length_ref[batch], text_stop)
+
+            def is_padding(position):
+                return (position >= real_stop) & (position < text_stop) | (position >= num_tokens)
+
+            def is_text(position):
+                return (position >= text_start) & (position < text_stop)
+
+            def test(logits, n):
+                shape = logits.shape
+                q = mgpu.positions(shape, 0, interpret) + first_row
+                k = mgpu.positions(shape, 1, interpret) + blocks_ref[which, q_block, n] * block_kv
+                near = (q - k < band) & (k - q < band)
+                kept = near | (k < sink) | is_text(k) | is_text(q)
+                return jnp.where(kept & ~is_padding(k), logits, mgpu.MASKED)
+
+            plgpu.barrier_wait(q_ready.at[warpgroup])
+            visitor = _overlapped if tiling.overlap else _alternating
+            acc, top, total = visitor(
+                my_q,
+                (k_smem, k_ready, k_free),
+                (v_smem, v_ready, v_free),
+                turn,
+                my_staging,
+                test=test,
+                slot_of=lambda n: lax.rem(step + n, stages),
+                tested=tested,
+                count=count,
+                factor=factor,
+                interpret=interpret,
+            )
+
+            row = mgpu.positions((mgpu.ROWS, head_dim), 0, interpret) + first_row
+            inverse = mgpu.by_row(1.0 / jnp.where(total > 0, total, 1.0), acc.shape)
+            my_q[...] = jnp.where(is_padding(row), 0.0, acc * inverse).astype(my_q.dtype)
+            lse = (top + jnp.log2(total)) * (1 / mgpu.LOG2_E)
+            my_lse[...] = jnp.where(total > 0, lse, -jnp.inf)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(my_q, out_ref.at[batch, rows, head])
+            plgpu.copy_smem_to_gmem(my_lse, lse_ref.at[batch, head, rows])
+            plgpu.wait_smem_to_gmem(0)
+            return step + count
+
+        lax.fori_loop(0, num_turns, one_item, jnp.int32(0))
+        if not tiling.overlap:
+            pl.when(warpgroup == 0)(partial(_pass_turn, turn))
+
+
+def _pass_turn(turn) -> None:
+    plgpu.barrier_arrive(turn)
+    plgpu.barrier_wait(turn)
+
+
+def _start(head_dim: int, interpret: Any):
+    """Nothing summed yet: accumulator, maximum and sum of the weights of each row."""
+    return (
+        mgpu.full((mgpu.ROWS, head_dim), 0.0, plgpu.Layout.WGMMA, interpret),
+        mgpu.full((mgpu.ROWS,), mgpu.FLOOR, mgpu.ROW, interpret),
+        mgpu.full((mgpu.ROWS,), 0.0, mgpu.ROW, interpret),
+    )
+
+
+def _weigh(logits, top, factor: float):
+    """The logits' weights under the new maximum, what older weights shrink by, and the maximum."""
+    new_top = jnp.maximum(top, logits.max(axis=1) * factor)
+    weights = jnp.exp2(logits * factor - mgpu.by_row(new_top, logits.shape))
+    return weights, jnp.exp2(top - new_top), new_top
+
+
+def _multiply_keys(my_q, k_tile, staging, meanwhile: Callable[[], None]):
+    def multiply(logits_ref):
+        mgpu.add_logits(logits_ref, my_q, k_tile, staging)
+        meanwhile()
+        return logits_ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((mgpu.ROWS, k_tile.shape[0]), jnp.float32))
+
+
+def _alternating(
+    my_q, keys, values, turn, staging, *, test, slot_of, tested, count, factor, interpret
+):
+    """Visit a list while the other warpgroup is half a step away: one multiplies, one weighs."""
+    (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
+
+    def visit(n, carry, is_tested: bool):
+        acc, top, total = carry
+        slot = slot_of(n)
+        plgpu.barrier_wait(k_ready.at[slot])
+        logits = _multiply_keys(my_q, k_smem.at[slot], staging, partial(_pass_turn, turn))
+        plgpu.barrier_arrive(k_free.at[slot])
+        if is_tested:
+            logits = test(logits, n)
+        weights, shrink, top = _weigh(logits, top, factor)
+        acc *= mgpu.by_row(shrink, acc.shape)
+        total = total * shrink + weights.sum(axis=1)
+        narrow = weights.astype(my_q.dtype)
+        # All of this is to be done before the other warpgroup gets its turn.
+        acc, total, top, narrow = lax.optimization_barrier((acc, total, top, narrow))
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(v_ready.at[slot])
+        plgpu.barrier_wait(turn)
+        acc = mgpu.product(narrow, v_smem.at[slot], acc, staging)
+        plgpu.barrier_arrive(v_free.at[slot])
+        return acc, top, total
+
+    carry = _start(my_q.shape[-1], interpret)
+    carry = lax.fori_loop(0, tested, partial(visit, is_tested=True), carry)
+    return lax.fori_loop(tested, count, partial(visit, is_tested=False), carry)
+
+
+def _overlapped(
+    my_q, keys, values, turn, staging, *, test, slot_of, tested, count, factor, interpret
+):
+    """Visit a list with the products of one block running under the weighing of the next."""
+    del turn
+    (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
+    acc, top, total = _start(my_q.shape[-1], interpret)
+
+    slot = slot_of(0)
+    plgpu.barrier_wait(k_ready.at[slot])
+    logits = _multiply_keys(my_q, k_smem.at[slot], staging, lambda: None)
+    plgpu.barrier_arrive(k_free.at[slot])
+    # Testing a block that needs no test changes nothing.
+    weights, _, top = _weigh(test(logits, 0), top, factor)
+    narrow, total = weights.astype(my_q.dtype), weights.sum(axis=1)
+
+    def visit(n, carry, is_tested: bool):
+        acc, narrow, top, total = carry
+        slot, last = slot_of(n), slot_of(n - 1)
+        plgpu.barrier_wait(k_ready.at[slot])
+        plgpu.barrier_wait(v_ready.at[last])
+
+        def weigh(logits):
+            plgpu.barrier_arrive(k_free.at[slot])
+            return _weigh(test(logits, n) if is_tested else logits, top, factor)
+
+        def multiply_both(acc_ref, logits_ref):
+            acc_ref[...] = acc
+            mgpu.add_logits(logits_ref, my_q, k_smem.at[slot], staging)
+            plgpu.wgmma(acc_ref, narrow, v_smem.at[last])
+            weighed = weigh(plgpu.wgmma_accumulator_load(logits_ref, wait_n=1))
+            return plgpu.wgmma_accumulator_load(acc_ref, wait_n=0), *weighed
+
+        if staging is None:
+            shape = (mgpu.ROWS, k_smem.shape[1])
+            acc, weights, shrink, top = pl.run_scoped(
+                multiply_both, plgpu.ACC(acc.shape, jnp.float32), plgpu.ACC(shape, jnp.float32)
+            )
+        else:
+            acc = mgpu.product(narrow, v_smem.at[last], acc, staging)
+            weights, shrink, top = weigh(
+                _multiply_keys(my_q, k_smem.at[slot], staging, lambda: None)
+            )
+        plgpu.barrier_arrive(v_free.at[last])
+        acc *= mgpu.by_row(shrink, acc.shape)
+        total = total * shrink + weights.sum(axis=1)
+        return acc, weights.astype(my_q.dtype), top, total
+
+    carry = (acc, narrow, top, total)
+    carry = lax.fori_loop(1, tested, partial(visit, is_tested=True), carry)
+    carry = lax.fori_loop(jnp.maximum(tested, 1), count, partial(visit, is_tested=False), carry)
+    acc, narrow, top, total = carry
+    slot = slot_of(count - 1)
+    plgpu.barrier_wait(v_ready.at[slot])
+    acc = mgpu.product(narrow, v_smem.at[slot], acc, staging)
+    plgpu.barrier_arrive(v_free.at[slot])
+    return acc, top, total

@@ -1,0 +1,137 @@
+"""What the Hopper kernels share, and the one place that knows how versions of Pallas differ."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 64  # of a warpgroup: what one wgmma multiplies
+NUM_SMS = 132  # of an H100 and an H200
+LOG2_E = math.log2(math.e)
+# Finite, and far enough apart that the exponential of MASKED − FLOOR is an exact 0: −inf − −inf
+# would be NaN, and MASKED − MASKED, rounded apart, anything.
+MASKED, FLOOR = -1e30, -1e20
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+def why_not(head_dim: int, dtype: Any) -> str:
+    """Say in a clause why the Hopper kernels cannot run, or nothing where they can."""
+    if jax.default_backend() != "gpu":
+        return f"the default device is {jax.default_backend()}, not an NVIDIA GPU"
+    device = jax.devices()[0]
+    if getattr(device, "compute_capability", "") != "9.0":
+        return f"it is made for Hopper (H100, H200), not {device.device_kind}"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 or float16, not {jnp.dtype(dtype)}: cast the arrays first"
+    if head_dim > 64 and head_dim != 128:
+        return f"it takes a head_dim up to 64 or of 128, not {head_dim}"
+    return ""
+
+
+def pad_head_dim(x: jax.Array) -> jax.Array:
+    """Fill head_dim up to 64 with zeros, which is exact."""
+    return x if x.shape[-1] >= 64 else jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 64 - x.shape[-1])])
+
+
+def pad_tokens(x: jax.Array, multiple: int = 8) -> jax.Array:
+    """Fill the tokens of [batch, tokens, ...] up: the copy engine counts rows in eights."""
+    missing = -x.shape[1] % multiple
+    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
+
+
+def kernel(body: Callable, *, warpgroups: int, interpret: Any, **options: Any) -> Callable:
+    """A Mosaic GPU kernel; `interpret` runs it on a CPU (see `Staging`)."""
+    if interpret is not None:
+        options["interpret"] = interpret
+    return plgpu.kernel(
+        body,
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            # The maximum and the sum of a row stay within four lanes and need no scratch.
+            reduction_scratch_bytes=512,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        **options,
+    )
+
+
+def full(shape: tuple[int, ...], value: float, layout: Any, interpret: Any) -> jax.Array:
+    """A constant in registers. The interpreter knows no layouts, and 0.10's refuses their name."""
+    constant = jnp.full(shape, value, jnp.float32)
+    return constant if interpret is not None else plgpu.layout_cast(constant, layout)
+
+
+def positions(shape: tuple[int, ...], axis: int, interpret: Any) -> jax.Array:
+    """Row or column numbers of an accumulator."""
+    layout = None if interpret is not None else plgpu.Layout.WGMMA
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+
+
+def load_line(ref: Any, index: tuple, layout: Any, interpret: Any) -> jax.Array:
+    """One line of shared memory, as a value for each row or each column of an accumulator."""
+    return ref[index] if interpret is not None else plgpu.load(ref, index, layout=layout)
+
+
+def by_row(line: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Repeat one value a row over the columns."""
+    return lax.broadcast_in_dim(line, shape, [0])
+
+
+def by_column(line: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Repeat one value a column over the rows."""
+    return lax.broadcast_in_dim(line, shape, [1])
+
+
+class Staging(NamedTuple):
+    """Shared memory that only the interpreter needs.
+
+    It multiplies neither from registers nor from a transposed reference (0.10's), and it does not
+    add to an accumulator that is given.
+    """
+
+    weights: Any
+    keys: Any
+
+
+def add_logits(logits_ref: Any, query: Any, keys: Any, staging: Staging | None) -> None:
+    """Start logits += query @ keysᵀ; both are references to shared memory."""
+    if staging is not None:
+        staging.keys[...] = keys[...].T
+        plgpu.commit_smem()
+        plgpu.wgmma(logits_ref, query, staging.keys)
+    elif hasattr(plgpu, "mma"):  # jax 0.11
+        plgpu.wgmma(logits_ref, query, keys.transpose((1, 0)))
+    else:
+        plgpu.wgmma(logits_ref, query, plgpu.transpose_ref(keys, (1, 0)))
+
+
+def product(weights: jax.Array, values: Any, acc: jax.Array, staging: Staging | None) -> jax.Array:
+    """Add weights @ values to an accumulator.
+
+    Args:
+        weights: In registers, 16 bits wide.
+        values: A reference to shared memory.
+        acc: float32.
+        staging: None on a GPU.
+    """
+
+    def multiply(acc_ref):
+        if staging is None:
+            acc_ref[...] = acc
+            plgpu.wgmma(acc_ref, weights, values)
+        else:
+            staging.weights[...] = weights
+            plgpu.commit_smem()
+            plgpu.wgmma(acc_ref, staging.weights, values)
+        return acc_ref[...]
+
+    out = pl.run_scoped(multiply, plgpu.ACC((acc.shape[0], acc.shape[1]), jnp.float32))
+    return out if staging is None else acc + out
