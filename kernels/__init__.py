@@ -5,16 +5,27 @@ if __name__ != "svg_jax.kernels":
         f"import svg_jax.kernels, not {__name__}: install the project with `pip install -e .`"
     )
 
-from svg_jax.kernels.attention import block_sparse_attention, dense_attention
+from svg_jax.kernels.attention import (
+    Implementation,
+    block_list_attention,
+    block_sparse_attention,
+    dense_attention,
+    pick_implementation,
+)
 from svg_jax.kernels.block_mask import BandMask, BlockMap, block_map, kept_pairs
+from svg_jax.kernels.permute import transpose_tokens
 from svg_jax.kernels.profile import sampled_attention
 
 __all__ = [
     "BandMask",
     "BlockMap",
+    "Implementation",
+    "block_list_attention",
     "block_map",
     "block_sparse_attention",
     "dense_attention",
     "kept_pairs",
+    "pick_implementation",
     "sampled_attention",
+    "transpose_tokens",
 ]

@@ -4,15 +4,18 @@ All arrays are [batch, tokens, heads, head_dim], as in `jax.nn.dot_product_atten
 a key and padding rows give 0, with a log-sum-exp of -inf.
 """
 
+from functools import partial
 from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from svg_jax.kernels import reference, xla
+from svg_jax.kernels import mosaic_attention, mosaic_gpu, reference, xla
+from svg_jax.kernels.batching import vmap_as_batch
 from svg_jax.kernels.block_mask import BandMask
 
+Implementation = Literal["mosaic_gpu", "xla", "reference"]
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -37,7 +40,7 @@ def block_sparse_attention(  # pyright: ignore[reportInconsistentOverload]
     mask_of_head: Int[Array, "batch heads"] | None = None,
     text_length: Int[Array, " batch"] | None = None,
     scale: float | None = None,
-    implementation: Literal["xla", "reference"] | None = None,
+    implementation: Implementation | None = None,
     return_lse: bool = False,
 ) -> (
     Float[Array, "batch tokens heads head_dim"]
@@ -48,6 +51,9 @@ def block_sparse_attention(  # pyright: ignore[reportInconsistentOverload]
     The masks are static: each makes its own program. `mask_of_head` and `text_length` are data, so
     neither labels nor prompts compile anew. Differentiable with memory linear in the sequence.
 
+    Up to 7 tokens more than the masks know are padding, as padded text is: the Hopper kernel reads
+    tokens in eights and copies arrays whose length is no multiple of eight.
+
     Args:
         query: Queries: float32, bfloat16, float16 or float64; sums are float32 or wider.
         key: Keys, of the same shape and dtype.
@@ -57,8 +63,10 @@ def block_sparse_attention(  # pyright: ignore[reportInconsistentOverload]
         text_length: Real text tokens of each entry, int32; text beyond it is padding, whose content
             never matters, be it NaN. None means that all text is real.
         scale: Factor of the logits, positive; None means 1/sqrt(head_dim).
-        implementation: "xla" (block-sparse on any device), "reference" (an oracle that builds S×S
-            arrays) or None for the fastest that can run.
+        implementation: "mosaic_gpu" (a Pallas kernel for Hopper: bfloat16 or float16, head_dim up
+            to 64 or 128; its gradients are those of "xla"), "xla" (block-sparse on any device),
+            "reference" (an oracle that builds S×S arrays) or None for the fastest that can run on
+            the default device.
         return_lse: Whether to return the log-sum-exp too.
 
     Returns:
@@ -78,7 +86,7 @@ def block_sparse_attention(  # pyright: ignore[reportInconsistentOverload]
     if not masks:
         raise ValueError("masks is empty: give at least one BandMask")
     for mask in masks:
-        if mask.num_tokens != tokens:
+        if not mask.num_tokens <= tokens < mask.num_tokens + 8:
             raise ValueError(
                 f"the mask is made for {mask.num_tokens} tokens but query has {tokens}: {mask}"
             )
@@ -92,27 +100,147 @@ def block_sparse_attention(  # pyright: ignore[reportInconsistentOverload]
         raise ValueError("text_length is given but no mask has text_tokens: leave it None")
     scale = _check_scale(scale, query.shape[-1])
 
-    match implementation:
-        case None | "xla":
-            out, lse = xla.block_sparse_attention(
-                query,
-                key,
-                value,
-                masks=masks,
-                mask_of_head=mask_of_head,
-                text_length=text_length,
-                scale=scale,
-            )
-        case "reference":
-            if mask_of_head is None:
-                mask_of_head = jnp.zeros((batch, heads), jnp.int32)
-            keep = reference.keep_table(masks, mask_of_head, text_length)
-            out, lse = reference.masked_attention(query, key, value, keep, scale=scale)
-        case _:
-            raise ValueError(
-                f"implementation is None, 'xla' or 'reference', not {implementation!r}"
-            )
+    implementation = pick_implementation(implementation, query)
+    run = {"mosaic_gpu": _on_hopper, "xla": _portable, "reference": _reference}[implementation]
+    out, lse = run(query, key, value, mask_of_head, text_length, masks, scale)
     return (out, lse.astype(jnp.float32)) if return_lse else out
+
+
+def pick_implementation(implementation: Implementation | None, query: Array) -> Implementation:
+    """The implementation of block-sparse attention that runs queries of this shape and dtype.
+
+    Raises:
+        ValueError: If the one that is asked for cannot run here.
+    """
+    if implementation not in (None, "mosaic_gpu", "xla", "reference"):
+        raise ValueError(
+            f"implementation is None, 'mosaic_gpu', 'xla' or 'reference', not {implementation!r}"
+        )
+    if implementation in ("xla", "reference"):
+        return implementation
+    why_not = mosaic_gpu.why_not(query.shape[-1], query.dtype)
+    if implementation is None:
+        return "xla" if why_not else "mosaic_gpu"
+    if why_not:
+        raise ValueError(f"implementation='mosaic_gpu' cannot run here: {why_not}")
+    return implementation
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _on_hopper(query, key, value, mask_of_head, text_length, masks, scale):
+    def run(query, key, value, mask_of_head, text_length):
+        return mosaic_attention.block_sparse_attention(
+            query,
+            key,
+            value,
+            masks=masks,
+            mask_of_head=mask_of_head,
+            text_length=text_length,
+            scale=scale,
+        )
+
+    return vmap_as_batch(run)(query, key, value, mask_of_head, text_length)
+
+
+def _forward(query, key, value, mask_of_head, text_length, masks, scale):
+    arrays = (query, key, value, mask_of_head, text_length)
+    return _on_hopper(*arrays, masks, scale), arrays
+
+
+def _backward(masks, scale, arrays, cotangents):
+    query, key, value, mask_of_head, text_length = arrays
+
+    def run(query, key, value):
+        return _portable(query, key, value, mask_of_head, text_length, masks, scale)
+
+    gradients: Any = jax.vjp(run, query, key, value)[1](cotangents)
+    return *gradients, None, None
+
+
+_on_hopper.defvjp(_forward, _backward)
+
+
+def _portable(query, key, value, mask_of_head, text_length, masks, scale):
+    return _without_padding(
+        partial(
+            xla.block_sparse_attention,
+            masks=masks,
+            mask_of_head=mask_of_head,
+            text_length=text_length,
+            scale=scale,
+        ),
+        (query, key, value),
+        masks[0].num_tokens,
+    )
+
+
+def _reference(query, key, value, mask_of_head, text_length, masks, scale):
+    if mask_of_head is None:
+        mask_of_head = jnp.zeros((query.shape[0], query.shape[2]), jnp.int32)
+    keep = reference.keep_table(masks, mask_of_head, text_length)
+    run = partial(reference.masked_attention, keep=keep, scale=scale)
+    return _without_padding(run, (query, key, value), masks[0].num_tokens)
+
+
+def _without_padding(run, arrays, num_tokens: int):
+    """Attend to the first tokens; those behind them give 0 and -inf."""
+    padding = arrays[0].shape[1] - num_tokens
+    if not padding:
+        return run(*arrays)
+    out, lse = run(*(x[:, :num_tokens] for x in arrays))
+    out = jnp.pad(out, [(0, 0), (0, padding), (0, 0), (0, 0)])
+    return out, jnp.pad(lse, [(0, 0), (0, 0), (0, padding)], constant_values=-jnp.inf)
+
+
+def block_list_attention(
+    query: Float[Array, "batch tokens heads head_dim"],
+    key: Float[Array, "batch tokens heads head_dim"],
+    value: Float[Array, "batch tokens heads head_dim"],
+    *,
+    counts: Int[Array, "batch heads q_blocks"],
+    blocks: Int[Array, "batch heads q_blocks most"],
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "batch tokens heads head_dim"], Float[Array, "batch heads tokens"]]:
+    """Attend to any blocks of keys: for research on other patterns. Has no gradient on a GPU.
+
+    Args:
+        query: Queries, in blocks of 128; the last may be partial.
+        key: Keys, of the same shape and dtype, in blocks of 128.
+        value: Values, of the same shape and dtype.
+        counts: How many blocks of keys each block of queries attends to; 0 gives zeros.
+        blocks: Their numbers, each once; what stands behind `counts` is ignored. Data, so a new
+            choice does not compile anew.
+        scale: Factor of the logits, positive; None means 1/sqrt(head_dim).
+        implementation: As for `block_sparse_attention`.
+
+    Returns:
+        The output, in the query's dtype, and the natural log-sum-exp of the scaled logits, float32.
+
+    Raises:
+        ValueError: If shapes, dtypes or arguments do not fit together.
+    """
+    _check_arrays(query, key, value)
+    batch, tokens, heads, _ = query.shape
+    num_blocks = -(-tokens // mosaic_attention.BLOCK_Q)
+    _check_integers("counts", counts, (batch, heads, num_blocks))
+    _check_integers("blocks", blocks, (batch, heads, num_blocks, blocks.shape[-1]))
+    scale = _check_scale(scale, query.shape[-1])
+    implementation = pick_implementation(implementation, query)
+    if implementation == "mosaic_gpu":
+        return mosaic_attention.block_list_attention(
+            query, key, value, counts=counts, blocks=blocks, scale=scale
+        )
+    if implementation == "xla":
+        return xla.block_list_attention(
+            query, key, value, counts=counts, blocks=blocks, scale=scale
+        )
+    listed = jnp.arange(blocks.shape[-1]) < counts[..., None]
+    block = jnp.where(listed, blocks, num_blocks)[..., None]
+    of_blocks = (block == jnp.arange(num_blocks)).any(-2)
+    keep = of_blocks.repeat(128, axis=2).repeat(128, axis=3)[..., :tokens, :tokens]
+    out, lse = reference.masked_attention(query, key, value, keep, scale=scale)
+    return out, lse.astype(jnp.float32)
 
 
 @overload
@@ -135,7 +263,7 @@ def dense_attention(  # pyright: ignore[reportInconsistentOverload]
     query_seq_lengths: Int[Array, " batch"] | None = None,
     key_value_seq_lengths: Int[Array, " batch"] | None = None,
     scale: float | None = None,
-    implementation: Literal["cudnn", "xla", "reference"] | None = None,
+    implementation: Literal["cudnn", "mosaic_gpu", "xla", "reference"] | None = None,
     return_lse: bool = False,
 ) -> (
     Float[Array, "batch queries heads head_dim"]
@@ -150,9 +278,10 @@ def dense_attention(  # pyright: ignore[reportInconsistentOverload]
         query_seq_lengths: Real queries of each entry, int32; those behind are padding. None: all.
         key_value_seq_lengths: Real keys of each entry, int32; those behind are padding. None: all.
         scale: Factor of the logits, positive; None means 1/sqrt(head_dim).
-        implementation: "cudnn" (NVIDIA GPU, bfloat16 or float16, no log-sum-exp), "xla" (by blocks
-            of rows, any device), "reference" (builds S×S arrays) or None for cudnn where it can run
-            on the default device, else xla.
+        implementation: "cudnn" (NVIDIA GPU, bfloat16 or float16, no log-sum-exp), "mosaic_gpu" (the
+            block-sparse kernel with every block; as many keys as queries, all real), "xla" (by
+            blocks of rows, any device), "reference" (builds S×S arrays) or None for the first of
+            cudnn, mosaic_gpu and xla that can run on the default device.
         return_lse: Whether to return the log-sum-exp too.
 
     Returns:
@@ -168,8 +297,14 @@ def dense_attention(  # pyright: ignore[reportInconsistentOverload]
     _check_integers("query_seq_lengths", query_seq_lengths, (batch,))
     _check_integers("key_value_seq_lengths", key_value_seq_lengths, (batch,))
     scale = _check_scale(scale, head_dim)
+    why_not_hopper = mosaic_gpu.why_not(head_dim, query.dtype)
+    if key.shape != query.shape or (query_seq_lengths, key_value_seq_lengths) != (None, None):
+        why_not_hopper = why_not_hopper or "it takes as many keys as queries, all of them real"
     if implementation is None:
-        implementation = "xla" if _why_not_cudnn(query, return_lse) else "cudnn"
+        if not _why_not_cudnn(query, return_lse):
+            implementation = "cudnn"
+        else:
+            implementation = "xla" if why_not_hopper else "mosaic_gpu"
 
     match implementation:
         case "cudnn":
@@ -179,6 +314,11 @@ def dense_attention(  # pyright: ignore[reportInconsistentOverload]
             return _cudnn_attention(
                 query, key, value, query_seq_lengths, key_value_seq_lengths, scale
             )
+        case "mosaic_gpu":
+            if why_not_hopper:
+                raise ValueError(f"implementation='mosaic_gpu' cannot run here: {why_not_hopper}")
+            everything = BandMask(num_queries, num_queries)
+            out, lse = _on_hopper(query, key, value, None, None, (everything,), scale)
         case "xla":
             out, lse = xla.dense_attention(
                 query,
@@ -197,7 +337,8 @@ def dense_attention(  # pyright: ignore[reportInconsistentOverload]
             out, lse = reference.masked_attention(query, key, value, keep, scale=scale)
         case _:
             raise ValueError(
-                f"implementation is None, 'cudnn', 'xla' or 'reference', not {implementation!r}"
+                "implementation is None, 'cudnn', 'mosaic_gpu', 'xla' or 'reference', not "
+                f"{implementation!r}"
             )
     return (out, lse.astype(jnp.float32)) if return_lse else out
 

@@ -6,7 +6,6 @@ list and are tested pair by pair in registers; the others run untested. Lists an
 labels and prompts change them without compiling.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -92,13 +91,14 @@ def block_sparse_attention(
         map_of_head=jnp.clip(mask_of_head, 0, len(masks) - 1),
         order=starting_order(weights, batch * heads) if order is None else order,
         num_tokens=masks[0].num_tokens,
-        text=None if text_length is None else (masks, text_length),
+        masks=masks,
+        text_length=text_length,
         scale=scale,
         tiling=tiling,
         interpret=interpret,
     )
     if text_length is not None:
-        mask = _mask_with_text(masks)
+        mask = next(mask for mask in masks if mask.text_tokens)
         real = mask.is_real(jnp.arange(lse.shape[-1])[None], text_length[:, None])
         lse = jnp.where(real[:, None], lse, -jnp.inf)
     return out[:, :num_rows, :, :head_dim], lse[..., :num_rows]
@@ -128,7 +128,8 @@ def block_list_attention(
         map_of_head=jnp.arange(batch * heads, dtype=jnp.int32).reshape(batch, heads),
         order=jnp.argsort(-lists.counts.reshape(-1), stable=True).astype(jnp.int32),
         num_tokens=tokens,
-        text=None,
+        masks=(),
+        text_length=None,
         scale=scale,
         tiling=tiling,
         interpret=interpret,
@@ -145,7 +146,8 @@ def _attend(
     map_of_head: Int[Array, "batch heads"],
     order: Int[Array, " items"],
     num_tokens: int,
-    text: tuple[tuple[BandMask, ...], Int[Array, " batch"]] | None,
+    masks: tuple[BandMask, ...],
+    text_length: Int[Array, " batch"] | None,
     scale: float,
     tiling: Tiling,
     interpret: Any,
@@ -156,12 +158,9 @@ def _attend(
     num_q_blocks = lists.counts.shape[1]
     num_items = batch * heads * num_q_blocks
     num_ctas = num_items if tiling.num_ctas is None else min(tiling.num_ctas, num_items)
-    if text is None:
-        # Never fetched from; every text token is real.
-        edge, edge_value, text_length = (0, 0), value, jnp.full(batch, num_tokens, jnp.int32)
-    else:
-        edge, edge_value = _value_of_text(value, *text, block_kv)
-        text_length = text[1].astype(jnp.int32)
+    edge, edge_value = mgpu.blanked_values(value, masks, text_length, block_kv)
+    if text_length is None:
+        text_length = jnp.full(batch, num_tokens, jnp.int32)
 
     body = partial(
         _body,
@@ -211,29 +210,8 @@ def _attend(
         *lists,
         map_of_head.reshape(-1).astype(jnp.int32),
         order,
-        text_length,
+        text_length.astype(jnp.int32),
     )
-
-
-def _mask_with_text(masks: tuple[BandMask, ...]) -> BandMask:
-    return next(mask for mask in masks if mask.text_tokens)
-
-
-def _value_of_text(value, masks: tuple[BandMask, ...], text_length, block_kv: int):
-    """The blocks of values that hold text, with padding blanked: 0 · NaN would be NaN.
-
-    Returns:
-        The number of the first such block and behind the last, and the blocks. Copying these few
-        spares a copy of all values.
-    """
-    mask = _mask_with_text(masks)
-    first, stop = mask.text_start // block_kv, -(-mask.text_stop // block_kv)
-    start = first * block_kv
-    blocks = value[:, start : stop * block_kv]
-    position = start + jnp.arange(blocks.shape[1], dtype=jnp.int32)
-    real = mask.is_real(position[None], text_length[:, None])
-    blanked = jnp.where(real[:, :, None, None], blocks, jnp.zeros((), value.dtype))
-    return (first, stop), mgpu.pad_tokens(blanked)
 
 
 def _body(
@@ -303,19 +281,9 @@ def _body(
                 plgpu.barrier_wait(k_free.at[slot])
                 plgpu.copy_gmem_to_smem(k_ref.at[rows], k_smem.at[slot], k_ready.at[slot])
                 plgpu.barrier_wait(v_free.at[slot])
-                if edge[0] == edge[1]:
-                    plgpu.copy_gmem_to_smem(v_ref.at[rows], v_smem.at[slot], v_ready.at[slot])
-                    return
-                at_edge = (block >= edge[0]) & (block < edge[1])
-
-                @pl.when(at_edge)
-                def _():
-                    rows = (batch, pl.ds((block - edge[0]) * block_kv, block_kv), head)
-                    plgpu.copy_gmem_to_smem(edge_ref.at[rows], v_smem.at[slot], v_ready.at[slot])
-
-                @pl.when(~at_edge)
-                def _():
-                    plgpu.copy_gmem_to_smem(v_ref.at[rows], v_smem.at[slot], v_ready.at[slot])
+                mgpu.fetch_values(
+                    (v_ref, edge_ref), v_smem.at[slot], v_ready.at[slot], edge, batch, block, head
+                )
 
             lax.fori_loop(0, count, fetch, None)
             return step + count
@@ -396,31 +364,6 @@ def _pass_turn(turn) -> None:
     plgpu.barrier_wait(turn)
 
 
-def _start(head_dim: int, interpret: Any):
-    """Nothing summed yet: accumulator, maximum and sum of the weights of each row."""
-    return (
-        mgpu.full((mgpu.ROWS, head_dim), 0.0, plgpu.Layout.WGMMA, interpret),
-        mgpu.full((mgpu.ROWS,), mgpu.FLOOR, mgpu.ROW, interpret),
-        mgpu.full((mgpu.ROWS,), 0.0, mgpu.ROW, interpret),
-    )
-
-
-def _weigh(logits, top, factor: float):
-    """The logits' weights under the new maximum, what older weights shrink by, and the maximum."""
-    new_top = jnp.maximum(top, logits.max(axis=1) * factor)
-    weights = jnp.exp2(logits * factor - mgpu.by_row(new_top, logits.shape))
-    return weights, jnp.exp2(top - new_top), new_top
-
-
-def _multiply_keys(my_q, k_tile, staging, meanwhile: Callable[[], None]):
-    def multiply(logits_ref):
-        mgpu.add_logits(logits_ref, my_q, k_tile, staging)
-        meanwhile()
-        return logits_ref[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC((mgpu.ROWS, k_tile.shape[0]), jnp.float32))
-
-
 def _alternating(
     my_q, keys, values, turn, staging, *, test, slot_of, tested, count, factor, interpret
 ):
@@ -431,11 +374,11 @@ def _alternating(
         acc, top, total = carry
         slot = slot_of(n)
         plgpu.barrier_wait(k_ready.at[slot])
-        logits = _multiply_keys(my_q, k_smem.at[slot], staging, partial(_pass_turn, turn))
+        logits = mgpu.logits(my_q, k_smem.at[slot], staging, partial(_pass_turn, turn))
         plgpu.barrier_arrive(k_free.at[slot])
         if is_tested:
             logits = test(logits, n)
-        weights, shrink, top = _weigh(logits, top, factor)
+        weights, shrink, top = mgpu.weigh(logits, top, factor)
         acc *= mgpu.by_row(shrink, acc.shape)
         total = total * shrink + weights.sum(axis=1)
         narrow = weights.astype(my_q.dtype)
@@ -448,7 +391,7 @@ def _alternating(
         plgpu.barrier_arrive(v_free.at[slot])
         return acc, top, total
 
-    carry = _start(my_q.shape[-1], interpret)
+    carry = mgpu.nothing_summed(my_q.shape[-1], interpret)
     carry = lax.fori_loop(0, tested, partial(visit, is_tested=True), carry)
     return lax.fori_loop(tested, count, partial(visit, is_tested=False), carry)
 
@@ -459,14 +402,14 @@ def _overlapped(
     """Visit a list with the products of one block running under the weighing of the next."""
     del turn
     (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
-    acc, top, total = _start(my_q.shape[-1], interpret)
+    acc, top, total = mgpu.nothing_summed(my_q.shape[-1], interpret)
 
     slot = slot_of(0)
     plgpu.barrier_wait(k_ready.at[slot])
-    logits = _multiply_keys(my_q, k_smem.at[slot], staging, lambda: None)
+    logits = mgpu.logits(my_q, k_smem.at[slot], staging)
     plgpu.barrier_arrive(k_free.at[slot])
     # Testing a block that needs no test changes nothing.
-    weights, _, top = _weigh(test(logits, 0), top, factor)
+    weights, _, top = mgpu.weigh(test(logits, 0), top, factor)
     narrow, total = weights.astype(my_q.dtype), weights.sum(axis=1)
 
     def visit(n, carry, is_tested: bool):
@@ -477,7 +420,7 @@ def _overlapped(
 
         def weigh(logits):
             plgpu.barrier_arrive(k_free.at[slot])
-            return _weigh(test(logits, n) if is_tested else logits, top, factor)
+            return mgpu.weigh(test(logits, n) if is_tested else logits, top, factor)
 
         def multiply_both(acc_ref, logits_ref):
             acc_ref[...] = acc
@@ -493,9 +436,7 @@ def _overlapped(
             )
         else:
             acc = mgpu.product(narrow, v_smem.at[last], acc, staging)
-            weights, shrink, top = weigh(
-                _multiply_keys(my_q, k_smem.at[slot], staging, lambda: None)
-            )
+            weights, shrink, top = weigh(mgpu.logits(my_q, k_smem.at[slot], staging))
         plgpu.barrier_arrive(v_free.at[last])
         acc *= mgpu.by_row(shrink, acc.shape)
         total = total * shrink + weights.sum(axis=1)

@@ -10,6 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from svg_jax.kernels.block_mask import BandMask
+
 ROWS = 64  # of a warpgroup: what one wgmma multiplies
 NUM_SMS = 132  # of an H100 and an H200
 LOG2_E = math.log2(math.e)
@@ -113,6 +115,37 @@ def add_logits(logits_ref: Any, query: Any, keys: Any, staging: Staging | None) 
         plgpu.wgmma(logits_ref, query, plgpu.transpose_ref(keys, (1, 0)))
 
 
+def logits(
+    query: Any, keys: Any, staging: Staging | None, meanwhile: Callable[[], None] = lambda: None
+) -> jax.Array:
+    """Query @ keysᵀ, with something done while it is computed."""
+
+    def multiply(logits_ref):
+        add_logits(logits_ref, query, keys, staging)
+        meanwhile()
+        return logits_ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((query.shape[0], keys.shape[0]), jnp.float32))
+
+
+def nothing_summed(head_dim: int, interpret: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """An empty accumulator, and the maximum and the sum of the weights of each of its rows."""
+    return (
+        full((ROWS, head_dim), 0.0, plgpu.Layout.WGMMA, interpret),
+        full((ROWS,), FLOOR, ROW, interpret),
+        full((ROWS,), 0.0, ROW, interpret),
+    )
+
+
+def weigh(
+    logits: jax.Array, top: jax.Array, factor: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The logits' weights under the new maximum, what older weights shrink by, and the maximum."""
+    new_top = jnp.maximum(top, logits.max(axis=1) * factor)
+    weights = jnp.exp2(logits * factor - by_row(new_top, logits.shape))
+    return weights, jnp.exp2(top - new_top), new_top
+
+
 def product(weights: jax.Array, values: Any, acc: jax.Array, staging: Staging | None) -> jax.Array:
     """Add weights @ values to an accumulator.
 
@@ -135,3 +168,48 @@ def product(weights: jax.Array, values: Any, acc: jax.Array, staging: Staging | 
 
     out = pl.run_scoped(multiply, plgpu.ACC((acc.shape[0], acc.shape[1]), jnp.float32))
     return out if staging is None else acc + out
+
+
+def blanked_values(
+    value: jax.Array, masks: tuple[BandMask, ...], text_length: jax.Array | None, block_kv: int
+) -> tuple[tuple[int, int], jax.Array]:
+    """The blocks of values that may hold padding, with it blanked: 0 · NaN would be NaN.
+
+    Returns:
+        The number of the first such block and behind the last (equal: there are none), and the
+        blocks. Copying these few spares a copy of all values.
+    """
+    if text_length is None:
+        return (0, 0), value
+    mask = next(mask for mask in masks if mask.text_tokens)
+    first, stop = mask.text_start // block_kv, -(-mask.text_stop // block_kv)
+    blocks = value[:, first * block_kv : stop * block_kv]
+    position = first * block_kv + jnp.arange(blocks.shape[1], dtype=jnp.int32)
+    real = mask.is_real(position[None], text_length[:, None])
+    return (first, stop), pad_tokens(
+        jnp.where(real[:, :, None, None], blocks, jnp.zeros((), value.dtype))
+    )
+
+
+def fetch_values(
+    values: tuple[Any, Any],
+    tile: Any,
+    ready: Any,
+    edge: tuple[int, int],
+    batch: Any,
+    block: Any,
+    head: Any,
+) -> None:
+    """Start to copy a block of values, from `blanked_values` where they cover it."""
+    block_kv = tile.shape[0]
+
+    def fetch(source, number):
+        rows = (batch, pl.ds(number * block_kv, block_kv), head)
+        plgpu.copy_gmem_to_smem(source.at[rows], tile, ready)
+
+    if edge[0] == edge[1]:
+        fetch(values[0], block)
+        return
+    at_edge = (block >= edge[0]) & (block < edge[1])
+    pl.when(at_edge)(lambda: fetch(values[1], block - edge[0]))
+    pl.when(~at_edge)(lambda: fetch(values[0], block))

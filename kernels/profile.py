@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from svg_jax.kernels import mosaic_gpu, mosaic_profile
+from svg_jax.kernels.batching import vmap_as_batch
 from svg_jax.kernels.block_mask import BandMask
 
 # Finite: the anchor of a row that has kept nothing yet must not make −inf − −inf = NaN.
@@ -25,6 +28,7 @@ def sampled_attention(
     text_length: Int[Array, " batch"] | None = None,
     scale: float | None = None,
     block_kv: int = 4096,
+    implementation: Literal["mosaic_gpu", "xla"] | None = None,
 ) -> Float[Array, "masks batch heads rows head_dim"]:
     """Exact outputs of the given rows, once per mask, by online softmaxes over blocks of keys.
 
@@ -41,11 +45,39 @@ def sampled_attention(
         key_positions: Likewise the keys.
         text_length: Real text tokens of each entry, int32; None means that all text is real.
         scale: Factor of the scores; 1/√head_dim if None.
-        block_kv: Most keys in a block.
+        block_kv: Most keys in a block, of the portable implementation.
+        implementation: "mosaic_gpu" (Hopper; up to three masks; bfloat16 or float16), "xla" or None
+            for the fastest that can run on the default device.
 
     Returns:
         float32 outputs; zeros for a row that keeps no key.
+
+    Raises:
+        ValueError: If the implementation that is asked for cannot run here.
     """
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    why_not = mosaic_gpu.why_not(query.shape[-1], query.dtype)
+    if len(masks) > mosaic_profile.MOST_MASKS:
+        why_not = why_not or f"it takes {mosaic_profile.MOST_MASKS} masks, not {len(masks)}"
+    if implementation == "mosaic_gpu" and why_not:
+        raise ValueError(f"implementation='mosaic_gpu' cannot run here: {why_not}")
+    if implementation != "xla" and not why_not:
+
+        def on_hopper(query, key, value, query_positions, text_length):
+            out = mosaic_profile.sampled_attention(
+                query,
+                key,
+                value,
+                masks=masks,
+                query_positions=query_positions.swapaxes(0, 1),
+                key_positions=key_positions,
+                text_length=text_length,
+                scale=scale,
+            )
+            return out.swapaxes(0, 1)
+
+        by_entry = query_positions.swapaxes(0, 1)
+        return vmap_as_batch(on_hopper)(query, key, value, by_entry, text_length).swapaxes(0, 1)
     batch, rows, heads, head_dim = query.shape
     tokens = key.shape[1]
     num_blocks = -(-tokens // block_kv)
@@ -88,7 +120,7 @@ def sampled_attention(
         return jnp.where(highest > MASKED, output / weight, 0.0)
 
     query, key, value = (x.swapaxes(1, 2).astype(jnp.float32) for x in (query, key, value))
-    query *= head_dim**-0.5 if scale is None else scale
+    query *= scale
 
     def run(*args, each: Callable):
         return each(lambda entry: one_entry(*entry, each_head=each), args)

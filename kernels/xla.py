@@ -83,6 +83,64 @@ def block_sparse_attention(
     return _over_heads(one_head, query, key, value, index, length)
 
 
+@partial(jax.jit, static_argnames=("scale", "block"))
+def block_list_attention(
+    query: Float[Array, "batch tokens heads head_dim"],
+    key: Float[Array, "batch tokens heads head_dim"],
+    value: Float[Array, "batch tokens heads head_dim"],
+    *,
+    counts: Int[Array, "batch heads q_blocks"],
+    blocks: Int[Array, "batch heads q_blocks most"],
+    scale: float,
+    block: int = 128,
+) -> tuple[Float[Array, "batch tokens heads head_dim"], Float[Array, "batch heads tokens"]]:
+    """Attend to listed blocks of keys, block after block; see `svg_jax.kernels.attention`."""
+    batch, tokens, heads, head_dim = query.shape
+    missing = -tokens % block
+    dtype = _accumulator(query.dtype)
+    dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    arrays = [
+        jnp.pad(x.astype(dtype), [(0, 0), (0, missing), (0, 0), (0, 0)])
+        .swapaxes(1, 2)
+        .reshape(batch * heads, -1, block, head_dim)
+        for x in (query, key, value)
+    ]
+
+    def one_head(args):
+        query, key, value, counts, blocks = args
+
+        def one_block(args):
+            rows, count, listed = args
+
+            def visit(n, carry):
+                out, top, total = carry
+                column = listed[n] * block + jnp.arange(block)
+                logits = jnp.where(column < tokens, dot(rows, key[listed[n]].T) * scale, MASKED)
+                new_top = jnp.maximum(top, logits.max(-1, keepdims=True))
+                weights, shrink = jnp.exp(logits - new_top), jnp.exp(top - new_top)
+                out = out * shrink + dot(weights, value[listed[n]])
+                return out, new_top, total * shrink + weights.sum(-1, keepdims=True)
+
+            column = jnp.full((block, 1), MASKED, dtype)
+            start = (jnp.zeros_like(rows), column, jnp.zeros_like(column))
+            out, top, total = lax.fori_loop(0, count, visit, start)
+            return out / jnp.where(total > 0, total, 1.0), (top + jnp.log(total))[:, 0]
+
+        return lax.map(one_block, (query, counts, blocks))
+
+    out, lse = lax.map(
+        one_head,
+        (
+            *arrays,
+            counts.reshape(batch * heads, -1),
+            blocks.reshape(batch * heads, *blocks.shape[2:]),
+        ),
+    )
+    out = out.reshape(batch, heads, -1, head_dim).swapaxes(1, 2)[:, :tokens]
+    lse = lse.reshape(batch, heads, -1)[..., :tokens].astype(jnp.float32)
+    return out.astype(query.dtype), lse
+
+
 @partial(jax.jit, static_argnames=("scale", "block_rows"))
 def dense_attention(
     query: Float[Array, "batch queries heads head_dim"],

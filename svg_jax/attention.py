@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def sparse_attention(
     rng: PRNGKeyArray | None = None,
     labels: Bool[Array, "batch heads"] | None = None,
     text_length: Int[Array, " batch"] | None = None,
-    implementation: Literal["xla", "reference"] | None = None,
+    implementation: kernels.Implementation | None = None,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], SparseAttentionInfo]:
     """Attention of a video's tokens, each head inside its own sparse pattern.
 
@@ -101,15 +101,17 @@ def sparse_attention(
         raise ValueError("sparse_attention profiles heads with a PRNG key: give rng, or labels")
     mask = sparse_mask(layout, config)
     info = SparseAttentionInfo(temporal, errors, realised_density(mask, text_length))
-    out = kernels.block_sparse_attention(
-        to_token_major(query, layout, temporal),
-        to_token_major(key, layout, temporal),
-        to_token_major(value, layout, temporal),
-        masks=mask,
-        text_length=text_length,
-        implementation=implementation,
+    implementation = kernels.pick_implementation(implementation, query)
+    # A Hopper kernel wants tokens in eights: laying out can add the rest at no cost.
+    eights = -(-layout.num_tokens // 8) * 8 if implementation == "mosaic_gpu" else None
+    laid_out = to_token_major(
+        query, key, value, layout=layout, temporal=temporal, num_tokens=eights
     )
-    return to_frame_major(out, layout, temporal), info
+    out = kernels.block_sparse_attention(
+        *laid_out, masks=mask, text_length=text_length, implementation=implementation
+    )
+    (out,) = to_frame_major(out, layout=layout, temporal=temporal)
+    return out, info
 
 
 def attend_dense(
@@ -130,7 +132,7 @@ def attend_dense(
 def attend_sparse(
     config: SparsityConfig,
     num_layers: int,
-    implementation: Literal["xla", "reference"] | None = None,
+    implementation: kernels.Implementation | None = None,
 ) -> Attend:
     """`sparse_attention` as a model's `attend`, with the first layers dense.
 
@@ -194,7 +196,7 @@ def _dense(
     value,
     layout: VideoLayout,
     text_length,
-    implementation: Literal["xla", "reference"] | None,
+    implementation: kernels.Implementation | None,
 ):
     lengths = None
     if text_length is not None:
@@ -215,6 +217,8 @@ def _dense(
                 implementation=implementation,
             )
         lengths = layout.video_tokens + text_length
+    if implementation == "mosaic_gpu":  # which asks for sparse attention: dense has a better one
+        implementation = None
     return kernels.dense_attention(
         query, key, value, key_value_seq_lengths=lengths, implementation=implementation
     )

@@ -62,6 +62,8 @@ def classify_heads(
         Labels, True where a head is temporal (ties are spatial), and float32 mean squared errors
         of the spatial and of the temporal mask against dense attention.
     """
+    # Labels are constants: what they come from has no gradient.
+    query, key, value = (jax.lax.stop_gradient(x) for x in (query, key, value))
     mask = sparse_mask(layout, config)
     rows = sample_rows(rng, layout, query.shape[0], config.sampled_rows)
     dense = dataclasses.replace(mask, band_width=mask.num_tokens, sink_tokens=0)

@@ -4,9 +4,9 @@ Frame-major: video token f·L + p stands for place p of frame f. Token-major: it
 so that one place's tokens of all frames are neighbours. Text tokens never move.
 """
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
 
+from svg_jax.kernels import transpose_tokens
 from svg_jax.models import VideoLayout
 
 
@@ -29,27 +29,40 @@ def token_major_position(position, layout: VideoLayout):
 
 
 def to_token_major(
-    x: Shaped[Array, "batch tokens heads head_dim"],
+    *arrays: Shaped[Array, "batch _ heads head_dim"],
     layout: VideoLayout,
     temporal: Bool[Array, "batch heads"],
-) -> Shaped[Array, "batch tokens heads head_dim"]:
-    """Lay the temporal heads' video tokens out token-major; leave the others."""
-    return _transpose_video(x, layout, (layout.num_frames, layout.tokens_per_frame), temporal)
+    num_tokens: int | None = None,
+) -> tuple[Shaped[Array, "batch _ heads head_dim"], ...]:
+    """Lay the temporal heads' video tokens out token-major; leave the others.
+
+    Args:
+        arrays: Queries, keys, values: all that is to be laid out, in one pass.
+        layout: The sequence's layout.
+        temporal: True where a head is temporal.
+        num_tokens: Tokens of the results; zeros fill what the sequence lacks. None: none.
+    """
+    return transpose_tokens(
+        arrays,
+        temporal,
+        start=layout.video_start,
+        rows=layout.num_frames,
+        columns=layout.tokens_per_frame,
+        num_tokens=num_tokens,
+    )
 
 
 def to_frame_major(
-    x: Shaped[Array, "batch tokens heads head_dim"],
+    *arrays: Shaped[Array, "batch _ heads head_dim"],
     layout: VideoLayout,
     temporal: Bool[Array, "batch heads"],
-) -> Shaped[Array, "batch tokens heads head_dim"]:
-    """Undo `to_token_major`."""
-    return _transpose_video(x, layout, (layout.tokens_per_frame, layout.num_frames), temporal)
-
-
-def _transpose_video(x, layout: VideoLayout, outer_inner: tuple[int, int], temporal):
-    start, stop = layout.video_start, layout.video_start + layout.video_tokens
-    before, video, after = x[:, :start], x[:, start:stop], x[:, stop:]
-    batch, _, heads, head_dim = x.shape
-    moved = video.reshape(batch, *outer_inner, heads, head_dim).swapaxes(1, 2).reshape(video.shape)
-    video = jnp.where(temporal[:, None, :, None], moved, video)
-    return jnp.concatenate([before, video, after], axis=1)
+) -> tuple[Shaped[Array, "batch _ heads head_dim"], ...]:
+    """Undo `to_token_major`; tokens that it added are cut off."""
+    return transpose_tokens(
+        arrays,
+        temporal,
+        start=layout.video_start,
+        rows=layout.tokens_per_frame,
+        columns=layout.num_frames,
+        num_tokens=layout.num_tokens,
+    )

@@ -1,0 +1,245 @@
+"""The outputs of a few sampled rows under up to three masks, on Hopper: one read of K and V.
+
+A thread block takes a stretch of the keys of one head. One warpgroup fetches them, and each mask
+has a warpgroup of its own, which multiplies and weighs 64 rows. The stretches are joined outside.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from svg_jax.kernels import mosaic_gpu as mgpu
+from svg_jax.kernels.block_mask import BandMask
+
+MOST_MASKS = 3
+BLOCK_KV = {64: 128, 128: 64}
+STAGES = 3
+REGISTERS = (160, 24)
+FAR = 1 << 30
+
+
+def sampled_attention(
+    query: Float[Array, "batch rows heads head_dim"],
+    key: Float[Array, "batch tokens heads head_dim"],
+    value: Float[Array, "batch tokens heads head_dim"],
+    *,
+    masks: tuple[BandMask, ...],
+    query_positions: Int[Array, "masks batch rows"],
+    key_positions: Int[Array, "masks tokens"],
+    text_length: Int[Array, " batch"] | None,
+    scale: float,
+    interpret: Any = None,
+) -> Float[Array, "masks batch heads rows head_dim"]:
+    """Exact outputs of the given rows, once per mask; see `svg_jax.kernels.profile`."""
+    batch, num_rows, heads, head_dim = query.shape
+    num_tokens = key.shape[1]
+    query = mgpu.pad_tokens(mgpu.pad_head_dim(query), mgpu.ROWS)
+    key, value = (mgpu.pad_tokens(mgpu.pad_head_dim(x)) for x in (key, value))
+    width = query.shape[-1]
+    block_kv = BLOCK_KV[width]
+    num_blocks = -(-num_tokens // block_kv)
+    row_groups = query.shape[1] // mgpu.ROWS
+    splits = min(num_blocks, max(1, mgpu.NUM_SMS // (batch * heads * row_groups)))
+    row_bounds, key_bounds = _bounds(masks, query_positions, key_positions, text_length)
+    row_bounds = jnp.pad(row_bounds, [(0, 0)] * 3 + [(0, query.shape[1] - num_rows)])
+    # Behind the last token no row keeps anything.
+    missing = num_blocks * block_kv - num_tokens
+    key_bounds = jnp.pad(key_bounds, [(0, 0)] * 3 + [(0, missing)], constant_values=-FAR - 1)
+    edge, edge_value = mgpu.blanked_values(value, masks, text_length, block_kv)
+
+    tile = partial(plgpu.SMEM, dtype=query.dtype, transforms=mgpu.TILED)
+    scratch = {
+        "q_smem": tile((mgpu.ROWS, width)),
+        "k_smem": tile((STAGES, block_kv, width)),
+        "v_smem": tile((STAGES, block_kv, width)),
+        "row_smem": plgpu.SMEM((len(masks), 2, mgpu.ROWS), jnp.int32),
+        "key_smem": plgpu.SMEM((STAGES, len(masks), 2, block_kv), jnp.int32),
+        "out_smem": plgpu.SMEM((len(masks), mgpu.ROWS, width), jnp.float32),
+        "sum_smem": plgpu.SMEM((len(masks), 2, mgpu.ROWS), jnp.float32),
+        "q_ready": plgpu.Barrier(num_arrivals=2),
+        "k_ready": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+        "v_ready": plgpu.Barrier(num_barriers=STAGES),
+        "k_free": plgpu.Barrier(num_arrivals=len(masks), num_barriers=STAGES),
+        "v_free": plgpu.Barrier(num_arrivals=len(masks), num_barriers=STAGES),
+    }
+    if interpret is not None:
+        scratch["staging"] = mgpu.Staging(
+            weights=tile((len(masks), mgpu.ROWS, block_kv)),
+            keys=tile((len(masks), width, block_kv)),
+        )
+    lead = (splits, len(masks), batch, heads, query.shape[1])
+    out, top, total = mgpu.kernel(
+        partial(
+            _body,
+            num_masks=len(masks),
+            num_blocks=num_blocks,
+            splits=splits,
+            edge=edge,
+            factor=scale * mgpu.LOG2_E,
+            interpret=interpret,
+        ),
+        warpgroups=len(masks) + 1,
+        interpret=interpret,
+        out_type=(
+            jax.ShapeDtypeStruct((*lead, width), jnp.float32),
+            jax.ShapeDtypeStruct(lead, jnp.float32),
+            jax.ShapeDtypeStruct(lead, jnp.float32),
+        ),
+        scratch_types=scratch,
+        grid=(splits, row_groups, heads, batch),
+        grid_names=("split", "group", "head", "batch"),
+    )(query, key, value, edge_value, row_bounds, key_bounds)
+
+    share = jnp.exp2(top - top.max(axis=0))
+    total = (share * total).sum(axis=0)
+    joined = (share[..., None] * out).sum(axis=0) / jnp.where(total > 0, total, 1.0)[..., None]
+    return joined[..., :num_rows, :head_dim]
+
+
+def _bounds(
+    masks: tuple[BandMask, ...],
+    query_positions: Int[Array, "masks batch rows"],
+    key_positions: Int[Array, "masks tokens"],
+    text_length: Int[Array, " batch"] | None,
+) -> tuple[Int[Array, "masks batch 2 rows"], Int[Array, "masks batch 2 tokens"]]:
+    """Masks as two comparisons: a row keeps a key whose first bound is over, whose second is under.
+
+    A key in the band lies between its row's bounds; text and sink lie between those of every row,
+    padding between those of none; and the bounds of a row of text hold all that is real.
+    """
+    batch = query_positions.shape[1]
+    rows, keys = [], []
+    for mask, query, key in zip(masks, query_positions, key_positions, strict=True):
+        length = None if text_length is None else text_length[:, None]
+        is_text, is_query = mask.is_text(query), mask.is_real(query, length)
+        low = jnp.where(is_text, -FAR, query - mask.band_width)
+        high = jnp.where(is_text, FAR, query + mask.band_width)
+        rows.append((jnp.where(is_query, low, FAR), high))
+        real = jnp.broadcast_to(mask.is_real(key[None], length), (batch, key.shape[0]))
+        always = (mask.is_text(key) | (key < mask.sink_tokens))[None]
+        # FAR itself is no bound that the always kept may meet: rows of text compare with it.
+        over = jnp.where(always, FAR - 1, key[None])
+        under = jnp.where(always, 1 - FAR, key[None])
+        keys.append((jnp.where(real, over, -FAR - 1), jnp.broadcast_to(under, real.shape)))
+    bounds = (
+        jnp.stack([jnp.stack(pair, axis=1) for pair in pairs]).astype(jnp.int32)
+        for pairs in (rows, keys)
+    )
+    return next(bounds), next(bounds)
+
+
+def _body(
+    q_ref,
+    k_ref,
+    v_ref,
+    edge_ref,
+    row_ref,
+    key_ref,
+    out_ref,
+    top_ref,
+    total_ref,
+    *,
+    num_masks: int,
+    num_blocks: int,
+    splits: int,
+    edge: tuple[int, int],
+    factor: float,
+    interpret: Any,
+    q_smem,
+    k_smem,
+    v_smem,
+    row_smem,
+    key_smem,
+    out_smem,
+    sum_smem,
+    q_ready,
+    k_ready,
+    v_ready,
+    k_free,
+    v_free,
+    staging=None,
+):
+    """What every thread block does: a producer, and one warpgroup for each mask."""
+    warpgroup = lax.axis_index("warpgroup")
+    split, group = lax.axis_index("split"), lax.axis_index("group")
+    head, batch = lax.axis_index("head"), lax.axis_index("batch")
+    block_kv = k_smem.shape[1]
+    first = lax.div(split * num_blocks, splits)
+    count = lax.div((split + 1) * num_blocks, splits) - first
+    rows = pl.ds(group * mgpu.ROWS, mgpu.ROWS)
+
+    @pl.when(warpgroup == num_masks)
+    def _produce():
+        plgpu.set_max_registers(REGISTERS[1], action="decrease")
+        plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_smem, q_ready)
+        plgpu.copy_gmem_to_smem(row_ref.at[:, batch, :, rows], row_smem, q_ready)
+
+        def fetch(n, _):
+            slot = lax.rem(n, STAGES)
+            keys = pl.ds((first + n) * block_kv, block_kv)
+            ready = k_ready.at[slot]
+            plgpu.barrier_wait(k_free.at[slot])
+            plgpu.copy_gmem_to_smem(k_ref.at[batch, keys, head], k_smem.at[slot], ready)
+            plgpu.copy_gmem_to_smem(key_ref.at[:, batch, :, keys], key_smem.at[slot], ready)
+            plgpu.barrier_wait(v_free.at[slot])
+            mgpu.fetch_values(
+                (v_ref, edge_ref), v_smem.at[slot], v_ready.at[slot], edge, batch, first + n, head
+            )
+
+        lax.fori_loop(0, count, fetch, None)
+        for n in range(STAGES):  # a barrier may not end with arrivals that nobody saw
+            plgpu.barrier_wait(k_free.at[lax.rem(count + n, STAGES)])
+            plgpu.barrier_wait(v_free.at[lax.rem(count + n, STAGES)])
+
+    @pl.when(warpgroup < num_masks)
+    def _consume():
+        plgpu.set_max_registers(REGISTERS[0], action="increase")
+        for slot in range(STAGES):
+            plgpu.barrier_arrive(k_free.at[slot])
+            plgpu.barrier_arrive(v_free.at[slot])
+        my_staging = jax.tree.map(lambda ref: ref.at[warpgroup], staging)
+        shape = (mgpu.ROWS, block_kv)
+        plgpu.barrier_wait(q_ready)
+        low, high = (
+            mgpu.by_row(mgpu.load_line(row_smem, (warpgroup, n), mgpu.ROW, interpret), shape)
+            for n in range(2)
+        )
+
+        def visit(n, carry):
+            acc, top, total = carry
+            slot = lax.rem(n, STAGES)
+            plgpu.barrier_wait(k_ready.at[slot])
+            over, under = (
+                mgpu.by_column(
+                    mgpu.load_line(key_smem, (slot, warpgroup, n), mgpu.COLUMN, interpret), shape
+                )
+                for n in range(2)
+            )
+            logits = mgpu.logits(q_smem, k_smem.at[slot], my_staging)
+            plgpu.barrier_arrive(k_free.at[slot])
+            logits = jnp.where((over > low) & (under < high), logits, mgpu.MASKED)
+            weights, shrink, top = mgpu.weigh(logits, top, factor)
+            acc *= mgpu.by_row(shrink, acc.shape)
+            total = total * shrink + weights.sum(axis=1)
+            plgpu.barrier_wait(v_ready.at[slot])
+            acc = mgpu.product(weights.astype(q_smem.dtype), v_smem.at[slot], acc, my_staging)
+            plgpu.barrier_arrive(v_free.at[slot])
+            return acc, top, total
+
+        start = mgpu.nothing_summed(q_smem.shape[1], interpret)
+        acc, top, total = lax.fori_loop(0, count, visit, start)
+        out_smem[warpgroup] = acc
+        sum_smem[warpgroup, 0] = top
+        sum_smem[warpgroup, 1] = total
+        plgpu.commit_smem()
+        here = (split, warpgroup, batch, head, rows)
+        plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_ref.at[here])
+        plgpu.copy_smem_to_gmem(sum_smem.at[warpgroup, 0], top_ref.at[here])
+        plgpu.copy_smem_to_gmem(sum_smem.at[warpgroup, 1], total_ref.at[here])
+        plgpu.wait_smem_to_gmem(0)
