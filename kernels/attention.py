@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from svg_jax.kernels import mosaic_attention, mosaic_gpu, reference, xla
@@ -100,14 +101,16 @@ def block_sparse_attention(  # pyright: ignore[reportInconsistentOverload]
         raise ValueError("text_length is given but no mask has text_tokens: leave it None")
     scale = _check_scale(scale, query.shape[-1])
 
-    implementation = pick_implementation(implementation, query)
+    implementation = pick_implementation(implementation, query.shape[-1], query.dtype)
     run = {"mosaic_gpu": _on_hopper, "xla": _portable, "reference": _reference}[implementation]
     out, lse = run(query, key, value, mask_of_head, text_length, masks, scale)
     return (out, lse.astype(jnp.float32)) if return_lse else out
 
 
-def pick_implementation(implementation: Implementation | None, query: Array) -> Implementation:
-    """The implementation of block-sparse attention that runs queries of this shape and dtype.
+def pick_implementation(
+    implementation: Implementation | None, head_dim: int, dtype: DTypeLike
+) -> Implementation:
+    """The implementation of block-sparse attention that runs such queries on the default device.
 
     Raises:
         ValueError: If the one that is asked for cannot run here.
@@ -118,7 +121,7 @@ def pick_implementation(implementation: Implementation | None, query: Array) -> 
         )
     if implementation in ("xla", "reference"):
         return implementation
-    why_not = mosaic_gpu.why_not(query.shape[-1], query.dtype)
+    why_not = mosaic_gpu.why_not(head_dim, dtype)
     if implementation is None:
         return "xla" if why_not else "mosaic_gpu"
     if why_not:
@@ -127,7 +130,7 @@ def pick_implementation(implementation: Implementation | None, query: Array) -> 
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _on_hopper(query, key, value, mask_of_head, text_length, masks, scale):
+def _on_hopper(query, key, value, mask_of_head, text_length, masks, scale) -> tuple[Array, Array]:
     def run(query, key, value, mask_of_head, text_length):
         return mosaic_attention.block_sparse_attention(
             query,
@@ -153,8 +156,7 @@ def _backward(masks, scale, arrays, cotangents):
     def run(query, key, value):
         return _portable(query, key, value, mask_of_head, text_length, masks, scale)
 
-    gradients: Any = jax.vjp(run, query, key, value)[1](cotangents)
-    return *gradients, None, None
+    return *jax.vjp(run, query, key, value)[1](cotangents), None, None
 
 
 _on_hopper.defvjp(_forward, _backward)
@@ -226,7 +228,7 @@ def block_list_attention(
     _check_integers("counts", counts, (batch, heads, num_blocks))
     _check_integers("blocks", blocks, (batch, heads, num_blocks, blocks.shape[-1]))
     scale = _check_scale(scale, query.shape[-1])
-    implementation = pick_implementation(implementation, query)
+    implementation = pick_implementation(implementation, query.shape[-1], query.dtype)
     if implementation == "mosaic_gpu":
         return mosaic_attention.block_list_attention(
             query, key, value, counts=counts, blocks=blocks, scale=scale
@@ -318,7 +320,8 @@ def dense_attention(  # pyright: ignore[reportInconsistentOverload]
             if why_not_hopper:
                 raise ValueError(f"implementation='mosaic_gpu' cannot run here: {why_not_hopper}")
             everything = BandMask(num_queries, num_queries)
-            out, lse = _on_hopper(query, key, value, None, None, (everything,), scale)
+            result: Any = _on_hopper(query, key, value, None, None, (everything,), scale)
+            out, lse = result
         case "xla":
             out, lse = xla.dense_attention(
                 query,

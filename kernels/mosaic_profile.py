@@ -111,27 +111,33 @@ def _bounds(
     """Masks as two comparisons: a row keeps a key whose first bound is over, whose second is under.
 
     A key in the band lies between its row's bounds; text and sink lie between those of every row,
-    padding between those of none; and the bounds of a row of text hold all that is real.
+    padding between those of none; and the bounds of a row of text hold all that is real. It is
+    written for all masks at once, since many small programs would take longer than the kernel.
     """
-    batch = query_positions.shape[1]
-    rows, keys = [], []
-    for mask, query, key in zip(masks, query_positions, key_positions, strict=True):
-        length = None if text_length is None else text_length[:, None]
-        is_text, is_query = mask.is_text(query), mask.is_real(query, length)
-        low = jnp.where(is_text, -FAR, query - mask.band_width)
-        high = jnp.where(is_text, FAR, query + mask.band_width)
-        rows.append((jnp.where(is_query, low, FAR), high))
-        real = jnp.broadcast_to(mask.is_real(key[None], length), (batch, key.shape[0]))
-        always = (mask.is_text(key) | (key < mask.sink_tokens))[None]
-        # FAR itself is no bound that the always kept may meet: rows of text compare with it.
-        over = jnp.where(always, FAR - 1, key[None])
-        under = jnp.where(always, 1 - FAR, key[None])
-        keys.append((jnp.where(real, over, -FAR - 1), jnp.broadcast_to(under, real.shape)))
-    bounds = (
-        jnp.stack([jnp.stack(pair, axis=1) for pair in pairs]).astype(jnp.int32)
-        for pairs in (rows, keys)
+    fields = ((m.band_width, m.text_start, m.text_stop, m.sink_tokens) for m in masks)
+    band, start, stop, sink = (
+        jnp.array(field, jnp.int32)[:, None, None] for field in zip(*fields, strict=True)
     )
-    return next(bounds), next(bounds)
+    batch = query_positions.shape[1]
+    real_stop = jnp.broadcast_to(stop, (len(masks), batch, 1))
+    if text_length is not None:
+        real_stop = jnp.minimum(start + text_length[None, :, None], stop)
+    query, key = query_positions, key_positions[:, None]
+
+    def is_text(position):
+        return (position >= start) & (position < stop)
+
+    def is_padding(position):
+        return (position >= real_stop) & (position < stop)
+
+    low = jnp.where(is_text(query), -FAR, query - band)
+    low = jnp.where(is_padding(query), FAR, low)
+    high = jnp.where(is_text(query), FAR, query + band)
+    # FAR itself is no bound that the always kept may meet: rows of text compare with it.
+    always = is_text(key) | (key < sink)
+    over = jnp.where(is_padding(key), -FAR - 1, jnp.where(always, FAR - 1, key))
+    under = jnp.broadcast_to(jnp.where(always, 1 - FAR, key), over.shape)
+    return jnp.stack([low, high], axis=2), jnp.stack([over, under], axis=2)
 
 
 def _body(

@@ -101,7 +101,7 @@ def sparse_attention(
         raise ValueError("sparse_attention profiles heads with a PRNG key: give rng, or labels")
     mask = sparse_mask(layout, config)
     info = SparseAttentionInfo(temporal, errors, realised_density(mask, text_length))
-    implementation = kernels.pick_implementation(implementation, query)
+    implementation = kernels.pick_implementation(implementation, query.shape[-1], query.dtype)
     # A Hopper kernel wants tokens in eights: laying out can add the rest at no cost.
     eights = -(-layout.num_tokens // 8) * 8 if implementation == "mosaic_gpu" else None
     laid_out = to_token_major(

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from svg_jax.config import SparsityConfig, dense_step_count
+from svg_jax.kernels import pick_implementation
 from svg_jax.metrics import SSIM_WINDOW, psnr, ssim
 from svg_jax.report import ComparisonReport
 from svg_jax.sampling.cogvideox import CogVideoXPipeline, VideoOutput
@@ -82,7 +83,7 @@ def compare(
     dense = pipeline.decode(run, SamplingInfo(shared + steps))
     dense_seconds = median_seconds(steps)
 
-    config = pipeline.transformer.config
+    config, dtype = pipeline.transformer.config, np.dtype(pipeline.transformer.dtype)
     heads = (num_steps, config.num_layers, 1, config.num_attention_heads)
     run, steps = pipeline.denoise(
         warm,
@@ -115,6 +116,8 @@ def compare(
         dense_seconds=dense_seconds,
         sparse_seconds=median_seconds(steps),
         spatial_share=tuple(spatial_share.tolist()),
+        implementation=pick_implementation(None, config.attention_head_dim, dtype),
+        dtype=dtype.name,
         device=device_name(),
         versions=versions(),
     )

@@ -32,6 +32,8 @@ class ComparisonReport:
         dense_seconds: Median wall time of a dense step after the warm-up.
         sparse_seconds: Median wall time of a sparse step.
         spatial_share: Share of spatial heads, by layer.
+        implementation: Of block-sparse attention: the kernel that ran.
+        dtype: Of matrix products and attention.
         device: That it ran on.
         versions: Of what it ran with.
     """
@@ -51,6 +53,8 @@ class ComparisonReport:
     dense_seconds: float
     sparse_seconds: float
     spatial_share: tuple[float, ...]
+    implementation: str
+    dtype: str
     device: str
     versions: dict[str, str]
 
@@ -108,5 +112,6 @@ class ComparisonReport:
             ("dense step", f"{self.dense_seconds:.2f} s"),
             ("sparse step", f"{self.sparse_seconds:.2f} s, {self.speed_up:.2f} times faster"),
             ("spatial heads", f"{shares} (by layer; pattern: {self.pattern})"),
+            ("attention", f"{self.implementation} in {self.dtype}"),
             ("device", self.device),
         ]
