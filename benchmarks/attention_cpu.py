@@ -9,23 +9,19 @@ the demo's size; and a longer sequence, kernel and call. Random data, float32.
 """
 
 import argparse
-import datetime
 import json
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from timing import Seconds, interleaved_seconds, provenance, time_row
 
 from svg_jax import kernels
 from svg_jax.attention import StepState, attend_dense, attend_sparse, sparse_attention
-from svg_jax.comparison import device_name, versions
 from svg_jax.config import SparsityConfig
 from svg_jax.kernels import xla
 from svg_jax.masks import realised_density, sparse_mask
@@ -36,21 +32,6 @@ CONFIG = SparsityConfig(density=0.25)
 DEMO = VideoLayout(num_frames=16, tokens_per_frame=192, text_tokens=16, text_position="first")
 LONG = VideoLayout(num_frames=16, tokens_per_frame=512)
 LONG_CONFIG = SparsityConfig(density=0.25, first_frame_sink=False)
-
-
-def interleaved_seconds(
-    functions: Mapping[str, Callable[[], Any]], repeats: int
-) -> dict[str, list[float]]:
-    """Wall times of each function: all once, then all again, so that drift hits all alike."""
-    for function in functions.values():
-        jax.block_until_ready(function())
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            jax.block_until_ready(function())
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
 
 
 def attention_functions(
@@ -109,12 +90,9 @@ def forward_functions(heads: int, head_dim: int, layers: int) -> dict[str, Calla
     }
 
 
-def report(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
+def report(name: str, seconds: Seconds) -> dict[str, Any]:
     """Medians and quartiles in milliseconds, and how many times faster each sparse row is."""
-    rows: dict[str, Any] = {}
-    for what, times in seconds.items():
-        low, median, high = 1e3 * np.percentile(times, [25, 50, 75])
-        rows[what] = {"ms": round(median, 2), "quartiles": [round(low, 2), round(high, 2)]}
+    rows = {what: time_row(seconds, what) for what in seconds}
     baseline = min(row["ms"] for what, row in rows.items() if what.startswith("dense by"))
     for what, row in rows.items():
         if what.startswith("sparse"):
@@ -141,10 +119,7 @@ def main() -> None:
     seconds |= interleaved_seconds(forward_functions(6, 32, layers=6), max(3, args.repeats // 2))
     long = attention_functions(LONG, LONG_CONFIG, heads=4, head_dim=64)
     results = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python", "benchmarks/attention_cpu.py", *sys.argv[1:]]),
-        "device": device_name(),
-        "versions": versions(),
+        **provenance("attention_cpu.py"),
         "repeats": args.repeats,
         "demo: S = 3088, 6 heads x 32": report("demo: S = 3088, 6 heads x 32", seconds),
         "long: S = 8192, 4 heads x 64": report(

@@ -1,0 +1,113 @@
+"""What the benchmarks share: times measured in turns, medians with quartiles, files of results."""
+
+import datetime
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from svg_jax.comparison import device_name, versions
+
+Functions = Mapping[str, Callable[[], Any]]
+Seconds = dict[str, list[float]]
+MOST_CALLS = 20
+
+
+def interleaved_seconds(
+    functions: Functions,
+    repeats: int,
+    *,
+    least_seconds: float = 0.0,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+) -> Seconds:
+    """Seconds that one call of each function takes: all once, then all again: drift hits all alike.
+
+    Args:
+        functions: What to call; each has been called once before it counts.
+        repeats: Rounds.
+        least_seconds: A timing is so many calls behind one another that it lasts about this long,
+            up to `MOST_CALLS`, and two of them at least: what a single call waits for is not the
+            device's time. 0: one call.
+        wait: Returns when the device has done what its argument depends on.
+    """
+    calls: dict[str, int] = {}
+    for name, function in functions.items():
+        wait(function())
+        once = _timed(function, 1, wait)
+        wanted = math.ceil(least_seconds / once) if least_seconds else 1
+        calls[name] = min(max(wanted, 2 if least_seconds else 1), MOST_CALLS)
+    seconds: Seconds = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            seconds[name].append(_timed(function, calls[name], wait))
+    return seconds
+
+
+def _timed(function: Callable[[], Any], calls: int, wait: Callable[[Any], Any]) -> float:
+    started = time.perf_counter()
+    for _ in range(calls - 1):
+        function()
+    wait(function())
+    return (time.perf_counter() - started) / calls
+
+
+def runnable(
+    functions: Functions, wait: Callable[[Any], Any] = jax.block_until_ready
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """Compile each function by a first call: those that run, and why each of the others does not.
+
+    One that fails must not cost the measurements of the others.
+    """
+    works, failures = {}, {}
+    for name, function in functions.items():
+        started = time.perf_counter()
+        try:
+            wait(function())
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            print(f"  {name}: FAILED: {error}", file=sys.stderr, flush=True)
+        else:
+            works[name] = function
+            print(f"  {name}: ready in {time.perf_counter() - started:.1f} s", flush=True)
+    return works, failures
+
+
+def spread(values: Any, digits: int = 3) -> list[float]:
+    """Lower quartile, median and upper quartile."""
+    return [round(float(value), digits) for value in np.percentile(values, [25, 50, 75])]
+
+
+def time_row(seconds: Seconds, name: str, baseline: str | None = None) -> dict[str, Any]:
+    """Median and quartiles in milliseconds, and relative to the baseline of the same round."""
+    low, median, high = spread(1e3 * np.array(seconds[name]))
+    row: dict[str, Any] = {"ms": median, "quartiles": [low, high]}
+    if baseline is not None and name != baseline:
+        low, median, high = spread(np.array(seconds[name]) / np.array(seconds[baseline]), 4)
+        row |= {"to dense": median, "to dense, quartiles": [low, high]}
+    return row
+
+
+def provenance(script: str) -> dict[str, Any]:
+    """When, how, where and with what a figure was measured."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "device": device_name(),
+        "versions": versions(),
+    }
+
+
+def write_entry(path: Path | None, section: str, name: str, entry: dict[str, Any]) -> None:
+    """Put an entry into a section of a JSON file, beside what other runs have left there."""
+    if path is None:
+        return
+    document = json.loads(path.read_text()) if path.exists() else {}
+    document.setdefault(section, {})[name] = entry
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
