@@ -15,6 +15,10 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Pallas' interpreter holds a thread of XLA's pool for each warpgroup: fewer threads than warpgroups
+# wait for each other for ever. The pool is as large as the machine unless told.
+os.environ.setdefault("NPROC", "8")
+os.environ.setdefault("PJRT_NPROC", "8")
 
 import hypothesis
 import jax
