@@ -8,6 +8,7 @@ are rounded to the kernel's dtype. Padding holds NaN, and so does the memory bef
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import pytest
 from jax import export
 from jax.sharding import PartitionSpec
 
-from svg_jax import SparsityConfig, VideoLayout, sparse_attention
+from svg_jax import SparsityConfig, VideoLayout, commands, sparse_attention
 from svg_jax.kernels import BandMask, block_sparse_attention
 from svg_jax.kernels import mosaic_attention as mosaic
 
@@ -403,3 +404,12 @@ def test_what_it_cannot_run_is_refused_in_a_sentence():
     x = jnp.zeros((1, 9, 1, 96), jnp.bfloat16)
     with pytest.raises(ValueError, match="head_dim"):
         attend(x, x, x)
+
+
+def test_the_demo_uses_the_kernel_by_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    commands.demo(
+        "a red three moving left over the flower", seed=0, output=Path("demo"), source=None
+    )
+    assert "mosaic_gpu in bfloat16" in capsys.readouterr().out
+    assert {path.suffix for path in tmp_path.iterdir()} == {".mp4", ".gif"}
