@@ -39,7 +39,7 @@ def lists_of_heads(
     counts = counts.reshape(-1, counts.shape[-1])
     blocks = blocks.reshape(-1, *blocks.shape[2:])
     num_blocks = -(-num_tokens // block_kv)
-    place = jnp.arange(blocks.shape[-1])
+    place = jnp.arange(blocks.shape[-1])[None, None]
     is_partial = (
         (place < counts[..., None]) & (blocks == num_blocks - 1) & (num_tokens % block_kv != 0)
     )
