@@ -65,7 +65,7 @@ def draw_shape(rng: np.random.Generator, longest: int) -> Shape:
     masks = tuple(
         BandMask(
             tokens,
-            int(rng.choice([1, tokens, rng.integers(1, tokens + 1), rng.integers(1, tokens + 1)])),
+            int(rng.choice([1, tokens, *rng.integers(1, tokens + 1, size=2).tolist()])),
             tokens - text if where == "last" else 0,
             text,
             int(rng.integers(tokens + 1)) if rng.random() < 0.5 else 0,
@@ -108,7 +108,7 @@ def draw_case(shape: Shape, rng: np.random.Generator) -> Case:
     if shape.padded:
         text = shape.masks[0].text_tokens
         lengths = rng.integers(text + 1, size=shape.batch).astype(np.int32)
-        lengths[0] = rng.choice([0, text, lengths[0]])
+        lengths[0] = rng.choice([0, text, int(lengths[0])])
         real = shape.masks[0].is_real(position, lengths[:, None])
     keep = np.empty((shape.batch, shape.heads, shape.tokens, shape.tokens), bool)
     for batch, head in np.ndindex(of_head.shape):
@@ -206,7 +206,8 @@ def run_shape(
         cudnn = None
         if dense is not None and index < 3:
             cudnn = np.asarray(dense(*(jnp.asarray(x) for x in case.qkv)))
-        return judge(case, *first, same, cudnn)
+        out, lse = first
+        return judge(case, out, lse, same, cudnn)
 
     verdicts = [pool.submit(one_case, 0)]
     verdicts[0].result()  # it compiles, once

@@ -184,7 +184,7 @@ def test_errs_like_rounding_and_gives_the_same_bits_again(name):
     attend = compiled(case)
     for seed in range(2):  # new labels and text lengths in the same program
         assert_follows_the_contract(case, draw(case, seed), attend)
-    assert attend._cache_size() == 1
+    assert attend._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -328,14 +328,17 @@ def test_vmap_is_a_batch():
         )
         return out[0], lse[0]
 
-    actual = jax.vmap(one)(*arguments, data.options["mask_of_head"], data.options["text_length"])
+    query, key, value = arguments
+    of_head, lengths = data.options["mask_of_head"], data.options["text_length"]
+    actual = jax.vmap(one)(query, key, value, of_head, lengths)
     assert_same_bits(actual, expected)
 
 
 def test_heads_may_be_sharded():
     case = CASES["several with sinks"]
     data = draw(case, 0)
-    arguments = [jnp.asarray(x) for x in data.qkv]
+    query, key, value = (jnp.asarray(x) for x in data.qkv)
+    of_head = data.options["mask_of_head"]
     mesh = jax.make_mesh((1,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
     of_heads = PartitionSpec(None, None, "heads")
 
@@ -347,13 +350,13 @@ def test_heads_may_be_sharded():
         mesh=mesh,
         in_specs=(of_heads, of_heads, of_heads, PartitionSpec(None, "heads")),
         out_specs=(of_heads, PartitionSpec(None, "heads")),
-        check_vma=False,
     )
-    of_head = data.options["mask_of_head"]
-    assert_same_bits(jax.jit(sharded)(*arguments, of_head), attend(*arguments, of_head))
+    expected = attend(query, key, value, of_head)
+    assert_same_bits(jax.jit(sharded)(query, key, value, of_head), expected)
 
 
 def test_an_exported_program_comes_back_and_gives_the_same_bits():
+    pytest.importorskip("flatbuffers")  # without which jax cannot write programs
     case = CASES["text first and padded"]
     data = draw(case, 0)
     arguments = [jnp.asarray(x) for x in data.poisoned]

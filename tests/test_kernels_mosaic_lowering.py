@@ -44,7 +44,8 @@ def lower(masks, padded, batch, heads, head_dim, dtype):
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("case", SMALL)
 def test_every_mask_lowers_for_every_head_dim_and_dtype(case, head_dim, dtype):
-    lower(*SMALL[case], 2, 3, head_dim, dtype)
+    masks, padded = SMALL[case]
+    lower(masks, padded, 2, 3, head_dim, dtype)
 
 
 @pytest.mark.parametrize("case", FULL)
