@@ -117,9 +117,8 @@ def test_odd_lengths(overlap):
 
 
 @needs_partial_copies
-@pytest.mark.parametrize("tokens", [1, 65])
-def test_fewer_tokens_than_a_block_holds(tokens):
-    check((BandMask(tokens, 1),), 64, tiling=mosaic.TILINGS[64])
+def test_one_token():
+    check((BandMask(1, 1),), 64, tiling=mosaic.TILINGS[64])
 
 
 @needs_partial_copies
