@@ -1,6 +1,6 @@
 """The Hopper kernels on a Hopper GPU, against float64.
 
-    JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false pytest -m gpu
+    JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false pytest -m gpu -n 6
 
 The law: the largest error is at most twice that of a float64 reference whose weights and outputs
 are rounded to the kernel's dtype. Padding holds NaN, and so does the memory before each call.
