@@ -52,8 +52,8 @@ def block_sparse_attention(  # pyright: ignore[reportInconsistentOverload]
     The masks are static: each makes its own program. `mask_of_head` and `text_length` are data, so
     neither labels nor prompts compile anew. Differentiable with memory linear in the sequence.
 
-    Up to 7 tokens more than the masks know are padding, as padded text is: the Hopper kernel reads
-    tokens in eights and copies arrays whose length is no multiple of eight.
+    Up to 7 tokens more than the masks know are padding that is to be finite: the Hopper kernel
+    reads tokens in eights and copies arrays whose length is no multiple of eight.
 
     Args:
         query: Queries: float32, bfloat16, float16 or float64; sums are float32 or wider.
@@ -97,8 +97,11 @@ def block_sparse_attention(  # pyright: ignore[reportInconsistentOverload]
         )
     _check_integers("mask_of_head", mask_of_head, (batch, heads))
     _check_integers("text_length", text_length, (batch,))
-    if text_length is not None and not any(mask.text_tokens for mask in masks):
+    texts = {(mask.text_start, mask.text_tokens) for mask in masks}
+    if text_length is not None and not any(tokens for _, tokens in texts):
         raise ValueError("text_length is given but no mask has text_tokens: leave it None")
+    if text_length is not None and len(texts) > 1:
+        raise ValueError(f"one text_length is given, but the masks place text apart: {masks}")
     scale = _check_scale(scale, query.shape[-1])
 
     implementation = pick_implementation(implementation, query.shape[-1], query.dtype)

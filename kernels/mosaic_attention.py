@@ -97,10 +97,10 @@ def block_sparse_attention(
         tiling=tiling,
         interpret=interpret,
     )
-    if text_length is not None:
-        mask = next(mask for mask in masks if mask.text_tokens)
-        real = mask.is_real(jnp.arange(lse.shape[-1])[None], text_length[:, None])
-        lse = jnp.where(real[:, None], lse, -jnp.inf)
+    position = jnp.arange(lse.shape[-1])[None]
+    length = None if text_length is None else text_length[:, None]
+    real = masks[0].is_real(position, length) & (position < masks[0].num_tokens)
+    lse = jnp.where(real[:, None], lse, -jnp.inf)
     return out[:, :num_rows, :, :head_dim], lse[..., :num_rows]
 
 
@@ -311,7 +311,7 @@ def _body(
             plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], my_q, q_ready.at[warpgroup])
             tested, count = tested_ref[which, q_block], counts_ref[which, q_block]
             band, text_start, text_stop, sink = (bounds_ref[which, n] for n in range(4))
-            real_stop = jnp.minimum(text_start + length_ref[batch], text_stop)
+            real_stop = jnp.clip(text_start + length_ref[batch], text_start, text_stop)
 
             def is_padding(position):
                 return (position >= real_stop) & (position < text_stop) | (position >= num_tokens)

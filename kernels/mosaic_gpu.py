@@ -181,7 +181,7 @@ def blanked_values(
     """
     if text_length is None:
         return (0, 0), value
-    mask = next(mask for mask in masks if mask.text_tokens)
+    mask = masks[0]  # text stands at one place in all of them
     first, stop = mask.text_start // block_kv, -(-mask.text_stop // block_kv)
     blocks = value[:, first * block_kv : stop * block_kv]
     position = first * block_kv + jnp.arange(blocks.shape[1], dtype=jnp.int32)

@@ -96,7 +96,7 @@ def sampled_attention(
         grid_names=("split", "group", "head", "batch"),
     )(query, key, value, edge_value, row_bounds, key_bounds)
 
-    share = jnp.exp2(top - top.max(axis=0))
+    share = jnp.exp2(top - top.max(axis=0, keepdims=True))
     total = (share * total).sum(axis=0)
     joined = (share[..., None] * out).sum(axis=0) / jnp.where(total > 0, total, 1.0)[..., None]
     return joined[..., :num_rows, :head_dim]
@@ -121,7 +121,7 @@ def _bounds(
     batch = query_positions.shape[1]
     real_stop = jnp.broadcast_to(stop, (len(masks), batch, 1))
     if text_length is not None:
-        real_stop = jnp.minimum(start + text_length[None, :, None], stop)
+        real_stop = jnp.clip(start + text_length[None, :, None], start, stop)
     query, key = query_positions, key_positions[:, None]
 
     def is_text(position):

@@ -63,21 +63,25 @@ def sampled_attention(
         raise ValueError(f"implementation='mosaic_gpu' cannot run here: {why_not}")
     if implementation != "xla" and not why_not:
 
-        def on_hopper(query, key, value, query_positions, text_length):
+        def on_hopper(query, key, value, query_positions, key_positions, text_length):
             out = mosaic_profile.sampled_attention(
                 query,
                 key,
                 value,
                 masks=masks,
                 query_positions=query_positions.swapaxes(0, 1),
-                key_positions=key_positions,
+                key_positions=key_positions[0],
                 text_length=text_length,
                 scale=scale,
             )
             return out.swapaxes(0, 1)
 
-        by_entry = query_positions.swapaxes(0, 1)
-        return vmap_as_batch(on_hopper)(query, key, value, by_entry, text_length).swapaxes(0, 1)
+        by_entry = (
+            query_positions.swapaxes(0, 1),
+            jnp.broadcast_to(key_positions[None], (query.shape[0], *key_positions.shape)),
+        )
+        out = vmap_as_batch(on_hopper)(query, key, value, *by_entry, text_length)
+        return out.swapaxes(0, 1)
     batch, rows, heads, head_dim = query.shape
     tokens = key.shape[1]
     num_blocks = -(-tokens // block_kv)

@@ -206,6 +206,14 @@ def test_sampled_rows_are_exact_under_every_mask_and_zero_without_a_key():
         ({"masks": BandMask(11, 2)}, "made for 11 tokens"),
         ({"masks": (BandMask(10, 2), BandMask(10, 3))}, "mask_of_head"),
         ({"masks": BandMask(10, 2), "text_length": jnp.zeros(2, jnp.int32)}, "no mask has text"),
+        (
+            {
+                "masks": (BandMask(10, 2, text_tokens=3), BandMask(10, 2)),
+                "mask_of_head": jnp.zeros((2, 2), jnp.int32),
+                "text_length": jnp.zeros(2, jnp.int32),
+            },
+            "place text apart",
+        ),
         ({"masks": BandMask(10, 2), "scale": -1.0}, "scale must be positive"),
     ],
 )
