@@ -240,10 +240,11 @@ def block_list_attention(
         return xla.block_list_attention(
             query, key, value, counts=counts, blocks=blocks, scale=scale
         )
-    listed = jnp.arange(blocks.shape[-1]) < counts[..., None]
-    block = jnp.where(listed, blocks, num_blocks)[..., None]
-    of_blocks = (block == jnp.arange(num_blocks)).any(-2)
-    keep = of_blocks.repeat(128, axis=2).repeat(128, axis=3)[..., :tokens, :tokens]
+    listed = jnp.arange(blocks.shape[-1])[None, None, None] < counts[..., None]
+    block = jnp.where(listed, blocks, num_blocks)
+    of_blocks = jax.nn.one_hot(block, num_blocks, dtype=bool).any(-2)
+    size = mosaic_attention.BLOCK_Q
+    keep = of_blocks.repeat(size, axis=2).repeat(size, axis=3)[..., :tokens, :tokens]
     out, lse = reference.masked_attention(query, key, value, keep, scale=scale)
     return out, lse.astype(jnp.float32)
 

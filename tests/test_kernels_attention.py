@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from svg_jax.kernels import BandMask, block_sparse_attention, dense_attention, sampled_attention
+from svg_jax.kernels import (
+    BandMask,
+    block_list_attention,
+    block_sparse_attention,
+    dense_attention,
+    sampled_attention,
+)
 
 IMPLEMENTATIONS = ["xla", "reference"]
 # Text first, text last and padded, a sink; odd lengths, a band of one, a band of everything.
@@ -158,6 +164,22 @@ def test_vmap_is_a_batch():
     out = jax.vmap(partial(block_sparse_attention, masks=mask))(*qkv)
     expected = block_sparse_attention(*(x[:, 0] for x in qkv), masks=mask)
     np.testing.assert_allclose(out[:, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_listed_blocks_are_attended_whole_and_none_gives_zeros(implementation):
+    qkv = random_qkv(300, 32, batch=1, heads=1)
+    counts = jnp.array([[[2, 0, 3]]], jnp.int32)
+    blocks = jnp.array([[[[2, 0, 1], [1, 1, 1], [1, 2, 0]]]], jnp.int32)  # 2 is a partial block
+    listed = np.array([[1, 0, 1], [0, 0, 0], [1, 1, 1]], bool)
+    keep = listed.repeat(128, axis=0).repeat(128, axis=1)[:300, :300]
+    out, lse = block_list_attention(
+        *qkv, counts=counts, blocks=blocks, implementation=implementation
+    )
+    expected, expected_lse = exact(qkv, keep[None, None])
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=3e-6)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(out)[0, 128:256], 0)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
