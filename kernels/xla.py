@@ -62,16 +62,9 @@ def block_sparse_attention(
         block_rows: Query rows in a block.
     """
     heads = query.shape[2]
-    of_masks = []
-    for mask in masks:
-        windows = [
-            # Made once for all heads, where it is the same for all blocks.
-            (window, _band_bias(0, mask, window, query.dtype) if window.moves_with_rows else None)
-            for window in _windows(mask, block_rows)
-        ]
-        of_masks.append(
-            partial(_sparse_head, mask=mask, windows=windows, scale=scale, block_rows=block_rows)
-        )
+    of_masks = [
+        partial(_sparse_head, mask=mask, scale=scale, block_rows=block_rows) for mask in masks
+    ]
 
     def one_head(query, key, value, index, length):
         if index is None:
@@ -206,9 +199,7 @@ def _over_heads(one_head: Callable, query, key, value, *of_heads):
     return out, lse.reshape(batch, heads, tokens)
 
 
-def _sparse_head(
-    query, key, value, text_length, *, mask: BandMask, windows, scale: float, block_rows: int
-):
+def _sparse_head(query, key, value, text_length, *, mask: BandMask, scale: float, block_rows: int):
     """One head: the video rows by windows of the band, the text rows over everything."""
     text = slice(mask.text_start, mask.text_stop)
     video = slice(mask.video_start, mask.video_start + mask.video_tokens)
@@ -228,12 +219,12 @@ def _sparse_head(
             out, lse = _blank(real[text], out), jnp.where(real[text], lse, -jnp.inf)
         outs.append(out)
         lses.append(lse)
-    for window, bias in windows:
+    for window in _windows(mask, block_rows):
         out, lse = _by_blocks(
             partial(_attend_window, mask=mask, window=window, scale=scale),
             query[video][window.first_row : window.stop_row],
             window.block_rows,
-            (key[video], value[video], key[text], value[text], text_length, bias),
+            (key[video], value[video], key[text], value[text], text_length),
         )
         outs.append(out)
         lses.append(lse)
@@ -281,28 +272,37 @@ def _attend_window(index, query, arrays, *, mask: BandMask, window: Window, scal
     All keys are joined: on a CPU one product over all of them, with a bias that rides along, beats
     several products of which few need one.
     """
-    key, value, text_key, text_value, text_length, bias = arrays
+    key, value, text_key, text_value, text_length = arrays
     first_key = window.first_key + index * window.key_step
 
     def join(text, video):
         band = lax.dynamic_slice_in_dim(video, first_key, window.num_keys)
         return jnp.concatenate([text, video[: mask.video_sink_tokens], band])
 
-    if bias is None and not window.is_full:
-        bias = _band_bias(index, mask, window, query.dtype)
-    if text_length is not None:
-        column = jnp.arange(_front(mask) + window.num_keys)[None]
-        text_bias = _bias((column >= mask.text_tokens) | (column < text_length), query.dtype)
-        bias = text_bias if bias is None else bias + text_bias
+    bias = None
+    if text_length is not None or not window.is_full:
+        bias = _window_bias(index, mask, window, text_length, _accumulator(query.dtype))
     return _softmax(query, _Keys(join(text_key, key), join(text_value, value), bias), scale)
 
 
-def _band_bias(index, mask: BandMask, window: Window, dtype) -> Float[Array, "rows keys"]:
-    """Bias of a window's block over text, sink and band, text being all real."""
-    in_band = jnp.arange(_front(mask) + window.num_keys) - _front(mask)
-    offset = window.first_row - window.first_key + index * (window.block_rows - window.key_step)
-    distance = jnp.abs(offset + jnp.arange(window.block_rows)[:, None] - in_band[None])
-    return _bias((in_band < 0)[None] | (distance < mask.band_width), dtype)
+def _window_bias(
+    index, mask: BandMask, window: Window, text_length, dtype
+) -> Float[Array, "rows keys"]:
+    """Bias of a block's rows over text, sink and its window of the band.
+
+    A row keeps a key that is no further from it than the key's reach. Places and reaches are
+    vectors, and what is made of them is made again wherever the logits are read: an array of it
+    would take as much of the cache as the logits do.
+    """
+    row = window.first_row + index * window.block_rows + jnp.arange(window.block_rows)
+    in_band = jnp.arange(-_front(mask), window.num_keys)
+    place = window.first_key + index * window.key_step + in_band
+    reach = jnp.where(in_band < 0, jnp.inf, mask.band_width - 0.5)
+    if text_length is not None:
+        text = jnp.arange(len(in_band))
+        reach = jnp.where((text_length <= text) & (text < mask.text_tokens), -1.0, reach)
+    distance = jnp.abs(row.astype(dtype)[:, None] - place.astype(dtype)[None])
+    return jnp.minimum(reach.astype(dtype)[None] - distance, 0.0) * -MASKED
 
 
 def _front(mask: BandMask) -> int:
