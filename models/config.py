@@ -30,8 +30,9 @@ def read_config(
         )
     for name, value in values.items():
         kind, parts = types[name], typing.get_args(types[name])
-        if typing.get_origin(kind) is tuple and type(value) in (list, tuple):
-            fits, values[name] = tuple(map(type, value)) == parts, tuple(value)
+        if typing.get_origin(kind) is tuple:
+            fits = type(value) in (list, tuple) and tuple(map(type, value)) == parts
+            values[name] = tuple(value) if fits else value
         elif kind is float and type(value) is int:
             fits, values[name] = True, float(value)
         else:
