@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svg_jax.convert import cogvideox, t5
+from svg_jax.convert import cogvideox, t5, wan
 from svg_jax.convert.reader import read_json
 from svg_jax.convert.rules import ConversionError, Leaf, Rule, match_rules
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.t5 import T5Config
+from svg_jax.models.wan_config import WanConfig
 
 PIPELINES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline")
 COPIED = ("scheduler", "tokenizer")  # small files, carried as they are
@@ -35,6 +36,7 @@ FAMILIES: Mapping[str, Family] = {
         CogVideoXConfig.from_dict, cogvideox.rules, "diffusion_pytorch_model"
     ),
     "T5EncoderModel": Family(T5Config.from_dict, t5.rules, "model"),
+    "WanTransformer3DModel": Family(WanConfig.from_dict, wan.rules, "diffusion_pytorch_model"),
 }
 
 
