@@ -1,9 +1,13 @@
 """The tensors of a Wan transformer, as released by diffusers and as laid out here."""
 
 import math
+import re
 
 from svg_jax.convert.rules import Rule, linear_rules, norm_rules
 from svg_jax.models.wan_config import WanConfig
+
+# Held by files of 2.1 I2V, to no effect: image tokens are attended to with the queries of the text.
+UNUSED = re.compile(r"\.attn2\.norm_added_q\.weight$")
 
 
 def rules(config: WanConfig) -> tuple[Rule, ...]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from svg_jax.convert.components import FAMILIES
+from svg_jax.convert.components import FAMILIES, component_leaves
 from svg_jax.convert.rules import ConversionError, Rule, match_rules
 from svg_jax.models import CogVideoXTransformer, T5Encoder, WanTransformer
 
@@ -97,6 +97,17 @@ def test_tied_token_embeddings_may_be_stored_under_either_name_or_both():
     other = {**shapes, "encoder.embed_tokens.weight": shapes["shared.weight"]}
     for stored in (other, {k: v for k, v in other.items() if k != "shared.weight"}):
         assert len(match_rules(stored, rules, num_layers)) == len(rules)
+
+
+def test_tensors_that_the_released_class_ignores_are_in_no_leaf(tmp_path):
+    class_name, config, shapes = read("wan2.1-i2v-14b-transformer")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    leaves = component_leaves(tmp_path, class_name, shapes)
+    ignored = {f"blocks.{layer}.attn2.norm_added_q.weight": (5120,) for layer in range(40)}
+    assert component_leaves(tmp_path, class_name, shapes | ignored) == leaves
+    other = {"blocks.0.attn1.norm_added_q.weight": (5120,)}
+    with pytest.raises(ConversionError, match="1 unexpected"):
+        component_leaves(tmp_path, class_name, shapes | other)
 
 
 @pytest.mark.parametrize("name", COGVIDEOX)
