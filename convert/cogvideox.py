@@ -2,7 +2,7 @@
 
 import math
 
-from svg_jax.convert.rules import Rule
+from svg_jax.convert.rules import Rule, linear_rules, norm_rules
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 
 
@@ -13,25 +13,27 @@ def rules(config: CogVideoXConfig) -> tuple[Rule, ...]:
     block = "transformer_blocks.{layer}"
 
     table = [
-        *_linear("time_embedding.linear_1", "time_embedding.input", width, time),
-        *_linear("time_embedding.linear_2", "time_embedding.output", time, time),
-        *_linear("patch_embed.text_proj", "text_projection", text, width),
-        *_linear(f"{block}.norm1.linear", "blocks.attention_modulation", time, 6 * width),
-        *_norm(f"{block}.norm1.norm", "blocks.attention_norm", width),
-        *_linear(f"{block}.attn1.to_q", "blocks.attention.query", width, width),
-        *_linear(f"{block}.attn1.to_k", "blocks.attention.key", width, width),
-        *_linear(f"{block}.attn1.to_v", "blocks.attention.value", width, width),
-        *_norm(f"{block}.attn1.norm_q", "blocks.attention.query_norm", head_dim),
-        *_norm(f"{block}.attn1.norm_k", "blocks.attention.key_norm", head_dim),
-        *_linear(f"{block}.attn1.to_out.0", "blocks.attention.output", width, width),
-        *_linear(f"{block}.norm2.linear", "blocks.feed_forward_modulation", time, 6 * width),
-        *_norm(f"{block}.norm2.norm", "blocks.feed_forward_norm", width),
-        *_linear(f"{block}.ff.net.0.proj", "blocks.feed_forward.input", width, 4 * width),
-        *_linear(f"{block}.ff.net.2", "blocks.feed_forward.output", 4 * width, width),
-        *_norm("norm_final", "final_norm", width),
-        *_linear("norm_out.linear", "output_modulation", time, 2 * width),
-        *_norm("norm_out.norm", "output_norm", width),
-        *_linear("proj_out", "output_projection", width, config.out_channels * math.prod(patch)),
+        *linear_rules("time_embedding.linear_1", "time_embedding.input", width, time),
+        *linear_rules("time_embedding.linear_2", "time_embedding.output", time, time),
+        *linear_rules("patch_embed.text_proj", "text_projection", text, width),
+        *linear_rules(f"{block}.norm1.linear", "blocks.attention_modulation", time, 6 * width),
+        *norm_rules(f"{block}.norm1.norm", "blocks.attention_norm", width),
+        *linear_rules(f"{block}.attn1.to_q", "blocks.attention.query", width, width),
+        *linear_rules(f"{block}.attn1.to_k", "blocks.attention.key", width, width),
+        *linear_rules(f"{block}.attn1.to_v", "blocks.attention.value", width, width),
+        *norm_rules(f"{block}.attn1.norm_q", "blocks.attention.query_norm", head_dim),
+        *norm_rules(f"{block}.attn1.norm_k", "blocks.attention.key_norm", head_dim),
+        *linear_rules(f"{block}.attn1.to_out.0", "blocks.attention.output", width, width),
+        *linear_rules(f"{block}.norm2.linear", "blocks.feed_forward_modulation", time, 6 * width),
+        *norm_rules(f"{block}.norm2.norm", "blocks.feed_forward_norm", width),
+        *linear_rules(f"{block}.ff.net.0.proj", "blocks.feed_forward.input", width, 4 * width),
+        *linear_rules(f"{block}.ff.net.2", "blocks.feed_forward.output", 4 * width, width),
+        *norm_rules("norm_final", "final_norm", width),
+        *linear_rules("norm_out.linear", "output_modulation", time, 2 * width),
+        *norm_rules("norm_out.norm", "output_norm", width),
+        *linear_rules(
+            "proj_out", "output_projection", width, config.out_channels * math.prod(patch)
+        ),
     ]
     if config.patch_size_t is None:  # a convolution in 1.0
         kernel = (width, config.in_channels, *patch[1:])
@@ -41,26 +43,12 @@ def rules(config: CogVideoXConfig) -> tuple[Rule, ...]:
         ]
     else:
         features = config.in_channels * math.prod(patch)
-        table += _linear("patch_embed.proj", "patch_projection", features, width)
+        table += linear_rules("patch_embed.proj", "patch_projection", features, width)
     if config.ofs_embed_dim is not None:
-        table += _linear("ofs_embedding.linear_1", "ofs_embedding.input", time, time)
-        table += _linear("ofs_embedding.linear_2", "ofs_embedding.output", time, time)
+        table += linear_rules("ofs_embedding.linear_1", "ofs_embedding.input", time, time)
+        table += linear_rules("ofs_embedding.linear_2", "ofs_embedding.output", time, time)
     if config.use_learned_positional_embeddings:
         tokens = config.max_text_seq_length + math.prod(config.sample_grid)
         name = "patch_embed.pos_embedding"
         table.append(Rule(name, "position_embedding", "none", (1, tokens, width)))
     return tuple(table)
-
-
-def _linear(source: str, target: str, features: int, out_features: int) -> list[Rule]:
-    return [
-        Rule(f"{source}.weight", f"{target}.kernel", "transpose", (out_features, features)),
-        Rule(f"{source}.bias", f"{target}.bias", "none", (out_features,)),
-    ]
-
-
-def _norm(source: str, target: str, features: int) -> list[Rule]:
-    return [
-        Rule(f"{source}.weight", f"{target}.scale", "none", (features,)),
-        Rule(f"{source}.bias", f"{target}.bias", "none", (features,)),
-    ]

@@ -1,15 +1,17 @@
 """What a pipeline folder is made of, and which of its components are ported."""
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svg_jax.convert import cogvideox, t5
+from svg_jax.convert import cogvideox, t5, wan
 from svg_jax.convert.reader import read_json
 from svg_jax.convert.rules import ConversionError, Leaf, Rule, match_rules
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.t5 import T5Config
+from svg_jax.models.wan_config import WanConfig
 
 PIPELINES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline")
 COPIED = ("scheduler", "tokenizer")  # small files, carried as they are
@@ -23,11 +25,13 @@ class Family:
         read_config: Makes the config from a parsed config.json, strictly.
         rules: The family's conversion table for a config.
         stem: What its library calls the weights' file.
+        unused: Names of tensors that released files hold and the released class ignores.
     """
 
     read_config: Callable[[Mapping[str, Any]], Any]
     rules: Callable[[Any], tuple[Rule, ...]]
     stem: str
+    unused: re.Pattern[str] | None = None
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -35,6 +39,9 @@ FAMILIES: Mapping[str, Family] = {
         CogVideoXConfig.from_dict, cogvideox.rules, "diffusion_pytorch_model"
     ),
     "T5EncoderModel": Family(T5Config.from_dict, t5.rules, "model"),
+    "WanTransformer3DModel": Family(
+        WanConfig.from_dict, wan.rules, "diffusion_pytorch_model", wan.UNUSED
+    ),
 }
 
 
@@ -115,11 +122,16 @@ def component_leaves(
 ) -> tuple[Leaf, ...]:
     """Matches a component's tensors to the leaves that its config.json asks for.
 
+    Tensors that the family does not use are in no leaf.
+
     Raises:
         ConversionError: If the config is not the model's, or the tensors do not fit it.
     """
     family = FAMILIES[class_name]
     config = read_component_config(folder, class_name)
+    unused = family.unused
+    if unused is not None:
+        shapes = {name: shape for name, shape in shapes.items() if not unused.search(name)}
     return match_rules(shapes, family.rules(config), config.num_layers, where=str(folder))
 
 

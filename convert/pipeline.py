@@ -71,7 +71,7 @@ def convert_pipeline(
     The result holds `model_index.json`, `manifest.json`, the files of `scheduler/` and
     `tokenizer/`, and per component `config.json` and `weights/`, an orbax checkpoint of the
     module's pure dict. It appears whole or not at all. At no time more than a few tensors are in
-    memory.
+    memory. Tensors that the released class itself ignores (Wan I2V's `norm_added_q`) are left out.
 
     Args:
         source: Folder with model_index.json. Weights are safetensors, one file or shards.
@@ -158,6 +158,8 @@ def _check_component(
     tensors = read_weights(folder, allowed)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     leaves = component_leaves(folder, class_name, shapes)
+    used = [name for leaf in leaves for names in leaf.names for name in names]
+    tensors = {name: tensors[name] for name in used}
     for leaf in leaves:
         found = {tensors[name].dtype.name for names in leaf.names for name in names}
         if dtype is None and len(found) > 1:

@@ -76,6 +76,22 @@ class Rule:
         return part if self.transform == "none" else part.T.reshape(self.source_shape)
 
 
+def linear_rules(source: str, target: str, features: int, out_features: int) -> list[Rule]:
+    """Weight and bias of a linear layer."""
+    return [
+        Rule(f"{source}.weight", f"{target}.kernel", "transpose", (out_features, features)),
+        Rule(f"{source}.bias", f"{target}.bias", "none", (out_features,)),
+    ]
+
+
+def norm_rules(source: str, target: str, features: int) -> list[Rule]:
+    """Gain and bias of a layer norm."""
+    return [
+        Rule(f"{source}.weight", f"{target}.scale", "none", (features,)),
+        Rule(f"{source}.bias", f"{target}.bias", "none", (features,)),
+    ]
+
+
 @dataclass(frozen=True)
 class Leaf:
     """One leaf of a converted tree and the stored tensors that it is made of.

@@ -10,6 +10,8 @@ from svg_jax.models.cogvideox import CogVideoXTransformer
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.layout import VideoLayout
 from svg_jax.models.t5 import T5Config, T5Encoder
+from svg_jax.models.wan import WanTransformer
+from svg_jax.models.wan_config import WanConfig
 
 __all__ = [
     "Attend",
@@ -18,5 +20,7 @@ __all__ = [
     "T5Config",
     "T5Encoder",
     "VideoLayout",
+    "WanConfig",
+    "WanTransformer",
     "dense_attention",
 ]

@@ -73,6 +73,24 @@ def dense_attention(
     return jnp.roll(out, shift, axis=1), None
 
 
+def cross_attention(
+    query: Float[Array, "batch rows heads head_dim"],
+    key: Float[Array, "batch keys heads head_dim"],
+    value: Float[Array, "batch keys heads head_dim"],
+    *,
+    key_length: Int[Array, " batch"] | None = None,
+) -> Float[Array, "batch rows heads head_dim"]:
+    """Exact attention to another sequence, such as a text; computed as `dense_attention` is.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        value: Values.
+        key_length: How many keys of each batch entry count, from the first on; None if all do.
+    """
+    return _attend(query, key, value, key_length)
+
+
 def softmax_attention(
     query: Float[Array, "batch rows heads head_dim"],
     key: Float[Array, "batch keys heads head_dim"],
@@ -109,7 +127,7 @@ def _attend(query: Array, key: Array, value: Array, length: Array | None) -> Arr
             query, key, value, key_value_seq_lengths=length, implementation="cudnn"
         )
 
-    keep = None if length is None else jnp.arange(tokens)[None, :] < length[:, None]
+    keep = None if length is None else jnp.arange(key.shape[1])[None, :] < length[:, None]
 
     @jax.checkpoint  # or the backward pass would keep the scores of all blocks: tokens squared
     def attend_rows(rows: Array) -> Array:

@@ -20,8 +20,9 @@ from jaxtyping import Array, Bool, Float, Int, Real
 from svg_jax.models.attention import Attend, dense_attention
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.embeddings import TimestepEmbedding, sincos_video_embedding
-from svg_jax.models.layers import FeedForward, layer_norm, scan_layers, stack_layers
+from svg_jax.models.layers import FeedForward, add_gated, layer_norm, scan_layers, stack_layers
 from svg_jax.models.layout import VideoLayout
+from svg_jax.models.patches import patchify, token_grid, unpatchify
 from svg_jax.models.rope import Rotation, cropped_grid, rotate, video_rotation
 
 
@@ -86,11 +87,11 @@ class Block(nnx.Module):
         shift, scale, gate = _per_token(self.attention_modulation(conditioning), is_text)
         modulated = self.attention_norm(hidden) * (1 + scale) + shift
         out, info = self.attention(modulated, rotation, attend)
-        hidden = _add_gated(hidden, gate, out)
+        hidden = add_gated(hidden, gate, out)
 
         shift, scale, gate = _per_token(self.feed_forward_modulation(conditioning), is_text)
         modulated = self.feed_forward_norm(hidden) * (1 + scale) + shift
-        return _add_gated(hidden, gate, self.feed_forward(modulated)), info
+        return add_gated(hidden, gate, self.feed_forward(modulated)), info
 
 
 def _per_token(
@@ -99,10 +100,6 @@ def _per_token(
     """Shift, scale and gate of every token, float32; `modulation` has the video's three first."""
     video, text = jnp.split(modulation.astype(jnp.float32)[:, None, :], 2, axis=-1)
     return jnp.split(jnp.where(is_text[None, :, None], text, video), 3, axis=-1)
-
-
-def _add_gated(hidden: Array, gate: Array, out: Array) -> Array:
-    return (hidden.astype(jnp.float32) + gate * out.astype(jnp.float32)).astype(hidden.dtype)
 
 
 class CogVideoXTransformer(nnx.Module):
@@ -238,9 +235,8 @@ class CogVideoXTransformer(nnx.Module):
         conditioning = jax.nn.silu(conditioning)
 
         text = self.text_projection(encoder_hidden_states)
-        video = self.patch_projection(patchify(hidden_states, config.patch_shape))
-        pt, ph, pw = config.patch_shape
-        grid = (num_frames // pt, height // ph, width // pw)
+        video = self.patch_projection(patchify(hidden_states.swapaxes(1, 2), config.patch_shape))
+        grid = token_grid(num_frames, height, width, config.patch_shape)
         hidden = jnp.concatenate([text, video], axis=1).astype(self.residual_dtype)
         hidden = self._add_positions(hidden, grid, text_tokens)
 
@@ -259,7 +255,8 @@ class CogVideoXTransformer(nnx.Module):
         modulation = self.output_modulation(conditioning).astype(jnp.float32)[:, None, :]
         shift, scale = jnp.split(modulation, 2, axis=-1)
         video = self.output_norm(self.final_norm(hidden[:, text_tokens:])) * (1 + scale) + shift
-        return unpatchify(self.output_projection(video), grid, config.patch_shape), info
+        velocity = unpatchify(self.output_projection(video), grid, config.patch_shape)
+        return velocity.swapaxes(1, 2), info
 
     def _add_positions(self, hidden: Array, grid: tuple[int, int, int], text_tokens: int) -> Array:
         """Adds what is added to the first hidden state: nothing to a model with rotation alone."""
@@ -300,26 +297,3 @@ class CogVideoXTransformer(nnx.Module):
             (2 * eighth, 3 * eighth, 3 * eighth),
             text_tokens=text_tokens,
         )
-
-
-def patchify(
-    latents: Float[Array, "batch frames channels height width"], patch: tuple[int, int, int]
-) -> Float[Array, "batch tokens features"]:
-    """Tokens in the order frame, row, column; features in the order channel, frame, row, column."""
-    batch, frames, channels, height, width = latents.shape
-    pt, ph, pw = patch
-    x = latents.reshape(batch, frames // pt, pt, channels, height // ph, ph, width // pw, pw)
-    x = x.transpose(0, 1, 4, 6, 3, 2, 5, 7)
-    return x.reshape(batch, -1, channels * pt * ph * pw)
-
-
-def unpatchify(
-    tokens: Float[Array, "batch tokens features"],
-    grid: tuple[int, int, int],
-    patch: tuple[int, int, int],
-) -> Float[Array, "batch frames channels height width"]:
-    """The inverse of `patchify` for a grid of (frames, rows, columns) tokens."""
-    (frames, rows, columns), (pt, ph, pw) = grid, patch
-    x = tokens.reshape(len(tokens), frames, rows, columns, -1, pt, ph, pw)
-    x = x.transpose(0, 1, 5, 4, 2, 6, 3, 7)
-    return x.reshape(len(tokens), frames * pt, -1, rows * ph, columns * pw)

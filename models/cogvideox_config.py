@@ -7,6 +7,7 @@ from typing import Any
 
 from svg_jax.models.config import check_config, read_config
 from svg_jax.models.layout import VideoLayout
+from svg_jax.models.patches import token_grid
 
 _IMPLEMENTED = MappingProxyType(
     {
@@ -155,14 +156,7 @@ class CogVideoXConfig:
 
     def layout(self, num_frames: int, height: int, width: int, text_tokens: int) -> VideoLayout:
         """See `CogVideoXTransformer.layout`."""
-        for name, size, patch in zip(
-            ("num_frames", "height", "width"),
-            (num_frames, height, width),
-            self.patch_shape,
-            strict=True,
-        ):
-            if size < 1 or size % patch:
-                raise ValueError(f"latent {name}={size} must be a positive multiple of {patch}.")
+        frames, rows, columns = token_grid(num_frames, height, width, self.patch_shape)
         if not 1 <= text_tokens <= self.max_text_seq_length:
             raise ValueError(
                 f"text_tokens={text_tokens} must lie between 1 and "
@@ -185,9 +179,4 @@ class CogVideoXConfig:
                 f"latents of {height}x{width} (height x width) exceed the largest that this model "
                 f"has positions for, {sample[0]}x{sample[1]}."
             )
-        return VideoLayout(
-            num_frames // self.patch_shape[0],
-            (height // self.patch_size) * (width // self.patch_size),
-            text_tokens,
-            "first",
-        )
+        return VideoLayout(frames, rows * columns, text_tokens, "first")

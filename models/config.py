@@ -29,9 +29,15 @@ def read_config(
             "or of a newer version than the one implemented."
         )
     for name, value in values.items():
-        if types[name] is float and type(value) is int:
-            values[name] = float(value)
-        elif type(value) not in (typing.get_args(types[name]) or (types[name],)):
+        kind, parts = types[name], typing.get_args(types[name])
+        if typing.get_origin(kind) is tuple:
+            fits = type(value) in (list, tuple) and tuple(map(type, value)) == parts
+            values[name] = tuple(value) if fits else value
+        elif kind is float and type(value) is int:
+            fits, values[name] = True, float(value)
+        else:
+            fits = type(value) in (parts or (kind,))
+        if not fits:
             raise ValueError(f"{config.__name__}: {name} cannot be {value!r}.")
     return config(**values)
 
@@ -54,5 +60,9 @@ def check_config(config: Any, only: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"{name}: {field.name}={value!r} is not implemented, only {only[field.name]!r}."
                 )
-        elif type(value) is int and value < 1:
+        elif any(type(size) is int and size < 1 for size in _sizes(value)):
             raise ValueError(f"{name}: {field.name} must be at least 1, not {value}.")
+
+
+def _sizes(value: Any) -> tuple[Any, ...]:
+    return value if type(value) is tuple else (value,)

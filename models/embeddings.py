@@ -13,8 +13,8 @@ _MAX_PERIOD = 10_000
 
 
 def sinusoidal_embedding(
-    times: Real[Array, " batch"], features: int
-) -> Float[Array, "batch features"]:
+    times: Real[Array, "*batch"], features: int
+) -> Float[Array, "*batch features"]:
     """Cosines and then sines of `times` at geometrically falling frequencies (float32).
 
     Source: diffusers `get_timestep_embedding` with flip_sin_to_cos and no frequency shift.
@@ -24,14 +24,14 @@ def sinusoidal_embedding(
     half = features // 2
     exponents = np.float32(-math.log(_MAX_PERIOD)) * np.arange(half, dtype=np.float32)
     frequencies = np.exp(exponents / np.float32(half))
-    angles = times.astype(jnp.float32)[:, None] * frequencies[None, :]
+    angles = jnp.multiply.outer(times.astype(jnp.float32), frequencies)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class TimestepEmbedding(nnx.Module):
     """Linear, SiLU, linear over a sinusoidal embedding, in float32 whatever the model's dtype.
 
-    It is one row per batch entry, and every layer's modulation repeats what is lost here: in
+    It is one row per time, and every layer's modulation repeats what is lost here: in
     bfloat16, a fifth of a whole model's error came from this place.
     """
 
@@ -48,8 +48,8 @@ class TimestepEmbedding(nnx.Module):
         self.input = nnx.Linear(sinusoid_features, features, **kinds)
         self.output = nnx.Linear(features, features, **kinds)
 
-    def __call__(self, times: Real[Array, " batch"]) -> Float[Array, "batch features"]:
-        """Embeds one time per batch entry."""
+    def __call__(self, times: Real[Array, "*batch"]) -> Float[Array, "*batch features"]:
+        """Embeds times."""
         hidden = self.input(sinusoidal_embedding(times, self.sinusoid_features))
         return self.output(jax.nn.silu(hidden))
 

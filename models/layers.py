@@ -12,25 +12,9 @@ from jaxtyping import Array, Float, Int
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-class FeedForward(nnx.Module):
-    """Linear, tanh-GELU, linear."""
-
-    def __init__(
-        self,
-        features: int,
-        hidden_features: int,
-        *,
-        dtype: Dtype,
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
-    ):
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.input = nnx.Linear(features, hidden_features, **kinds)
-        self.output = nnx.Linear(hidden_features, features, **kinds)
-
-    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        """Applies the layer to every token."""
-        return self.output(gelu_tanh(self.input(x)))
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """GELU by the error function, in float32 inside."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
 def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -38,8 +22,33 @@ def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
+class FeedForward(nnx.Module):
+    """Linear, activation, linear."""
+
+    def __init__(
+        self,
+        features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        *,
+        activation: Callable[[Array], Array] = gelu_tanh,
+        dtype: Dtype,
+        param_dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the layer; `out_features` None gives as many as it takes."""
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.activation = activation
+        self.input = nnx.Linear(features, hidden_features, **kinds)
+        self.output = nnx.Linear(hidden_features, out_features or features, **kinds)
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out_features"]:
+        """Applies the layer to every token."""
+        return self.output(self.activation(self.input(x)))
+
+
 def layer_norm(
-    features: int, epsilon: float, *, param_dtype: Dtype, rngs: nnx.Rngs
+    features: int, epsilon: float, *, affine: bool = True, param_dtype: Dtype, rngs: nnx.Rngs
 ) -> nnx.LayerNorm:
     """A LayerNorm whose statistics, arithmetic and result are float32."""
     return nnx.LayerNorm(
@@ -47,9 +56,27 @@ def layer_norm(
         epsilon=epsilon,
         dtype=jnp.float32,
         param_dtype=param_dtype,
+        use_bias=affine,
+        use_scale=affine,
         use_fast_variance=False,  # E[x²] - E[x]² cancels where the mean is large
         rngs=rngs,
     )
+
+
+def rms_norm(features: int, epsilon: float, *, param_dtype: Dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """An RMSNorm whose statistics, arithmetic and result are float32."""
+    return nnx.RMSNorm(
+        features, epsilon=epsilon, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs
+    )
+
+
+def add_gated(
+    hidden: Float[Array, "*shape"],
+    gate: Float[Array, "*gate_shape"],
+    out: Float[Array, "*shape"],
+) -> Float[Array, "*shape"]:
+    """The residual stream plus `gate * out`, in float32 inside."""
+    return (hidden.astype(jnp.float32) + gate * out.astype(jnp.float32)).astype(hidden.dtype)
 
 
 def stack_layers(

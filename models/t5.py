@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from svg_jax.models.attention import softmax_attention
 from svg_jax.models.config import check_config, read_config
-from svg_jax.models.layers import gelu_tanh, scan_layers, stack_layers
+from svg_jax.models.layers import gelu_tanh, rms_norm, scan_layers, stack_layers
 
 _IMPLEMENTED = MappingProxyType({"feed_forward_proj": "gated-gelu"})
 
@@ -167,9 +167,10 @@ class Block(nnx.Module):
 
     def __init__(self, config: T5Config, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs):
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.attention_norm = _rms_norm(config, param_dtype, rngs)
+        norm = partial(rms_norm, config.d_model, config.layer_norm_epsilon, param_dtype=param_dtype)
+        self.attention_norm = norm(rngs=rngs)
         self.attention = Attention(config, **kinds)
-        self.feed_forward_norm = _rms_norm(config, param_dtype, rngs)
+        self.feed_forward_norm = norm(rngs=rngs)
         self.feed_forward = GatedFeedForward(config, **kinds)
 
     def __call__(
@@ -238,7 +239,7 @@ class T5Encoder(nnx.Module):
             config.num_layers,
             rngs,
         )
-        self.final_norm = _rms_norm(config, param_dtype, rngs)
+        self.final_norm = rms_norm(config.d_model, config.layer_norm_epsilon, **kinds)
 
     def __call__(
         self,
@@ -287,13 +288,3 @@ def distance_buckets(num_tokens: int, num_buckets: int, max_distance: int) -> np
     wide = np.minimum(single + steps.astype(np.int32), side - 1)
     bucket = np.where(np.abs(distance) < single, np.abs(distance), wide)
     return (bucket + side * (distance > 0)).astype(np.int32)
-
-
-def _rms_norm(config: T5Config, param_dtype: Dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(
-        config.d_model,
-        epsilon=config.layer_norm_epsilon,
-        dtype=jnp.float32,
-        param_dtype=param_dtype,
-        rngs=rngs,
-    )

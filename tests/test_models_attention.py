@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from svg_jax.models import Attend, VideoLayout, dense_attention
+from svg_jax.models.attention import cross_attention
 
 FIRST = VideoLayout(3, 5, text_tokens=4, text_position="first")
 LAST = VideoLayout(3, 5, text_tokens=4, text_position="last")
@@ -20,11 +21,16 @@ def random_inputs(layout, dtype=jnp.float32, batch=2):
 
 def formula(query, key, value, is_real):
     """Softmax(Q K^T / sqrt(D)) V over real keys, zero for rows that are not real."""
+    return cross_formula(query, key, value, is_real) * is_real[:, :, None, None]
+
+
+def cross_formula(query, key, value, is_real):
+    """Softmax(Q K^T / sqrt(D)) V over real keys."""
     query, key, value = (np.asarray(x.astype(jnp.float32), np.float64) for x in (query, key, value))
     scores = np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(query.shape[-1])
     weights = np.exp(scores - scores.max(-1, keepdims=True)) * is_real[:, None, None, :]
     weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("bhqk,bkhd->bqhd", weights, value) * is_real[:, :, None, None]
+    return np.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
 def real_tokens(layout, text_length):
@@ -56,6 +62,17 @@ def test_padded_text_is_neither_query_nor_key(layout, text_length):
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "keys"), [(3, 7), (300, 5), (257, 512)])
+@pytest.mark.parametrize("key_length", [None, (1, 5)])
+def test_another_sequence_is_attended_to_up_to_its_length(rows, keys, key_length):
+    query, _, _ = random_inputs(VideoLayout(1, rows))
+    _, key, value = random_inputs(VideoLayout(1, keys))
+    length = None if key_length is None else jnp.array(key_length, jnp.int32)
+    out = jax.jit(cross_attention)(query, key, value, key_length=length)
+    is_real = np.arange(keys) < np.array(key_length or (keys, keys))[:, None]
+    np.testing.assert_allclose(out, cross_formula(query, key, value, is_real), atol=1e-5)
+
+
 def test_16_bit_inputs_lose_no_more_than_their_rounding():
     inputs = random_inputs(LONG, jnp.bfloat16)
     out, _ = dense_attention(*inputs, layout=LONG)
@@ -77,6 +94,33 @@ def test_neither_pass_holds_the_scores_of_all_tokens():
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < layout.num_tokens**2 * 4 / 2
+
+
+def test_the_scores_of_all_rows_are_not_held_at_once():
+    rows, keys, heads = 8192, 512, 8
+    shapes = [(1, rows, heads, 16), (1, keys, heads, 16), (1, keys, heads, 16)]
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+    def loss(*inputs):
+        return cross_attention(*inputs).sum()
+
+    for function in (cross_attention, jax.grad(loss, argnums=(0, 1, 2))):
+        memory = jax.jit(function).lower(*inputs).compile().memory_analysis()
+        assert memory is not None
+        assert memory.temp_size_in_bytes < heads * rows * keys * 4 / 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [257, 512])
+@pytest.mark.parametrize("key_length", [None, (31, 256)])
+def test_cudnn_attends_to_another_sequence(keys, key_length):
+    query, _, _ = random_inputs(VideoLayout(3, 211), jnp.bfloat16)
+    _, key, value = random_inputs(VideoLayout(1, keys), jnp.bfloat16)
+    length = None if key_length is None else jnp.array(key_length, jnp.int32)
+    out = jax.jit(cross_attention)(query, key, value, key_length=length)
+    is_real = np.arange(keys) < np.array(key_length or (keys, keys))[:, None]
+    expected = cross_formula(query, key, value, is_real)
+    np.testing.assert_allclose(np.asarray(out.astype(jnp.float32)), expected, atol=2e-2)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from svg_jax.models import CogVideoXConfig, CogVideoXTransformer, VideoLayout, dense_attention
-from svg_jax.models.cogvideox import patchify, unpatchify
 
 CONFIG = CogVideoXConfig(
     num_attention_heads=2,
@@ -171,18 +170,6 @@ def test_a_float32_residual_stream_is_nearer_to_float32():
         return jnp.sqrt(jnp.mean((velocity.astype(jnp.float32) - exact) ** 2))
 
     assert error(jnp.float32) < error(jnp.bfloat16)
-
-
-@pytest.mark.parametrize("grid", [(1, 1, 1), (3, 2, 5)])
-@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 3, 1)])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_unpatchify_undoes_patchify(channels, grid, patch):
-    frames, height, width = (n * p for n, p in zip(grid, patch, strict=True))
-    shape = (2, frames, channels, height, width)
-    latents = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
-    tokens = patchify(latents, patch)
-    assert tokens.shape == (2, np.prod(grid), channels * np.prod(patch))
-    np.testing.assert_array_equal(unpatchify(tokens, grid, patch), latents)
 
 
 @pytest.mark.parametrize(

@@ -13,24 +13,37 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from svg_jax.convert import cogvideox, t5
+from svg_jax.convert.components import FAMILIES, component_leaves
 from svg_jax.convert.rules import ConversionError, Rule, match_rules
-from svg_jax.models import CogVideoXConfig, CogVideoXTransformer, T5Config, T5Encoder
+from svg_jax.models import CogVideoXTransformer, T5Encoder, WanTransformer
 
 INVENTORY = Path(__file__).parent / "data" / "inventory"
-TRANSFORMERS = [
+MODULES = {
+    "CogVideoXTransformer3DModel": CogVideoXTransformer,
+    "T5EncoderModel": T5Encoder,
+    "WanTransformer3DModel": WanTransformer,
+}
+COGVIDEOX = [
     "cogvideox-2b-transformer",
     "cogvideox-5b-transformer",
     "cogvideox-5b-i2v-transformer",
     "cogvideox-1.5-5b-transformer",
     "cogvideox-1.5-5b-i2v-transformer",
 ]
+WAN = [
+    "wan2.1-t2v-1.3b-transformer",
+    "wan2.1-t2v-14b-transformer",
+    "wan2.1-i2v-14b-transformer",
+    "wan2.1-flf2v-14b-transformer",
+    "wan2.2-i2v-a14b-transformer",
+    "wan2.2-ti2v-5b-transformer",
+]
 ENCODER = "t5-v1_1-xxl-encoder"
 
 
 @cache
 def read(name):
-    """Config, and shape of every tensor by name."""
+    """Class, config, and shape of every tensor by name."""
     inventory = json.loads((INVENTORY / f"{name}.json").read_text())
     shapes = {}
     for pattern, shape in inventory["tensors"].items():
@@ -41,19 +54,16 @@ def read(name):
             shapes[full_name] = tuple(shape)
     assert len(shapes) == inventory["num_tensors"]
     assert sum(map(math.prod, shapes.values())) == inventory["num_params"]
-    return inventory["config"], shapes
+    return inventory["class"], inventory["config"], shapes
 
 
 def port(name) -> tuple[Any, tuple[Rule, ...], int]:
     """Abstract module, rules and number of layers of an inventory's config."""
-    config, _ = read(name)
-    if name == ENCODER:
-        config = T5Config.from_dict(config)
-        module = nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0)))
-        return module, t5.rules(config), config.num_layers
-    config = CogVideoXConfig.from_dict(config)
-    module = nnx.eval_shape(lambda: CogVideoXTransformer(config, rngs=nnx.Rngs(0)))
-    return module, cogvideox.rules(config), config.num_layers
+    class_name, config, _ = read(name)
+    family = FAMILIES[class_name]
+    config = family.read_config(config)
+    module = nnx.eval_shape(lambda: MODULES[class_name](config, rngs=nnx.Rngs(0)))
+    return module, family.rules(config), config.num_layers
 
 
 def leaf_shapes(module):
@@ -61,19 +71,19 @@ def leaf_shapes(module):
     return {".".join(key.key for key in path): leaf.shape for path, leaf in flat}
 
 
-@pytest.mark.parametrize("name", [*TRANSFORMERS, ENCODER])
+@pytest.mark.parametrize("name", [*COGVIDEOX, *WAN, ENCODER])
 def test_every_released_tensor_has_its_place_and_every_parameter_its_tensor(name):
     module, rules, num_layers = port(name)
-    _, shapes = read(name)
+    *_, shapes = read(name)
     placed = {leaf.rule.target: leaf.shape for leaf in match_rules(shapes, rules, num_layers)}
     assert placed == leaf_shapes(module)
     assert sum(map(math.prod, placed.values())) == sum(map(math.prod, shapes.values()))
 
 
-@pytest.mark.parametrize("name", [*TRANSFORMERS, ENCODER])
+@pytest.mark.parametrize("name", [*COGVIDEOX, *WAN, ENCODER])
 def test_a_dropped_renamed_or_misshapen_tensor_does_not_fit(name):
     _, rules, num_layers = port(name)
-    _, shapes = read(name)
+    *_, shapes = read(name)
     for victim in (rule.source.replace("{layer}", str(num_layers - 1)) for rule in rules):
         dropped = {k: v for k, v in shapes.items() if k != victim}
         for wrong in (dropped, {**dropped, f"{victim}_": shapes[victim]}, {**shapes, victim: (3,)}):
@@ -83,13 +93,24 @@ def test_a_dropped_renamed_or_misshapen_tensor_does_not_fit(name):
 
 def test_tied_token_embeddings_may_be_stored_under_either_name_or_both():
     _, rules, num_layers = port(ENCODER)
-    _, shapes = read(ENCODER)
+    *_, shapes = read(ENCODER)
     other = {**shapes, "encoder.embed_tokens.weight": shapes["shared.weight"]}
     for stored in (other, {k: v for k, v in other.items() if k != "shared.weight"}):
         assert len(match_rules(stored, rules, num_layers)) == len(rules)
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_tensors_that_the_released_class_ignores_are_in_no_leaf(tmp_path):
+    class_name, config, shapes = read("wan2.1-i2v-14b-transformer")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    leaves = component_leaves(tmp_path, class_name, shapes)
+    ignored = {f"blocks.{layer}.attn2.norm_added_q.weight": (5120,) for layer in range(40)}
+    assert component_leaves(tmp_path, class_name, shapes | ignored) == leaves
+    other = {"blocks.0.attn1.norm_added_q.weight": (5120,)}
+    with pytest.raises(ConversionError, match="1 unexpected"):
+        component_leaves(tmp_path, class_name, shapes | other)
+
+
+@pytest.mark.parametrize("name", COGVIDEOX)
 def test_a_full_size_forward_pass_has_the_shapes_of_its_input(name):
     module, _, _ = port(name)
     config = module.config
@@ -107,3 +128,28 @@ def test_a_full_size_forward_pass_has_the_shapes_of_its_input(name):
     velocity, info = jax.eval_shape(forward, state, latents, text, times, ofs)
     assert velocity.shape == (2, grid[0], config.out_channels, *grid[1:])
     assert info is None
+
+
+@pytest.mark.parametrize("name", WAN)
+def test_a_full_size_forward_pass_of_wan_has_the_shapes_of_its_input(name):
+    module, _, _ = port(name)
+    config = module.config
+    size = (31, 44, 80) if name.startswith("wan2.2-ti2v") else (21, 90, 160)
+    latents = jax.ShapeDtypeStruct((2, config.in_channels, *size), jnp.float32)
+    text = jax.ShapeDtypeStruct((2, 512, config.text_dim), jnp.float32)
+    image = None
+    if config.image_dim is not None:
+        tokens = config.pos_embed_seq_len or 257
+        image = jax.ShapeDtypeStruct((2, tokens, config.image_dim), jnp.float32)
+    tokens = module.layout(*size).num_tokens
+    graph, state = nnx.split(module)
+
+    def forward(state, latents, text, times, image):
+        model = nnx.merge(graph, state)
+        return model(latents, text, times, encoder_hidden_states_image=image)
+
+    for shape in ((2,), (2, size[0]), (2, tokens)):
+        times = jax.ShapeDtypeStruct(shape, jnp.float32)
+        velocity, info = jax.eval_shape(forward, state, latents, text, times, image)
+        assert velocity.shape == (2, config.out_channels, *size)
+        assert info is None

@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from parity import TOLERANCE, bfloat16_errors, jitted, ported, randomised, relative_error
 
 from svg_jax.convert import cogvideox, t5
-from svg_jax.convert.rules import convert_state
 from svg_jax.models import (
     CogVideoXConfig,
     CogVideoXTransformer,
@@ -23,8 +23,6 @@ from svg_jax.models import (
     T5Encoder,
     dense_attention,
 )
-
-TOLERANCE = 1e-5
 
 COGVIDEOX = {
     "num_attention_heads": 2,
@@ -73,38 +71,6 @@ def _full_precision():
         yield
 
 
-def randomised(module, seed, dtype=torch.float32):
-    """The torch module with all of its parameters and tables random, and its evaluation mode on."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in module.state_dict().items():
-            noise = torch.randn(tensor.shape, generator=generator)
-            if tensor.ndim == 1:
-                gain = "norm" in name and name.endswith("weight") and "linear" not in name
-                tensor.copy_(0.3 * noise + gain)
-            elif name in ("patch_embed.pos_embedding", "shared.weight"):
-                tensor.copy_(noise)
-            else:
-                tensor.copy_(noise * tensor[0].numel() ** -0.5)
-    return module.to(dtype).eval()
-
-
-def ported(make, rules, num_layers, reference, dtype=jnp.float32):
-    """Our module with the reference's weights."""
-    tensors = {name: tensor.float().numpy() for name, tensor in reference.state_dict().items()}
-    graph, state = nnx.split(nnx.eval_shape(make))
-    values = jax.tree.map(
-        lambda x: jnp.asarray(x, dtype), convert_state(tensors, rules, num_layers)
-    )
-    nnx.replace_by_pure_dict(state, values)
-    return nnx.merge(graph, state)
-
-
-@nnx.jit
-def jitted(model, *inputs, **more):
-    return model(*inputs, **more)
-
-
 def cogvideox_pair(variant, seed, dtype=torch.float32):
     reference = randomised(diffusers.CogVideoXTransformer3DModel(**variant), seed, dtype)
     config = CogVideoXConfig.from_dict(dict(reference.config))
@@ -116,7 +82,6 @@ def cogvideox_pair(variant, seed, dtype=torch.float32):
         cogvideox.rules(config),
         config.num_layers,
         reference,
-        our_dtype,
     )
     return reference, model
 
@@ -161,10 +126,6 @@ def our_velocity(model, latents, text, times):
     return np.asarray(velocity.astype(jnp.float32))
 
 
-def relative_error(ours, reference):
-    return np.abs(ours - reference).max() / np.abs(reference).max()
-
-
 @pytest.mark.parametrize(("variant", "size"), CASES.values(), ids=CASES)
 def test_cogvideox_equals_diffusers(variant, size):
     reference, model = cogvideox_pair(variant, seed=0)
@@ -207,22 +168,6 @@ def test_each_cogvideox_layer_alone_equals_diffusers():
         assert relative_error(ours, torch.cat([text, video], dim=1).numpy()) < TOLERANCE
 
 
-def bfloat16_errors(make_pair, make_inputs, run_reference, run_ours):
-    """RMS errors of ours and of the reference in bfloat16, each over four random models.
-
-    Weights are rounded to bfloat16 before anything is computed: what is measured is the arithmetic.
-    """
-    ours, theirs = [], []
-    for seed in range(4):
-        reference, model = make_pair(seed)
-        inputs = make_inputs(seed)
-        rounded = run_reference(reference, *inputs)
-        exact = run_reference(reference.float(), *inputs)
-        ours.append(np.mean((run_ours(model, *inputs) - exact) ** 2))
-        theirs.append(np.mean((rounded - exact) ** 2))
-    return np.sqrt(np.mean(ours)), np.sqrt(np.mean(theirs))
-
-
 @pytest.mark.parametrize("case", ["2b", "5b", "1.5-5b-I2V"])
 def test_cogvideox_in_bfloat16_is_as_near_to_float32_as_diffusers(case):
     variant, size = CASES[case]
@@ -249,7 +194,6 @@ def t5_pair(seed, dtype=torch.float32):
         t5.rules(config),
         config.num_layers,
         reference,
-        our_dtype,
     )
     return reference, model
 
