@@ -79,7 +79,11 @@ def positions(shape: tuple[int, ...], axis: int, interpret: Any) -> jax.Array:
 
 def load_line(ref: Any, index: tuple, layout: Any, interpret: Any) -> jax.Array:
     """One line of shared memory, as a value for each row or each column of an accumulator."""
-    return ref[index] if interpret is not None else plgpu.load(ref, index, layout=layout)
+    if interpret is not None:
+        return ref[index]
+    if hasattr(plgpu, "mma"):  # jax 0.11
+        return plgpu.load(ref.at[index], layout=layout)
+    return plgpu.load(ref, index, layout=layout)
 
 
 def by_row(line: jax.Array, shape: tuple[int, ...]) -> jax.Array:
