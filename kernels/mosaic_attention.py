@@ -281,8 +281,14 @@ def _body(
                 plgpu.barrier_wait(k_free.at[slot])
                 plgpu.copy_gmem_to_smem(k_ref.at[rows], k_smem.at[slot], k_ready.at[slot])
                 plgpu.barrier_wait(v_free.at[slot])
-                mgpu.fetch_values(
-                    (v_ref, edge_ref), v_smem.at[slot], v_ready.at[slot], edge, batch, block, head
+                mgpu.fetch_block(
+                    v_ref,
+                    v_smem.at[slot],
+                    v_ready.at[slot],
+                    ((edge, edge_ref),),
+                    batch,
+                    block,
+                    head,
                 )
 
             lax.fori_loop(0, count, fetch, None)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -195,25 +196,57 @@ def blanked_values(
     )
 
 
-def fetch_values(
-    values: tuple[Any, Any],
+def whole_eights(x: jax.Array, block_kv: int) -> tuple[tuple[int, int], jax.Array, jax.Array]:
+    """Split [batch, tokens, ...] so that the copy engine can take it, which counts in eights.
+
+    Returns:
+        The number of the block that is cut through and behind it (equal: there is none); the tokens
+        up to the last whole eight, which XLA hands to a kernel without a copy where batch is 1; and
+        that block, filled up.
+    """
+    tokens = x.shape[1]
+    whole = tokens // 8 * 8
+    if whole == tokens or whole == 0:
+        return (0, 0), pad_tokens(x), pad_tokens(x)[:, :8]
+    last = tokens // block_kv
+    return (last, last + 1), x[:, :whole], pad_tokens(x[:, last * block_kv :])
+
+
+def fetch_block(
+    source: Any,
     tile: Any,
     ready: Any,
-    edge: tuple[int, int],
+    patches: tuple[tuple[tuple[int, int], Any], ...],
     batch: Any,
     block: Any,
     head: Any,
 ) -> None:
-    """Start to copy a block of values, from `blanked_values` where they cover it."""
+    """Start to copy a block of keys or values.
+
+    Args:
+        source: [batch, tokens, heads, head_dim] in global memory.
+        tile: Where to: shared memory.
+        ready: The barrier.
+        patches: Numbers of blocks, first and behind the last, and what to take in their place. The
+            first that has a block counts.
+        batch: Which entry.
+        block: Which block.
+        head: Which head.
+    """
     block_kv = tile.shape[0]
 
     def fetch(source, number):
         rows = (batch, pl.ds(number * block_kv, block_kv), head)
         plgpu.copy_gmem_to_smem(source.at[rows], tile, ready)
 
-    if edge[0] == edge[1]:
-        fetch(values[0], block)
-        return
-    at_edge = (block >= edge[0]) & (block < edge[1])
-    pl.when(at_edge)(lambda: fetch(values[1], block - edge[0]))
-    pl.when(~at_edge)(lambda: fetch(values[0], block))
+    elsewhere = True
+    for (first, stop), patch in patches:
+        if first == stop:
+            continue
+        here = (block >= first) & (block < stop)
+        pl.when(elsewhere & here)(partial(fetch, patch, block - first))
+        elsewhere &= ~here
+    if elsewhere is True:
+        fetch(source, block)
+    else:
+        pl.when(elsewhere)(partial(fetch, source, block))

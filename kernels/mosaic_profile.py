@@ -40,7 +40,7 @@ def sampled_attention(
     batch, num_rows, heads, head_dim = query.shape
     num_tokens = key.shape[1]
     query = mgpu.pad_tokens(mgpu.pad_head_dim(query), mgpu.ROWS)
-    key, value = (mgpu.pad_tokens(mgpu.pad_head_dim(x)) for x in (key, value))
+    key, value = mgpu.pad_head_dim(key), mgpu.pad_head_dim(value)
     width = query.shape[-1]
     block_kv = BLOCK_KV[width]
     num_blocks = -(-num_tokens // block_kv)
@@ -52,6 +52,8 @@ def sampled_attention(
     missing = num_blocks * block_kv - num_tokens
     key_bounds = jnp.pad(key_bounds, [(0, 0)] * 3 + [(0, missing)], constant_values=-FAR - 1)
     edge, edge_value = mgpu.blanked_values(value, masks, text_length, block_kv)
+    tail, key, tail_key = mgpu.whole_eights(key, block_kv)
+    _, value, tail_value = mgpu.whole_eights(value, block_kv)
 
     tile = partial(plgpu.SMEM, dtype=query.dtype, transforms=mgpu.TILED)
     scratch = {
@@ -81,6 +83,7 @@ def sampled_attention(
             num_blocks=num_blocks,
             splits=splits,
             edge=edge,
+            tail=tail,
             factor=scale * mgpu.LOG2_E,
             interpret=interpret,
         ),
@@ -94,7 +97,7 @@ def sampled_attention(
         scratch_types=scratch,
         grid=(splits, row_groups, heads, batch),
         grid_names=("split", "group", "head", "batch"),
-    )(query, key, value, edge_value, row_bounds, key_bounds)
+    )(query, key, value, edge_value, tail_key, tail_value, row_bounds, key_bounds)
 
     share = jnp.exp2(top - top.max(axis=0, keepdims=True))
     total = (share * total).sum(axis=0)
@@ -145,6 +148,8 @@ def _body(
     k_ref,
     v_ref,
     edge_ref,
+    tail_key_ref,
+    tail_value_ref,
     row_ref,
     key_ref,
     out_ref,
@@ -155,6 +160,7 @@ def _body(
     num_blocks: int,
     splits: int,
     edge: tuple[int, int],
+    tail: tuple[int, int],
     factor: float,
     interpret: Any,
     q_smem,
@@ -191,12 +197,12 @@ def _body(
             keys = pl.ds((first + n) * block_kv, block_kv)
             ready = k_ready.at[slot]
             plgpu.barrier_wait(k_free.at[slot])
-            plgpu.copy_gmem_to_smem(k_ref.at[batch, keys, head], k_smem.at[slot], ready)
+            here = (batch, first + n, head)
+            mgpu.fetch_block(k_ref, k_smem.at[slot], ready, ((tail, tail_key_ref),), *here)
             plgpu.copy_gmem_to_smem(key_ref.at[:, batch, :, keys], key_smem.at[slot], ready)
             plgpu.barrier_wait(v_free.at[slot])
-            mgpu.fetch_values(
-                (v_ref, edge_ref), v_smem.at[slot], v_ready.at[slot], edge, batch, first + n, head
-            )
+            patches = ((edge, edge_ref), (tail, tail_value_ref))
+            mgpu.fetch_block(v_ref, v_smem.at[slot], v_ready.at[slot], patches, *here)
 
         lax.fori_loop(0, count, fetch, None)
         for n in range(STAGES):  # a barrier may not end with arrivals that nobody saw

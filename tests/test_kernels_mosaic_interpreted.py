@@ -13,8 +13,9 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from svg_jax.kernels import BandMask, block_sparse_attention, reference
+from svg_jax.kernels import BandMask, block_sparse_attention, mosaic_profile, reference
 from svg_jax.kernels import mosaic_attention as mosaic
+from svg_jax.kernels import profile as portable
 from svg_jax.kernels.mosaic_attention import Tiling
 
 INTERPRET = InterpretGPUParams(
@@ -162,3 +163,41 @@ def test_listed_blocks_are_attended_whole_and_a_row_of_blocks_may_have_none(head
     keep = jnp.asarray(listed.repeat(128, axis=0).repeat(128, axis=1)[:261, :261])[None, None]
     exactly = partial(reference.masked_attention, keep=keep, scale=0.3)
     assert_equal_but_for_rounding(actual, exactly, qkv)
+
+
+@needs_partial_copies
+@pytest.mark.parametrize("text_start", [0, 244])
+@pytest.mark.parametrize("columns", [61, 62])
+def test_sampled_rows_under_three_masks(text_start, columns):
+    rows, text = 4, 16
+    text_start = text_start and rows * columns
+    tokens = text + rows * columns
+    start = 0 if text_start else text
+    masks = tuple(
+        BandMask(tokens, band, text_start=text_start, text_tokens=text, sink_tokens=sink)
+        for band, sink in ((tokens, 0), (40, 0), (40, 0 if text_start == 0 else 20))
+    )
+    key_positions = np.tile(np.arange(tokens, dtype=np.int32), (3, 1))
+    place = np.arange(rows * columns)
+    key_positions[2, start + place] = start + place % columns * rows + place // columns
+    rng = np.random.default_rng(columns)
+    chosen = start + rng.choice(rows * columns, (2, 70), replace=False).astype(np.int32)
+    lengths = jnp.array([text, 5], jnp.int32)
+    query, key, value = random_qkv(tokens, 64, batch=2)
+    query = jnp.take_along_axis(query, jnp.asarray(chosen)[:, :, None, None], axis=1)
+    real = masks[0].is_real(np.arange(tokens)[None], np.array(lengths)[:, None])
+    nan = jnp.array(jnp.nan, jnp.bfloat16)
+    poisoned = [jnp.where(jnp.asarray(real)[:, :, None, None], x, nan) for x in (key, value)]
+    options = {
+        "masks": masks,
+        "query_positions": jnp.asarray(key_positions[:, chosen]),
+        "key_positions": jnp.asarray(key_positions),
+        "text_length": lengths,
+        "scale": 0.3,
+    }
+    out = mosaic_profile.sampled_attention(query, *poisoned, interpret=INTERPRET, **options)
+    assert not interpreter.get_races().races_found
+    attend = partial(portable.sampled_attention, implementation="xla", **options)
+    query, key, value = widened((query, key, value))
+    error = np.abs(np.asarray(out) - attend(query, key, value))
+    np.testing.assert_array_less(error, 2**-8 * attend(query, key, jnp.abs(value)) + 1e-6)

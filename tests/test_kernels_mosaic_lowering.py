@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from svg_jax.kernels import BandMask
+from svg_jax.kernels import BandMask, mosaic_profile
 from svg_jax.kernels import mosaic_attention as mosaic
 
 # Batch 2, odd lengths, several masks.
@@ -67,3 +67,22 @@ def test_block_lists_lower(head_dim, tokens):
     counts = jax.ShapeDtypeStruct((2, 3, q_blocks), jnp.int32)
     blocks = jax.ShapeDtypeStruct((2, 3, q_blocks, min(q_blocks, 200)), jnp.int32)
     assert_lowers(attend, x, x, x, counts, blocks)
+
+
+@pytest.mark.parametrize("case", [*SMALL, *FULL])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_sampled_rows_lower(case, head_dim):
+    masks, padded = SMALL[case] if case in SMALL else FULL[case][:2]
+    masks, tokens = (masks * 3)[:3], masks[0].num_tokens
+
+    def attend(query, key, value, query_positions, key_positions, text_length):
+        return mosaic_profile.sampled_attention(
+            query, key, value, masks=masks, query_positions=query_positions,
+            key_positions=key_positions, text_length=text_length, scale=head_dim**-0.5,
+        )  # fmt: skip
+
+    query = jax.ShapeDtypeStruct((2, 70, 3, head_dim), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, tokens, 3, head_dim), jnp.bfloat16)
+    positions = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((3, 2, 70), (3, tokens))]
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32) if padded else None
+    assert_lowers(attend, query, x, x, *positions, lengths)
