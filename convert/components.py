@@ -132,7 +132,7 @@ def component_leaves(
     unused = family.unused
     if unused is not None:
         shapes = {name: shape for name, shape in shapes.items() if not unused.search(name)}
-    return match_rules(shapes, family.rules(config), config.num_layers, where=str(folder))
+    return match_rules(shapes, family.rules(config), where=str(folder))
 
 
 def read_component_config(folder: Path, class_name: str) -> Any:
