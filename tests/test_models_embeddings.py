@@ -1,5 +1,6 @@
 """Embeddings of times and positions: laws, and the tables of the released code."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,6 +96,19 @@ def test_the_training_grid_stands_at_whole_numbers():
     rows, columns = cropped_grid((30, 45), (30, 45))
     np.testing.assert_allclose(rows, np.arange(30), atol=1e-12)
     np.testing.assert_allclose(columns, np.arange(45), atol=1e-12)
+
+
+def test_text_is_not_turned_wherever_it_stands():
+    positions = [np.arange(2), np.arange(3), np.arange(1)]
+    alone = video_rotation(positions, (8, 12, 12))
+    turned = partial(video_rotation, positions, (8, 12, 12), text_tokens=4)
+    for beside, video, text in (
+        (turned(), slice(4, 10), slice(0, 4)),
+        (turned(text_position="last"), slice(6), slice(6, 10)),
+    ):
+        for table, of_video, at_rest in zip(beside, alone, (1.0, 0.0), strict=True):
+            np.testing.assert_array_equal(table[video], of_video)
+            np.testing.assert_array_equal(table[text], np.full((4, 16), at_rest))
 
 
 def test_a_rotated_product_depends_on_the_distance_alone():
