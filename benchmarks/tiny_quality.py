@@ -70,7 +70,7 @@ def load_pipeline(folder: Path) -> CogVideoXPipeline:
         tensors = load_file(folder / name / f"{stem}.safetensors")
         wide = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
         graph, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
-        tree = convert_state(wide, rules(config), config.num_layers)
+        tree = convert_state(wide, rules(config))
         nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, tree))
         return nnx.merge(graph, state)
 

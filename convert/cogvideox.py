@@ -2,7 +2,7 @@
 
 import math
 
-from svg_jax.convert.rules import Rule, linear_rules, norm_rules
+from svg_jax.convert.rules import Rule, linear_rules, norm_rules, stack_rules
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 
 
@@ -10,24 +10,26 @@ def rules(config: CogVideoXConfig) -> tuple[Rule, ...]:
     """The table of one variant: source names are those of `CogVideoXTransformer3DModel`."""
     width, head_dim, time = config.width, config.attention_head_dim, config.time_embed_dim
     patch, text = config.patch_shape, config.text_embed_dim
-    block = "transformer_blocks.{layer}"
 
+    layer = [
+        *linear_rules("norm1.linear", "attention_modulation", time, 6 * width),
+        *norm_rules("norm1.norm", "attention_norm", width),
+        *linear_rules("attn1.to_q", "attention.query", width, width),
+        *linear_rules("attn1.to_k", "attention.key", width, width),
+        *linear_rules("attn1.to_v", "attention.value", width, width),
+        *norm_rules("attn1.norm_q", "attention.query_norm", head_dim),
+        *norm_rules("attn1.norm_k", "attention.key_norm", head_dim),
+        *linear_rules("attn1.to_out.0", "attention.output", width, width),
+        *linear_rules("norm2.linear", "feed_forward_modulation", time, 6 * width),
+        *norm_rules("norm2.norm", "feed_forward_norm", width),
+        *linear_rules("ff.net.0.proj", "feed_forward.input", width, 4 * width),
+        *linear_rules("ff.net.2", "feed_forward.output", 4 * width, width),
+    ]
     table = [
         *linear_rules("time_embedding.linear_1", "time_embedding.input", width, time),
         *linear_rules("time_embedding.linear_2", "time_embedding.output", time, time),
         *linear_rules("patch_embed.text_proj", "text_projection", text, width),
-        *linear_rules(f"{block}.norm1.linear", "blocks.attention_modulation", time, 6 * width),
-        *norm_rules(f"{block}.norm1.norm", "blocks.attention_norm", width),
-        *linear_rules(f"{block}.attn1.to_q", "blocks.attention.query", width, width),
-        *linear_rules(f"{block}.attn1.to_k", "blocks.attention.key", width, width),
-        *linear_rules(f"{block}.attn1.to_v", "blocks.attention.value", width, width),
-        *norm_rules(f"{block}.attn1.norm_q", "blocks.attention.query_norm", head_dim),
-        *norm_rules(f"{block}.attn1.norm_k", "blocks.attention.key_norm", head_dim),
-        *linear_rules(f"{block}.attn1.to_out.0", "blocks.attention.output", width, width),
-        *linear_rules(f"{block}.norm2.linear", "blocks.feed_forward_modulation", time, 6 * width),
-        *norm_rules(f"{block}.norm2.norm", "blocks.feed_forward_norm", width),
-        *linear_rules(f"{block}.ff.net.0.proj", "blocks.feed_forward.input", width, 4 * width),
-        *linear_rules(f"{block}.ff.net.2", "blocks.feed_forward.output", 4 * width, width),
+        *stack_rules("transformer_blocks", "blocks", config.num_layers, layer),
         *norm_rules("norm_final", "final_norm", width),
         *linear_rules("norm_out.linear", "output_modulation", time, 2 * width),
         *norm_rules("norm_out.norm", "output_norm", width),

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svg_jax.convert import cogvideox, t5, wan
+from svg_jax.convert import cogvideox, hunyuan_video, t5, wan
 from svg_jax.convert.reader import read_json
 from svg_jax.convert.rules import ConversionError, Leaf, Rule, match_rules
 from svg_jax.models.cogvideox_config import CogVideoXConfig
+from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
 from svg_jax.models.t5 import T5Config
 from svg_jax.models.wan_config import WanConfig
 
@@ -37,6 +38,9 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "CogVideoXTransformer3DModel": Family(
         CogVideoXConfig.from_dict, cogvideox.rules, "diffusion_pytorch_model"
+    ),
+    "HunyuanVideoTransformer3DModel": Family(
+        HunyuanVideoConfig.from_dict, hunyuan_video.rules, "diffusion_pytorch_model"
     ),
     "T5EncoderModel": Family(T5Config.from_dict, t5.rules, "model"),
     "WanTransformer3DModel": Family(
@@ -132,7 +136,7 @@ def component_leaves(
     unused = family.unused
     if unused is not None:
         shapes = {name: shape for name, shape in shapes.items() if not unused.search(name)}
-    return match_rules(shapes, family.rules(config), config.num_layers, where=str(folder))
+    return match_rules(shapes, family.rules(config), where=str(folder))
 
 
 def read_component_config(folder: Path, class_name: str) -> Any:

@@ -7,7 +7,7 @@ the way back.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,8 +25,7 @@ class Rule:
     """One line of a family's table.
 
     Attributes:
-        source: Name of the stored tensor; `{layer}` stands for the layer's number, and such a rule
-            stacks its tensors along a new leading axis of the leaf.
+        source: Name of the stored tensor; `{layer}` stands for the number of a stacked layer.
         target: Dotted path of the leaf in the module's pure dict, `blocks.attention.query.kernel`.
         transform: "none" keeps the array; "transpose" turns a linear weight [out, in] into
             [in, out]; "conv" turns a convolution's weight [out, in, *kernel] into
@@ -35,6 +34,8 @@ class Rule:
             checked against, and what tells the inverse of "conv" its kernel.
         aliases: Other names that the same tensor may be stored under (tied weights). At least one
             of the names must be there, and those that are must hold the same bytes.
+        layers: Number of layers, whose tensors are stacked along a new leading axis of the leaf;
+            None for a single tensor.
     """
 
     source: str
@@ -42,6 +43,7 @@ class Rule:
     transform: Literal["none", "transpose", "conv"]
     source_shape: tuple[int, ...]
     aliases: tuple[str, ...] = ()
+    layers: int | None = None
 
     def __post_init__(self) -> None:
         rank = len(self.source_shape)
@@ -49,15 +51,20 @@ class Rule:
             raise ValueError(
                 f"{self.source}: {self.transform} of a tensor of shape {self.source_shape}"
             )
-        if any((LAYER in alias) != self.stacked for alias in self.aliases):
+        names = (self.source, *self.aliases)
+        if any((LAYER in name) != self.stacked for name in names):
             raise ValueError(
-                f"{self.source}: its aliases {self.aliases} stack and it does not, or not"
+                f"{self.source}: {names} and layers={self.layers} contradict each other"
             )
 
     @property
     def stacked(self) -> bool:
         """Whether the leaf has a leading layer axis."""
-        return LAYER in self.source
+        return self.layers is not None
+
+    def names_of(self, layer: int) -> tuple[str, ...]:
+        """Names that a layer's tensor may be stored under; a single tensor has the same for all."""
+        return tuple(name.replace(LAYER, str(layer)) for name in (self.source, *self.aliases))
 
     @property
     def target_shape(self) -> tuple[int, ...]:
@@ -92,6 +99,19 @@ def norm_rules(source: str, target: str, features: int) -> list[Rule]:
     ]
 
 
+def stack_rules(source: str, target: str, layers: int, rules: Sequence[Rule]) -> list[Rule]:
+    """The rules of one layer made those of all layers, `source.0` to `source.{layers - 1}`."""
+    return [
+        replace(
+            rule,
+            source=f"{source}.{LAYER}.{rule.source}",
+            target=f"{target}.{rule.target}",
+            layers=layers,
+        )
+        for rule in rules
+    ]
+
+
 @dataclass(frozen=True)
 class Leaf:
     """One leaf of a converted tree and the stored tensors that it is made of.
@@ -116,7 +136,6 @@ class Leaf:
 def match_rules(
     shapes: Mapping[str, tuple[int, ...]],
     rules: Sequence[Rule],
-    num_layers: int,
     *,
     where: str = "checkpoint",
 ) -> tuple[Leaf, ...]:
@@ -125,7 +144,6 @@ def match_rules(
     Args:
         shapes: Shape of each stored tensor.
         rules: The family's table.
-        num_layers: What `{layer}` counts up to.
         where: What is being read, for the error.
 
     Raises:
@@ -136,8 +154,8 @@ def match_rules(
     missing, misshapen, used = [], [], set()
     for rule in rules:
         names = []
-        for layer in range(num_layers) if rule.stacked else (0,):
-            candidates = [name.replace(LAYER, str(layer)) for name in (rule.source, *rule.aliases)]
+        for layer in range(rule.layers or 1):
+            candidates = rule.names_of(layer)
             stored = tuple(name for name in candidates if name in shapes)
             if not stored:
                 missing.append(candidates[0])
@@ -148,7 +166,7 @@ def match_rules(
             ]
             used.update(stored)
             names.append(stored)
-        stack = (num_layers,) if rule.stacked else ()
+        stack = () if rule.layers is None else (rule.layers,)
         leaves.append(Leaf(rule, tuple(names), (*stack, *rule.target_shape)))
 
     claims = Counter(name for leaf in leaves for stored in leaf.names for name in stored)
@@ -176,9 +194,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f", and {more} more" if more > 0 else "")
 
 
-def convert_state(
-    tensors: Mapping[str, np.ndarray], rules: Sequence[Rule], num_layers: int
-) -> dict[str, Any]:
+def convert_state(tensors: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict[str, Any]:
     """A whole state dict, in memory, as a module's nested pure dict.
 
     For tests and small models; `convert_pipeline` does the same a tensor at a time.
@@ -188,7 +204,7 @@ def convert_state(
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     tree: dict[str, Any] = {}
-    for leaf in match_rules(shapes, rules, num_layers):
+    for leaf in match_rules(shapes, rules):
         parts = []
         for first, *ties in leaf.names:
             for tie in ties:
@@ -204,19 +220,14 @@ def convert_state(
     return tree
 
 
-def restore_state(
-    tree: Mapping[str, Any], rules: Sequence[Rule], num_layers: int
-) -> dict[str, np.ndarray]:
+def restore_state(tree: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, np.ndarray]:
     """The inverse of `convert_state`; tied weights come out once, under the rule's own name."""
     tensors = {}
     for rule in rules:
         leaf: Any = tree
         for key in rule.target.split("."):
             leaf = leaf[key]
-        if not rule.stacked:
-            tensors[rule.source] = rule.inverse(np.asarray(leaf))
-            continue
-        for layer in range(num_layers):
-            name = rule.source.replace(LAYER, str(layer))
-            tensors[name] = rule.inverse(np.asarray(leaf[layer]))
+        for layer in range(rule.layers or 1):
+            name, *_ = rule.names_of(layer)
+            tensors[name] = rule.inverse(np.asarray(leaf[layer] if rule.stacked else leaf))
     return tensors

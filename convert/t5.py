@@ -1,14 +1,12 @@
 """The tensors of a T5 v1.1 encoder, as released by transformers and as laid out here."""
 
-from svg_jax.convert.rules import Rule
+from svg_jax.convert.rules import Rule, stack_rules
 from svg_jax.models.t5 import T5Config
 
 
 def rules(config: T5Config) -> tuple[Rule, ...]:
     """The table; source names are those of `T5EncoderModel` on disk."""
     model, inner, hidden = config.d_model, config.num_heads * config.d_kv, config.d_ff
-    attention = "encoder.block.{layer}.layer.0"
-    feed_forward = "encoder.block.{layer}.layer.1"
 
     def linear(source: str, target: str, features: int, out_features: int) -> Rule:
         shape = (out_features, features)
@@ -17,6 +15,17 @@ def rules(config: T5Config) -> tuple[Rule, ...]:
     def norm(source: str, target: str) -> Rule:
         return Rule(f"{source}.weight", f"{target}.scale", "none", (model,))
 
+    layer = [
+        norm("layer.0.layer_norm", "attention_norm"),
+        linear("layer.0.SelfAttention.q", "attention.query", model, inner),
+        linear("layer.0.SelfAttention.k", "attention.key", model, inner),
+        linear("layer.0.SelfAttention.v", "attention.value", model, inner),
+        linear("layer.0.SelfAttention.o", "attention.output", inner, model),
+        norm("layer.1.layer_norm", "feed_forward_norm"),
+        linear("layer.1.DenseReluDense.wi_0", "feed_forward.gate", model, hidden),
+        linear("layer.1.DenseReluDense.wi_1", "feed_forward.input", model, hidden),
+        linear("layer.1.DenseReluDense.wo", "feed_forward.output", hidden, model),
+    ]
     return (
         Rule(
             "shared.weight",
@@ -31,14 +40,6 @@ def rules(config: T5Config) -> tuple[Rule, ...]:
             "none",
             (config.relative_attention_num_buckets, config.num_heads),
         ),
-        norm(f"{attention}.layer_norm", "blocks.attention_norm"),
-        linear(f"{attention}.SelfAttention.q", "blocks.attention.query", model, inner),
-        linear(f"{attention}.SelfAttention.k", "blocks.attention.key", model, inner),
-        linear(f"{attention}.SelfAttention.v", "blocks.attention.value", model, inner),
-        linear(f"{attention}.SelfAttention.o", "blocks.attention.output", inner, model),
-        norm(f"{feed_forward}.layer_norm", "blocks.feed_forward_norm"),
-        linear(f"{feed_forward}.DenseReluDense.wi_0", "blocks.feed_forward.gate", model, hidden),
-        linear(f"{feed_forward}.DenseReluDense.wi_1", "blocks.feed_forward.input", model, hidden),
-        linear(f"{feed_forward}.DenseReluDense.wo", "blocks.feed_forward.output", hidden, model),
+        *stack_rules("encoder.block", "blocks", config.num_layers, layer),
         norm("encoder.final_layer_norm", "final_norm"),
     )

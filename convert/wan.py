@@ -3,7 +3,7 @@
 import math
 import re
 
-from svg_jax.convert.rules import Rule, linear_rules, norm_rules
+from svg_jax.convert.rules import Rule, linear_rules, norm_rules, stack_rules
 from svg_jax.models.wan_config import WanConfig
 
 # Held by files of 2.1 I2V, to no effect: image tokens are attended to with the queries of the text.
@@ -13,10 +13,18 @@ UNUSED = re.compile(r"\.attn2\.norm_added_q\.weight$")
 def rules(config: WanConfig) -> tuple[Rule, ...]:
     """The table of one variant: source names are those of `WanTransformer3DModel`."""
     width = config.width
-    block, condition = "blocks.{layer}", "condition_embedder"
+    condition = "condition_embedder"
     kernel = (width, config.in_channels, *config.patch_size)
     out = config.out_channels * math.prod(config.patch_size)
 
+    layer = [
+        Rule("scale_shift_table", "modulation", "none", (1, 6, width)),
+        *_attention("attn1", "self_attention", width),
+        *norm_rules("norm2", "cross_attention_norm", width),
+        *_attention("attn2", "cross_attention", width),
+        *linear_rules("ffn.net.0.proj", "feed_forward.input", width, config.ffn_dim),
+        *linear_rules("ffn.net.2", "feed_forward.output", config.ffn_dim, width),
+    ]
     table = [
         Rule("patch_embedding.weight", "patch_projection.kernel", "conv", kernel),
         Rule("patch_embedding.bias", "patch_projection.bias", "none", (width,)),
@@ -29,14 +37,6 @@ def rules(config: WanConfig) -> tuple[Rule, ...]:
             f"{condition}.text_embedder.linear_1", "text_embedding.input", config.text_dim, width
         ),
         *linear_rules(f"{condition}.text_embedder.linear_2", "text_embedding.output", width, width),
-        Rule(f"{block}.scale_shift_table", "blocks.modulation", "none", (1, 6, width)),
-        *_attention(f"{block}.attn1", "blocks.self_attention", width),
-        *norm_rules(f"{block}.norm2", "blocks.cross_attention_norm", width),
-        *_attention(f"{block}.attn2", "blocks.cross_attention", width),
-        *linear_rules(
-            f"{block}.ffn.net.0.proj", "blocks.feed_forward.input", width, config.ffn_dim
-        ),
-        *linear_rules(f"{block}.ffn.net.2", "blocks.feed_forward.output", config.ffn_dim, width),
         Rule("scale_shift_table", "output_modulation", "none", (1, 2, width)),
         *linear_rules("proj_out", "output_projection", width, out),
     ]
@@ -50,14 +50,16 @@ def rules(config: WanConfig) -> tuple[Rule, ...]:
             ),
             *linear_rules(f"{image}.ff.net.2", f"{ours}.feed_forward.output", features, width),
             *norm_rules(f"{image}.norm2", f"{ours}.output_norm", width),
-            *linear_rules(f"{block}.attn2.add_k_proj", "blocks.image_keys.key", width, width),
-            *linear_rules(f"{block}.attn2.add_v_proj", "blocks.image_keys.value", width, width),
-            _gain(f"{block}.attn2.norm_added_k", "blocks.image_keys.key_norm", width),
         ]
         if config.pos_embed_seq_len is not None:
             shape = (1, config.pos_embed_seq_len, features)
             table.append(Rule(f"{image}.pos_embed", f"{ours}.positions", "none", shape))
-    return tuple(table)
+        layer += [
+            *linear_rules("attn2.add_k_proj", "image_keys.key", width, width),
+            *linear_rules("attn2.add_v_proj", "image_keys.value", width, width),
+            _gain("attn2.norm_added_k", "image_keys.key_norm", width),
+        ]
+    return (*table, *stack_rules("blocks", "blocks", config.num_layers, layer))
 
 
 def _attention(source: str, target: str, width: int) -> list[Rule]:

@@ -71,8 +71,8 @@ def export_tiny(
     text_config = T5Config.from_dict(text_encoder)
     config = CogVideoXConfig.from_dict(transformer)
     text_rules, rules = t5.rules(text_config), cogvideox.rules(config)
-    text = restore_state(parameters["text_encoder"], text_rules, text_config.num_layers)
-    tensors = restore_state(parameters["transformer"], rules, config.num_layers)
+    text = restore_state(parameters["text_encoder"], text_rules)
+    tensors = restore_state(parameters["transformer"], rules)
 
     def named(name: str, **values: Any) -> dict[str, Any]:
         return {

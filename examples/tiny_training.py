@@ -294,21 +294,17 @@ def load_weights(folder: Path) -> Parameters:
     text_config = T5Config.from_dict(TEXT_ENCODER)
     config = CogVideoXConfig.from_dict(TRANSFORMER)
 
-    def read(file: str, rules: Any, num_layers: int) -> dict[str, Any]:
+    def read(file: str, rules: Any) -> dict[str, Any]:
         tensors = {
             name: tensor.astype(np.float32) for name, tensor in load_file(folder / file).items()
         }
-        return convert_state(tensors, rules, num_layers)
+        return convert_state(tensors, rules)
 
     return {
         "transformer": read(
-            "transformer/diffusion_pytorch_model.safetensors",
-            cogvideox.rules(config),
-            config.num_layers,
+            "transformer/diffusion_pytorch_model.safetensors", cogvideox.rules(config)
         ),
-        "text_encoder": read(
-            "text_encoder/model.safetensors", t5.rules(text_config), text_config.num_layers
-        ),
+        "text_encoder": read("text_encoder/model.safetensors", t5.rules(text_config)),
     }
 
 

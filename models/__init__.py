@@ -8,6 +8,8 @@ if __name__ != "svg_jax.models":
 from svg_jax.models.attention import Attend, dense_attention
 from svg_jax.models.cogvideox import CogVideoXTransformer
 from svg_jax.models.cogvideox_config import CogVideoXConfig
+from svg_jax.models.hunyuan_video import HunyuanVideoTransformer
+from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
 from svg_jax.models.layout import VideoLayout
 from svg_jax.models.t5 import T5Config, T5Encoder
 from svg_jax.models.wan import WanTransformer
@@ -17,6 +19,8 @@ __all__ = [
     "Attend",
     "CogVideoXConfig",
     "CogVideoXTransformer",
+    "HunyuanVideoConfig",
+    "HunyuanVideoTransformer",
     "T5Config",
     "T5Encoder",
     "VideoLayout",

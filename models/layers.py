@@ -12,6 +12,11 @@ from jaxtyping import Array, Float, Int
 Module = TypeVar("Module", bound=nnx.Module)
 
 
+def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """SiLU (x times its sigmoid), in float32 inside."""
+    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
+
+
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """GELU by the error function, in float32 inside."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
@@ -91,6 +96,7 @@ def scan_layers(
     apply_layer: Callable[[Module, Array, Int[Array, ""]], tuple[Array, Any]],
     hidden: Float[Array, "*shape"],
     *,
+    first_layer: int = 0,
     remat: bool = False,
 ) -> tuple[Float[Array, "*shape"], Any]:
     """Sends `hidden` through stacked layers in a scan: compile time does not grow with depth.
@@ -99,6 +105,7 @@ def scan_layers(
         layers: What `stack_layers` made.
         apply_layer: (layer module, hidden, number of the layer) -> (hidden, info).
         hidden: The residual stream.
+        first_layer: Number of the first of these layers: those of an earlier stack count.
         remat: Recompute each layer in the backward pass instead of keeping its activations.
 
     Returns:
@@ -113,4 +120,5 @@ def scan_layers(
     if remat:
         step = jax.checkpoint(step, prevent_cse=False)  # a scan needs no barrier against CSE
     num_layers = jax.tree.leaves(state)[0].shape[0]
-    return jax.lax.scan(step, hidden, (state, jnp.arange(num_layers, dtype=jnp.int32)))
+    numbers = jnp.arange(first_layer, first_layer + num_layers, dtype=jnp.int32)
+    return jax.lax.scan(step, hidden, (state, numbers))

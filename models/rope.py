@@ -1,7 +1,7 @@
 """Rotary position embedding over frames, rows and columns (RoFormer, arXiv 2104.09864)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ def video_rotation(
     *,
     theta: float = 10_000.0,
     text_tokens: int = 0,
+    text_position: Literal["first", "last"] = "first",
 ) -> Rotation:
     """The rotation of each token of a video, in token order frame, row, column.
 
@@ -40,7 +41,8 @@ def video_rotation(
         positions: Of the frames, rows and columns: three vectors of any spacing.
         axis_features: How many of a head's features turn with each; even, head_dim in all.
         theta: Base of the frequencies theta^(-2i / axis_features).
-        text_tokens: So many tokens before the video are not turned.
+        text_tokens: So many tokens beside the video are not turned.
+        text_position: Whether they stand before ("first") or behind ("last") the video.
     """
     # As in sincos_video_embedding, only the tables of the single axes are constants of the program.
     shape = tuple(len(axis) for axis in positions)
@@ -52,7 +54,8 @@ def video_rotation(
             table = function(np.outer(places, frequencies)).astype(np.float32)
             parts.append(jax.lax.broadcast_in_dim(table, (*shape, features // 2), (axis, 3)))
         video = jnp.concatenate(parts, axis=-1).reshape(-1, sum(axis_features) // 2)
-        tables.append(jnp.pad(video, ((text_tokens, 0), (0, 0)), constant_values=at_rest))
+        beside = (text_tokens, 0) if text_position == "first" else (0, text_tokens)
+        tables.append(jnp.pad(video, (beside, (0, 0)), constant_values=at_rest))
     return Rotation(*tables)
 
 

@@ -34,14 +34,14 @@ def randomised(module, seed, dtype=torch.float32, in_float32=()):
     return module.eval()
 
 
-def ported(make, rules, num_layers, reference):
+def ported(make, rules, reference):
     """Our module with the reference's weights, in the dtypes that it makes them with."""
     tensors = {name: tensor.float().numpy() for name, tensor in reference.state_dict().items()}
     graph, state = nnx.split(nnx.eval_shape(make))
     values = jax.tree.map(
         lambda leaf, x: jnp.asarray(x, leaf.dtype),
         nnx.to_pure_dict(state),
-        convert_state(tensors, rules, num_layers),
+        convert_state(tensors, rules),
     )
     nnx.replace_by_pure_dict(state, values)
     return nnx.merge(graph, state)

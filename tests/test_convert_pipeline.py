@@ -130,7 +130,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 class TestConvert:
     def test_plain_orbax_reads_the_stacked_tree(self, converted):
         for component, dtype in (("transformer", ml_dtypes.bfloat16), ("text_encoder", np.float16)):
-            expected = convert_state(random_state(component, dtype), RULES[component], 2)
+            expected = convert_state(random_state(component, dtype), RULES[component])
             with ocp.StandardCheckpointer() as checkpointer:
                 restored = checkpointer.restore(converted / component / "weights")
             same = jax.tree.map(

@@ -275,7 +275,7 @@ class TestLoad:
             ),
             ("text_encoder", load_text_encoder(variant / "out"), t5.rules(T5Config(**T5))),
         ):
-            expected = convert_state(tensors_of(variant / "source" / component), rules, 2)
+            expected = convert_state(tensors_of(variant / "source" / component), rules)
             found = nnx.to_pure_dict(nnx.state(module))
             assert jax.tree.structure(found) == jax.tree.structure(expected)
             for leaf, array in zip(*map(jax.tree.leaves, (found, expected)), strict=True):

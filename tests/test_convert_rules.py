@@ -1,5 +1,6 @@
 """Conversion rules: what a table of them asks for, and that the way back is the inverse."""
 
+import dataclasses
 import re
 
 import ml_dtypes
@@ -9,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svg_jax.convert import ConversionError, Rule, convert_state, match_rules, restore_state
+from svg_jax.convert.rules import stack_rules
 
-LINEAR = Rule("layers.{layer}.to_q.weight", "blocks.query.kernel", "transpose", (3, 2))
+LINEAR = Rule("layers.{layer}.to_q.weight", "blocks.query.kernel", "transpose", (3, 2), layers=2)
 NORM = Rule("norm.weight", "norm.scale", "none", (2,))
 RULES = (LINEAR, NORM)
 
@@ -55,16 +57,33 @@ def test_a_convolution_multiplies_patches_with_the_channel_slowest():
 
 def test_layers_are_stacked_in_order():
     tensors = random_tensors()
-    tree = convert_state(tensors, RULES, num_layers=2)
+    tree = convert_state(tensors, RULES)
     assert tree["norm"]["scale"].tobytes() == tensors["norm.weight"].tobytes()
     for layer in range(2):
         expected = tensors[f"layers.{layer}.to_q.weight"].T
         np.testing.assert_array_equal(tree["blocks"]["query"]["kernel"][layer], expected)
 
 
+def test_stacks_may_differ_in_their_numbers_of_layers():
+    layer = [Rule("to_q.weight", "query.kernel", "transpose", (3, 2))]
+    rules = stack_rules("layers", "blocks", 2, layer) + stack_rules(
+        "more.layers", "others", 1, layer
+    )
+    assert rules[0] == LINEAR
+    tensors = random_tensors()
+    del tensors["norm.weight"]
+    tensors["more.layers.0.to_q.weight"] = np.arange(6.0).reshape(3, 2)
+    tree = convert_state(tensors, rules)
+    assert tree["blocks"]["query"]["kernel"].shape == (2, 2, 3)
+    assert tree["others"]["query"]["kernel"].shape == (1, 2, 3)
+    restored = restore_state(tree, rules)
+    assert restored.keys() == tensors.keys()
+    assert all(restored[name].tobytes() == tensors[name].tobytes() for name in tensors)
+
+
 def test_restore_state_undoes_convert_state():
     tensors = random_tensors()
-    restored = restore_state(convert_state(tensors, RULES, 2), RULES, 2)
+    restored = restore_state(convert_state(tensors, RULES), RULES)
     assert restored.keys() == tensors.keys()
     assert all(restored[name].tobytes() == tensors[name].tobytes() for name in tensors)
 
@@ -77,7 +96,7 @@ def test_one_error_names_every_kind_of_misfit():
         "norm.weight": (2,),
     }
     with pytest.raises(ConversionError) as caught:
-        match_rules(shapes, RULES, 2, where="transformer")
+        match_rules(shapes, RULES, where="transformer")
     assert str(caught.value) == (
         "transformer: the tensors do not fit the config: 1 missing (layers.1.to_q.weight); "
         "2 unexpected (extra, layers.2.to_q.weight); 1 misshapen (layers.0.to_q.weight is [2, 3] "
@@ -87,7 +106,7 @@ def test_one_error_names_every_kind_of_misfit():
 
 def test_long_lists_are_counted_and_cut():
     with pytest.raises(ConversionError, match=r"41 missing .*layers.4.*, and 36 more\)"):
-        match_rules({}, RULES, 40)
+        match_rules({}, (dataclasses.replace(LINEAR, layers=40), NORM))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +119,7 @@ def test_long_lists_are_counted_and_cut():
 def test_a_table_cannot_say_a_thing_twice(second, complaint):
     shapes = {"norm.weight": (2,)} | {second.source: (2,)}
     with pytest.raises(ConversionError, match=re.escape(complaint)):
-        match_rules(shapes, (NORM, second), 1)
+        match_rules(shapes, (NORM, second))
 
 
 class TestTiedWeights:
@@ -109,22 +128,29 @@ class TestTiedWeights:
 
     @pytest.mark.parametrize("names", [["shared"], ["embed_tokens"], ["shared", "embed_tokens"]])
     def test_any_of_the_names_will_do(self, names):
-        tree = convert_state(dict.fromkeys(names, self.one), (self.rule,), 1)
+        tree = convert_state(dict.fromkeys(names, self.one), (self.rule,))
         np.testing.assert_array_equal(tree["embedding"], self.one)
 
     def test_none_of_them_will_not(self):
         with pytest.raises(ConversionError, match=r"1 missing \(shared\)"):
-            convert_state({}, (self.rule,), 1)
+            convert_state({}, (self.rule,))
 
     def test_they_must_be_equal(self):
         with pytest.raises(ConversionError, match="shared and embed_tokens must be the same"):
-            convert_state({"shared": self.one, "embed_tokens": self.other}, (self.rule,), 1)
+            convert_state({"shared": self.one, "embed_tokens": self.other}, (self.rule,))
 
 
 @pytest.mark.parametrize(
-    ("transform", "shape", "aliases"),
-    [("transpose", (2,), ()), ("conv", (2, 3), ()), ("none", (2,), ("b.{layer}",))],
+    ("source", "transform", "shape", "more"),
+    [
+        ("a", "transpose", (2,), {}),
+        ("a", "conv", (2, 3), {}),
+        ("a", "none", (2,), {"aliases": ("b.{layer}",)}),
+        ("a", "none", (2,), {"layers": 2}),
+        ("a.{layer}", "none", (2,), {}),
+        ("a.{layer}", "none", (2,), {"aliases": ("b",), "layers": 2}),
+    ],
 )
-def test_a_rule_that_cannot_be_meant_is_refused(transform, shape, aliases):
-    with pytest.raises(ValueError, match="a: "):
-        Rule("a", "a", transform, shape, aliases)
+def test_a_rule_that_cannot_be_meant_is_refused(source, transform, shape, more):
+    with pytest.raises(ValueError, match=f"{re.escape(source)}: "):
+        Rule(source, "a", transform, shape, **more)

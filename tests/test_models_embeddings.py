@@ -1,5 +1,6 @@
 """Embeddings of times and positions: laws, and the tables of the released code."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,13 +25,16 @@ sizes = st.integers(1, 60)
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32])
 def test_sinusoids_of_all_times_equal_diffusers(dtype):
+    times = np.array([*range(1000), 3500, 6016])  # the last is a guidance scale of 6 in bfloat16
     reference = get_timestep_embedding(
-        torch.arange(1000), 128, flip_sin_to_cos=True, downscale_freq_shift=0
+        torch.tensor(times), 128, flip_sin_to_cos=True, downscale_freq_shift=0
     )
-    ours = sinusoidal_embedding(jnp.arange(1000, dtype=dtype), 128)
-    # The last bit of a frequency is worth 6e-5 at the last time.
-    np.testing.assert_allclose(ours, reference, atol=7e-5)
-    np.testing.assert_allclose(ours[:2], reference[:2], atol=2e-7)
+    ours = sinusoidal_embedding(jnp.asarray(times, dtype), 128)
+    # The last bit of a frequency counts as often as the time says.
+    last_bit = 2**-24 * times[:, None]
+    assert (np.abs(ours - reference.numpy()) <= last_bit + 2e-7).all()
+    # Exponentials with more than one wrong bit would show in many features.
+    assert np.mean(np.abs(ours - reference.numpy()) > 1e-6) < 0.03
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (13, 30, 45), (4, 7, 5)])
@@ -92,6 +96,19 @@ def test_the_training_grid_stands_at_whole_numbers():
     rows, columns = cropped_grid((30, 45), (30, 45))
     np.testing.assert_allclose(rows, np.arange(30), atol=1e-12)
     np.testing.assert_allclose(columns, np.arange(45), atol=1e-12)
+
+
+def test_text_is_not_turned_wherever_it_stands():
+    positions = [np.arange(2), np.arange(3), np.arange(1)]
+    alone = video_rotation(positions, (8, 12, 12))
+    turned = partial(video_rotation, positions, (8, 12, 12), text_tokens=4)
+    for beside, video, text in (
+        (turned(), slice(4, 10), slice(0, 4)),
+        (turned(text_position="last"), slice(6), slice(6, 10)),
+    ):
+        for table, of_video, at_rest in zip(beside, alone, (1.0, 0.0), strict=True):
+            np.testing.assert_array_equal(table[video], of_video)
+            np.testing.assert_array_equal(table[text], np.full((4, 16), at_rest))
 
 
 def test_a_rotated_product_depends_on_the_distance_alone():

@@ -15,11 +15,12 @@ from flax import nnx
 
 from svg_jax.convert.components import FAMILIES, component_leaves
 from svg_jax.convert.rules import ConversionError, Rule, match_rules
-from svg_jax.models import CogVideoXTransformer, T5Encoder, WanTransformer
+from svg_jax.models import CogVideoXTransformer, HunyuanVideoTransformer, T5Encoder, WanTransformer
 
 INVENTORY = Path(__file__).parent / "data" / "inventory"
 MODULES = {
     "CogVideoXTransformer3DModel": CogVideoXTransformer,
+    "HunyuanVideoTransformer3DModel": HunyuanVideoTransformer,
     "T5EncoderModel": T5Encoder,
     "WanTransformer3DModel": WanTransformer,
 }
@@ -30,6 +31,12 @@ COGVIDEOX = [
     "cogvideox-1.5-5b-transformer",
     "cogvideox-1.5-5b-i2v-transformer",
 ]
+# With as many text tokens as the pipelines give them.
+HUNYUAN_VIDEO = {
+    "hunyuanvideo-t2v-transformer": 256,
+    "hunyuanvideo-i2v-16ch-transformer": 396,
+    "hunyuanvideo-i2v-33ch-transformer": 540,
+}
 WAN = [
     "wan2.1-t2v-1.3b-transformer",
     "wan2.1-t2v-14b-transformer",
@@ -57,13 +64,13 @@ def read(name):
     return inventory["class"], inventory["config"], shapes
 
 
-def port(name) -> tuple[Any, tuple[Rule, ...], int]:
-    """Abstract module, rules and number of layers of an inventory's config."""
+def port(name) -> tuple[Any, tuple[Rule, ...]]:
+    """Abstract module and rules of an inventory's config."""
     class_name, config, _ = read(name)
     family = FAMILIES[class_name]
     config = family.read_config(config)
     module = nnx.eval_shape(lambda: MODULES[class_name](config, rngs=nnx.Rngs(0)))
-    return module, family.rules(config), config.num_layers
+    return module, family.rules(config)
 
 
 def leaf_shapes(module):
@@ -71,32 +78,32 @@ def leaf_shapes(module):
     return {".".join(key.key for key in path): leaf.shape for path, leaf in flat}
 
 
-@pytest.mark.parametrize("name", [*COGVIDEOX, *WAN, ENCODER])
+@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, ENCODER])
 def test_every_released_tensor_has_its_place_and_every_parameter_its_tensor(name):
-    module, rules, num_layers = port(name)
+    module, rules = port(name)
     *_, shapes = read(name)
-    placed = {leaf.rule.target: leaf.shape for leaf in match_rules(shapes, rules, num_layers)}
+    placed = {leaf.rule.target: leaf.shape for leaf in match_rules(shapes, rules)}
     assert placed == leaf_shapes(module)
     assert sum(map(math.prod, placed.values())) == sum(map(math.prod, shapes.values()))
 
 
-@pytest.mark.parametrize("name", [*COGVIDEOX, *WAN, ENCODER])
+@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, ENCODER])
 def test_a_dropped_renamed_or_misshapen_tensor_does_not_fit(name):
-    _, rules, num_layers = port(name)
+    _, rules = port(name)
     *_, shapes = read(name)
-    for victim in (rule.source.replace("{layer}", str(num_layers - 1)) for rule in rules):
+    for victim in (rule.names_of((rule.layers or 1) - 1)[0] for rule in rules):
         dropped = {k: v for k, v in shapes.items() if k != victim}
         for wrong in (dropped, {**dropped, f"{victim}_": shapes[victim]}, {**shapes, victim: (3,)}):
             with pytest.raises(ConversionError, match=re.escape(victim)):
-                match_rules(wrong, rules, num_layers)
+                match_rules(wrong, rules)
 
 
 def test_tied_token_embeddings_may_be_stored_under_either_name_or_both():
-    _, rules, num_layers = port(ENCODER)
+    _, rules = port(ENCODER)
     *_, shapes = read(ENCODER)
     other = {**shapes, "encoder.embed_tokens.weight": shapes["shared.weight"]}
     for stored in (other, {k: v for k, v in other.items() if k != "shared.weight"}):
-        assert len(match_rules(stored, rules, num_layers)) == len(rules)
+        assert len(match_rules(stored, rules)) == len(rules)
 
 
 def test_tensors_that_the_released_class_ignores_are_in_no_leaf(tmp_path):
@@ -112,7 +119,7 @@ def test_tensors_that_the_released_class_ignores_are_in_no_leaf(tmp_path):
 
 @pytest.mark.parametrize("name", COGVIDEOX)
 def test_a_full_size_forward_pass_has_the_shapes_of_its_input(name):
-    module, _, _ = port(name)
+    module, _ = port(name)
     config = module.config
     grid = (22, 96, 170) if config.patch_size_t else (13, 60, 90)
     latents = jax.ShapeDtypeStruct((2, grid[0], config.in_channels, *grid[1:]), jnp.float32)
@@ -132,7 +139,7 @@ def test_a_full_size_forward_pass_has_the_shapes_of_its_input(name):
 
 @pytest.mark.parametrize("name", WAN)
 def test_a_full_size_forward_pass_of_wan_has_the_shapes_of_its_input(name):
-    module, _, _ = port(name)
+    module, _ = port(name)
     config = module.config
     size = (31, 44, 80) if name.startswith("wan2.2-ti2v") else (21, 90, 160)
     latents = jax.ShapeDtypeStruct((2, config.in_channels, *size), jnp.float32)
@@ -153,3 +160,31 @@ def test_a_full_size_forward_pass_of_wan_has_the_shapes_of_its_input(name):
         velocity, info = jax.eval_shape(forward, state, latents, text, times, image)
         assert velocity.shape == (2, config.out_channels, *size)
         assert info is None
+
+
+@pytest.mark.parametrize("name", HUNYUAN_VIDEO)
+def test_a_full_size_forward_pass_of_hunyuan_video_has_the_shapes_of_its_input(name):
+    module, _ = port(name)
+    config, size, text_tokens = module.config, (33, 90, 160), HUNYUAN_VIDEO[name]
+    assert module.layout(*size, text_tokens).num_tokens == 118_800 + text_tokens
+    inputs = {
+        "hidden_states": (2, config.in_channels, *size),
+        "encoder_hidden_states": (2, text_tokens, config.text_embed_dim),
+        "timestep": (2,),
+        "pooled_projections": (2, config.pooled_projection_dim),
+    }
+    if config.guidance_embeds:
+        inputs["guidance"] = (2,)
+    inputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in inputs.items()}
+    inputs["text_length"] = jax.ShapeDtypeStruct((2,), jnp.int32)
+    graph, state = nnx.split(module)
+
+    def attend(query, key, value, *, layer, **context):
+        return value, layer
+
+    def forward(state, inputs):
+        return nnx.merge(graph, state)(**inputs, attend=attend)
+
+    velocity, info = jax.eval_shape(forward, state, inputs)
+    assert velocity.shape == (2, config.out_channels, *size)
+    assert info.shape == (60,)

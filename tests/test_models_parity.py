@@ -80,7 +80,6 @@ def cogvideox_pair(variant, seed, dtype=torch.float32):
             config, dtype=our_dtype, param_dtype=our_dtype, rngs=nnx.Rngs(0)
         ),
         cogvideox.rules(config),
-        config.num_layers,
         reference,
     )
     return reference, model
@@ -192,7 +191,6 @@ def t5_pair(seed, dtype=torch.float32):
     model = ported(
         lambda: T5Encoder(config, dtype=our_dtype, param_dtype=our_dtype, rngs=nnx.Rngs(0)),
         t5.rules(config),
-        config.num_layers,
         reference,
     )
     return reference, model
