@@ -83,7 +83,7 @@ def load_line(ref: Any, index: tuple, layout: Any, interpret: Any) -> jax.Array:
     if interpret is not None:
         return ref[index]
     if hasattr(plgpu, "mma"):  # jax 0.11
-        return plgpu.load(ref.at[index], layout=layout)
+        return plgpu.load(ref.at[index], layout=layout)  # pyright: ignore[reportCallIssue]
     return plgpu.load(ref, index, layout=layout)
 
 
