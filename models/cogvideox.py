@@ -50,12 +50,15 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch tokens width"], Any]:
         """Returns the layer's output and what `attend` has to say."""
         by_head = (*hidden.shape[:-1], self.num_heads, -1)
-        query = self.query_norm(self.query(hidden).reshape(by_head))
-        key = self.key_norm(self.key(hidden).reshape(by_head))
-        value = self.value(hidden).reshape(by_head)
+        query, key, value = (
+            project(hidden).reshape(by_head) for project in (self.query, self.key, self.value)
+        )
+        # Narrow again before they turn, or the program would keep them in float32 in between.
+        query = self.query_norm(query).astype(value.dtype)
+        key = self.key_norm(key).astype(value.dtype)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        out, info = attend(query.astype(value.dtype), key.astype(value.dtype), value)
+        out, info = attend(query, key, value)
         return self.output(out.reshape(hidden.shape)), info
 
 

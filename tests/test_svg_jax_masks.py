@@ -1,6 +1,8 @@
 """From a density to the exact mask, for the three families of the paper."""
 
+import json
 import math
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svg_jax.config import SparsityConfig, dense_layer_count, dense_step_count
+from svg_jax.config import (
+    PAPER_PRESETS,
+    SparsityConfig,
+    dense_layer_count,
+    dense_step_count,
+)
 from svg_jax.masks import band_width, realised_density, sparse_mask
-from svg_jax.models import VideoLayout
+from svg_jax.models import CogVideoXConfig, HunyuanVideoConfig, VideoLayout, WanConfig
+
+INVENTORY = Path(__file__).parent / "data" / "inventory"
 
 COGVIDEOX = VideoLayout(
     num_frames=11, tokens_per_frame=4080, text_tokens=226, text_position="first"
@@ -41,18 +50,18 @@ def test_the_sink_comes_on_top_of_the_budget():
     assert float(realised_density(sparse_mask(WAN_720P, config))) == pytest.approx(0.302, abs=5e-4)
 
 
-def specified_mask(layout: VideoLayout, width: int, text_length: int) -> np.ndarray:
-    """The three rows of the specification, written as they stand there. S×S."""
+def specified_mask(layout: VideoLayout, width: int, text_length: int, rows=None) -> np.ndarray:
+    """The three rows of the specification, written as they stand there, for some rows or all."""
     position = np.arange(layout.num_tokens)
-    q, k = position[:, None], position[None, :]
+    rows = position if rows is None else rows
+    q, k = rows[:, None], position[None, :]
     if layout.text_tokens == 0:  # Wan
         return (np.abs(q - k) < width) | (k < layout.tokens_per_frame)
     if layout.text_position == "first":  # CogVideoX, whose text is never padded
         return (q < layout.text_tokens) | (k < layout.text_tokens) | (np.abs(q - k) < width)
-    real = position < layout.video_tokens + text_length  # HunyuanVideo
-    is_text = position >= layout.video_tokens
-    near = np.abs(q - k) < width
-    return real[:, None] & real[None, :] & (near | is_text[:, None] | is_text[None, :])
+    stop = layout.video_tokens + text_length  # HunyuanVideo
+    is_text = (q >= layout.video_tokens) | (k >= layout.video_tokens)
+    return (q < stop) & (k < stop) & ((np.abs(q - k) < width) | is_text)
 
 
 @st.composite
@@ -85,6 +94,34 @@ def test_the_closed_form_is_the_specified_mask(layout, density, multiple, data):
     assert kept[position < real].any(axis=1).all(), "no real row is ever left empty"
     computed = realised_density(mask, jnp.array([length], jnp.int32))
     assert float(computed) == pytest.approx(expected.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inventory", "config", "size", "text", "length", "preset"),
+    [
+        ("cogvideox-1.5-5b", CogVideoXConfig, (22, 96, 170), 226, 226, "cogvideox1.5-i2v"),
+        ("hunyuanvideo-t2v", HunyuanVideoConfig, (33, 90, 160), 256, 71, "hunyuanvideo-720p"),
+        ("hunyuanvideo-i2v-16ch", HunyuanVideoConfig, (33, 90, 160), 396, 200, "hunyuanvideo-720p"),
+        ("wan2.1-t2v-14b", WanConfig, (21, 90, 160), None, 0, "wan-t2v-720p"),
+        ("wan2.1-t2v-1.3b", WanConfig, (21, 60, 104), None, 0, "wan-i2v-480p"),
+    ],
+)
+def test_released_models_run_the_specified_mask_at_full_size(
+    inventory, config, size, text, length, preset
+):
+    released = json.loads((INVENTORY / f"{inventory}-transformer.json").read_text())["config"]
+    layout = config.from_dict(released).layout(*size, *([] if text is None else [text]))
+    settings = PAPER_PRESETS[preset]
+    mask = sparse_mask(layout, settings)
+    share = settings.density - 2 * layout.text_tokens / layout.num_tokens
+    exact = layout.num_tokens * (1 - math.sqrt(1 - share))
+    width = 128 * math.floor(exact / 128) if text else 128 * math.ceil(exact / 128) + 1
+    edges = [0, layout.text_tokens, layout.video_tokens, layout.video_tokens + length]
+    rows = np.random.default_rng(0).integers(0, layout.num_tokens, 40)
+    rows = np.concatenate([rows, [r for e in edges for r in (e - 1, e, e + 1)]])
+    rows = rows[(rows >= 0) & (rows < layout.num_tokens)]
+    kept = mask.keep(rows[:, None], np.arange(layout.num_tokens)[None], np.asarray(length))
+    np.testing.assert_array_equal(kept, specified_mask(layout, width, length, rows))
 
 
 @given(layouts(), st.integers(1, 40))
