@@ -14,7 +14,14 @@ from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
 from svg_jax.models.t5 import T5Config
 from svg_jax.models.wan_config import WanConfig
 
-PIPELINES = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline")
+PIPELINES = (
+    "CogVideoXPipeline",
+    "CogVideoXImageToVideoPipeline",
+    "HunyuanVideoPipeline",
+    "HunyuanVideoImageToVideoPipeline",
+    "WanPipeline",
+    "WanImageToVideoPipeline",
+)
 COPIED = ("scheduler", "tokenizer")  # small files, carried as they are
 
 
@@ -76,8 +83,7 @@ def read_pipeline_index(folder: Path) -> PipelineIndex:
     pipeline = values.get("_class_name")
     if pipeline not in PIPELINES:
         raise ConversionError(
-            f"{file}: the pipeline is {pipeline!r} and only {' and '.join(PIPELINES)} are "
-            "supported."
+            f"{file}: the pipeline is {pipeline!r} and only {', '.join(PIPELINES)} are supported."
         )
     classes = {}
     for name, value in values.items():

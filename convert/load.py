@@ -1,6 +1,6 @@
 """Modules from a converted folder, straight onto the default device."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,37 +14,55 @@ from svg_jax.convert.manifest import read_manifest
 from svg_jax.convert.rules import ConversionError
 from svg_jax.convert.writer import open_leaves, readable
 from svg_jax.models.cogvideox import CogVideoXTransformer
+from svg_jax.models.hunyuan_video import HunyuanVideoTransformer
 from svg_jax.models.t5 import T5Encoder
+from svg_jax.models.wan import WanTransformer
 
 Module = TypeVar("Module", bound=nnx.Module)
+Transformer = CogVideoXTransformer | HunyuanVideoTransformer | WanTransformer
+
+TRANSFORMERS: Mapping[str, type[Transformer]] = {
+    "CogVideoXTransformer3DModel": CogVideoXTransformer,
+    "HunyuanVideoTransformer3DModel": HunyuanVideoTransformer,
+    "WanTransformer3DModel": WanTransformer,
+}
 
 
 def load_transformer(
     folder: str | Path,
     *,
+    name: str = "transformer",
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
     residual_dtype: DTypeLike | None = None,
-) -> CogVideoXTransformer:
-    """Loads the transformer of a converted folder.
+) -> Transformer:
+    """Loads a transformer of a converted folder, of whichever family it is.
 
     Args:
         folder: What `convert_pipeline` made.
+        name: Which component: Wan 2.2 has a "transformer_2", too.
         dtype: Dtype of the matrix products.
-        param_dtype: Dtype to cast the parameters to; None keeps each as it is stored.
+        param_dtype: Dtype to cast the parameters to, but those that the model keeps in float32 (see
+            `WanTransformer`); None keeps each as it is stored.
         residual_dtype: Dtype of the residual stream; None is `dtype`.
 
     Raises:
         ConversionError: If the folder is not a whole converted one, or its weights are not the
             model that its config describes.
     """
+    folder = Path(folder)
+    class_name = _class_of(folder, name, TRANSFORMERS)
 
-    def make(config: Any) -> CogVideoXTransformer:
-        return CogVideoXTransformer(
-            config, dtype=dtype, residual_dtype=residual_dtype, rngs=nnx.Rngs(0)
+    def make(config: Any) -> Transformer:
+        return TRANSFORMERS[class_name](
+            config,
+            dtype=dtype,
+            residual_dtype=residual_dtype,
+            param_dtype=jnp.float32 if param_dtype is None else param_dtype,
+            rngs=nnx.Rngs(0),
         )
 
-    return _load(Path(folder), "transformer", "CogVideoXTransformer3DModel", make, param_dtype)
+    return _load(folder, name, class_name, make, cast=param_dtype is not None)
 
 
 def load_text_encoder(
@@ -64,28 +82,31 @@ def load_text_encoder(
         ConversionError: If the folder is not a whole converted one, or its weights are not the
             model that its config describes.
     """
+    folder = Path(folder)
+    class_name = _class_of(folder, "text_encoder", ("T5EncoderModel",))
 
     def make(config: Any) -> T5Encoder:
-        return T5Encoder(config, dtype=dtype, rngs=nnx.Rngs(0))
+        kept = jnp.float32 if param_dtype is None else param_dtype
+        return T5Encoder(config, dtype=dtype, param_dtype=kept, rngs=nnx.Rngs(0))
 
-    return _load(Path(folder), "text_encoder", "T5EncoderModel", make, param_dtype)
+    return _load(folder, "text_encoder", class_name, make, cast=param_dtype is not None)
+
+
+def _class_of(folder: Path, name: str, known: Collection[str]) -> str:
+    manifest = read_manifest(folder)
+    found = read_pipeline_index(folder).classes.get(name)
+    if found is None or name not in manifest.components or found not in known:
+        there = ", ".join(sorted(manifest.components))
+        raise ConversionError(
+            f"{folder}: holds no {name} of class {' or '.join(known)} (it holds {there}): convert "
+            "the source again with it."
+        )
+    return found
 
 
 def _load(
-    folder: Path,
-    name: str,
-    class_name: str,
-    make: Callable[[Any], Module],
-    param_dtype: DTypeLike | None,
+    folder: Path, name: str, class_name: str, make: Callable[[Any], Module], *, cast: bool
 ) -> Module:
-    manifest = read_manifest(folder)
-    found = read_pipeline_index(folder).classes.get(name)
-    if name not in manifest.components or found != class_name:
-        there = ", ".join(sorted(manifest.components))
-        raise ConversionError(
-            f"{folder}: holds no {name} of class {class_name} (it holds {there}): convert the "
-            "source again with it."
-        )
     config = read_component_config(folder / name, class_name)
     graph, state = nnx.split(nnx.eval_shape(lambda: make(config)))
     weights = folder / name / "weights"
@@ -94,10 +115,14 @@ def _load(
     # Leaf by leaf: orbax would cast to another dtype without a word, and after a leaf that cannot
     # be read it leaves the others' reads running into its closed event loop.
     params = {}
+    dtypes = {
+        tuple(str(key) for key in path): leaf.dtype
+        for path, leaf in nnx.traversals.flatten_mapping(nnx.to_pure_dict(state)).items()
+    }
     with readable(weights):
         for path, leaf in stored.items():
             param = jnp.asarray(leaf.read().result())
-            params[path] = param if param_dtype is None else param.astype(param_dtype)
+            params[path] = param.astype(dtypes[path]) if cast else param
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(params))
     return nnx.merge(graph, state)
 

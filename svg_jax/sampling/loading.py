@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from svg_jax.convert import load_text_encoder, load_transformer, read_manifest
 from svg_jax.convert.components import read_pipeline_index
+from svg_jax.models import CogVideoXTransformer
 from svg_jax.sampling.cogvideox import CogVideoXPipeline
 from svg_jax.sampling.schedulers import SchedulerConfig
 from svg_jax.tokenizer import load_tokenizer
@@ -29,13 +30,21 @@ def from_pretrained(folder: str | Path, *, dtype: DTypeLike | None = None) -> Co
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    classes = read_pipeline_index(folder).classes
+    index = read_pipeline_index(folder)
+    if not index.pipeline.startswith("CogVideoX"):
+        raise ValueError(
+            f"{folder}: is a {index.pipeline}, and only CogVideoX's pipelines run so far: its "
+            "transformer loads with `svg_jax.convert.load_transformer`."
+        )
+    classes = index.classes
     if dtype is None:
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     has_text_encoder = "text_encoder" in manifest.components
     entries = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    transformer = load_transformer(folder, dtype=dtype)
+    assert isinstance(transformer, CogVideoXTransformer)
     return CogVideoXPipeline(
-        transformer=load_transformer(folder, dtype=dtype),
+        transformer=transformer,
         scheduler=SchedulerConfig.from_dict(entries),
         text_encoder=load_text_encoder(folder, dtype=dtype) if has_text_encoder else None,
         tokenizer=load_tokenizer(folder / "tokenizer") if has_text_encoder else None,
