@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +48,11 @@ def sample(schedule):
     return np.asarray(state.latents)
 
 
-def diffusers_scheduler(sampler, shift, num_steps):
+def diffusers_scheduler(sampler, shift, num_steps) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
     if sampler == "euler":
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, num_steps + 1)[:-1])
         return scheduler
     scheduler = UniPCMultistepScheduler(
