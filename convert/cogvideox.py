@@ -40,7 +40,7 @@ def rules(config: CogVideoXConfig) -> tuple[Rule, ...]:
     if config.patch_size_t is None:  # a convolution in 1.0
         kernel = (width, config.in_channels, *patch[1:])
         table += [
-            Rule("patch_embed.proj.weight", "patch_projection.kernel", "conv", kernel),
+            Rule("patch_embed.proj.weight", "patch_projection.kernel", "patch", kernel),
             Rule("patch_embed.proj.bias", "patch_projection.bias", "none", (width,)),
         ]
     else:

@@ -59,7 +59,7 @@ def rules(config: HunyuanVideoConfig) -> tuple[Rule, ...]:
         Rule(
             "x_embedder.proj.weight",
             "patch_projection.kernel",
-            "conv",
+            "patch",
             (width, config.in_channels, *patch),
         ),
         Rule("x_embedder.proj.bias", "patch_projection.bias", "none", (width,)),

@@ -5,6 +5,7 @@ Everything else follows from that table: what a checkpoint must hold, how a tens
 the way back.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,10 +29,11 @@ class Rule:
         source: Name of the stored tensor; `{layer}` stands for the number of a stacked layer.
         target: Dotted path of the leaf in the module's pure dict, `blocks.attention.query.kernel`.
         transform: "none" keeps the array; "transpose" turns a linear weight [out, in] into
-            [in, out]; "conv" turns a convolution's weight [out, in, *kernel] into
-            [in * prod(kernel), out], the input channel slowest.
+            [in, out]; "patch" turns a convolution's weight [out, in, *kernel] into that of a linear
+            layer over patches, [in * prod(kernel), out], the input channel slowest; "conv" turns it
+            into [*kernel, in, out], as `nnx.Conv` has it.
         source_shape: Shape of one stored tensor, from the config. It is what a checkpoint is
-            checked against, and what tells the inverse of "conv" its kernel.
+            checked against, and what tells the inverse of "patch" its kernel.
         aliases: Other names that the same tensor may be stored under (tied weights). At least one
             of the names must be there, and those that are must hold the same bytes.
         layers: Number of layers, whose tensors are stacked along a new leading axis of the leaf;
@@ -40,14 +42,15 @@ class Rule:
 
     source: str
     target: str
-    transform: Literal["none", "transpose", "conv"]
+    transform: Literal["none", "transpose", "patch", "conv"]
     source_shape: tuple[int, ...]
     aliases: tuple[str, ...] = ()
     layers: int | None = None
 
     def __post_init__(self) -> None:
         rank = len(self.source_shape)
-        if (self.transform == "transpose" and rank != 2) or (self.transform == "conv" and rank < 3):
+        convolution = self.transform in ("patch", "conv")
+        if (self.transform == "transpose" and rank != 2) or (convolution and rank < 3):
             raise ValueError(
                 f"{self.source}: {self.transform} of a tensor of shape {self.source_shape}"
             )
@@ -71,22 +74,43 @@ class Rule:
         """Shape of one layer's share of the leaf."""
         if self.transform == "none":
             return self.source_shape
-        out, *inner = self.source_shape
-        return (int(np.prod(inner)), out)
+        out, features, *kernel = self.source_shape
+        if self.transform == "conv":
+            return (*kernel, features, out)
+        return (features * math.prod(kernel), out)
 
     def forward(self, tensor: np.ndarray) -> np.ndarray:
         """The stored tensor as it lies in the leaf: a view where numpy can make one."""
-        return tensor if self.transform == "none" else tensor.reshape(tensor.shape[0], -1).T
+        if self.transform == "none":
+            return tensor
+        if self.transform == "conv":
+            return np.moveaxis(tensor, (0, 1), (-1, -2))
+        return tensor.reshape(tensor.shape[0], -1).T
 
     def inverse(self, part: np.ndarray) -> np.ndarray:
         """The tensor as it was stored; `inverse(forward(x))` is x, bit for bit."""
-        return part if self.transform == "none" else part.T.reshape(self.source_shape)
+        if self.transform == "none":
+            return part
+        if self.transform == "conv":
+            return np.moveaxis(part, (-1, -2), (0, 1))
+        return part.T.reshape(self.source_shape)
 
 
 def linear_rules(source: str, target: str, features: int, out_features: int) -> list[Rule]:
     """Weight and bias of a linear layer."""
     return [
         Rule(f"{source}.weight", f"{target}.kernel", "transpose", (out_features, features)),
+        Rule(f"{source}.bias", f"{target}.bias", "none", (out_features,)),
+    ]
+
+
+def conv_rules(
+    source: str, target: str, features: int, out_features: int, kernel: Sequence[int]
+) -> list[Rule]:
+    """Weight and bias of a convolution."""
+    shape = (out_features, features, *kernel)
+    return [
+        Rule(f"{source}.weight", f"{target}.kernel", "conv", shape),
         Rule(f"{source}.bias", f"{target}.bias", "none", (out_features,)),
     ]
 

@@ -26,7 +26,7 @@ def rules(config: WanConfig) -> tuple[Rule, ...]:
         *linear_rules("ffn.net.2", "feed_forward.output", config.ffn_dim, width),
     ]
     table = [
-        Rule("patch_embedding.weight", "patch_projection.kernel", "conv", kernel),
+        Rule("patch_embedding.weight", "patch_projection.kernel", "patch", kernel),
         Rule("patch_embedding.bias", "patch_projection.bias", "none", (width,)),
         *linear_rules(
             f"{condition}.time_embedder.linear_1", "time_embedding.input", config.freq_dim, width

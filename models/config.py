@@ -1,6 +1,8 @@
 """Reading a released config.json strictly: nothing unknown, mistyped or unimplemented gets by."""
 
+import contextlib
 import dataclasses
+import types
 import typing
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
@@ -21,25 +23,40 @@ def read_config(
     Raises:
         ValueError: On unknown keys or values of another type than the field's.
     """
-    types = typing.get_type_hints(config)
+    kinds = typing.get_type_hints(config)
     values = {k: v for k, v in values.items() if not k.startswith("_") and k not in ignored}
-    if unknown := sorted(values.keys() - types.keys()):
+    if unknown := sorted(values.keys() - kinds.keys()):
         raise ValueError(
             f"{config.__name__}: unknown keys {unknown}; this is the config of another model "
             "or of a newer version than the one implemented."
         )
     for name, value in values.items():
-        kind, parts = types[name], typing.get_args(types[name])
-        if typing.get_origin(kind) is tuple:
-            fits = type(value) in (list, tuple) and tuple(map(type, value)) == parts
-            values[name] = tuple(value) if fits else value
-        elif kind is float and type(value) is int:
-            fits, values[name] = True, float(value)
-        else:
-            fits = type(value) in (parts or (kind,))
-        if not fits:
-            raise ValueError(f"{config.__name__}: {name} cannot be {value!r}.")
+        try:
+            values[name] = _typed(value, kinds[name])
+        except TypeError:
+            raise ValueError(f"{config.__name__}: {name} cannot be {value!r}.") from None
     return config(**values)
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """The value as one of its field's type; TypeError where JSON's is another."""
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple and type(value) in (list, tuple):
+        endless = parts[-1] is Ellipsis
+        kinds = [parts[0]] * len(value) if endless else parts
+        if len(kinds) != len(value):
+            raise TypeError
+        return tuple(_typed(part, kind) for part, kind in zip(value, kinds, strict=True))
+    if isinstance(kind, types.UnionType):
+        for part in parts:
+            with contextlib.suppress(TypeError):
+                return _typed(value, part)
+        raise TypeError
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value
 
 
 def check_config(config: Any, only: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ def random_tensors(seed: int = 0) -> dict[str, np.ndarray]:
 def test_the_inverse_gives_back_every_bit(shape, dtype, seed):
     bits = np.random.default_rng(seed).bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize)
     tensor = np.frombuffer(bits, dtype).reshape(shape)
-    for transform in ("none", "transpose" if len(shape) == 2 else "conv"):
+    for transform in ("none", *(["transpose"] if len(shape) == 2 else ["patch", "conv"])):
         rule = Rule("a", "a", transform, shape)
         leaf = rule.forward(tensor)
         assert leaf.shape == rule.target_shape
@@ -49,10 +49,16 @@ def test_a_linear_weight_multiplies_from_the_right():
 def test_a_convolution_multiplies_patches_with_the_channel_slowest():
     weight = np.random.default_rng(0).normal(size=(5, 3, 2, 4))
     patch = np.random.default_rng(1).normal(size=(3, 2, 4))
-    kernel = Rule("a", "a", "conv", (5, 3, 2, 4)).forward(weight)
+    kernel = Rule("a", "a", "patch", (5, 3, 2, 4)).forward(weight)
     np.testing.assert_allclose(
         patch.reshape(-1) @ kernel, np.einsum("oijk,ijk->o", weight, patch), rtol=1e-12
     )
+
+
+def test_a_convolution_has_its_kernel_first_and_its_outputs_last():
+    weight = np.random.default_rng(0).normal(size=(5, 3, 2, 4))
+    kernel = Rule("a", "a", "conv", (5, 3, 2, 4)).forward(weight)
+    np.testing.assert_array_equal(kernel, np.einsum("oijk->jkio", weight))
 
 
 def test_layers_are_stacked_in_order():
