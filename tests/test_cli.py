@@ -351,8 +351,11 @@ def test_help_is_quick_because_it_needs_no_jax():
 
 
 def test_ctrl_c_ends_with_130_and_leaves_nothing(model, tmp_path):
-    command = [sys.executable, "-c", "from svg_jax.cli import main; main()", "generate"]
-    command += ["--model", str(model), *PROMPT, "--steps", "1000", "-o", "a.mp4"]
+    # A shell starts what runs in its background with Ctrl-C ignored, these tests too.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from svg_jax.cli import main; main()"
+    command = [sys.executable, "-c", code, "generate", "--model"]
+    command += [str(model), *PROMPT, "--steps", "1000", "-o", "a.mp4"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, env=os.environ | {"JAX_LOG_COMPILES": "1"}
     )
