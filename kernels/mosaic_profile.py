@@ -220,15 +220,19 @@ def _body(
             for n in range(2)
         )
 
+        def dropped(slot):
+            place = mgpu.load_line(key_smem, (slot, warpgroup), mgpu.COLUMN, interpret)
+            return jnp.abs(mgpu.by_column(place, shape) - row) >= reach
+
         def visit(n, carry):
             acc, top, total = carry
             slot = lax.rem(n, STAGES)
             plgpu.barrier_wait(k_ready.at[slot])
-            place = mgpu.load_line(key_smem, (slot, warpgroup), mgpu.COLUMN, interpret)
-            dropped = jnp.abs(mgpu.by_column(place, shape) - row) >= reach
+            # Fetched before the product, a line of keys is there behind it; 128 of them would spill.
+            early = dropped(slot) if block_kv <= 64 else None
             logits = mgpu.logits(q_smem, k_smem.at[slot], my_staging)
+            logits = jnp.where(dropped(slot) if early is None else early, mgpu.MASKED, logits)
             plgpu.barrier_arrive(k_free.at[slot])
-            logits = jnp.where(dropped, mgpu.MASKED, logits)
             weights, shrink, top = mgpu.weigh(logits, top, factor)
             acc *= mgpu.by_row(shrink, acc.shape)
             total = total * shrink + weights.sum(axis=1)
