@@ -228,7 +228,7 @@ def _body(
             acc, top, total = carry
             slot = lax.rem(n, STAGES)
             plgpu.barrier_wait(k_ready.at[slot])
-            # Fetched before the product, a line of keys is there behind it; 128 of them would spill.
+            # Fetched before the product, a line is there behind it; one of 128 keys would spill.
             early = dropped(slot) if block_kv <= 64 else None
             logits = mgpu.logits(q_smem, k_smem.at[slot], my_staging)
             logits = jnp.where(dropped(slot) if early is None else early, mgpu.MASKED, logits)
