@@ -120,13 +120,9 @@ def load_tokenizer(folder: str | Path) -> PromptTokenizer:
         ValueError: If a file is damaged, or there is no padding token.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no tokenizer: it is no folder.")
     settings_file = folder / "tokenizer_config.json"
-    settings = read_json(settings_file) if settings_file.is_file() else {}
+    settings = read_json(settings_file)
     backend = read_backend(folder, settings)
-    if not settings:
-        raise FileNotFoundError(f"{settings_file}: is missing or empty: fetch it.")
     pad_id = _padding(backend, settings, settings_file)
     known_words = None
     if isinstance(backend.model, WordLevel):

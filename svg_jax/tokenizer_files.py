@@ -1,8 +1,9 @@
 """Tokenizers from the files that checkpoints come with, in each form that is released.
 
-`tokenizer.json` says everything itself. `spiece.model` (T5, UMT5) and `vocab.json` with `merges.txt`
-(CLIP) hold a vocabulary, and what surrounds it is written here: how text is normalised and split
-into words, and which tokens are recognised as such in a prompt. It is as transformers 5.23 has it.
+`tokenizer.json` says everything itself. `spiece.model` (T5, UMT5) and `vocab.json` with
+`merges.txt` (CLIP) hold a vocabulary, and what surrounds it is written here: how text is normalised
+and split into words, and which tokens are recognised as such in a prompt. It is as transformers
+5.23 has it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,7 +26,7 @@ _CLIP_WORD = Regex(
 
 
 def read_backend(folder: Path, settings: Mapping[str, Any]) -> Tokenizer:
-    """Reads a tokenizer's folder: tokenizer.json, else spiece.model, else vocab.json and merges.txt.
+    """Reads tokenizer.json, or else spiece.model, or else vocab.json and merges.txt.
 
     Args:
         folder: The folder.
