@@ -150,10 +150,10 @@ def hunyuan_video_image_tokens(
     length = tokens.ids.shape[1]
     index = np.arange(length, dtype=np.int32)
     kept = []
-    for row in tokens.ids:
-        ends = np.flatnonzero(row == header_end)
-        # Those of system, user and assistant; the last is cut off where the prompt is too long.
-        after_header = length if len(ends) <= 2 else ends[-1] + 1
+    for row, filled in zip(tokens.ids, tokens.mask.sum(1), strict=True):
+        end = np.flatnonzero(row == header_end)[-1]
+        # The assistant's header is last but for a line feed, or was cut off with the prompt's end.
+        after_header = end + 1 if end >= filled - 2 else length
         header = (index >= after_header - _ASSISTANT_HEADER) & (index < after_header)
         kept.append(index[(index >= template.crop_start) & ~header])
     text = np.stack(kept)

@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 
 _UNIGRAM = 1  # sentencepiece's number for that kind of model
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # and for kinds of pieces
-_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
+_FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
 _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
 _CLIP_WORD = Regex(
     r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -140,16 +140,17 @@ def _add_special_tokens(
     Flags say whether a token takes spaces beside it away, and whether it is looked for in the text
     before or after normalisation.
     """
-    flags = {token: {"special": True} for token in tokens}
-    # Older files spell out the tokens that have a role, and list no others.
-    roles = [settings.get(f"{role}_token") for role in ("unk", "bos", "eos", "pad")]
-    entries = [entry for entry in roles if isinstance(entry, dict)]
+    flags: dict[str, dict[str, bool]] = {token: {} for token in tokens}
+    # Older files spell out the tokens that have a role, and list no others; the last role counts.
+    roles = [settings.get(f"{role}_token") or {} for role in ("unk", "bos", "eos", "pad")]
     try:
         listed = {int(i): entry for i, entry in settings.get("added_tokens_decoder", {}).items()}
-        entries += [listed[index] for index in sorted(listed)]
-        for entry in entries:
-            flags[entry["content"]] = {name: entry[name] for name in _FLAGS if name in entry}
-        backend.add_tokens([AddedToken(token, **kept) for token, kept in flags.items()])
+        for entry in [*roles, *(listed[index] for index in sorted(listed))]:
+            if isinstance(entry, str):
+                flags[entry] = {}
+            elif entry:
+                flags[entry["content"]] = {name: entry[name] for name in _FLAGS if name in entry}
+        backend.add_special_tokens([AddedToken(token, special=True, **kept) for token, kept in flags.items()])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file.with_name('tokenizer_config.json')}: the tokens that it lists are damaged "
