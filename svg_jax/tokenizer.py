@@ -63,7 +63,8 @@ class PromptTokenizer:
         """
         room = max_length - self.backend.num_special_tokens_to_add(is_pair=False)
         if room < 1:
-            raise ValueError(f"max_sequence_length must be over {max_length - room}: {max_length}")
+            special = max_length - room
+            raise ValueError(f"max_sequence_length must be over {special}: got {max_length}")
         ids = np.full((len(prompts), max_length), self.pad_id, np.int32)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):

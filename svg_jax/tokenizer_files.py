@@ -96,8 +96,10 @@ def _read_sentencepiece(file: Path, settings: Mapping[str, Any]) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Sequence(words)  # pyright: ignore
     special = (_UNKNOWN, _CONTROL, _USER_DEFINED)
     named = [piece.piece for piece in model.pieces if piece.type in special]
-    _add_special_tokens(backend, [*named, *extra_ids], settings, file)
-    _frame(backend, "$A </s>", ["</s>"], file)
+    _add_special_tokens(backend, [*named, "</s>", *extra_ids], settings, file)
+    ends = [("</s>", backend.token_to_id("</s>"))]
+    frame = TemplateProcessing(single="$A </s>", special_tokens=ends)
+    backend.post_processor = frame  # pyright: ignore[reportAttributeAccessIssue]
     return backend
 
 
@@ -119,6 +121,13 @@ def _read_byte_pairs(vocabulary: Path, merges: Path, settings: Mapping[str, Any]
             f"{vocabulary} and {merges.name}: hold no vocabulary that can be read "
             f"({error}): fetch both again."
         ) from error
+    made = {first + second for first, second in pairs} | {_CLIP_START, _CLIP_END}
+    unmade = [word for word in words if len(word.removesuffix("</w>")) > 1 and word not in made]
+    if unmade:
+        raise ValueError(
+            f"{merges}: lacks the merges of {len(unmade)} words of {vocabulary.name}, "
+            f"{unmade[0]!r} among them: fetch both again."
+        )
     backend = Tokenizer(model)
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
     backend.normalizer = normalizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
@@ -128,7 +137,9 @@ def _read_byte_pairs(vocabulary: Path, merges: Path, settings: Mapping[str, Any]
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])  # pyright: ignore
     _add_special_tokens(backend, [_CLIP_START, _CLIP_END], settings, vocabulary)
-    _frame(backend, f"{_CLIP_START} $A {_CLIP_END}", [_CLIP_START, _CLIP_END], vocabulary)
+    ends = [(token, words[token]) for token in (_CLIP_START, _CLIP_END)]
+    frame = TemplateProcessing(single=f"{_CLIP_START} $A {_CLIP_END}", special_tokens=ends)
+    backend.post_processor = frame  # pyright: ignore[reportAttributeAccessIssue]
     return backend
 
 
@@ -140,17 +151,21 @@ def _add_special_tokens(
     Flags say whether a token takes spaces beside it away, and whether it is looked for in the text
     before or after normalisation.
     """
+    for token in tokens:
+        if backend.token_to_id(token) is None:
+            raise ValueError(f"{file}: its vocabulary lacks {token!r}: fetch it again.")
     flags: dict[str, dict[str, bool]] = {token: {} for token in tokens}
     # Older files spell out the tokens that have a role, and list no others; the last role counts.
-    roles = [settings.get(f"{role}_token") or {} for role in ("unk", "bos", "eos", "pad")]
+    roles = [settings.get(f"{role}_token") for role in ("unk", "bos", "eos", "pad")]
     try:
+        named = [{"content": role} if isinstance(role, str) else role for role in roles if role]
+        known = [entry for entry in named if backend.token_to_id(entry["content"]) is not None]
         listed = {int(i): entry for i, entry in settings.get("added_tokens_decoder", {}).items()}
-        for entry in [*roles, *(listed[index] for index in sorted(listed))]:
-            if isinstance(entry, str):
-                flags[entry] = {}
-            elif entry:
-                flags[entry["content"]] = {name: entry[name] for name in _FLAGS if name in entry}
-        backend.add_special_tokens([AddedToken(token, special=True, **kept) for token, kept in flags.items()])
+        for entry in [*known, *(listed[index] for index in sorted(listed))]:
+            flags[entry["content"]] = {name: entry[name] for name in _FLAGS if name in entry}
+        backend.add_special_tokens(
+            [AddedToken(token, special=True, **kept) for token, kept in flags.items()]
+        )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file.with_name('tokenizer_config.json')}: the tokens that it lists are damaged "
@@ -163,16 +178,6 @@ def _add_special_tokens(
                 f"{file}: has {entry['content']!r} at {found}, and tokenizer_config.json at "
                 f"{index}: the two are not of one tokenizer, fetch both again."
             )
-
-
-def _frame(backend: Tokenizer, template: str, tokens: list[str], file: Path) -> None:
-    """Puts start and end tokens around every prompt."""
-    ids = [(token, backend.token_to_id(token)) for token in tokens]
-    for token, index in ids:
-        if index is None:
-            raise ValueError(f"{file}: its vocabulary lacks {token!r}: fetch it again.")
-    frame = TemplateProcessing(single=template, special_tokens=ids)
-    backend.post_processor = frame  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _refuse_pointer(file: Path) -> None:

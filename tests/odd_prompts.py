@@ -2,10 +2,9 @@
 
 import random
 
-WORDS = (
-    "a red panda surfing Cinematic 4K shot, of an OLD lighthouse at dawn; waves' crash don't it's "
-    "we'll I'VE hello-world café naïve résumé Ångström"
-).split()
+WORDS = ["a", "red", "panda", "surfing", "Cinematic", "4K", "shot,", "of", "an", "OLD", "house"]
+WORDS += ["dawn;", "waves'", "crash", "don't", "it's", "we'll", "I'VE", "hello-world", "café"]
+WORDS += ["naïve", "résumé", "Ångström"]
 CHINESE = list("一只熊猫在海浪上冲浪电影感镜头夕阳下的城市，。！？：“”《》")
 EMOJI = ["🐼", "👩‍🚀", "👨‍👩‍👧‍👦", "🏳️‍🌈", "🇨🇭", "👍🏽", "❤️", "☃️", "🤷🏿‍♂️"]
 SPACES = [" ", "  ", "\t", "\n", "\r\n", "\v", "\f", "\x1c", "\x85", "\u00a0", "\u00ad", "\u180e"]
@@ -14,11 +13,13 @@ SPECIAL = ["</s>", "<pad>", "<unk>", "<s>", "<extra_id_0>", "<extra_id_3>", "<ex
 SPECIAL += ["<extra_id_100>", "<EXTRA_ID_3>", "<mask>", "▁", "<|startoftext|>", "<|STARTOFTEXT|>"]
 SPECIAL += ["<|endoftext|>", "<|EndOfText|>", "<|begin_of_text|>", "<|eot_id|>", "<image>"]
 SPECIAL += ["<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_0|>"]
-SCRIPTS = ["ﬁ", "①", "½", "Ⅷ", "e\u0301", "A\u030a", "K", "Å", "\u0344", "한국어", "ｶﾀｶﾅ", "हिन्दी में", "ไทย"]
-SCRIPTS += ["日本語ひらがな", "العربية", "עברית", "Ελληνικά", "Русский", "İstanbul", "ǅ", "ß", "\u0e33"]
-SCRIPTS += ["\u1100\u1161\u11a8", "\x00", "\x07", "\ud7ff", "\U0001f9ff", "\U00020000"]
-ASCII = ["1234567890", "12,345.67", "&amp;", "&amp;lt;b&gt;", "“quoted”", "…", "—", "--", "__init__"]
-ASCII += ["C++", "\\n", "%20", "{}", "{0}", "<html>", "l'été", "cafÃ©", "donâ€™t", "!!!", "@#$%^&*()"]
+SCRIPTS = ["ﬁ", "①", "½", "Ⅷ", "e\u0301", "A\u030a", "K", "Å", "\u0344", "한국어", "ｶﾀｶﾅ", "ไทย"]
+SCRIPTS += ["हिन्दी में", "日本語ひらがな", "العربية", "עברית", "Ελληνικά", "Русский", "İstanbul"]
+SCRIPTS += ["ǅ", "ß", "\u0e33", "\u1100\u1161\u11a8", "\x00", "\x07", "\ud7ff"]
+SCRIPTS += ["\U0001f9ff", "\U00020000"]
+ASCII = ["1234567890", "12,345.67", "&amp;", "&amp;lt;b&gt;", "“quoted”", "…", "—", "--"]
+ASCII += ["__init__", "C++", "\\n", "%20", "{}", "{0}", "<html>", "l'été", "cafÃ©", "donâ€™t"]
+ASCII += ["!!!", "@#$%^&*()"]
 
 
 def odd_prompts(count: int) -> list[str]:

@@ -1,15 +1,14 @@
 """Released tokenizer files in every form, against transformers on the same files."""
 
 import json
-import shutil
-import subprocess
-import sys
+import re
+import unicodedata
 
 import numpy as np
 import pytest
 import sentencepiece
 from odd_prompts import odd_prompts
-from real_tokenizers import FOLDERS, real_tokenizer
+from real_tokenizers import real_tokenizer
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
@@ -19,7 +18,7 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from svg_jax.tokenizer import load_tokenizer
 
-PROMPTS = odd_prompts(1000)
+PROMPTS = odd_prompts(1500)
 
 
 def assert_same(folder, theirs, lengths):
@@ -95,3 +94,49 @@ def test_ids_are_those_of_transformers_for_a_vocabulary_in_umt5s_order(tmp_path)
     assert_same(tmp_path, PreTrainedTokenizerFast.from_pretrained(tmp_path), (512, 7))
     ids = load_tokenizer(tmp_path)(["<s><unk><extra_id_0>"], 5)
     assert ids.tolist() == [[2, 3, len(pieces) + 303, 1, 0]]
+
+
+def train_sentencepiece(folder):
+    """A small model with UMT5's ids."""
+    lines = [line for line in corpus() if not set("\0\n") & set(line)]
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=700,
+        hard_vocab_limit=False,
+        **dict(zip(("pad_id", "eos_id", "bos_id", "unk_id"), range(4), strict=True)),
+        pad_piece="<pad>",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    save_settings(folder, extra_ids=300)
+
+
+def is_composing(character):
+    jamo = "\u1100" <= character <= "\u11ff"
+    return jamo or character == "\u0e33" or unicodedata.category(character) in ("Mn", "Mc", "Cf")
+
+
+# transformers 5 takes spiece.model for T5's: no bytes, and the third piece for the unknown one.
+@pytest.mark.parametrize("name", ["mt5-spiece", "trained"])
+def test_bytes_spell_unknown_characters_as_in_sentencepiece(name, tmp_path):
+    if name == "trained":
+        folder = tmp_path
+        train_sentencepiece(folder)
+    else:
+        folder = real_tokenizer(name)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    ours = load_tokenizer(folder)
+    special = {t.content: i for i, t in ours.backend.get_added_tokens_decoder().items()}
+    pattern = re.compile(f"({'|'.join(map(re.escape, special))})")
+    # The libraries normalise what is composed of several characters differently, and one takes
+    # U+0085 for a space.
+    prompts = [p for p in PROMPTS if not any(map(is_composing, p)) and "\x85" not in p]
+    assert len(prompts) > 500
+    for prompt in prompts:
+        expected = []
+        # Texts and, at every second place, the special tokens between them.
+        for i, part in enumerate(pattern.split(prompt)):
+            expected += [special[part]] if i % 2 else theirs.encode(part)
+        assert ours.backend.encode(prompt).ids == [*expected, 1], repr(prompt)
+    assert theirs.id_to_piece(ours.backend.encode("\U00020001").ids[-2]) == "<0x81>"
