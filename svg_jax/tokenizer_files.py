@@ -66,7 +66,7 @@ def _read_whole(file: Path) -> Tokenizer:
 def _read_sentencepiece(file: Path, settings: Mapping[str, Any]) -> Tokenizer:
     """A sentencepiece model of T5's kind, with its `<extra_id_…>` behind the pieces, downwards."""
     _refuse_pointer(file)
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         model.ParseFromString(file.read_bytes())
     except DecodeError as error:
@@ -89,17 +89,17 @@ def _read_sentencepiece(file: Path, settings: Mapping[str, Any]) -> Tokenizer:
         backend = Tokenizer(Unigram(pieces, trained.unk_id, trained.byte_fallback))
         if spec.precompiled_charsmap:
             charsmap = normalizers.Precompiled(spec.precompiled_charsmap)
-            backend.normalizer = charsmap  # pyright: ignore[reportAttributeAccessIssue]
+            backend.normalizer = charsmap
     except Exception as error:
         raise _damaged(file, error) from error
     words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(words)  # pyright: ignore
+    backend.pre_tokenizer = pre_tokenizers.Sequence(words)
     special = (_UNKNOWN, _CONTROL, _USER_DEFINED)
     named = [piece.piece for piece in model.pieces if piece.type in special]
     _add_special_tokens(backend, [*named, "</s>", *extra_ids], settings, file)
     ends = [("</s>", backend.token_to_id("</s>"))]
     frame = TemplateProcessing(single="$A </s>", special_tokens=ends)
-    backend.post_processor = frame  # pyright: ignore[reportAttributeAccessIssue]
+    backend.post_processor = frame
     return backend
 
 
@@ -130,16 +130,14 @@ def _read_byte_pairs(vocabulary: Path, merges: Path, settings: Mapping[str, Any]
         )
     backend = Tokenizer(model)
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
-    backend.normalizer = normalizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [normalizers.NFC(), spaces, normalizers.Lowercase()]
-    )
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
     split = pre_tokenizers.Split(_CLIP_WORD, behavior="removed", invert=True)
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])  # pyright: ignore
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     _add_special_tokens(backend, [_CLIP_START, _CLIP_END], settings, vocabulary)
     ends = [(token, words[token]) for token in (_CLIP_START, _CLIP_END)]
     frame = TemplateProcessing(single=f"{_CLIP_START} $A {_CLIP_END}", special_tokens=ends)
-    backend.post_processor = frame  # pyright: ignore[reportAttributeAccessIssue]
+    backend.post_processor = frame
     return backend
 
 

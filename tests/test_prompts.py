@@ -2,6 +2,7 @@
 
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +29,14 @@ from svg_jax.prompts import (
 )
 from svg_jax.tokenizer import load_tokenizer
 
-PROMPTS = ["", "a cat surfing", "{0} 一只熊猫\n\n", "<pad> x", " ".join(["word"] * 252)]
-LONG = " ".join(["word"] * 300)
+
+def words(count):
+    """A prompt of so many tokens."""
+    return " ".join(["word"] * count)
+
+
+PROMPTS = ["", "a cat surfing", "{0} 一只熊猫\n\n", "<pad> x", words(251), words(252)]
+LONG = words(300)
 
 
 @pytest.fixture(scope="module")
@@ -68,20 +75,21 @@ def test_templates_are_those_of_diffusers():
 
 
 class Encoder(torch.nn.Module):
-    """Features of a position are its own index, token, mask, and the image's sum."""
+    """Features of a token are what the encoder is told of it: index, id, mask, position."""
 
     config = SimpleNamespace(image_token_index=128257, pad_token_id=128258)
     dtype = torch.float32
 
-    def forward(self, input_ids, attention_mask, position_ids=None, **kwargs):
-        if position_ids is None:
-            position_ids = torch.zeros_like(input_ids)
+    def forward(self, input_ids, attention_mask=None, position_ids=None, **kwargs):
+        nothing = torch.zeros_like(input_ids)
+        attention_mask = nothing if attention_mask is None else attention_mask
+        position_ids = nothing if position_ids is None else position_ids
         index = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         features = torch.stack([index, input_ids, attention_mask, position_ids], -1)
         return SimpleNamespace(hidden_states=[features.float()] * 3, pooler_output=input_ids)
 
 
-def pipeline(kind, theirs):
+def pipeline(kind, theirs) -> Any:
     made = kind.__new__(kind)
     made.text_encoder = made.text_encoder_2 = Encoder()
     made.tokenizer = theirs
@@ -106,7 +114,7 @@ def test_hunyuan_video_reads_what_diffusers_gives_its_encoders(llama3, theirs):
     np.testing.assert_array_equal(clip(prompts, CLIP_LENGTH), pooled)
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS, [LONG], [LONG[: 5 * 254]], [LONG[: 5 * 255]]])
+@pytest.mark.parametrize("prompts", [PROMPTS, *([words(n)] for n in (253, 254, 255, 256, 300))])
 @pytest.mark.parametrize("interleave", [2, 4])
 def test_llava_reads_what_diffusers_gives_it(prompts, interleave, llama3, theirs):
     made = pipeline(HunyuanVideoImageToVideoPipeline, theirs)

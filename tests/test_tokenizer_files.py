@@ -59,7 +59,7 @@ def corpus():
 
 
 def charsmap():
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     model.ParseFromString((real_tokenizer("t5-spiece") / "spiece.model").read_bytes())
     return model.normalizer_spec.precompiled_charsmap
 
