@@ -22,7 +22,7 @@ PIPELINES = (
     "WanPipeline",
     "WanImageToVideoPipeline",
 )
-COPIED = ("scheduler", "tokenizer")  # small files, carried as they are
+COPIED = ("scheduler", "tokenizer", "tokenizer_2")  # small files, carried as they are
 
 
 @dataclass(frozen=True)
