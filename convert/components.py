@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ FAMILIES: Mapping[str, Family] = {
     "HunyuanVideoTransformer3DModel": Family(
         HunyuanVideoConfig.from_dict, hunyuan_video.rules, "diffusion_pytorch_model"
     ),
-    "T5EncoderModel": Family(T5Config.from_dict, t5.rules, "model"),
+    "T5EncoderModel": Family(partial(T5Config.from_dict, model_type="t5"), t5.rules, "model"),
+    "UMT5EncoderModel": Family(partial(T5Config.from_dict, model_type="umt5"), t5.rules, "model"),
     "WanTransformer3DModel": Family(
         WanConfig.from_dict, wan.rules, "diffusion_pytorch_model", wan.UNUSED
     ),

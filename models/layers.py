@@ -1,6 +1,7 @@
 """Layers that several models share, and the scan over a stack of them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -50,6 +51,33 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out_features"]:
         """Applies the layer to every token."""
         return self.output(self.activation(self.input(x)))
+
+
+class GatedFeedForward(nnx.Module):
+    """Linear times the activation of another linear, then linear; without biases."""
+
+    def __init__(
+        self,
+        features: int,
+        hidden_features: int,
+        *,
+        activation: Callable[[Array], Array],
+        output_param_dtype: Dtype | None = None,
+        dtype: Dtype,
+        param_dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the layer; `output_param_dtype` None keeps the last linear's in `param_dtype`."""
+        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
+        self.activation = activation
+        self.gate = linear(features, hidden_features, param_dtype=param_dtype)
+        self.input = linear(features, hidden_features, param_dtype=param_dtype)
+        kept = param_dtype if output_param_dtype is None else output_param_dtype
+        self.output = linear(hidden_features, features, param_dtype=kept)
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        """Applies the layer to every token."""
+        return self.output(self.activation(self.gate(x)) * self.input(x))
 
 
 def layer_norm(

@@ -22,6 +22,7 @@ MODULES = {
     "CogVideoXTransformer3DModel": CogVideoXTransformer,
     "HunyuanVideoTransformer3DModel": HunyuanVideoTransformer,
     "T5EncoderModel": T5Encoder,
+    "UMT5EncoderModel": T5Encoder,
     "WanTransformer3DModel": WanTransformer,
 }
 COGVIDEOX = [
@@ -45,7 +46,7 @@ WAN = [
     "wan2.2-i2v-a14b-transformer",
     "wan2.2-ti2v-5b-transformer",
 ]
-ENCODER = "t5-v1_1-xxl-encoder"
+T5 = ["t5-v1_1-xxl-encoder", "umt5-xxl-encoder"]
 
 
 @cache
@@ -78,7 +79,7 @@ def leaf_shapes(module):
     return {".".join(key.key for key in path): leaf.shape for path, leaf in flat}
 
 
-@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, ENCODER])
+@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, *T5])
 def test_every_released_tensor_has_its_place_and_every_parameter_its_tensor(name):
     module, rules = port(name)
     *_, shapes = read(name)
@@ -87,7 +88,7 @@ def test_every_released_tensor_has_its_place_and_every_parameter_its_tensor(name
     assert sum(map(math.prod, placed.values())) == sum(map(math.prod, shapes.values()))
 
 
-@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, ENCODER])
+@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, *T5])
 def test_a_dropped_renamed_or_misshapen_tensor_does_not_fit(name):
     _, rules = port(name)
     *_, shapes = read(name)
@@ -98,9 +99,10 @@ def test_a_dropped_renamed_or_misshapen_tensor_does_not_fit(name):
                 match_rules(wrong, rules)
 
 
-def test_tied_token_embeddings_may_be_stored_under_either_name_or_both():
-    _, rules = port(ENCODER)
-    *_, shapes = read(ENCODER)
+@pytest.mark.parametrize("name", T5)
+def test_tied_token_embeddings_may_be_stored_under_either_name_or_both(name):
+    _, rules = port(name)
+    *_, shapes = read(name)
     other = {**shapes, "encoder.embed_tokens.weight": shapes["shared.weight"]}
     for stored in (other, {k: v for k, v in other.items() if k != "shared.weight"}):
         assert len(match_rules(stored, rules)) == len(rules)
