@@ -6,6 +6,8 @@ if __name__ != "svg_jax.models":
     )
 
 from svg_jax.models.attention import Attend, dense_attention
+from svg_jax.models.clip import CLIPTextEncoder, CLIPVisionEncoder
+from svg_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from svg_jax.models.cogvideox import CogVideoXTransformer
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.hunyuan_video import HunyuanVideoTransformer
@@ -17,6 +19,10 @@ from svg_jax.models.wan_config import WanConfig
 
 __all__ = [
     "Attend",
+    "CLIPTextConfig",
+    "CLIPTextEncoder",
+    "CLIPVisionConfig",
+    "CLIPVisionEncoder",
     "CogVideoXConfig",
     "CogVideoXTransformer",
     "HunyuanVideoConfig",
