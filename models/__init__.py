@@ -13,6 +13,7 @@ from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.hunyuan_video import HunyuanVideoTransformer
 from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
 from svg_jax.models.layout import VideoLayout
+from svg_jax.models.llama import LlamaConfig, LlamaEncoder
 from svg_jax.models.t5 import T5Config, T5Encoder
 from svg_jax.models.wan import WanTransformer
 from svg_jax.models.wan_config import WanConfig
@@ -27,6 +28,8 @@ __all__ = [
     "CogVideoXTransformer",
     "HunyuanVideoConfig",
     "HunyuanVideoTransformer",
+    "LlamaConfig",
+    "LlamaEncoder",
     "T5Config",
     "T5Encoder",
     "VideoLayout",

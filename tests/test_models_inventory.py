@@ -20,6 +20,7 @@ from svg_jax.models import (
     CLIPVisionEncoder,
     CogVideoXTransformer,
     HunyuanVideoTransformer,
+    LlamaEncoder,
     T5Encoder,
     WanTransformer,
 )
@@ -30,6 +31,7 @@ MODULES = {
     "CLIPVisionModel": CLIPVisionEncoder,
     "CogVideoXTransformer3DModel": CogVideoXTransformer,
     "HunyuanVideoTransformer3DModel": HunyuanVideoTransformer,
+    "LlamaModel": LlamaEncoder,
     "T5EncoderModel": T5Encoder,
     "UMT5EncoderModel": T5Encoder,
     "WanTransformer3DModel": WanTransformer,
@@ -56,11 +58,12 @@ WAN = [
     "wan2.2-ti2v-5b-transformer",
 ]
 T5 = ["t5-v1_1-xxl-encoder", "umt5-xxl-encoder"]
-ENCODERS = [*T5, "clip-l-text", "clip-vit-h-vision"]
+ENCODERS = [*T5, "clip-l-text", "clip-vit-h-vision", "llama3-8b-encoder"]
 # What transformers of several versions writes before the names of an encoder's parts.
 PREFIXES = {
     "clip-l-text": [{"text_model.": ""}],
     "clip-vit-h-vision": [{"vision_model.": ""}],
+    "llama3-8b-encoder": [{"": "model."}],
 }
 
 
