@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from svg_jax.convert import clip, cogvideox, hunyuan_video, llama, t5, wan
+from svg_jax.convert import clip, cogvideox, hunyuan_video, llama, llava, t5, wan
 from svg_jax.convert.reader import read_json
 from svg_jax.convert.rules import ConversionError, Leaf, Rule, match_rules
 from svg_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
 from svg_jax.models.llama import LlamaConfig
+from svg_jax.models.llava import LlavaConfig
 from svg_jax.models.t5 import T5Config
 from svg_jax.models.wan_config import WanConfig
 
@@ -58,6 +59,9 @@ FAMILIES: Mapping[str, Family] = {
         HunyuanVideoConfig.from_dict, hunyuan_video.rules, "diffusion_pytorch_model"
     ),
     "LlamaModel": Family(LlamaConfig.from_dict, llama.rules, "model", llama.UNUSED),
+    "LlavaForConditionalGeneration": Family(
+        LlavaConfig.from_dict, llava.rules, "model", llama.UNUSED
+    ),
     "T5EncoderModel": Family(partial(T5Config.from_dict, model_type="t5"), t5.rules, "model"),
     "UMT5EncoderModel": Family(partial(T5Config.from_dict, model_type="umt5"), t5.rules, "model"),
     "WanTransformer3DModel": Family(

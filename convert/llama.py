@@ -11,6 +11,11 @@ UNUSED = re.compile(r"(^|\.)lm_head\.weight$")
 
 def rules(config: LlamaConfig) -> tuple[Rule, ...]:
     """The table; `LlamaModel` has its names as they are, `LlamaForCausalLM` with a prefix."""
+    return tuple(nest_rules(("", "model."), "", table(config)))
+
+
+def table(config: LlamaConfig) -> list[Rule]:
+    """The table without the names that have a prefix."""
     width, hidden = config.hidden_size, config.intermediate_size
     inner = config.num_attention_heads * config.head_features
     shared = config.key_value_heads * config.head_features
@@ -34,9 +39,8 @@ def rules(config: LlamaConfig) -> tuple[Rule, ...]:
         linear("mlp.down_proj", "feed_forward.output", hidden, width),
     ]
     shape = (config.vocab_size, width)
-    table = [
+    return [
         Rule("embed_tokens.weight", "token_embedding.embedding", "none", shape),
         *stack_rules("layers", "blocks", config.num_hidden_layers, layer),
         norm("norm", "final_norm"),
     ]
-    return tuple(nest_rules(("", "model."), "", table))

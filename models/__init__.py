@@ -14,6 +14,7 @@ from svg_jax.models.hunyuan_video import HunyuanVideoTransformer
 from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
 from svg_jax.models.layout import VideoLayout
 from svg_jax.models.llama import LlamaConfig, LlamaEncoder
+from svg_jax.models.llava import LlavaConfig, LlavaEncoder
 from svg_jax.models.t5 import T5Config, T5Encoder
 from svg_jax.models.wan import WanTransformer
 from svg_jax.models.wan_config import WanConfig
@@ -30,6 +31,8 @@ __all__ = [
     "HunyuanVideoTransformer",
     "LlamaConfig",
     "LlamaEncoder",
+    "LlavaConfig",
+    "LlavaEncoder",
     "T5Config",
     "T5Encoder",
     "VideoLayout",
