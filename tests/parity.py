@@ -35,7 +35,7 @@ def randomised(module, seed, dtype=torch.float32, in_float32=()):
 
 
 def ported(make, rules, reference, unused=()):
-    """Our module with the reference's weights, but those unused, in the dtypes it makes them with."""
+    """Our module with the reference's weights, in the dtypes that it makes them with."""
     tensors = {
         name: tensor.float().numpy()
         for name, tensor in reference.state_dict().items()

@@ -1,6 +1,7 @@
 """Encoders as transformers saves them: converted from a folder, and back bit by bit."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,15 @@ from safetensors.numpy import load_file
 
 from svg_jax.convert import convert_pipeline, export_pipeline, read_manifest
 
-T5 = {"d_model": 16, "d_ff": 24, "d_kv": 4, "num_heads": 2, "num_layers": 2, "vocab_size": 30}
-SIZES = {
+T5: dict[str, Any] = {
+    "d_model": 16,
+    "d_ff": 24,
+    "d_kv": 4,
+    "num_heads": 2,
+    "num_layers": 2,
+    "vocab_size": 30,
+}
+SIZES: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,

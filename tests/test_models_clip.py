@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from parity import TOLERANCE, bfloat16_errors, ported, randomised, relative_erro
 from svg_jax.convert import clip, convert_state, restore_state
 from svg_jax.models import CLIPTextConfig, CLIPTextEncoder, CLIPVisionConfig, CLIPVisionEncoder
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 24,
     "intermediate_size": 40,
     "num_hidden_layers": 3,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from svg_jax.convert import llama
 from svg_jax.models import LlamaConfig, LlamaEncoder
 from svg_jax.models.rope import text_rotation
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 100,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -28,7 +29,7 @@ SIZES = {
     "max_position_embeddings": 40,
     "rms_norm_eps": 1e-5,
 }
-ROPE = {"rope_theta": 500_000.0, "rope_type": "default"}
+ROPE: dict[str, Any] = {"rope_theta": 500_000.0, "rope_type": "default"}
 VARIANTS = {
     "3": {**SIZES, "rope_parameters": ROPE},
     "other heads": {**SIZES, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 10},

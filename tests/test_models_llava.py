@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from parity import TOLERANCE, bfloat16_errors, ported, randomised, relative_erro
 from svg_jax.convert import llava
 from svg_jax.models import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaEncoder
 
-TEXT = {
+TEXT: dict[str, Any] = {
     "vocab_size": 100,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -25,7 +26,7 @@ TEXT = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 40,
 }
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 24,
     "intermediate_size": 40,
     "num_hidden_layers": 3,
