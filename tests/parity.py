@@ -34,9 +34,13 @@ def randomised(module, seed, dtype=torch.float32, in_float32=()):
     return module.eval()
 
 
-def ported(make, rules, reference):
+def ported(make, rules, reference, unused=()):
     """Our module with the reference's weights, in the dtypes that it makes them with."""
-    tensors = {name: tensor.float().numpy() for name, tensor in reference.state_dict().items()}
+    tensors = {
+        name: tensor.float().numpy()
+        for name, tensor in reference.state_dict().items()
+        if name not in unused
+    }
     graph, state = nnx.split(nnx.eval_shape(make))
     values = jax.tree.map(
         lambda leaf, x: jnp.asarray(x, leaf.dtype),
