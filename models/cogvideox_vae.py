@@ -143,6 +143,13 @@ class CogVideoXVAE(nnx.Module):
         self.encoder = _encoder(config, **kinds)
         self.decoder = _decoder(config, **kinds)
 
+    def moments(self, video: Array) -> Array:
+        def step(chunk: Array, cache: Any) -> tuple[Array, Any]:
+            return self.encoder(chunk, cache)
+
+        video = jnp.moveaxis(video, 1, -1).astype(self.dtype)
+        return jnp.moveaxis(_in_chunks(step, video, _ENCODED), -1, 1)
+
     def decode(
         self, latents: Float[Array, "batch latent_channels latent_frames rows columns"]
     ) -> Float[Array, "batch out_channels frames height width"]:
