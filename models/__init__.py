@@ -1,4 +1,4 @@
-"""Flax NNX ports of video diffusion transformers and text encoders; nothing of SVG is here."""
+"""Flax NNX ports of video diffusion transformers, text encoders and VAEs; nothing of SVG here."""
 
 if __name__ != "svg_jax.models":
     raise ImportError(
@@ -8,6 +8,8 @@ if __name__ != "svg_jax.models":
 from svg_jax.models.attention import Attend, dense_attention
 from svg_jax.models.cogvideox import CogVideoXTransformer
 from svg_jax.models.cogvideox_config import CogVideoXConfig
+from svg_jax.models.cogvideox_vae import CogVideoXVAE
+from svg_jax.models.cogvideox_vae_config import CogVideoXVAEConfig
 from svg_jax.models.hunyuan_video import HunyuanVideoTransformer
 from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
 from svg_jax.models.layout import VideoLayout
@@ -19,6 +21,8 @@ __all__ = [
     "Attend",
     "CogVideoXConfig",
     "CogVideoXTransformer",
+    "CogVideoXVAE",
+    "CogVideoXVAEConfig",
     "HunyuanVideoConfig",
     "HunyuanVideoTransformer",
     "T5Config",

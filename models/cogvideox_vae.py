@@ -4,6 +4,7 @@ Source of the architecture as released: diffusers `AutoencoderKLCogVideoX`. Its 
 statistics over a chunk of frames, so that the size of the chunks is part of the model.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,9 +24,10 @@ from svg_jax.models.cogvideox_vae_layers import (
     Upsample,
     causal_conv,
     conv3d,
-    group_norm,
 )
-from svg_jax.models.layers import silu
+from svg_jax.models.layers import group_norm, silu
+from svg_jax.models.vae import Posterior
+from svg_jax.models.vae_tiling import Progress, Tiling, decode_tiles, encode_tiles
 
 _ENCODED = 8  # frames of a chunk
 _DECODED = 2  # latent frames of a chunk
@@ -39,17 +41,17 @@ class Coder(nnx.Module):
 
     def __init__(
         self,
-        channels: int,
+        channels: tuple[int, int],
         widths: tuple[int, int],
-        out_channels: int,
         blocks: list[Block],
         make_norm: Callable[[int], nnx.Module],
         **kinds: Any,
     ):
-        self.input = conv3d(channels, widths[0], **kinds)
+        """Makes it of channels and widths at its beginning and end, and what is between them."""
+        self.input = conv3d(channels[0], widths[0], **kinds)
         self.blocks = nnx.List(blocks)
         self.norm = make_norm(widths[1])
-        self.output = conv3d(widths[1], out_channels, **kinds)
+        self.output = conv3d(widths[1], channels[1], **kinds)
 
     def __call__(
         self, chunk: Frames, cache: Cache | None, condition: tuple[Array, ...] = ()
@@ -66,56 +68,41 @@ class Coder(nnx.Module):
         return hidden, (first, tuple(following), last)
 
 
-def _encoder(config: CogVideoXVAEConfig, **kinds: Any) -> Coder:
-    norms = {"groups": config.norm_num_groups, **kinds}
-    norms.pop("dtype")
-    layer_norm = partial(group_norm, epsilon=config.norm_eps, **norms)
+def _make_encoder(
+    config: CogVideoXVAEConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
+) -> Coder:
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    norm = partial(group_norm, groups=config.norm_num_groups, param_dtype=param_dtype, rngs=rngs)
+    layer_norm = partial(norm, epsilon=config.norm_eps)
     widths = config.block_out_channels
     blocks = []
-    for level, (features, out_features) in enumerate(zip((widths[0], *widths), widths)):
-        last = level == len(widths) - 1
+    for level, (features, width) in enumerate(itertools.pairwise((widths[0], *widths))):
         frames = level < config.temporal_levels
-        resize = None if last else Downsample(out_features, frames=frames, **kinds)
-        layers = config.layers_per_block
-        blocks.append(Block(features, out_features, layers, layer_norm, resize, **kinds))
+        last = level == len(widths) - 1
+        resize = None if last else Downsample(width, frames=frames, **kinds)
+        blocks.append(Block(features, width, config.layers_per_block, layer_norm, resize, **kinds))
     blocks.append(Block(widths[-1], widths[-1], 2, layer_norm, None, **kinds))
-    return Coder(
-        config.in_channels,
-        (widths[0], widths[-1]),
-        2 * config.latent_channels,
-        blocks,
-        partial(group_norm, **norms),
-        **kinds,
-    )
+    ends = (config.in_channels, 2 * config.latent_channels)
+    return Coder(ends, (widths[0], widths[-1]), blocks, partial(norm, epsilon=1e-6), **kinds)
 
 
-def _decoder(config: CogVideoXVAEConfig, **kinds: Any) -> Coder:
+def _make_decoder(config: CogVideoXVAEConfig, **kinds: Any) -> Coder:
     norm = partial(
-        SpatialNorm,
-        groups=config.norm_num_groups,
-        latent_channels=config.latent_channels,
-        **kinds,
+        SpatialNorm, groups=config.norm_num_groups, latent_channels=config.latent_channels, **kinds
     )
     widths = config.block_out_channels[::-1]
     blocks = [Block(widths[0], widths[0], 2, norm, None, **kinds)]
-    for level, (features, out_features) in enumerate(zip((widths[0], *widths), widths)):
-        last = level == len(widths) - 1
+    for level, (features, width) in enumerate(itertools.pairwise((widths[0], *widths))):
         frames = level < config.temporal_levels
-        resize = None if last else Upsample(out_features, frames=frames, **kinds)
-        layers = config.layers_per_block + 1
-        blocks.append(Block(features, out_features, layers, norm, resize, **kinds))
-    return Coder(
-        config.latent_channels,
-        (widths[0], widths[-1]),
-        config.out_channels,
-        blocks,
-        norm,
-        **kinds,
-    )
+        last = level == len(widths) - 1
+        resize = None if last else Upsample(width, frames=frames, **kinds)
+        blocks.append(Block(features, width, config.layers_per_block + 1, norm, resize, **kinds))
+    ends = (config.latent_channels, config.out_channels)
+    return Coder(ends, (widths[0], widths[-1]), blocks, norm, **kinds)
 
 
 class CogVideoXVAE(nnx.Module):
-    """Encodes videos to a distribution of latents and decodes latents.
+    """Encodes videos to distributions of latents, and decodes latents.
 
     Attributes:
         config: The architecture.
@@ -133,65 +120,134 @@ class CogVideoXVAE(nnx.Module):
 
         Args:
             config: The architecture.
-            dtype: Of convolutions and the result; norms are float32 inside.
+            dtype: Of convolutions and results; norms are float32 inside.
             param_dtype: Of the parameters.
             rngs: Source of random weights.
         """
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
         self.dtype = dtype
-        self.encoder = _encoder(config, **kinds)
-        self.decoder = _decoder(config, **kinds)
+        self.encoder = _make_encoder(config, **kinds)
+        self.decoder = _make_decoder(config, **kinds)
 
-    def moments(self, video: Array) -> Array:
-        def step(chunk: Array, cache: Any) -> tuple[Array, Any]:
-            return self.encoder(chunk, cache)
-
-        video = jnp.moveaxis(video, 1, -1).astype(self.dtype)
-        return jnp.moveaxis(_in_chunks(step, video, _ENCODED), -1, 1)
-
-    def decode(
-        self, latents: Float[Array, "batch latent_channels latent_frames rows columns"]
-    ) -> Float[Array, "batch out_channels frames height width"]:
-        """Decodes latents.
+    def encode(
+        self,
+        video: Float[Array, "batch channels frames height width"],
+        *,
+        tiling: Tiling | None = None,
+        progress: Progress | None = None,
+    ) -> Posterior:
+        """Describes the latents of a video; compiled inside.
 
         Args:
-            latents: Latents as they are encoded: `denormalize` makes them of a transformer's.
+            video: Frames from -1 to 1. One of them, and then some that temporal_compression_ratio
+                divides, is what the model was trained on; any number is taken.
+            tiling: Encode in tiles (`config.tiling` is the released one), which takes less memory
+                and is not the same; call it outside of `jax.jit`. None encodes it as a whole.
+            progress: Called with the tiles that are done and their number.
+
+        Raises:
+            ValueError: On a video that this model cannot take.
+        """
+        ratio = self.config.spatial_compression_ratio
+        height, width = video.shape[-2:]
+        _check_channels("video", video, self.config.in_channels)
+        for axis, size in (("height", height), ("width", width)):
+            if size % ratio:
+                raise ValueError(f"{axis}={size} must be a multiple of a latent's {ratio} pixels.")
+        if tiling is None:
+            return Posterior.from_moments(_encode(self, video))
+        moments = encode_tiles(partial(_encode, self), video, tiling, ratio, progress)
+        return Posterior.from_moments(moments)
+
+    def decode(
+        self,
+        latents: Float[Array, "batch channels latent_frames rows columns"],
+        *,
+        tiling: Tiling | None = None,
+        progress: Progress | None = None,
+    ) -> Float[Array, "batch out_channels frames height width"]:
+        """Decodes latents; compiled inside.
+
+        Args:
+            latents: As `encode` describes them; `denormalize` makes them of a transformer's.
+            tiling: See `encode`.
+            progress: See `encode`.
 
         Returns:
-            A video in `dtype`, about -1 to 1. An even number of latent frames gives
-            temporal_compression_ratio times as many frames; of an odd number, the first is one
-            frame.
+            Frames in `dtype`, about from -1 to 1. Each latent frame gives
+            temporal_compression_ratio of them; but of an odd number, the first gives one.
+
+        Raises:
+            ValueError: On latents that this model cannot take.
         """
+        _check_channels("latents", latents, self.config.latent_channels)
+        if tiling is None:
+            return _decode(self, latents)
+        ratio = self.config.spatial_compression_ratio
+        return decode_tiles(partial(_decode, self), latents, tiling, ratio, progress)
 
-        def step(chunk: Array, cache: Any) -> tuple[Array, Any]:
-            return self.decoder(chunk, cache, (chunk,))
+    def normalize(self, latents: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Latents of a video as the transformer takes them."""
+        return _scale(latents, self.config.scaling_factor)
 
-        latents = jnp.moveaxis(latents, 1, -1).astype(self.dtype)
-        return jnp.moveaxis(_in_chunks(step, latents, _DECODED), -1, 1)
+    def denormalize(self, latents: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The inverse of `normalize`: the transformer's latents as `decode` takes them."""
+        return _scale(latents, 1 / self.config.scaling_factor)
+
+    def normalize_image(self, latents: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Latents of an image as the transformer takes them for its condition.
+
+        1.5 was trained with a division where `normalize` multiplies.
+        """
+        inverted = self.config.invert_scale_latents
+        return self.denormalize(latents) if inverted else self.normalize(latents)
+
+
+@nnx.jit
+def _encode(vae: CogVideoXVAE, video: Array) -> Array:
+    def step(chunk: Array, cache: Cache | None) -> tuple[Array, Cache]:
+        return vae.encoder(chunk, cache)
+
+    frames = jnp.moveaxis(video, 1, -1).astype(vae.dtype)
+    return jnp.moveaxis(_in_chunks(step, frames, _ENCODED), -1, 1)
+
+
+@nnx.jit
+def _decode(vae: CogVideoXVAE, latents: Array) -> Array:
+    def step(chunk: Array, cache: Cache | None) -> tuple[Array, Cache]:
+        return vae.decoder(chunk, cache, (chunk,))
+
+    frames = jnp.moveaxis(latents, 1, -1).astype(vae.dtype)
+    return jnp.moveaxis(_in_chunks(step, frames, _DECODED), -1, 1)
 
 
 def _in_chunks(
-    step: Callable[[Array, Any], tuple[Array, Any]], x: Frames, size: int
+    step: Callable[[Array, Cache | None], tuple[Array, Cache]], x: Frames, size: int
 ) -> Frames:
-    """Sends frames through `step` by `size`; the first chunk takes what is left over, too.
-
-    Args:
-        step: (chunk, cache or None) -> (its result, cache).
-        x: Frames of at least one chunk, or less than one.
-        size: Frames of a chunk.
-    """
+    """Sends frames through `step` by `size`; the first chunk takes what is left over, too."""
     batch, frames, *_ = x.shape
-    out, cache = step(x[:, : size + frames % size], None)
-    rest = x[:, size + frames % size :]
-    if rest.shape[1] == 0:
+    first = size + frames % size
+    out, cache = step(x[:, :first], None)
+    if frames <= first:
         return out
 
-    def next_step(cache: Any, chunk: Array) -> tuple[Any, Array]:
+    def next_step(cache: Cache, chunk: Array) -> tuple[Cache, Array]:
         out, cache = step(chunk, cache)
         return cache, out
 
-    chunks = jnp.moveaxis(rest.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
-    _, outs = jax.lax.scan(next_step, cache, chunks)
+    chunks = x[:, first:].reshape(batch, -1, size, *x.shape[2:])
+    _, outs = jax.lax.scan(next_step, cache, jnp.moveaxis(chunks, 1, 0))
     outs = jnp.moveaxis(outs, 0, 1).reshape(batch, -1, *out.shape[2:])
     return jnp.concatenate([out, outs], axis=1)
+
+
+def _check_channels(name: str, x: Array, channels: int) -> None:
+    if x.shape[1] != channels:
+        raise ValueError(f"{name} has {x.shape[1]} channels and this model takes {channels}.")
+    if 0 in x.shape:
+        raise ValueError(f"{name} is {list(x.shape)}: there is nothing in it.")
+
+
+def _scale(latents: Array, factor: float) -> Array:
+    return (latents.astype(jnp.float32) * factor).astype(latents.dtype)

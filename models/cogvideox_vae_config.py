@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from svg_jax.models.config import check_config, read_config
+from svg_jax.models.vae_tiling import Tiling
 
 _DOWN, _UP = "CogVideoXDownBlock3D", "CogVideoXUpBlock3D"
 _IMPLEMENTED = MappingProxyType(
@@ -113,3 +114,9 @@ class CogVideoXVAEConfig:
     def temporal_levels(self) -> int:
         """How many blocks halve (or double) the frames: the first ones, in either direction."""
         return self.temporal_compression_ratio.bit_length() - 1
+
+    @property
+    def tiling(self) -> Tiling:
+        """The tiles that the released code cuts: half the sample's size, ⅙ and ⅕ of it overlap."""
+        height, width = self.sample_height // 2, self.sample_width // 2
+        return Tiling(height, width, height * 5 // 6, width * 4 // 5)

@@ -4,6 +4,7 @@ They take a video in chunks: what a layer has to know of earlier frames goes in 
 cache.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,10 +15,20 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from svg_jax.models.layers import silu
+from svg_jax.models.layers import group_norm, silu
 
 Frames = Float[Array, "batch frames height width channels"]
+Latents = Float[Array, "batch latent_frames rows columns latent_channels"]
 Pasts = tuple[Frames, Frames]  # of the two causal convolutions of a residual layer
+
+# Elements that a convolution is given at once, a gigabyte in float16 twice over: libraries that
+# count in 32 bits take no more than 2³¹, and cuDNN's workspace grows with them.
+_MOST_ELEMENTS = 2**30
+
+
+def conv3d(features: int, out_features: int, **kinds: Any) -> nnx.Conv:
+    """A convolution of three frames, rows and columns; only rows and columns are padded."""
+    return nnx.Conv(features, out_features, (3, 3, 3), padding=((0, 0), (1, 1), (1, 1)), **kinds)
 
 
 def causal_conv(conv: nnx.Conv, x: Frames, past: Frames | None) -> tuple[Frames, Frames]:
@@ -34,12 +45,35 @@ def causal_conv(conv: nnx.Conv, x: Frames, past: Frames | None) -> tuple[Frames,
     before = conv.kernel_size[0] - 1
     past = repeat(x[:, :1], before, axis=1) if past is None else past
     x = jnp.concatenate([past, x], axis=1)
-    return conv(x), x[:, -before:]
+    return by_frames(conv, x, x[:, 0].size, before), x[:, -before:]
 
 
-def conv3d(features: int, out_features: int, **kinds: Any) -> nnx.Conv:
-    """A convolution of three frames, rows and columns; only rows and columns are padded."""
-    return nnx.Conv(features, out_features, (3, 3, 3), padding=((0, 0), (1, 1), (1, 1)), **kinds)
+def by_frames(
+    function: Callable[[Array], Array], x: Frames, frame_elements: int, before: int = 0
+) -> Frames:
+    """Applies a convolution, to some frames at a time where all of them are too many elements.
+
+    Args:
+        function: The convolution.
+        x: Frames.
+        frame_elements: Elements that it makes of one frame before it convolves.
+        before: Frames that each result looks back.
+    """
+    frames = x.shape[1] - before
+    fitting = [
+        size
+        for size in range(1, frames + 1)
+        if frames % size == 0 and (size + before) * frame_elements <= _MOST_ELEMENTS
+    ]
+    size = max(fitting, default=1)
+    if size == frames:
+        return function(x)
+
+    def convolve(start: Array) -> Array:
+        return function(jax.lax.dynamic_slice_in_dim(x, start, size + before, axis=1))
+
+    parts = jnp.moveaxis(jax.lax.map(convolve, jnp.arange(0, frames, size)), 0, 1)
+    return parts.reshape(len(x), frames, *parts.shape[3:])
 
 
 def repeat(x: Float[Array, "..."], times: int, axis: int) -> Float[Array, "..."]:
@@ -51,13 +85,13 @@ def repeat(x: Float[Array, "..."], times: int, axis: int) -> Float[Array, "..."]
     return spread.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
-def repeat_frames(x: Frames, times: int) -> Frames:
-    """Repeats every frame; but of an odd number, the first: it is one frame of the video."""
-    if times == 1 or x.shape[1] == 1:
+def spread_frames(x: Frames, frames: int) -> Frames:
+    """Repeats all frames equally often; but of an odd number, the first stays alone."""
+    alone = x.shape[1] % 2
+    if x.shape[1] == alone:
         return x
-    if x.shape[1] % 2 == 0:
-        return repeat(x, times, axis=1)
-    return jnp.concatenate([x[:, :1], repeat(x[:, 1:], times, axis=1)], axis=1)
+    times = (frames - alone) // (x.shape[1] - alone)
+    return jnp.concatenate([x[:, :alone], repeat(x[:, alone:], times, axis=1)], axis=1)
 
 
 def halve_frames(x: Frames) -> Frames:
@@ -66,20 +100,6 @@ def halve_frames(x: Frames) -> Frames:
     pairs = pairs.reshape(x.shape[0], -1, 2, *x.shape[2:])
     means = jnp.mean(pairs.astype(jnp.float32), axis=2).astype(x.dtype)
     return jnp.concatenate([alone, means], axis=1)
-
-
-def group_norm(
-    features: int, groups: int, epsilon: float = 1e-6, *, param_dtype: Dtype, rngs: nnx.Rngs
-) -> nnx.GroupNorm:
-    return nnx.GroupNorm(
-        features,
-        groups,
-        epsilon=epsilon,
-        dtype=jnp.float32,
-        param_dtype=param_dtype,
-        use_fast_variance=False,
-        rngs=rngs,
-    )
 
 
 class SpatialNorm(nnx.Module):
@@ -96,23 +116,19 @@ class SpatialNorm(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.norm = group_norm(features, groups, param_dtype=param_dtype, rngs=rngs)
+        self.norm = group_norm(features, groups, 1e-6, param_dtype=param_dtype, rngs=rngs)
         self.scale = nnx.Linear(latent_channels, features, **kinds)
         self.shift = nnx.Linear(latent_channels, features, **kinds)
 
-    def __call__(
-        self, x: Frames, latents: Float[Array, "batch latent_frames rows columns latent_channels"]
-    ) -> Frames:
-        """Normalises frames that these latents are decoded to; float32."""
-        _, frames, height, _, _ = x.shape
+    def __call__(self, x: Frames, latents: Latents) -> Frames:
+        """Normalises frames that are on their way from these latents; float32."""
+        size, latent_size = x.shape[1:4], latents.shape[1:4]
 
-        def enlarge(of_latents: Array) -> Array:
-            size = of_latents.shape
-            times = (frames - size[1] % 2) // max(size[1] - size[1] % 2, 1)
-            enlarged = repeat_frames(of_latents.astype(jnp.float32), times)
+        def enlarge(of_latents: Frames) -> Frames:
+            enlarged = of_latents.astype(jnp.float32)
             for axis in (2, 3):
-                enlarged = repeat(enlarged, height // size[2], axis)
-            return enlarged
+                enlarged = repeat(enlarged, size[axis - 1] // latent_size[axis - 1], axis)
+            return spread_frames(enlarged, size[0])
 
         return self.norm(x) * enlarge(self.scale(latents)) + enlarge(self.shift(latents))
 
@@ -167,7 +183,7 @@ class Block(nnx.Module):
     ):
         widths = [features] + [out_features] * num_layers
         make = partial(ResidualLayer, make_norm=make_norm, **kinds)
-        self.layers = nnx.List(make(*pair) for pair in zip(widths, widths[1:], strict=False))
+        self.layers = nnx.List(make(*pair) for pair in itertools.pairwise(widths))
         self.resize = resize
 
     def __call__(
@@ -194,7 +210,8 @@ class Downsample(nnx.Module):
 
     def __call__(self, x: Frames) -> Frames:
         """Returns the smaller video."""
-        return self.conv(halve_frames(x) if self.frames else x)
+        x = halve_frames(x) if self.frames else x
+        return by_frames(self.conv, x, x[:, 0].size)
 
 
 class Upsample(nnx.Module):
@@ -206,5 +223,10 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: Frames) -> Frames:
         """Returns the larger video."""
-        x = self.conv(repeat(repeat(x, 2, axis=2), 2, axis=3))
-        return repeat_frames(x, 2) if self.frames else x  # equal frames need one convolution
+
+        def enlarge(part: Frames) -> Frames:
+            return self.conv(repeat(repeat(part, 2, axis=2), 2, axis=3))
+
+        # Frames are repeated last: equal ones need one convolution.
+        x = by_frames(enlarge, x, 4 * x[:, 0].size)
+        return spread_frames(x, 2 * x.shape[1] - x.shape[1] % 2) if self.frames else x

@@ -15,10 +15,17 @@ from flax import nnx
 
 from svg_jax.convert.components import FAMILIES, component_leaves
 from svg_jax.convert.rules import ConversionError, Rule, match_rules
-from svg_jax.models import CogVideoXTransformer, HunyuanVideoTransformer, T5Encoder, WanTransformer
+from svg_jax.models import (
+    CogVideoXTransformer,
+    CogVideoXVAE,
+    HunyuanVideoTransformer,
+    T5Encoder,
+    WanTransformer,
+)
 
 INVENTORY = Path(__file__).parent / "data" / "inventory"
 MODULES = {
+    "AutoencoderKLCogVideoX": CogVideoXVAE,
     "CogVideoXTransformer3DModel": CogVideoXTransformer,
     "HunyuanVideoTransformer3DModel": HunyuanVideoTransformer,
     "T5EncoderModel": T5Encoder,
@@ -45,6 +52,7 @@ WAN = [
     "wan2.2-i2v-a14b-transformer",
     "wan2.2-ti2v-5b-transformer",
 ]
+COGVIDEOX_VAE = ["cogvideox-2b-vae", "cogvideox-5b-vae", "cogvideox1.5-5b-vae"]
 ENCODER = "t5-v1_1-xxl-encoder"
 
 
@@ -75,10 +83,10 @@ def port(name) -> tuple[Any, tuple[Rule, ...]]:
 
 def leaf_shapes(module):
     flat, _ = jax.tree.flatten_with_path(nnx.to_pure_dict(nnx.state(module)))
-    return {".".join(key.key for key in path): leaf.shape for path, leaf in flat}
+    return {".".join(str(key.key) for key in path): leaf.shape for path, leaf in flat}
 
 
-@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, ENCODER])
+@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, *COGVIDEOX_VAE, ENCODER])
 def test_every_released_tensor_has_its_place_and_every_parameter_its_tensor(name):
     module, rules = port(name)
     *_, shapes = read(name)
@@ -87,7 +95,7 @@ def test_every_released_tensor_has_its_place_and_every_parameter_its_tensor(name
     assert sum(map(math.prod, placed.values())) == sum(map(math.prod, shapes.values()))
 
 
-@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, ENCODER])
+@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, *COGVIDEOX_VAE, ENCODER])
 def test_a_dropped_renamed_or_misshapen_tensor_does_not_fit(name):
     _, rules = port(name)
     *_, shapes = read(name)
