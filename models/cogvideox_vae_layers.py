@@ -17,8 +17,7 @@ from jaxtyping import Array, Float
 
 from svg_jax.models.layers import group_norm, silu
 
-Frames = Float[Array, "batch frames height width channels"]
-Latents = Float[Array, "batch latent_frames rows columns latent_channels"]
+Frames = Float[Array, "batch _ _ _ _"]  # what goes in and what comes out differ in all others
 Pasts = tuple[Frames, Frames]  # of the two causal convolutions of a residual layer
 
 # Elements that a convolution is given at once, a gigabyte in float16 twice over: libraries that
@@ -120,7 +119,7 @@ class SpatialNorm(nnx.Module):
         self.scale = nnx.Linear(latent_channels, features, **kinds)
         self.shift = nnx.Linear(latent_channels, features, **kinds)
 
-    def __call__(self, x: Frames, latents: Latents) -> Frames:
+    def __call__(self, x: Frames, latents: Frames) -> Frames:
         """Normalises frames that are on their way from these latents; float32."""
         size, latent_size = x.shape[1:4], latents.shape[1:4]
 

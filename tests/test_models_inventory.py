@@ -95,13 +95,14 @@ def test_every_released_tensor_has_its_place_and_every_parameter_its_tensor(name
     assert sum(map(math.prod, placed.values())) == sum(map(math.prod, shapes.values()))
 
 
-@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, *COGVIDEOX_VAE, ENCODER])
+@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, COGVIDEOX_VAE[0], ENCODER])
 def test_a_dropped_renamed_or_misshapen_tensor_does_not_fit(name):
     _, rules = port(name)
     *_, shapes = read(name)
-    for victim in (rule.names_of((rule.layers or 1) - 1)[0] for rule in rules):
+    some = rules[:: len(rules) // 50 or 1]  # of a table that is as long as its layers are many
+    for victim in (rule.names_of((rule.layers or 1) - 1)[0] for rule in some):
         dropped = {k: v for k, v in shapes.items() if k != victim}
-        for wrong in (dropped, {**dropped, f"{victim}_": shapes[victim]}, {**shapes, victim: (3,)}):
+        for wrong in (dropped, {**dropped, f"{victim}_": shapes[victim]}, {**shapes, victim: (7,)}):
             with pytest.raises(ConversionError, match=re.escape(victim)):
                 match_rules(wrong, rules)
 
