@@ -155,10 +155,10 @@ class CogVideoXVAE(nnx.Module):
         for axis, size in (("height", height), ("width", width)):
             if size % ratio:
                 raise ValueError(f"{axis}={size} must be a multiple of a latent's {ratio} pixels.")
+        run = partial(_encode, *nnx.split(self))
         if tiling is None:
-            return Posterior.from_moments(_encode(self, video))
-        moments = encode_tiles(partial(_encode, self), video, tiling, ratio, progress)
-        return Posterior.from_moments(moments)
+            return Posterior.from_moments(run(video))
+        return Posterior.from_moments(encode_tiles(run, video, tiling, ratio, progress))
 
     def decode(
         self,
@@ -182,10 +182,11 @@ class CogVideoXVAE(nnx.Module):
             ValueError: On latents that this model cannot take.
         """
         _check_channels("latents", latents, self.config.latent_channels)
+        run = partial(_decode, *nnx.split(self))
         if tiling is None:
-            return _decode(self, latents)
+            return run(latents)
         ratio = self.config.spatial_compression_ratio
-        return decode_tiles(partial(_decode, self), latents, tiling, ratio, progress)
+        return decode_tiles(run, latents, tiling, ratio, progress)
 
     def normalize(self, latents: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Latents of a video as the transformer takes them."""
@@ -204,8 +205,10 @@ class CogVideoXVAE(nnx.Module):
         return self.denormalize(latents) if inverted else self.normalize(latents)
 
 
-@nnx.jit
-def _encode(vae: CogVideoXVAE, video: Array) -> Array:
+@partial(jax.jit, static_argnums=0)
+def _encode(graph: Any, state: Any, video: Array) -> Array:
+    vae = nnx.merge(graph, state)
+
     def step(chunk: Array, cache: Cache | None) -> tuple[Array, Cache]:
         return vae.encoder(chunk, cache)
 
@@ -213,8 +216,10 @@ def _encode(vae: CogVideoXVAE, video: Array) -> Array:
     return jnp.moveaxis(_in_chunks(step, frames, _ENCODED), -1, 1)
 
 
-@nnx.jit
-def _decode(vae: CogVideoXVAE, latents: Array) -> Array:
+@partial(jax.jit, static_argnums=0)
+def _decode(graph: Any, state: Any, latents: Array) -> Array:
+    vae = nnx.merge(graph, state)
+
     def step(chunk: Array, cache: Cache | None) -> tuple[Array, Cache]:
         return vae.decoder(chunk, cache, (chunk,))
 
