@@ -20,18 +20,18 @@ from svg_jax.models.layers import group_norm, silu
 Frames = Float[Array, "batch _ _ _ _"]  # what goes in and what comes out differ in all others
 Pasts = tuple[Frames, Frames]  # of the two causal convolutions of a residual layer
 
-# Elements that a convolution is given at once, a gigabyte in float16 twice over: libraries that
-# count in 32 bits take no more than 2³¹, and cuDNN's workspace grows with them.
+# Elements that a convolution is given at once. Libraries that count in 32 bits take no more than
+# 2³¹, and copies and workspaces grow with them.
 _MOST_ELEMENTS = 2**30
 
 
 def conv3d(features: int, out_features: int, **kinds: Any) -> nnx.Conv:
-    """A convolution of three frames, rows and columns; only rows and columns are padded."""
-    return nnx.Conv(features, out_features, (3, 3, 3), padding=((0, 0), (1, 1), (1, 1)), **kinds)
+    """The parameters of `causal_conv`: a kernel of three frames, rows and columns, and a bias."""
+    return nnx.Conv(features, out_features, (3, 3, 3), **kinds)
 
 
 def causal_conv(conv: nnx.Conv, x: Frames, past: Frames | None) -> tuple[Frames, Frames]:
-    """Convolves frames with themselves and those before them.
+    """Convolves frames with themselves and those before them; rows and columns are padded.
 
     Args:
         conv: What `conv3d` made.
@@ -41,10 +41,25 @@ def causal_conv(conv: nnx.Conv, x: Frames, past: Frames | None) -> tuple[Frames,
     Returns:
         As many frames, and the past of the next ones.
     """
-    before = conv.kernel_size[0] - 1
-    past = repeat(x[:, :1], before, axis=1) if past is None else past
+    taps, *_, out_features = conv.kernel.shape
+    past = repeat(x[:, :1], taps - 1, axis=1) if past is None else past
     x = jnp.concatenate([past, x], axis=1)
-    return by_frames(conv, x, x[:, 0].size, before), x[:, -before:]
+    # In two dimensions, the frames that a result sees side by side in its channels: on GPUs, XLA
+    # turns every three-dimensional convolution's operands to channels first, and back.
+    kernel = jnp.moveaxis(conv.kernel[...].astype(x.dtype), 0, 2)
+    kernel = kernel.reshape(*kernel.shape[:2], -1, out_features)
+    bias = conv.bias[...].astype(x.dtype)
+
+    def convolve(part: Frames) -> Frames:
+        frames = part.shape[1] - taps + 1
+        seen = [part[:, tap : tap + frames] for tap in range(taps)]
+        images = jnp.concatenate(seen, axis=-1).reshape(-1, *x.shape[2:4], taps * x.shape[4])
+        out = jax.lax.conv_general_dilated(
+            images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return out.reshape(len(x), frames, *out.shape[1:]) + bias.reshape(1, 1, 1, 1, -1)
+
+    return by_frames(convolve, x, taps * x[:, 0].size, taps - 1), x[:, 1 - taps :]
 
 
 def by_frames(
@@ -55,14 +70,14 @@ def by_frames(
     Args:
         function: The convolution.
         x: Frames.
-        frame_elements: Elements that it makes of one frame before it convolves.
+        frame_elements: Elements that go into one frame's result.
         before: Frames that each result looks back.
     """
     frames = x.shape[1] - before
     fitting = [
         size
         for size in range(1, frames + 1)
-        if frames % size == 0 and (size + before) * frame_elements <= _MOST_ELEMENTS
+        if frames % size == 0 and size * frame_elements <= _MOST_ELEMENTS
     ]
     size = max(fitting, default=1)
     if size == frames:

