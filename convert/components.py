@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from svg_jax.convert import clip, cogvideox, hunyuan_video, llama, llava, t5, wan
+from svg_jax.convert import clip, cogvideox, cogvideox_vae, hunyuan_video, llama, llava, t5, wan
 from svg_jax.convert.reader import read_json
 from svg_jax.convert.rules import ConversionError, Leaf, Rule, match_rules
 from svg_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from svg_jax.models.cogvideox_config import CogVideoXConfig
+from svg_jax.models.cogvideox_vae_config import CogVideoXVAEConfig
 from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
 from svg_jax.models.llama import LlamaConfig
 from svg_jax.models.llava import LlavaConfig
@@ -52,6 +53,9 @@ FAMILIES: Mapping[str, Family] = {
     "CLIPTextModel": Family(CLIPTextConfig.from_dict, clip.text_rules, "model"),
     "CLIPVisionModel": _CLIP_VISION,
     "CLIPVisionModelWithProjection": _CLIP_VISION,
+    "AutoencoderKLCogVideoX": Family(
+        CogVideoXVAEConfig.from_dict, cogvideox_vae.rules, "diffusion_pytorch_model"
+    ),
     "CogVideoXTransformer3DModel": Family(
         CogVideoXConfig.from_dict, cogvideox.rules, "diffusion_pytorch_model"
     ),

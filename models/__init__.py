@@ -1,4 +1,4 @@
-"""Flax NNX ports of video diffusion transformers and text encoders; nothing of SVG is here."""
+"""Flax NNX ports of video diffusion transformers, text encoders and VAEs; nothing of SVG here."""
 
 if __name__ != "svg_jax.models":
     raise ImportError(
@@ -10,6 +10,8 @@ from svg_jax.models.clip import CLIPTextEncoder, CLIPVisionEncoder
 from svg_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from svg_jax.models.cogvideox import CogVideoXTransformer
 from svg_jax.models.cogvideox_config import CogVideoXConfig
+from svg_jax.models.cogvideox_vae import CogVideoXVAE
+from svg_jax.models.cogvideox_vae_config import CogVideoXVAEConfig
 from svg_jax.models.hunyuan_video import HunyuanVideoTransformer
 from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
 from svg_jax.models.layout import VideoLayout
@@ -27,6 +29,8 @@ __all__ = [
     "CLIPVisionEncoder",
     "CogVideoXConfig",
     "CogVideoXTransformer",
+    "CogVideoXVAE",
+    "CogVideoXVAEConfig",
     "HunyuanVideoConfig",
     "HunyuanVideoTransformer",
     "LlamaConfig",

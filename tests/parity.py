@@ -1,6 +1,5 @@
 """What the parity tests share: a random model in both libraries, and how far apart they are."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -42,12 +41,12 @@ def ported(make, rules, reference, unused=()):
         if name not in unused
     }
     graph, state = nnx.split(nnx.eval_shape(make))
-    values = jax.tree.map(
-        lambda leaf, x: jnp.asarray(x, leaf.dtype),
-        nnx.to_pure_dict(state),
-        convert_state(tensors, rules),
-    )
-    nnx.replace_by_pure_dict(state, values)
+    leaves = nnx.traversals.flatten_mapping(nnx.to_pure_dict(state))
+    values = nnx.traversals.flatten_mapping(convert_state(tensors, rules))
+    dtypes = {tuple(str(key) for key in path): leaf.dtype for path, leaf in leaves.items()}
+    assert dtypes.keys() == values.keys()
+    values = {path: jnp.asarray(x, dtypes[path]) for path, x in values.items()}
+    nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(values))
     return nnx.merge(graph, state)
 
 
