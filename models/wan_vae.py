@@ -14,25 +14,27 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from svg_jax.models.layers import silu
+from svg_jax.models.vae import Posterior
 from svg_jax.models.wan_vae_config import WanVAEConfig
 from svg_jax.models.wan_vae_layers import (
     AttentionBlock,
+    AverageDown,
     ChannelNorm,
     Downsample,
     Past,
+    RepeatUp,
     ResidualBlock,
     Upsample,
     causal_conv,
+    channels_to_pixels,
     convolve,
+    pixels_to_channels,
     run_layers,
 )
 
 
 class Level(nnx.Module):
-    """The residual blocks of one size and the step to the next, if there is one.
-
-    In 2.2 the input passes around them, averaged or repeated to the shape of the output.
-    """
+    """The residual blocks of one size and the step to the next; in 2.2 beside a shortcut."""
 
     def __init__(
         self,
@@ -40,6 +42,7 @@ class Level(nnx.Module):
         out_features: int,
         num_blocks: int,
         resample: Downsample | Upsample | None,
+        shortcut: AverageDown | RepeatUp | None,
         *,
         dtype: Dtype,
         param_dtype: Dtype,
@@ -51,13 +54,17 @@ class Level(nnx.Module):
             [ResidualBlock(*pair, **kinds) for pair in zip(widths[:-1], widths[1:], strict=True)]
         )
         self.resample = resample
+        self.shortcut = shortcut
 
     def __call__(
         self, x: Float[Array, "batch frames height width features"], past: Past
     ) -> tuple[Float[Array, "batch out_frames out_height out_width out_features"], Past]:
         """Applies the level."""
         layers = self.blocks if self.resample is None else [*self.blocks, self.resample]
-        return run_layers(layers, x, past)
+        out, next_past = run_layers(layers, x, past)
+        if self.shortcut is not None:
+            out = out + self.shortcut(x, first=past is None)
+        return out, next_past
 
 
 class Coder(nnx.Module):
@@ -94,36 +101,37 @@ class Coder(nnx.Module):
 
 def make_encoder(config: WanVAEConfig, **kinds: Any) -> Coder:
     """The encoder: from full size down, then the middle."""
-    widths, steps = config.encoder_widths, config.temperal_downsample
-    levels = [
-        Level(
-            features,
-            out_features,
-            config.num_res_blocks,
-            Downsample(out_features, steps[i], **kinds) if i < len(steps) else None,
-            **kinds,
-        )
-        for i, (features, out_features) in enumerate(
-            zip((config.base_dim, *widths), widths, strict=False)
-        )
-    ]
-    layers = [*levels, *_middle(widths[-1], **kinds)]
-    return Coder(
-        config.in_channels, config.base_dim, layers, widths[-1], 2 * config.z_dim, **kinds
-    )
+    levels, features = [], config.base_dim
+    steps = (*config.temperal_downsample, None)  # the last size has none
+    for width, temporal in zip(config.encoder_widths, steps, strict=True):
+        down = None if temporal is None else Downsample(width, temporal, **kinds)
+        shortcut = None
+        if config.is_residual:
+            shortcut = AverageDown(width, 2 if temporal else 1, 1 if down is None else 2)
+        levels.append(Level(features, width, config.num_res_blocks, down, shortcut, **kinds))
+        features = width
+    layers = [*levels, *_middle(features, **kinds)]
+    return Coder(config.in_channels, config.base_dim, layers, features, 2 * config.z_dim, **kinds)
 
 
 def make_decoder(config: WanVAEConfig, **kinds: Any) -> Coder:
     """The decoder: the middle, then up to full size."""
-    widths, steps = config.decoder_widths, config.temperal_downsample[::-1]
-    levels, features = [], widths[0]
-    for i, out_features in enumerate(widths):
-        after = out_features if config.is_residual else out_features // 2
-        up = Upsample(out_features, after, steps[i], **kinds) if i < len(steps) else None
-        levels.append(Level(features, out_features, config.num_res_blocks + 1, up, **kinds))
-        features = after
-    layers = [*_middle(widths[0], **kinds), *levels]
-    return Coder(config.z_dim, widths[0], layers, widths[-1], config.out_channels, **kinds)
+    levels, features = [], config.decoder_widths[0]
+    layers = _middle(features, **kinds)
+    steps = (*reversed(config.temperal_downsample), None)
+    for width, temporal in zip(config.decoder_widths, steps, strict=True):
+        up, shortcut, next_features = None, None, width
+        if temporal is not None:
+            if config.is_residual:
+                shortcut = RepeatUp(width, 2 if temporal else 1, 2)
+            else:
+                next_features = width // 2
+            up = Upsample(width, next_features, temporal, **kinds)
+        levels.append(Level(features, width, config.num_res_blocks + 1, up, shortcut, **kinds))
+        features = next_features
+    layers = [*layers, *levels]
+    first, *_ = config.decoder_widths
+    return Coder(config.z_dim, first, layers, features, config.out_channels, **kinds)
 
 
 def _middle(features: int, **kinds: Any) -> list[nnx.Module]:
@@ -183,19 +191,43 @@ class WanVAE(nnx.Module):
         self.latent_projection = nnx.Linear(config.z_dim, config.z_dim, **kinds)
         self.decoder = make_decoder(config, **kinds)
 
+    def encode(self, video: Float[Array, "batch channels frames height width"]) -> Posterior:
+        """Describes the latents of a video in [-1, 1].
+
+        Args:
+            video: 1 + 4k frames.
+
+        Returns:
+            The distribution of 1 + k latent frames, in `dtype`.
+
+        Raises:
+            ValueError: On a video that this model cannot take; see `WanVAEConfig.check_video`.
+        """
+        self.config.check_video(*video.shape[1:])
+        x = pixels_to_channels(jnp.moveaxis(video, 1, -1), self.config.patch)
+        x = code_by_chunks(self.encoder, x, self.config.scale_factor_temporal)
+        return Posterior.from_moments(jnp.moveaxis(self.posterior_projection(x), -1, 1))
+
     def decode(
         self, latents: Float[Array, "batch z_dim latent_frames latent_height latent_width"]
     ) -> Float[Array, "batch channels frames height width"]:
         """Decodes latents (not normalised ones) to a video in [-1, 1].
 
         Args:
-            latents: Latents.
+            latents: 1 + k latent frames.
 
         Returns:
-            The video in `dtype`, of 1 + 4k frames for 1 + k latent ones.
+            The video of 1 + 4k frames, in `dtype`.
+
+        Raises:
+            ValueError: On latents of another model.
         """
+        if latents.shape[1] != self.config.z_dim:
+            raise ValueError(
+                f"latents have {latents.shape[1]} channels and the model takes {self.config.z_dim}."
+            )
         x = self.latent_projection(jnp.moveaxis(latents, 1, -1))
-        x = code_by_chunks(self.decoder, x, 1)
+        x = channels_to_pixels(code_by_chunks(self.decoder, x, 1), self.config.patch)
         return jnp.clip(jnp.moveaxis(x, -1, 1), -1, 1)
 
     def normalize(

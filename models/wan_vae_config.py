@@ -108,14 +108,19 @@ class WanVAEConfig:
         base = self.decoder_base_dim or self.base_dim
         return tuple(base * factor for factor in reversed(self.dim_mult))
 
-    def check_video(self, num_frames: int, height: int, width: int) -> None:
+    def check_video(self, channels: int, num_frames: int, height: int, width: int) -> None:
         """Refuses a video that the encoder cannot take.
 
         Raises:
-            ValueError: On a number of frames that is not one more than whole latent frames, where
-                the released encoder drops the last ones in silence; on sizes below a latent row or
-                column, and on odd ones where that is not defined (2.2).
+            ValueError: On numbers of frames other than 1 + 4k, of which the released encoder drops
+                the last ones in silence; on sizes below a latent's, and in 2.2 on those that are no
+                multiple of it.
         """
+        if channels * self.patch**2 != self.in_channels:
+            raise ValueError(
+                f"the video has {channels} channels and the model takes "
+                f"{self.in_channels // self.patch**2}."
+            )
         frames, size = self.scale_factor_temporal, self.scale_factor_spatial
         if num_frames < 1 or (num_frames - 1) % frames:
             raise ValueError(f"num_frames={num_frames} must be one more than a multiple of {frames}.")

@@ -7,6 +7,7 @@ causal: chunks one behind the other give what all frames at once would.
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -185,3 +186,77 @@ class Upsample(nnx.Module):
                 x = jnp.moveaxis(pairs, 4, 2).reshape(batch, -1, height, width, features)
         x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
         return self.conv(x), past
+
+
+@dataclass(frozen=True)
+class AverageDown:
+    """The shortcut around a `Downsample`: frames, rows and columns become channels.
+
+    Zeros stand before a first frame that is alone; neighbouring channels are averaged.
+
+    Attributes:
+        out_features: Channels of the result.
+        frames: Frames that become one.
+        size: Rows, and columns, that become one.
+    """
+
+    out_features: int
+    frames: int
+    size: int
+
+    def __call__(
+        self, x: Float[Array, "batch frames height width features"], *, first: bool
+    ) -> Float[Array, "batch out_frames out_height out_width out_features"]:
+        """Takes a chunk, maybe a video's first."""
+        batch, frames, height, width, features = x.shape
+        ft, fs = self.frames, self.size
+        if first:
+            x = jnp.pad(x, ((0, 0), (ft - 1, 0), (0, 0), (0, 0), (0, 0)))
+        x = x.reshape(batch, -1, ft, height // fs, fs, width // fs, fs, features)
+        x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6)
+        x = x.reshape(*x.shape[:4], self.out_features, -1)
+        return jnp.mean(x.astype(jnp.float32), axis=-1).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class RepeatUp:
+    """The shortcut around an `Upsample`: repeated channels become frames, rows and columns.
+
+    Of the frames that a first one becomes only the last is there. Attributes as `AverageDown`'s.
+    """
+
+    out_features: int
+    frames: int
+    size: int
+
+    def __call__(
+        self, x: Float[Array, "batch frames height width features"], *, first: bool
+    ) -> Float[Array, "batch out_frames out_height out_width out_features"]:
+        """Takes a chunk, maybe a video's first."""
+        batch, frames, height, width, features = x.shape
+        ft, fs = self.frames, self.size
+        x = jnp.repeat(x, self.out_features * ft * fs**2 // features, axis=-1)
+        x = x.reshape(batch, frames, height, width, self.out_features, ft, fs, fs)
+        x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
+        x = x.reshape(batch, frames * ft, height * fs, width * fs, self.out_features)
+        return x[:, ft - 1 :] if first else x
+
+
+def pixels_to_channels(
+    x: Float[Array, "batch frames height width channels"], patch: int
+) -> Float[Array, "batch frames out_height out_width features"]:
+    """Patches of pixels to features in the order channel, column, row."""
+    batch, frames, height, width, channels = x.shape
+    x = x.reshape(batch, frames, height // patch, patch, width // patch, patch, channels)
+    x = x.transpose(0, 1, 2, 4, 6, 5, 3)
+    return x.reshape(*x.shape[:4], channels * patch**2)
+
+
+def channels_to_pixels(
+    x: Float[Array, "batch frames height width features"], patch: int
+) -> Float[Array, "batch frames out_height out_width channels"]:
+    """The inverse of `pixels_to_channels`."""
+    batch, frames, height, width, _ = x.shape
+    x = x.reshape(batch, frames, height, width, -1, patch, patch)
+    x = x.transpose(0, 1, 2, 6, 3, 5, 4)
+    return x.reshape(batch, frames, height * patch, width * patch, -1)
