@@ -75,6 +75,21 @@ def rms_norm(features: int, epsilon: float, *, param_dtype: Dtype, rngs: nnx.Rng
     )
 
 
+def group_norm(
+    features: int, groups: int, epsilon: float, *, param_dtype: Dtype, rngs: nnx.Rngs
+) -> nnx.GroupNorm:
+    """A GroupNorm over all frames, rows and columns of [batch, ..., features]; float32 as above."""
+    return nnx.GroupNorm(
+        features,
+        groups,
+        epsilon=epsilon,
+        dtype=jnp.float32,
+        param_dtype=param_dtype,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
 def add_gated(
     hidden: Float[Array, "*shape"],
     gate: Float[Array, "*gate_shape"],
