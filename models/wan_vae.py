@@ -4,6 +4,8 @@ Both go through a video in chunks of one latent frame, in a scan: what they hold
 does not grow with its length. Source of the architecture as released: diffusers `AutoencoderKLWan`.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from jaxtyping import Array, Float
 
 from svg_jax.models.layers import silu
 from svg_jax.models.vae import Posterior
+from svg_jax.models.vae_tiling import Progress, Tiling, decode_tiles, encode_tiles
 from svg_jax.models.wan_vae_config import WanVAEConfig
 from svg_jax.models.wan_vae_layers import (
     AttentionBlock,
@@ -191,11 +194,20 @@ class WanVAE(nnx.Module):
         self.latent_projection = nnx.Linear(config.z_dim, config.z_dim, **kinds)
         self.decoder = make_decoder(config, **kinds)
 
-    def encode(self, video: Float[Array, "batch channels frames height width"]) -> Posterior:
+    def encode(
+        self,
+        video: Float[Array, "batch channels frames height width"],
+        *,
+        tiling: Tiling | None = None,
+        progress: Progress | None = None,
+    ) -> Posterior:
         """Describes the latents of a video in [-1, 1].
 
         Args:
             video: 1 + 4k frames.
+            tiling: Cut the video into tiles, in 2.2 of twice as many pixels as it says (as
+                released); None does not.
+            progress: Called after each tile.
 
         Returns:
             The distribution of 1 + k latent frames, in `dtype`.
@@ -203,18 +215,36 @@ class WanVAE(nnx.Module):
         Raises:
             ValueError: On a video that this model cannot take; see `WanVAEConfig.check_video`.
         """
-        self.config.check_video(*video.shape[1:])
-        x = pixels_to_channels(jnp.moveaxis(video, 1, -1), self.config.patch)
-        x = code_by_chunks(self.encoder, x, self.config.scale_factor_temporal)
-        return Posterior.from_moments(jnp.moveaxis(self.posterior_projection(x), -1, 1))
+        config, (height, width) = self.config, video.shape[-2:]
+        config.check_video(*video.shape[1:])
+        x = pixels_to_channels(video, config.patch)
+        encode = self._compiled(_encode)
+        if tiling is None or tiling.holds(height, width):
+            return Posterior.from_moments(encode(x))
+        ratio = config.scale_factor_spatial // config.patch
+        for size, stride in zip(
+            x.shape[-2:], (tiling.stride_height, tiling.stride_width), strict=True
+        ):
+            if 0 < size % stride < ratio:
+                raise ValueError(
+                    f"a {height}x{width} video leaves {size % stride} pixels to its last tile, "
+                    f"which needs {ratio}: take another size or tiling."
+                )
+        return Posterior.from_moments(encode_tiles(encode, x, tiling, ratio, progress, fits=False))
 
     def decode(
-        self, latents: Float[Array, "batch z_dim latent_frames latent_height latent_width"]
+        self,
+        latents: Float[Array, "batch z_dim latent_frames latent_height latent_width"],
+        *,
+        tiling: Tiling | None = None,
+        progress: Progress | None = None,
     ) -> Float[Array, "batch channels frames height width"]:
         """Decodes latents (not normalised ones) to a video in [-1, 1].
 
         Args:
             latents: 1 + k latent frames.
+            tiling: Cut the video into tiles; None does not.
+            progress: Called after each tile.
 
         Returns:
             The video of 1 + 4k frames, in `dtype`.
@@ -222,13 +252,18 @@ class WanVAE(nnx.Module):
         Raises:
             ValueError: On latents of another model.
         """
-        if latents.shape[1] != self.config.z_dim:
+        config = self.config
+        if latents.shape[1] != config.z_dim:
             raise ValueError(
-                f"latents have {latents.shape[1]} channels and the model takes {self.config.z_dim}."
+                f"latents have {latents.shape[1]} channels and the model takes {config.z_dim}."
             )
-        x = self.latent_projection(jnp.moveaxis(latents, 1, -1))
-        x = channels_to_pixels(code_by_chunks(self.decoder, x, 1), self.config.patch)
-        return jnp.clip(jnp.moveaxis(x, -1, 1), -1, 1)
+        decode = self._compiled(_decode)
+        if tiling is None:
+            x = decode(latents)
+        else:
+            ratio = config.scale_factor_spatial // config.patch
+            x = decode_tiles(decode, latents, tiling.in_latents(config.patch), ratio, progress)
+        return jnp.clip(channels_to_pixels(x, config.patch), -1, 1)
 
     def normalize(
         self, latents: Float[Array, "batch z_dim latent_frames latent_height latent_width"]
@@ -244,9 +279,36 @@ class WanVAE(nnx.Module):
         mean, std = self._statistics(latents)
         return latents * std + mean
 
+    def _compiled(self, function: Callable[["WanVAE", Array], Array]) -> Callable[[Array], Array]:
+        """A function of this module and an array, as one of the array."""
+        graph, state = nnx.split(self)
+        return partial(_call, function, graph, state)
+
     def _statistics(self, latents: Array) -> tuple[Array, Array]:
         mean, std = (
             np.reshape(values, (1, -1, 1, 1, 1))
             for values in (self.config.latents_mean, self.config.latents_std)
         )
         return jnp.asarray(mean, latents.dtype), jnp.asarray(std, latents.dtype)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _call(function: Callable[[WanVAE, Array], Array], graph: Any, state: Any, x: Array) -> Array:
+    return function(nnx.merge(graph, state), x)
+
+
+def _encode(
+    vae: WanVAE, x: Float[Array, "batch channels frames height width"]
+) -> Float[Array, "batch twice_z_dim latent_frames latent_height latent_width"]:
+    """The moments of one tile."""
+    x = jnp.moveaxis(x, 1, -1)
+    x = code_by_chunks(vae.encoder, x, vae.config.scale_factor_temporal)
+    return jnp.moveaxis(vae.posterior_projection(x), -1, 1)
+
+
+def _decode(
+    vae: WanVAE, latents: Float[Array, "batch z_dim latent_frames latent_height latent_width"]
+) -> Float[Array, "batch channels frames height width"]:
+    """The pixels of one tile, as channels where there is a patch_size."""
+    x = vae.latent_projection(jnp.moveaxis(latents, 1, -1))
+    return jnp.moveaxis(code_by_chunks(vae.decoder, x, 1), -1, 1)

@@ -243,20 +243,20 @@ class RepeatUp:
 
 
 def pixels_to_channels(
-    x: Float[Array, "batch frames height width channels"], patch: int
-) -> Float[Array, "batch frames out_height out_width features"]:
+    video: Float[Array, "batch channels frames height width"], patch: int
+) -> Float[Array, "batch features frames out_height out_width"]:
     """Patches of pixels to features in the order channel, column, row."""
-    batch, frames, height, width, channels = x.shape
-    x = x.reshape(batch, frames, height // patch, patch, width // patch, patch, channels)
-    x = x.transpose(0, 1, 2, 4, 6, 5, 3)
-    return x.reshape(*x.shape[:4], channels * patch**2)
+    batch, channels, frames, height, width = video.shape
+    x = video.reshape(batch, channels, frames, height // patch, patch, width // patch, patch)
+    x = x.transpose(0, 1, 6, 4, 2, 3, 5)
+    return x.reshape(batch, channels * patch**2, *x.shape[4:])
 
 
 def channels_to_pixels(
-    x: Float[Array, "batch frames height width features"], patch: int
-) -> Float[Array, "batch frames out_height out_width channels"]:
+    x: Float[Array, "batch features frames height width"], patch: int
+) -> Float[Array, "batch channels frames out_height out_width"]:
     """The inverse of `pixels_to_channels`."""
-    batch, frames, height, width, _ = x.shape
-    x = x.reshape(batch, frames, height, width, -1, patch, patch)
-    x = x.transpose(0, 1, 2, 6, 3, 5, 4)
-    return x.reshape(batch, frames, height * patch, width * patch, -1)
+    batch, features, frames, height, width = x.shape
+    x = x.reshape(batch, features // patch**2, patch, patch, frames, height, width)
+    x = x.transpose(0, 1, 4, 5, 3, 6, 2)
+    return x.reshape(*x.shape[:3], height * patch, width * patch)
