@@ -89,10 +89,8 @@ def test_decoding_equals_diffusers(name, frames):
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("2.1", (1, 16, 24)),
-        ("2.1", (9, 19, 31)),
-        ("2.1", (13, 8, 10)),
-        ("2.2", (1, 32, 16)),
+        ("2.1", (1, 8, 13)),
+        ("2.1", (13, 19, 31)),
         ("2.2", (9, 16, 48)),
     ],
 )
@@ -108,14 +106,16 @@ def test_encoding_equals_diffusers(name, size):
         assert error < TOLERANCE
 
 
-# Tiles of 32 pixels every 16; with 2.2 the encoder's are twice as large. Few tiles of unlike sizes.
+# Few tiles of unlike sizes. Those of 2.2's encoder have twice as many pixels as they say: one would
+# be enough here, but the released one cuts whatever has more than they say.
 @pytest.mark.parametrize(
-    ("name", "size"), [("2.1", (5, 40, 27)), ("2.2", (5, 80, 48)), ("2.2", (1, 64, 48))]
+    ("name", "size", "tiles"), [("2.1", (5, 43, 19), (32, 24)), ("2.2", (5, 80, 32), (48, 32))]
 )
-def test_tiles_equal_those_of_diffusers(name, size):
+def test_tiles_equal_those_of_diffusers(name, size, tiles):
     reference, vae = pair(name)
-    tiling = Tiling(32, 32, 16, 16)
-    reference.enable_tiling(32, 32, 16, 16)
+    tile, stride = tiles
+    tiling = Tiling(tile, tile, stride, stride)
+    reference.enable_tiling(tile, tile, stride, stride)
     video = normal(1, 3, *size)
     theirs = reference_encode(reference, video)
     ours = vae.encode(jnp.asarray(video), tiling=tiling)
