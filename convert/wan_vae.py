@@ -110,9 +110,7 @@ def _resample(source: str, target: str, features: int, out_features: int) -> lis
     return conv_rules(f"{source}.resample.1", f"{target}.conv", features, out_features, (3, 3))
 
 
-def _pointwise(
-    source: str, target: str, features: int, out_features: int, axes: int
-) -> list[Rule]:
+def _pointwise(source: str, target: str, features: int, out_features: int, axes: int) -> list[Rule]:
     """A convolution of single pixels, which is a linear layer here."""
     shape = (out_features, features, *(1,) * axes)
     return [

@@ -1,4 +1,4 @@
-"""Flax NNX ports of video diffusion transformers and text encoders; nothing of SVG is here."""
+"""Flax NNX ports of video diffusion transformers, text encoders and VAEs; nothing of SVG here."""
 
 if __name__ != "svg_jax.models":
     raise ImportError(
@@ -14,6 +14,8 @@ from svg_jax.models.layout import VideoLayout
 from svg_jax.models.t5 import T5Config, T5Encoder
 from svg_jax.models.wan import WanTransformer
 from svg_jax.models.wan_config import WanConfig
+from svg_jax.models.wan_vae import WanVAE
+from svg_jax.models.wan_vae_config import WanVAEConfig
 
 __all__ = [
     "Attend",
@@ -26,5 +28,7 @@ __all__ = [
     "VideoLayout",
     "WanConfig",
     "WanTransformer",
+    "WanVAE",
+    "WanVAEConfig",
     "dense_attention",
 ]

@@ -6,6 +6,7 @@ does not grow with its length. Source of the architecture as released: diffusers
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -53,9 +54,7 @@ class Level(nnx.Module):
     ):
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         widths = [features] + [out_features] * num_blocks
-        self.blocks = nnx.List(
-            [ResidualBlock(*pair, **kinds) for pair in zip(widths[:-1], widths[1:], strict=True)]
-        )
+        self.blocks = nnx.List([ResidualBlock(*pair, **kinds) for pair in pairwise(widths)])
         self.resample = resample
         self.shortcut = shortcut
 
@@ -219,7 +218,7 @@ class WanVAE(nnx.Module):
         config.check_video(*video.shape[1:])
         x = pixels_to_channels(video, config.patch)
         encode = self._compiled(_encode)
-        if tiling is None or tiling.holds(height, width):
+        if tiling is None:
             return Posterior.from_moments(encode(x))
         ratio = config.scale_factor_spatial // config.patch
         for size, stride in zip(
@@ -230,7 +229,8 @@ class WanVAE(nnx.Module):
                     f"a {height}x{width} video leaves {size % stride} pixels to its last tile, "
                     f"which needs {ratio}: take another size or tiling."
                 )
-        return Posterior.from_moments(encode_tiles(encode, x, tiling, ratio, progress, fits=False))
+        fits = tiling.holds(height, width)
+        return Posterior.from_moments(encode_tiles(encode, x, tiling, ratio, progress, fits=fits))
 
     def decode(
         self,

@@ -123,7 +123,9 @@ class WanVAEConfig:
             )
         frames, size = self.scale_factor_temporal, self.scale_factor_spatial
         if num_frames < 1 or (num_frames - 1) % frames:
-            raise ValueError(f"num_frames={num_frames} must be one more than a multiple of {frames}.")
+            raise ValueError(
+                f"num_frames={num_frames} must be one more than a multiple of {frames}."
+            )
         step = size if self.is_residual else self.patch
         for name, value in (("height", height), ("width", width)):
             if value < size or value % step:

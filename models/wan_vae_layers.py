@@ -208,7 +208,7 @@ class AverageDown:
         self, x: Float[Array, "batch frames height width features"], *, first: bool
     ) -> Float[Array, "batch out_frames out_height out_width out_features"]:
         """Takes a chunk, maybe a video's first."""
-        batch, frames, height, width, features = x.shape
+        batch, _, height, width, features = x.shape
         ft, fs = self.frames, self.size
         if first:
             x = jnp.pad(x, ((0, 0), (ft - 1, 0), (0, 0), (0, 0), (0, 0)))

@@ -1,6 +1,5 @@
 """What the parity tests share: a random model in both libraries, and how far apart they are."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -42,9 +41,11 @@ def ported(make, rules, reference):
     graph, state = nnx.split(nnx.eval_shape(make))
     leaves = nnx.traversals.flatten_mapping(nnx.to_pure_dict(state))
     values = nnx.traversals.flatten_mapping(convert_state(tensors, rules))
-    dtypes = {tuple(str(key) for key in path): leaf.dtype for path, leaf in leaves.items()}
-    assert dtypes.keys() == values.keys()
-    values = {path: jnp.asarray(x, dtypes[path]) for path, x in values.items()}
+    assert values.keys() == {tuple(map(str, path)) for path in leaves}
+    values = {
+        path: jnp.asarray(values[tuple(map(str, path))], leaf.dtype)
+        for path, leaf in leaves.items()
+    }
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(values))
     return nnx.merge(graph, state)
 

@@ -34,7 +34,8 @@ def random_tensors(seed: int = 0) -> dict[str, np.ndarray]:
 def test_the_inverse_gives_back_every_bit(shape, dtype, seed):
     bits = np.random.default_rng(seed).bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize)
     tensor = np.frombuffer(bits, dtype).reshape(shape)
-    for transform in ("none", "flatten", *(["transpose"] if len(shape) == 2 else ["patch", "conv"])):
+    others = ["transpose"] if len(shape) == 2 else ["patch", "conv"]
+    for transform in ("none", "flatten", *others):
         rule = Rule("a", "a", transform, shape)
         leaf = rule.forward(tensor)
         assert leaf.shape == rule.target_shape

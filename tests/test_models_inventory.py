@@ -15,10 +15,17 @@ from flax import nnx
 
 from svg_jax.convert.components import FAMILIES, component_leaves
 from svg_jax.convert.rules import ConversionError, Rule, match_rules
-from svg_jax.models import CogVideoXTransformer, HunyuanVideoTransformer, T5Encoder, WanTransformer
+from svg_jax.models import (
+    CogVideoXTransformer,
+    HunyuanVideoTransformer,
+    T5Encoder,
+    WanTransformer,
+    WanVAE,
+)
 
 INVENTORY = Path(__file__).parent / "data" / "inventory"
 MODULES = {
+    "AutoencoderKLWan": WanVAE,
     "CogVideoXTransformer3DModel": CogVideoXTransformer,
     "HunyuanVideoTransformer3DModel": HunyuanVideoTransformer,
     "T5EncoderModel": T5Encoder,
@@ -45,6 +52,7 @@ WAN = [
     "wan2.2-i2v-a14b-transformer",
     "wan2.2-ti2v-5b-transformer",
 ]
+WAN_VAE = ["wan2.1-vae", "wan2.2-ti2v-5b-vae"]
 ENCODER = "t5-v1_1-xxl-encoder"
 
 
@@ -75,10 +83,10 @@ def port(name) -> tuple[Any, tuple[Rule, ...]]:
 
 def leaf_shapes(module):
     flat, _ = jax.tree.flatten_with_path(nnx.to_pure_dict(nnx.state(module)))
-    return {".".join(key.key for key in path): leaf.shape for path, leaf in flat}
+    return {".".join(str(key.key) for key in path): leaf.shape for path, leaf in flat}
 
 
-@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, ENCODER])
+@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, *WAN_VAE, ENCODER])
 def test_every_released_tensor_has_its_place_and_every_parameter_its_tensor(name):
     module, rules = port(name)
     *_, shapes = read(name)
@@ -87,13 +95,13 @@ def test_every_released_tensor_has_its_place_and_every_parameter_its_tensor(name
     assert sum(map(math.prod, placed.values())) == sum(map(math.prod, shapes.values()))
 
 
-@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, ENCODER])
+@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, WAN_VAE[0], ENCODER])
 def test_a_dropped_renamed_or_misshapen_tensor_does_not_fit(name):
     _, rules = port(name)
     *_, shapes = read(name)
     for victim in (rule.names_of((rule.layers or 1) - 1)[0] for rule in rules):
         dropped = {k: v for k, v in shapes.items() if k != victim}
-        for wrong in (dropped, {**dropped, f"{victim}_": shapes[victim]}, {**shapes, victim: (3,)}):
+        for wrong in (dropped, {**dropped, f"{victim}_": shapes[victim]}, {**shapes, victim: (7,)}):
             with pytest.raises(ConversionError, match=re.escape(victim)):
                 match_rules(wrong, rules)
 
@@ -188,3 +196,16 @@ def test_a_full_size_forward_pass_of_hunyuan_video_has_the_shapes_of_its_input(n
     velocity, info = jax.eval_shape(forward, state, inputs)
     assert velocity.shape == (2, config.out_channels, *size)
     assert info.shape == (60,)
+
+
+@pytest.mark.parametrize("name", WAN_VAE)
+def test_a_full_size_video_goes_through_the_vae_of_wan_and_back(name):
+    vae, _ = port(name)
+    config = vae.config
+    graph, state = nnx.split(vae)
+    factor = config.scale_factor_spatial
+    video = jax.ShapeDtypeStruct((1, 3, 81, 720 // factor * factor, 1280), jnp.float32)
+    latents = jax.eval_shape(lambda state, x: nnx.merge(graph, state).encode(x), state, video).mean
+    assert latents.shape == (1, config.z_dim, 21, 720 // factor, 1280 // factor)
+    decoded = jax.eval_shape(lambda state, x: nnx.merge(graph, state).decode(x), state, latents)
+    assert decoded == video

@@ -12,12 +12,11 @@ from flax import nnx
 from parity import TOLERANCE, ported, randomised, relative_error
 
 from svg_jax.convert import wan_vae
+from svg_jax.models import WanVAE, WanVAEConfig
 from svg_jax.models.vae_tiling import Tiling
-from svg_jax.models.wan_vae import WanVAE
-from svg_jax.models.wan_vae_config import WanVAEConfig
 
 WAN_21 = {
-    "base_dim": 6,
+    "base_dim": 8,
     "z_dim": 4,
     "dim_mult": [1, 2, 3, 3],
     "num_res_blocks": 1,
