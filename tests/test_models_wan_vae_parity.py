@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from parity import TOLERANCE, ported, randomised, relative_error
+from parity import TOLERANCE, bfloat16_errors, ported, randomised, relative_error
 
-from svg_jax.convert import wan_vae
+from svg_jax.convert import convert_state, restore_state, wan_vae
 from svg_jax.models import WanVAE, WanVAEConfig
 from svg_jax.models.vae_tiling import Tiling
 
@@ -128,3 +128,47 @@ def test_tiles_equal_those_of_diffusers(name, size, tiles):
     reference.use_tiling = False
     print(f"{name}, {size} decoded: {error:.2e}")
     assert error < TOLERANCE
+
+
+@pytest.mark.parametrize("way", ["encode", "decode"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_in_bfloat16_it_is_as_near_to_float32_as_diffusers(name, way):
+    def make_inputs(seed):
+        x = (
+            normal(1, 3, 5, 32, 32, seed=seed)
+            if way == "encode"
+            else normal(1, 4, 2, 2, 3, seed=seed)
+        )
+        return (np.asarray(jnp.bfloat16(x), np.float32),)
+
+    def run_reference(reference, x):
+        return (
+            reference_encode(reference, x)[0] if way == "encode" else reference_decode(reference, x)
+        )
+
+    def run_ours(vae, x):
+        out = getattr(vae, way)(jnp.asarray(x))
+        out = out.mean if way == "encode" else out
+        assert out.dtype == jnp.bfloat16
+        return np.asarray(out.astype(jnp.float32))
+
+    ours, theirs = bfloat16_errors(
+        lambda seed: pair.__wrapped__(name, seed, torch.bfloat16),
+        make_inputs,
+        run_reference,
+        run_ours,
+    )
+    print(f"{name} {way}: ours {ours:.3e}, diffusers {theirs:.3e}, ratio {ours / theirs:.3f}")
+    assert ours < 1.1 * theirs
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_way_back_gives_every_tensor_bit_for_bit(name):
+    reference, vae = pair(name)
+    tensors = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
+    table = wan_vae.rules(vae.config)
+    restored = restore_state(convert_state(tensors, table), table)
+    assert restored.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert restored[name].tobytes() == tensor.tobytes(), name
+        assert restored[name].shape == tensor.shape
