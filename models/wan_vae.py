@@ -109,7 +109,7 @@ def make_encoder(config: WanVAEConfig, **kinds: Any) -> Coder:
         down = None if temporal is None else Downsample(width, temporal, **kinds)
         shortcut = None
         if config.is_residual:
-            shortcut = AverageDown(width, 2 if temporal else 1, 1 if down is None else 2)
+            shortcut = AverageDown(features, width, 2 if temporal else 1, 2 if down else 1)
         levels.append(Level(features, width, config.num_res_blocks, down, shortcut, **kinds))
         features = width
     layers = [*levels, *_middle(features, **kinds)]
@@ -125,7 +125,7 @@ def make_decoder(config: WanVAEConfig, **kinds: Any) -> Coder:
         up, shortcut, next_features = None, None, width
         if temporal is not None:
             if config.is_residual:
-                shortcut = RepeatUp(width, 2 if temporal else 1, 2)
+                shortcut = RepeatUp(features, width, 2 if temporal else 1, 2)
             else:
                 next_features = width // 2
             up = Upsample(width, next_features, temporal, **kinds)

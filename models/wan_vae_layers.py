@@ -72,9 +72,13 @@ class ChannelNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*pixels features"]) -> Float[Array, "*pixels features"]:
         """Normalises every pixel."""
         x = x.astype(jnp.float32)
-        length = jnp.linalg.norm(x, axis=-1, keepdims=True)
+        squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
         scale = math.sqrt(x.shape[-1]) * self.scale[...].astype(jnp.float32)
-        return x / jnp.maximum(length, 1e-12) * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+        return (
+            x
+            / jnp.sqrt(jnp.maximum(squares, 1e-24))
+            * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+        )
 
 
 class ResidualBlock(nnx.Module):
@@ -195,14 +199,19 @@ class AverageDown:
     Zeros stand before a first frame that is alone; neighbouring channels are averaged.
 
     Attributes:
+        features: Channels of the input.
         out_features: Channels of the result.
         frames: Frames that become one.
         size: Rows, and columns, that become one.
     """
 
+    features: int
     out_features: int
     frames: int
     size: int
+
+    def __post_init__(self) -> None:
+        _check_multiple(self.features * self.frames * self.size**2, self.out_features)
 
     def __call__(
         self, x: Float[Array, "batch frames height width features"], *, first: bool
@@ -225,9 +234,13 @@ class RepeatUp:
     Of the frames that a first one becomes only the last is there. Attributes as `AverageDown`'s.
     """
 
+    features: int
     out_features: int
     frames: int
     size: int
+
+    def __post_init__(self) -> None:
+        _check_multiple(self.out_features * self.frames * self.size**2, self.features)
 
     def __call__(
         self, x: Float[Array, "batch frames height width features"], *, first: bool
@@ -240,6 +253,14 @@ class RepeatUp:
         x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
         x = x.reshape(batch, frames * ft, height * fs, width * fs, self.out_features)
         return x[:, ft - 1 :] if first else x
+
+
+def _check_multiple(more: int, fewer: int) -> None:
+    if more % fewer:
+        raise ValueError(
+            f"a shortcut of {fewer} to {more} features (pixels made channels) cannot average or "
+            "repeat them evenly: no such model."
+        )
 
 
 def pixels_to_channels(
