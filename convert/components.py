@@ -7,7 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from svg_jax.convert import clip, cogvideox, cogvideox_vae, hunyuan_video, llama, llava, t5, wan
+from svg_jax.convert import (
+    clip,
+    cogvideox,
+    cogvideox_vae,
+    hunyuan_video,
+    llama,
+    llava,
+    t5,
+    wan,
+    wan_vae,
+)
 from svg_jax.convert.reader import read_json
 from svg_jax.convert.rules import ConversionError, Leaf, Rule, match_rules
 from svg_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
@@ -18,6 +28,7 @@ from svg_jax.models.llama import LlamaConfig
 from svg_jax.models.llava import LlavaConfig
 from svg_jax.models.t5 import T5Config
 from svg_jax.models.wan_config import WanConfig
+from svg_jax.models.wan_vae_config import WanVAEConfig
 
 PIPELINES = (
     "CogVideoXPipeline",
@@ -56,6 +67,7 @@ FAMILIES: Mapping[str, Family] = {
     "AutoencoderKLCogVideoX": Family(
         CogVideoXVAEConfig.from_dict, cogvideox_vae.rules, "diffusion_pytorch_model"
     ),
+    "AutoencoderKLWan": Family(WanVAEConfig.from_dict, wan_vae.rules, "diffusion_pytorch_model"),
     "CogVideoXTransformer3DModel": Family(
         CogVideoXConfig.from_dict, cogvideox.rules, "diffusion_pytorch_model"
     ),

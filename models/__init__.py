@@ -20,6 +20,8 @@ from svg_jax.models.llava import LlavaConfig, LlavaEncoder
 from svg_jax.models.t5 import T5Config, T5Encoder
 from svg_jax.models.wan import WanTransformer
 from svg_jax.models.wan_config import WanConfig
+from svg_jax.models.wan_vae import WanVAE
+from svg_jax.models.wan_vae_config import WanVAEConfig
 
 __all__ = [
     "Attend",
@@ -42,5 +44,7 @@ __all__ = [
     "VideoLayout",
     "WanConfig",
     "WanTransformer",
+    "WanVAE",
+    "WanVAEConfig",
     "dense_attention",
 ]

@@ -20,7 +20,9 @@ def randomised(module, seed, dtype=torch.float32, in_float32=()):
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
             noise = torch.randn(tensor.shape, generator=generator)
-            if tensor.ndim == 1:
+            if name.endswith("gamma"):
+                tensor.copy_(0.3 * noise + 1)
+            elif tensor.ndim == 1:
                 gain = "norm" in name and name.endswith("weight") and "linear" not in name
                 tensor.copy_(0.3 * noise + gain)
             elif any(word in name for word in TABLES):

@@ -25,6 +25,7 @@ from svg_jax.models import (
     LlavaEncoder,
     T5Encoder,
     WanTransformer,
+    WanVAE,
 )
 
 INVENTORY = Path(__file__).parent / "data" / "inventory"
@@ -32,6 +33,7 @@ MODULES = {
     "CLIPTextModel": CLIPTextEncoder,
     "CLIPVisionModel": CLIPVisionEncoder,
     "AutoencoderKLCogVideoX": CogVideoXVAE,
+    "AutoencoderKLWan": WanVAE,
     "CogVideoXTransformer3DModel": CogVideoXTransformer,
     "HunyuanVideoTransformer3DModel": HunyuanVideoTransformer,
     "LlamaModel": LlamaEncoder,
@@ -64,7 +66,8 @@ WAN = [
 T5 = ["t5-v1_1-xxl-encoder", "umt5-xxl-encoder"]
 ENCODERS = [*T5, "clip-l-text", "clip-vit-h-vision", "llama3-8b-encoder", "llava-llama3-8b"]
 COGVIDEOX_VAE = ["cogvideox-2b-vae", "cogvideox-5b-vae", "cogvideox1.5-5b-vae"]
-VAES = [*COGVIDEOX_VAE]
+WAN_VAE = ["wan2.1-vae", "wan2.2-ti2v-5b-vae"]
+VAES = [*COGVIDEOX_VAE, *WAN_VAE]
 # What transformers of several versions writes before the names of an encoder's parts.
 PREFIXES = {
     "clip-l-text": [{"text_model.": ""}],
@@ -123,7 +126,9 @@ def test_every_released_tensor_has_its_place_and_every_parameter_its_tensor(name
     assert sum(map(math.prod, placed.values())) == sum(map(math.prod, shapes.values()))
 
 
-@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, VAES[0], *ENCODERS])
+@pytest.mark.parametrize(
+    "name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, COGVIDEOX_VAE[0], WAN_VAE[0], *ENCODERS]
+)
 def test_a_dropped_renamed_or_misshapen_tensor_does_not_fit(name):
     _, rules = port(name)
     *_, shapes = read(name)
@@ -280,3 +285,16 @@ def test_a_full_size_cogvideox_vae_has_the_shapes_of_its_input():
     assert video.shape == (1, 3, 81, 768, 1360)
     posterior = jax.eval_shape(lambda state, x: nnx.merge(graph, state).encode(x), state, video)
     assert posterior.mean.shape == latents.shape
+
+
+@pytest.mark.parametrize("name", WAN_VAE)
+def test_a_full_size_video_goes_through_the_vae_of_wan_and_back(name):
+    vae, _ = port(name)
+    config = vae.config
+    graph, state = nnx.split(vae)
+    factor = config.scale_factor_spatial
+    video = jax.ShapeDtypeStruct((1, 3, 81, 720 // factor * factor, 1280), jnp.float32)
+    latents = jax.eval_shape(lambda state, x: nnx.merge(graph, state).encode(x), state, video).mean
+    assert latents.shape == (1, config.z_dim, 21, 720 // factor, 1280 // factor)
+    decoded = jax.eval_shape(lambda state, x: nnx.merge(graph, state).decode(x), state, latents)
+    assert decoded == video
