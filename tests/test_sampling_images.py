@@ -1,6 +1,7 @@
 """Images as frames and for CLIP, against diffusers' and transformers' own."""
 
 import json
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -20,7 +21,7 @@ SIZES = [(40, 65), (65, 40), (33, 33), (300, 211)]  # rows and columns
 
 def picture(height, width, mode="RGB"):
     rng = np.random.default_rng(height)
-    pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+    pixels = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
     return PIL.Image.fromarray(pixels).convert(mode)
 
 
@@ -54,7 +55,7 @@ def test_arrays_that_are_no_images(pixels, height):
 @pytest.mark.parametrize("options", [{}, {"size": {"shortest_edge": 40}, "crop_size": 37}])
 def test_clip_gets_what_transformers_makes(tmp_path, size, mode, options):
     image = picture(*size, mode)
-    theirs = CLIPImageProcessorPil(**options)
+    theirs: Any = CLIPImageProcessorPil(**options)
     theirs.save_pretrained(tmp_path)
     ours = load_image_processor(tmp_path)(image)
     assert ours.dtype == np.float32
