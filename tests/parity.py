@@ -35,17 +35,19 @@ def randomised(module, seed, dtype=torch.float32, in_float32=()):
     return module.eval()
 
 
-def ported(make, rules, reference):
+def ported(make, rules, reference, unused=()):
     """Our module with the reference's weights, in the dtypes that it makes them with."""
-    tensors = {name: tensor.float().numpy() for name, tensor in reference.state_dict().items()}
+    tensors = {
+        name: tensor.float().numpy()
+        for name, tensor in reference.state_dict().items()
+        if name not in unused
+    }
     graph, state = nnx.split(nnx.eval_shape(make))
     leaves = nnx.traversals.flatten_mapping(nnx.to_pure_dict(state))
     values = nnx.traversals.flatten_mapping(convert_state(tensors, rules))
-    assert values.keys() == {tuple(map(str, path)) for path in leaves}
-    values = {
-        path: jnp.asarray(values[tuple(map(str, path))], leaf.dtype)
-        for path, leaf in leaves.items()
-    }
+    dtypes = {tuple(str(key) for key in path): leaf.dtype for path, leaf in leaves.items()}
+    assert dtypes.keys() == values.keys()
+    values = {path: jnp.asarray(x, dtypes[path]) for path, x in values.items()}
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(values))
     return nnx.merge(graph, state)
 

@@ -34,8 +34,10 @@ def random_tensors(seed: int = 0) -> dict[str, np.ndarray]:
 def test_the_inverse_gives_back_every_bit(shape, dtype, seed):
     bits = np.random.default_rng(seed).bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize)
     tensor = np.frombuffer(bits, dtype).reshape(shape)
-    others = ["transpose"] if len(shape) == 2 else ["patch", "conv"]
-    for transform in ("none", "flatten", *others):
+    for transform in ("none", "flatten", "transpose", "patch", "conv"):
+        of_matrices = transform == "transpose"
+        if transform not in ("none", "flatten") and of_matrices != (len(shape) == 2):
+            continue
         rule = Rule("a", "a", transform, shape)
         leaf = rule.forward(tensor)
         assert leaf.shape == rule.target_shape

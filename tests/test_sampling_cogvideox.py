@@ -14,7 +14,8 @@ from svg_jax.config import SparsityConfig
 from svg_jax.convert import convert_pipeline
 from svg_jax.models import CogVideoXConfig
 from svg_jax.sampling import from_pretrained
-from svg_jax.sampling.latents import latent_shape, to_pixels
+from svg_jax.sampling.latents import latent_shape
+from svg_jax.sampling.pipeline import to_frames
 from svg_jax.sampling.schedulers import step_noise
 
 TINY: dict[str, Any] = {
@@ -257,11 +258,11 @@ def test_sizes_that_the_model_cannot_take(has_vae, size, message):
         latent_shape(config(), has_vae=has_vae, **size)
 
 
-def test_pixels_of_a_model_without_a_vae():
-    latents = np.full((1, 1, 3, 2, 2), -1, np.float32)
-    latents[0, 0, 0] = 0
-    latents[0, 0, 1] = 7
-    pixels = to_pixels(latents)
+def test_pixels_of_a_video():
+    video = np.full((1, 3, 1, 2, 2), -1, np.float32)
+    video[0, 0] = 0
+    video[0, 1] = 7
+    pixels = to_frames(video)
     assert pixels.shape == (1, 1, 2, 2, 3)
     assert pixels[0, 0, 1, 1].tolist() == [0.5, 1, 0]
 
