@@ -277,6 +277,16 @@ def test_a_full_size_forward_pass_of_hunyuan_video_has_the_shapes_of_its_input(n
     assert info.shape == (60,)
 
 
+def test_a_full_size_cogvideox_vae_has_the_shapes_of_its_input():
+    module, _ = port(COGVIDEOX_VAE[0])
+    graph, state = nnx.split(module)
+    latents = jax.ShapeDtypeStruct((1, 16, 21, 96, 170), jnp.float32)
+    video = jax.eval_shape(lambda state, x: nnx.merge(graph, state).decode(x), state, latents)
+    assert video.shape == (1, 3, 81, 768, 1360)
+    posterior = jax.eval_shape(lambda state, x: nnx.merge(graph, state).encode(x), state, video)
+    assert posterior.mean.shape == latents.shape
+
+
 @pytest.mark.parametrize("name", WAN_VAE)
 def test_a_full_size_video_goes_through_the_vae_of_wan_and_back(name):
     vae, _ = port(name)
@@ -288,13 +298,3 @@ def test_a_full_size_video_goes_through_the_vae_of_wan_and_back(name):
     assert latents.shape == (1, config.z_dim, 21, 720 // factor, 1280 // factor)
     decoded = jax.eval_shape(lambda state, x: nnx.merge(graph, state).decode(x), state, latents)
     assert decoded == video
-
-
-def test_a_full_size_cogvideox_vae_has_the_shapes_of_its_input():
-    module, _ = port(COGVIDEOX_VAE[0])
-    graph, state = nnx.split(module)
-    latents = jax.ShapeDtypeStruct((1, 16, 21, 96, 170), jnp.float32)
-    video = jax.eval_shape(lambda state, x: nnx.merge(graph, state).decode(x), state, latents)
-    assert video.shape == (1, 3, 81, 768, 1360)
-    posterior = jax.eval_shape(lambda state, x: nnx.merge(graph, state).encode(x), state, video)
-    assert posterior.mean.shape == latents.shape
