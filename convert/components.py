@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svg_jax.convert import cogvideox, hunyuan_video, t5, wan
+from svg_jax.convert import cogvideox, hunyuan_video, hunyuan_video_vae, t5, wan
 from svg_jax.convert.reader import read_json
 from svg_jax.convert.rules import ConversionError, Leaf, Rule, match_rules
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
+from svg_jax.models.hunyuan_video_vae_config import HunyuanVideoVAEConfig
 from svg_jax.models.t5 import T5Config
 from svg_jax.models.wan_config import WanConfig
 
@@ -43,6 +44,9 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
+    "AutoencoderKLHunyuanVideo": Family(
+        HunyuanVideoVAEConfig.from_dict, hunyuan_video_vae.rules, "diffusion_pytorch_model"
+    ),
     "CogVideoXTransformer3DModel": Family(
         CogVideoXConfig.from_dict, cogvideox.rules, "diffusion_pytorch_model"
     ),

@@ -1,4 +1,7 @@
-"""Flax NNX ports of video diffusion transformers and text encoders; nothing of SVG is here."""
+"""Flax NNX ports of video diffusion transformers, their autoencoders and text encoders.
+
+Nothing of SVG is here.
+"""
 
 if __name__ != "svg_jax.models":
     raise ImportError(
@@ -10,8 +13,12 @@ from svg_jax.models.cogvideox import CogVideoXTransformer
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.hunyuan_video import HunyuanVideoTransformer
 from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
+from svg_jax.models.hunyuan_video_vae import HunyuanVideoVAE
+from svg_jax.models.hunyuan_video_vae_config import HunyuanVideoVAEConfig
 from svg_jax.models.layout import VideoLayout
 from svg_jax.models.t5 import T5Config, T5Encoder
+from svg_jax.models.vae import Posterior
+from svg_jax.models.vae_tiling import FrameTiling, Tiling
 from svg_jax.models.wan import WanTransformer
 from svg_jax.models.wan_config import WanConfig
 
@@ -19,10 +26,15 @@ __all__ = [
     "Attend",
     "CogVideoXConfig",
     "CogVideoXTransformer",
+    "FrameTiling",
     "HunyuanVideoConfig",
     "HunyuanVideoTransformer",
+    "HunyuanVideoVAE",
+    "HunyuanVideoVAEConfig",
+    "Posterior",
     "T5Config",
     "T5Encoder",
+    "Tiling",
     "VideoLayout",
     "WanConfig",
     "WanTransformer",

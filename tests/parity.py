@@ -1,6 +1,5 @@
 """What the parity tests share: a random model in both libraries, and how far apart they are."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -38,12 +37,12 @@ def ported(make, rules, reference):
     """Our module with the reference's weights, in the dtypes that it makes them with."""
     tensors = {name: tensor.float().numpy() for name, tensor in reference.state_dict().items()}
     graph, state = nnx.split(nnx.eval_shape(make))
-    values = jax.tree.map(
-        lambda leaf, x: jnp.asarray(x, leaf.dtype),
-        nnx.to_pure_dict(state),
-        convert_state(tensors, rules),
-    )
-    nnx.replace_by_pure_dict(state, values)
+    leaves = nnx.traversals.flatten_mapping(nnx.to_pure_dict(state))
+    values = nnx.traversals.flatten_mapping(convert_state(tensors, rules))
+    dtypes = {tuple(str(key) for key in path): leaf.dtype for path, leaf in leaves.items()}
+    assert dtypes.keys() == values.keys()
+    values = {path: jnp.asarray(x, dtypes[path]) for path, x in values.items()}
+    nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(values))
     return nnx.merge(graph, state)
 
 

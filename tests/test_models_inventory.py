@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,17 @@ from flax import nnx
 
 from svg_jax.convert.components import FAMILIES, component_leaves
 from svg_jax.convert.rules import ConversionError, Rule, match_rules
-from svg_jax.models import CogVideoXTransformer, HunyuanVideoTransformer, T5Encoder, WanTransformer
+from svg_jax.models import (
+    CogVideoXTransformer,
+    HunyuanVideoTransformer,
+    HunyuanVideoVAE,
+    T5Encoder,
+    WanTransformer,
+)
 
 INVENTORY = Path(__file__).parent / "data" / "inventory"
 MODULES = {
+    "AutoencoderKLHunyuanVideo": HunyuanVideoVAE,
     "CogVideoXTransformer3DModel": CogVideoXTransformer,
     "HunyuanVideoTransformer3DModel": HunyuanVideoTransformer,
     "T5EncoderModel": T5Encoder,
@@ -45,6 +52,7 @@ WAN = [
     "wan2.2-i2v-a14b-transformer",
     "wan2.2-ti2v-5b-transformer",
 ]
+VAES = ["hunyuanvideo-vae"]
 ENCODER = "t5-v1_1-xxl-encoder"
 
 
@@ -75,10 +83,10 @@ def port(name) -> tuple[Any, tuple[Rule, ...]]:
 
 def leaf_shapes(module):
     flat, _ = jax.tree.flatten_with_path(nnx.to_pure_dict(nnx.state(module)))
-    return {".".join(key.key for key in path): leaf.shape for path, leaf in flat}
+    return {".".join(str(key.key) for key in path): leaf.shape for path, leaf in flat}
 
 
-@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, ENCODER])
+@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, *VAES, ENCODER])
 def test_every_released_tensor_has_its_place_and_every_parameter_its_tensor(name):
     module, rules = port(name)
     *_, shapes = read(name)
@@ -87,7 +95,7 @@ def test_every_released_tensor_has_its_place_and_every_parameter_its_tensor(name
     assert sum(map(math.prod, placed.values())) == sum(map(math.prod, shapes.values()))
 
 
-@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, ENCODER])
+@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, *VAES, ENCODER])
 def test_a_dropped_renamed_or_misshapen_tensor_does_not_fit(name):
     _, rules = port(name)
     *_, shapes = read(name)
@@ -188,3 +196,16 @@ def test_a_full_size_forward_pass_of_hunyuan_video_has_the_shapes_of_its_input(n
     velocity, info = jax.eval_shape(forward, state, inputs)
     assert velocity.shape == (2, config.out_channels, *size)
     assert info.shape == (60,)
+
+
+def test_a_full_size_pass_of_the_vae_of_hunyuan_video_has_the_shapes_of_its_input():
+    module, _ = port("hunyuanvideo-vae")
+    graph, state = nnx.split(module)
+    video = jax.ShapeDtypeStruct((1, 3, 17, 720, 1280), jnp.float32)
+    latents = jax.ShapeDtypeStruct((1, 16, 5, 90, 160), jnp.float32)
+    encode = partial(HunyuanVideoVAE.encode, frame_tiling=None)
+    posterior = jax.eval_shape(lambda state, x: encode(nnx.merge(graph, state), x), state, video)
+    assert posterior.mean.shape == posterior.log_variance.shape == latents.shape
+    decode = partial(HunyuanVideoVAE.decode, frame_tiling=None)
+    out = jax.eval_shape(lambda state, x: decode(nnx.merge(graph, state), x), state, latents)
+    assert out.shape == video.shape
