@@ -14,21 +14,26 @@ from parity import TOLERANCE, bfloat16_errors, ported, randomised, relative_erro
 from svg_jax.convert import convert_state, hunyuan_video_vae, restore_state
 from svg_jax.models import HunyuanVideoVAE, HunyuanVideoVAEConfig, Tiling
 
+# Groups of several channels: those of one are small enough to have next to no variance, and then
+# float32 is 1e-5 away from float64 in both libraries.
 TINY = {
     "latent_channels": 3,
-    "block_out_channels": (8, 12, 12, 16),
+    "block_out_channels": (8, 8, 12),
+    "down_block_types": ("HunyuanVideoDownBlock3D",) * 3,
+    "up_block_types": ("HunyuanVideoUpBlock3D",) * 3,
     "layers_per_block": 1,
-    "norm_num_groups": 4,
+    "norm_num_groups": 2,
 }
 OTHER = {
-    **TINY,
     "in_channels": 2,
     "out_channels": 4,
-    "block_out_channels": (4, 8, 8, 8, 12),
+    "latent_channels": 2,
+    "block_out_channels": (4, 4, 8, 6),
     "layers_per_block": 2,
+    "norm_num_groups": 2,
     "mid_block_add_attention": False,
 }
-TILING = Tiling(tile_height=32, tile_width=24, stride_height=24, stride_width=16)
+TILING = Tiling(tile_height=32, tile_width=40, stride_height=24, stride_width=24)
 
 
 @pytest.fixture(autouse=True)
@@ -86,50 +91,39 @@ def noise(*shape, seed=1):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-# Frames, height and width of a video: less than a tile in time, odd and even numbers, tiles that
-# end in no, one, two and four latents.
-VIDEOS = [(1, 16, 8), (4, 8, 24), (9, 24, 16), (17, 16, 16), (28, 8, 16), (33, 16, 24), (38, 8, 8)]
-
-
-@pytest.mark.parametrize("size", VIDEOS)
-def test_encoding_equals_diffusers(size):
+# Less than a tile, and tiles the last of which has one, two, three or four latent frames.
+@pytest.mark.parametrize("frames", [1, 4, 20, 28, 33])
+def test_encoding_equals_diffusers(frames):
     reference, model = pair()
     set_tiling(reference, tiled=False)
-    pairs = zip(*encode_both(reference, model, noise(2, 3, *size)), strict=True)
+    pairs = zip(*encode_both(reference, model, noise(2, 3, frames, 16, 24)), strict=True)
     for ours, theirs in pairs:
         assert ours.shape == theirs.shape
         error = relative_error(ours, theirs)
-        print(f"{size}: {error:.2e}")
+        print(f"{frames}: {error:.2e}")
         assert error < TOLERANCE
 
 
-LATENTS = [(1, 2, 1), (3, 1, 3), (4, 3, 2), (5, 2, 2), (7, 1, 2), (8, 2, 1), (9, 2, 3)]
-
-
-@pytest.mark.parametrize("size", LATENTS)
-def test_decoding_equals_diffusers(size):
+@pytest.mark.parametrize("frames", [1, 4, 5, 7, 9])
+def test_decoding_equals_diffusers(frames):
     reference, model = pair()
     set_tiling(reference, tiled=False)
-    ours, theirs = decode_both(reference, model, noise(2, 3, *size))
+    ours, theirs = decode_both(reference, model, noise(2, 3, frames, 2, 3))
     assert ours.shape == theirs.shape
     error = relative_error(ours, theirs)
-    print(f"{size}: {error:.2e}")
+    print(f"{frames}: {error:.2e}")
     assert error < TOLERANCE
 
 
-@pytest.mark.parametrize("frames", [9, 21])
-def test_tiles_in_space_equal_those_of_diffusers(frames):
+def test_tiles_in_space_and_time_equal_those_of_diffusers():
     reference, model = pair()
     set_tiling(reference, tiled=True)
-    (ours, _), (theirs, _) = encode_both(
-        reference, model, noise(1, 3, frames, 56, 40), tiling=TILING
-    )
-    error = relative_error(ours, theirs)
-    pixels, their_pixels = decode_both(reference, model, theirs, tiling=TILING)
-    assert pixels.shape == (1, 3, frames, 56, 40)
-    other_error = relative_error(pixels, their_pixels)
-    print(f"{frames}: {error:.2e}, {other_error:.2e}")
-    assert max(error, other_error) < TOLERANCE
+    (ours, _), (theirs, _) = encode_both(reference, model, noise(1, 3, 20, 56, 24), tiling=TILING)
+    pixels, their_pixels = decode_both(reference, model, noise(1, 3, 5, 7, 5), tiling=TILING)
+    assert pixels.shape == (1, 3, 17, 56, 40)
+    errors = relative_error(ours, theirs), relative_error(pixels, their_pixels)
+    print(f"{errors[0]:.2e}, {errors[1]:.2e}")
+    assert max(errors) < TOLERANCE
 
 
 def test_without_tiles_in_time_it_equals_diffusers_without_them():
