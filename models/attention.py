@@ -125,7 +125,7 @@ def softmax_attention(
     value: Float[Array, "batch keys heads head_dim"],
     *,
     scale: float,
-    bias: Float[Array, "1 heads rows keys"] | None = None,
+    bias: Float[Array, "1 #heads rows keys"] | None = None,
     keep: Bool[Array, "batch keys"] | None = None,
 ) -> Float[Array, "batch rows heads head_dim"]:
     """Attention as the formula stands, scores in float32, all of them at once.
@@ -135,7 +135,7 @@ def softmax_attention(
         key: Keys.
         value: Values.
         scale: Factor of the scores.
-        bias: Added to the scores.
+        bias: Added to the scores, for each head or all of them.
         keep: The keys that count; None if all do.
     """
     scores = scale * jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)

@@ -18,6 +18,8 @@ Frames = Float[Array, "batch _ _ _ _"]
 Factor = tuple[int, int, int]  # of frames, rows and columns
 
 _EPSILON = 1e-6
+# cuDNN counts elements in 32 bits. Beyond them it has only convolutions a thousand times as slow.
+_MOST_ELEMENTS = 2**31 - 1
 
 
 class CausalConv(nnx.Conv):
@@ -28,11 +30,21 @@ class CausalConv(nnx.Conv):
 
     def __init__(self, features: int, out_features: int, strides: Factor = (1, 1, 1), **kinds: Any):
         super().__init__(features, out_features, (3, 3, 3), strides, padding="VALID", **kinds)
+        self.frame_stride = strides[0]
 
     def __call__(self, inputs: Frames) -> Frames:
         """Returns as many frames, rows and columns; with strides, fewer (rounded up)."""
         around = ((0, 0), (2, 0), (1, 1), (1, 1), (0, 0))
-        return super().__call__(jnp.pad(inputs, around, mode="edge"))
+        padded = jnp.pad(inputs, around, mode="edge")
+        stride = self.frame_stride
+        out_frames = (padded.shape[1] - 3) // stride + 1
+        of_frame = padded[:, 0].size // self.in_features * max(self.in_features, self.out_features)
+        at_once = max((_MOST_ELEMENTS // of_frame - 3) // stride + 1, 1)
+        parts = [
+            super(CausalConv, self).__call__(padded[:, stride * first : stride * last + 3 - stride])
+            for first, last in _spans(out_frames, at_once)
+        ]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 class Upsample(nnx.Module):
@@ -127,6 +139,11 @@ def norm(features: int, groups: int, **kinds: Any) -> nnx.GroupNorm:
     """The norm of all layers."""
     kinds = {name: kind for name, kind in kinds.items() if name != "dtype"}  # always float32
     return group_norm(features, groups, _EPSILON, **kinds)
+
+
+def _spans(total: int, most: int) -> list[tuple[int, int]]:
+    """The numbers up to `total` in pieces of `most`: first of a piece, first behind it."""
+    return [(first, min(first + most, total)) for first in range(0, total, most)]
 
 
 def _repeat(x: Float[Array, "..."], times: int, axis: int) -> Float[Array, "..."]:

@@ -101,7 +101,7 @@ def test_a_dropped_renamed_or_misshapen_tensor_does_not_fit(name):
     *_, shapes = read(name)
     for victim in (rule.names_of((rule.layers or 1) - 1)[0] for rule in rules):
         dropped = {k: v for k, v in shapes.items() if k != victim}
-        for wrong in (dropped, {**dropped, f"{victim}_": shapes[victim]}, {**shapes, victim: (3,)}):
+        for wrong in (dropped, {**dropped, f"{victim}_": shapes[victim]}, {**shapes, victim: (7,)}):
             with pytest.raises(ConversionError, match=re.escape(victim)):
                 match_rules(wrong, rules)
 
