@@ -71,7 +71,7 @@ def load_text_encoder(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
 ) -> T5Encoder:
-    """Loads the T5 encoder of a converted folder.
+    """Loads the T5 or UMT5 encoder of a converted folder.
 
     Args:
         folder: What `convert_pipeline` made.
@@ -83,7 +83,7 @@ def load_text_encoder(
             model that its config describes.
     """
     folder = Path(folder)
-    class_name = _class_of(folder, "text_encoder", ("T5EncoderModel",))
+    class_name = _class_of(folder, "text_encoder", ("T5EncoderModel", "UMT5EncoderModel"))
 
     def make(config: Any) -> T5Encoder:
         kept = jnp.float32 if param_dtype is None else param_dtype

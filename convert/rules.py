@@ -147,6 +147,24 @@ def stack_rules(source: str, target: str, layers: int, rules: Sequence[Rule]) ->
     ]
 
 
+def nest_rules(prefixes: Sequence[str], target: str, rules: Sequence[Rule]) -> list[Rule]:
+    """The rules of a model made those of a part of another, or of itself under other names.
+
+    Args:
+        prefixes: What may stand before the names of its tensors, dots included.
+        target: What stands before the paths of its leaves, dots included.
+        rules: Of the model on its own.
+    """
+    nested = []
+    for rule in rules:
+        source, *aliases = (
+            prefix + name for prefix in prefixes for name in (rule.source, *rule.aliases)
+        )
+        path = target + rule.target
+        nested.append(replace(rule, source=source, aliases=tuple(aliases), target=path))
+    return nested
+
+
 @dataclass(frozen=True)
 class Leaf:
     """One leaf of a converted tree and the stored tensors that it is made of.

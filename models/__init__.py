@@ -9,6 +9,8 @@ if __name__ != "svg_jax.models":
     )
 
 from svg_jax.models.attention import Attend, dense_attention
+from svg_jax.models.clip import CLIPTextEncoder, CLIPVisionEncoder
+from svg_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from svg_jax.models.cogvideox import CogVideoXTransformer
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.hunyuan_video import HunyuanVideoTransformer
@@ -16,6 +18,8 @@ from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
 from svg_jax.models.hunyuan_video_vae import HunyuanVideoVAE
 from svg_jax.models.hunyuan_video_vae_config import HunyuanVideoVAEConfig
 from svg_jax.models.layout import VideoLayout
+from svg_jax.models.llama import LlamaConfig, LlamaEncoder
+from svg_jax.models.llava import LlavaConfig, LlavaEncoder
 from svg_jax.models.t5 import T5Config, T5Encoder
 from svg_jax.models.vae import Posterior
 from svg_jax.models.vae_tiling import FrameTiling, Tiling
@@ -24,6 +28,10 @@ from svg_jax.models.wan_config import WanConfig
 
 __all__ = [
     "Attend",
+    "CLIPTextConfig",
+    "CLIPTextEncoder",
+    "CLIPVisionConfig",
+    "CLIPVisionEncoder",
     "CogVideoXConfig",
     "CogVideoXTransformer",
     "FrameTiling",
@@ -31,6 +39,10 @@ __all__ = [
     "HunyuanVideoTransformer",
     "HunyuanVideoVAE",
     "HunyuanVideoVAEConfig",
+    "LlamaConfig",
+    "LlamaEncoder",
+    "LlavaConfig",
+    "LlavaEncoder",
     "Posterior",
     "T5Config",
     "T5Encoder",

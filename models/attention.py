@@ -127,6 +127,7 @@ def softmax_attention(
     scale: float,
     bias: Float[Array, "1 #heads rows keys"] | None = None,
     keep: Bool[Array, "batch keys"] | None = None,
+    causal: bool = False,
 ) -> Float[Array, "batch rows heads head_dim"]:
     """Attention as the formula stands, scores in float32, all of them at once.
 
@@ -137,12 +138,16 @@ def softmax_attention(
         scale: Factor of the scores.
         bias: Added to the scores, for each head or all of them.
         keep: The keys that count; None if all do.
+        causal: Whether a query sees the keys up to its own place only.
     """
     scores = scale * jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         scores += bias
     if keep is not None:
         scores = jnp.where(keep[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
+    if causal:
+        is_past = jnp.tri(*scores.shape[-2:], dtype=bool)
+        scores = jnp.where(is_past[None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 

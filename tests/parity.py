@@ -33,9 +33,13 @@ def randomised(module, seed, dtype=torch.float32, in_float32=()):
     return module.eval()
 
 
-def ported(make, rules, reference):
+def ported(make, rules, reference, unused=()):
     """Our module with the reference's weights, in the dtypes that it makes them with."""
-    tensors = {name: tensor.float().numpy() for name, tensor in reference.state_dict().items()}
+    tensors = {
+        name: tensor.float().numpy()
+        for name, tensor in reference.state_dict().items()
+        if name not in unused
+    }
     graph, state = nnx.split(nnx.eval_shape(make))
     leaves = nnx.traversals.flatten_mapping(nnx.to_pure_dict(state))
     values = nnx.traversals.flatten_mapping(convert_state(tensors, rules))
