@@ -12,6 +12,7 @@ from svg_jax.convert import (
     cogvideox,
     cogvideox_vae,
     hunyuan_video,
+    hunyuan_video_vae,
     llama,
     llava,
     t5,
@@ -24,6 +25,7 @@ from svg_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.cogvideox_vae_config import CogVideoXVAEConfig
 from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
+from svg_jax.models.hunyuan_video_vae_config import HunyuanVideoVAEConfig
 from svg_jax.models.llama import LlamaConfig
 from svg_jax.models.llava import LlavaConfig
 from svg_jax.models.t5 import T5Config
@@ -61,6 +63,9 @@ class Family:
 _CLIP_VISION = Family(CLIPVisionConfig.from_dict, clip.vision_rules, "model", clip.UNUSED)
 
 FAMILIES: Mapping[str, Family] = {
+    "AutoencoderKLHunyuanVideo": Family(
+        HunyuanVideoVAEConfig.from_dict, hunyuan_video_vae.rules, "diffusion_pytorch_model"
+    ),
     "CLIPTextModel": Family(CLIPTextConfig.from_dict, clip.text_rules, "model"),
     "CLIPVisionModel": _CLIP_VISION,
     "CLIPVisionModelWithProjection": _CLIP_VISION,

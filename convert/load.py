@@ -17,6 +17,7 @@ from svg_jax.models.clip import CLIPTextEncoder, CLIPVisionEncoder
 from svg_jax.models.cogvideox import CogVideoXTransformer
 from svg_jax.models.cogvideox_vae import CogVideoXVAE
 from svg_jax.models.hunyuan_video import HunyuanVideoTransformer
+from svg_jax.models.hunyuan_video_vae import HunyuanVideoVAE
 from svg_jax.models.llama import LlamaEncoder
 from svg_jax.models.llava import LlavaEncoder
 from svg_jax.models.t5 import T5Encoder
@@ -24,6 +25,7 @@ from svg_jax.models.wan import WanTransformer
 from svg_jax.models.wan_vae import WanVAE
 
 Transformer = CogVideoXTransformer | HunyuanVideoTransformer | WanTransformer
+VAE = CogVideoXVAE | HunyuanVideoVAE | WanVAE
 
 TRANSFORMERS: Mapping[str, type[Transformer]] = {
     "CogVideoXTransformer3DModel": CogVideoXTransformer,
@@ -34,11 +36,15 @@ T5_ENCODERS: Mapping[str, type[T5Encoder]] = {
     "T5EncoderModel": T5Encoder,
     "UMT5EncoderModel": T5Encoder,
 }
+VAES: Mapping[str, type[VAE]] = {
+    "AutoencoderKLCogVideoX": CogVideoXVAE,
+    "AutoencoderKLHunyuanVideo": HunyuanVideoVAE,
+    "AutoencoderKLWan": WanVAE,
+}
 MODULES: Mapping[str, Callable[..., nnx.Module]] = {
     **TRANSFORMERS,
     **T5_ENCODERS,
-    "AutoencoderKLCogVideoX": CogVideoXVAE,
-    "AutoencoderKLWan": WanVAE,
+    **VAES,
     "CLIPTextModel": CLIPTextEncoder,
     "CLIPVisionModel": CLIPVisionEncoder,
     "CLIPVisionModelWithProjection": CLIPVisionEncoder,
@@ -138,6 +144,25 @@ def load_text_encoder(
     return load_component(
         folder, "text_encoder", dtype=dtype, param_dtype=param_dtype, classes=T5_ENCODERS.keys()
     )
+
+
+def load_vae(
+    folder: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+) -> VAE:
+    """Loads the video autoencoder of a converted folder, of whichever family it is.
+
+    Args:
+        folder: See `load_component`.
+        dtype: See `load_component`.
+        param_dtype: See `load_component`.
+
+    Raises:
+        ConversionError: See `load_component`.
+    """
+    return load_component(folder, "vae", dtype=dtype, param_dtype=param_dtype, classes=VAES.keys())
 
 
 def _class_of(folder: Path, name: str, known: Collection[str]) -> str:

@@ -121,6 +121,17 @@ def conv_rules(
     ]
 
 
+def pointwise_rules(
+    source: str, target: str, features: int, out_features: int, rank: int
+) -> list[Rule]:
+    """Weight and bias of a convolution over `rank` axes of single points: a linear layer."""
+    shape = (out_features, features, *[1] * rank)
+    return [
+        Rule(f"{source}.weight", f"{target}.kernel", "patch", shape),
+        Rule(f"{source}.bias", f"{target}.bias", "none", (out_features,)),
+    ]
+
+
 def norm_rules(source: str, target: str, features: int) -> list[Rule]:
     """Gain and bias of a layer norm."""
     return [

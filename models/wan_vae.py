@@ -165,6 +165,8 @@ def code_by_chunks(
 class WanVAE(nnx.Module):
     """Encodes videos to latents and decodes latents.
 
+    Both are compiled inside, once for each shape; with a tiling, call them outside of `jax.jit`.
+
     Attributes:
         config: The architecture.
     """
@@ -220,16 +222,15 @@ class WanVAE(nnx.Module):
         encode = self._compiled(_encode)
         if tiling is None:
             return Posterior.from_moments(encode(x))
+        fits = tiling.holds(height, width)
         ratio = config.scale_factor_spatial // config.patch
-        for size, stride in zip(
-            x.shape[-2:], (tiling.stride_height, tiling.stride_width), strict=True
-        ):
-            if 0 < size % stride < ratio:
+        strides = (tiling.stride_height, tiling.stride_width)
+        for size, stride in zip(x.shape[-2:], strides, strict=True):
+            if not fits and 0 < size % stride < ratio:
                 raise ValueError(
                     f"a {height}x{width} video leaves {size % stride} pixels to its last tile, "
                     f"which needs {ratio}: take another size or tiling."
                 )
-        fits = tiling.holds(height, width)
         return Posterior.from_moments(encode_tiles(encode, x, tiling, ratio, progress, fits=fits))
 
     def decode(
@@ -250,12 +251,13 @@ class WanVAE(nnx.Module):
             The video of 1 + 4k frames, in `dtype`.
 
         Raises:
-            ValueError: On latents of another model.
+            ValueError: On latents of another model, or of no size.
         """
         config = self.config
-        if latents.shape[1] != config.z_dim:
+        if latents.shape[1] != config.z_dim or 0 in latents.shape:
             raise ValueError(
-                f"latents have {latents.shape[1]} channels and the model takes {config.z_dim}."
+                f"latents are {list(latents.shape)} and must be [batch, {config.z_dim}, latent "
+                "frames, latent rows, latent columns], all at least 1."
             )
         decode = self._compiled(_decode)
         if tiling is None:

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from svg_jax.models import (
     CogVideoXTransformer,
     CogVideoXVAE,
     HunyuanVideoTransformer,
+    HunyuanVideoVAE,
     LlamaEncoder,
     LlavaEncoder,
     T5Encoder,
@@ -30,6 +31,7 @@ from svg_jax.models import (
 
 INVENTORY = Path(__file__).parent / "data" / "inventory"
 MODULES = {
+    "AutoencoderKLHunyuanVideo": HunyuanVideoVAE,
     "CLIPTextModel": CLIPTextEncoder,
     "CLIPVisionModel": CLIPVisionEncoder,
     "AutoencoderKLCogVideoX": CogVideoXVAE,
@@ -63,11 +65,12 @@ WAN = [
     "wan2.2-i2v-a14b-transformer",
     "wan2.2-ti2v-5b-transformer",
 ]
+HUNYUAN_VIDEO_VAE = "hunyuanvideo-vae"
 T5 = ["t5-v1_1-xxl-encoder", "umt5-xxl-encoder"]
 ENCODERS = [*T5, "clip-l-text", "clip-vit-h-vision", "llama3-8b-encoder", "llava-llama3-8b"]
 COGVIDEOX_VAE = ["cogvideox-2b-vae", "cogvideox-5b-vae", "cogvideox1.5-5b-vae"]
 WAN_VAE = ["wan2.1-vae", "wan2.2-ti2v-5b-vae"]
-VAES = [*COGVIDEOX_VAE, *WAN_VAE]
+VAES = [*COGVIDEOX_VAE, HUNYUAN_VIDEO_VAE, *WAN_VAE]
 # What transformers of several versions writes before the names of an encoder's parts.
 PREFIXES = {
     "clip-l-text": [{"text_model.": ""}],
@@ -126,9 +129,10 @@ def test_every_released_tensor_has_its_place_and_every_parameter_its_tensor(name
     assert sum(map(math.prod, placed.values())) == sum(map(math.prod, shapes.values()))
 
 
-@pytest.mark.parametrize(
-    "name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, COGVIDEOX_VAE[0], WAN_VAE[0], *ENCODERS]
-)
+ONE_OF_EACH_VAE = [COGVIDEOX_VAE[0], HUNYUAN_VIDEO_VAE, WAN_VAE[0]]
+
+
+@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, *ONE_OF_EACH_VAE, *ENCODERS])
 def test_a_dropped_renamed_or_misshapen_tensor_does_not_fit(name):
     _, rules = port(name)
     *_, shapes = read(name)
@@ -298,3 +302,16 @@ def test_a_full_size_video_goes_through_the_vae_of_wan_and_back(name):
     assert latents.shape == (1, config.z_dim, 21, 720 // factor, 1280 // factor)
     decoded = jax.eval_shape(lambda state, x: nnx.merge(graph, state).decode(x), state, latents)
     assert decoded == video
+
+
+def test_a_full_size_pass_of_the_vae_of_hunyuan_video_has_the_shapes_of_its_input():
+    module, _ = port(HUNYUAN_VIDEO_VAE)
+    graph, state = nnx.split(module)
+    video = jax.ShapeDtypeStruct((1, 3, 17, 720, 1280), jnp.float32)
+    latents = jax.ShapeDtypeStruct((1, 16, 5, 90, 160), jnp.float32)
+    encode = partial(HunyuanVideoVAE.encode, frame_tiling=None)
+    posterior = jax.eval_shape(lambda state, x: encode(nnx.merge(graph, state), x), state, video)
+    assert posterior.mean.shape == posterior.log_variance.shape == latents.shape
+    decode = partial(HunyuanVideoVAE.decode, frame_tiling=None)
+    out = jax.eval_shape(lambda state, x: decode(nnx.merge(graph, state), x), state, latents)
+    assert out.shape == video.shape

@@ -98,11 +98,11 @@ def test_black_pixels_of_an_encoder_without_biases_give_no_nan():
 
 
 def test_one_tile_is_the_whole():
-    vae, video, latents = make_vae(), normal(1, 3, 1, 16, 24), normal(1, 2, 1, 2, 3)
-    calls = []
-    tiled = vae.encode(video, tiling=Tiling(), progress=lambda *done: calls.append(done))
+    vae, video, latents = make_vae(), normal(1, 3, 1, 16, 26), normal(1, 2, 1, 2, 3)
+    calls, tiling = [], Tiling(32, 32, 24, 24)
+    tiled = vae.encode(video, tiling=tiling, progress=lambda *done: calls.append(done))
     np.testing.assert_array_equal(tiled.mean, vae.encode(video).mean)
-    np.testing.assert_array_equal(vae.decode(latents, tiling=Tiling()), vae.decode(latents))
+    np.testing.assert_array_equal(vae.decode(latents, tiling=tiling), vae.decode(latents))
     assert calls == [(1, 1)]
 
 
@@ -142,9 +142,10 @@ def test_videos_that_it_cannot_take_are_refused(config, size, message):
         make_vae(config).encode(jnp.zeros((1, *size)))
 
 
-def test_latents_of_another_model_are_refused():
-    with pytest.raises(ValueError, match="3 channels and the model takes 2"):
-        make_vae().decode(jnp.zeros((1, 3, 1, 1, 1)))
+@pytest.mark.parametrize("size", [(3, 1, 1, 1), (2, 0, 1, 1), (2, 1, 1, 0)])
+def test_latents_of_another_model_are_refused(size):
+    with pytest.raises(ValueError, match=r"latents are \[1, .* must be \[batch, 2, latent frames"):
+        make_vae().decode(jnp.zeros((1, *size)))
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,7 @@ def test_tiles_equal_those_of_diffusers(name, size, tiles):
     assert error < TOLERANCE
 
 
-@pytest.mark.parametrize("way", ["encode", "decode"])
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize(("name", "way"), [("2.1", "encode"), ("2.2", "decode")])
 def test_in_bfloat16_it_is_as_near_to_float32_as_diffusers(name, way):
     def make_inputs(seed):
         x = (
