@@ -4,5 +4,13 @@ from svg_jax.sampling.cogvideox import CogVideoXPipeline
 from svg_jax.sampling.denoise import denoise
 from svg_jax.sampling.loading import from_pretrained
 from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline
+from svg_jax.sampling.wan import WanPipeline
 
-__all__ = ["CogVideoXPipeline", "VideoOutput", "VideoPipeline", "denoise", "from_pretrained"]
+__all__ = [
+    "CogVideoXPipeline",
+    "VideoOutput",
+    "VideoPipeline",
+    "WanPipeline",
+    "denoise",
+    "from_pretrained",
+]

@@ -24,12 +24,11 @@ from svg_jax.sampling.pipeline import (
     VideoPipeline,
     check_finite,
     in_memory,
-    list_of_prompts,
-    negative_of_each,
     repeat_each,
     starting_latents,
 )
 from svg_jax.sampling.schedulers import Sampler, SchedulerConfig, initial_state, make_schedule
+from svg_jax.sampling.text import take_prompts
 from svg_jax.tokenizer import PromptTokenizer
 
 _OFS = 2.0  # the only value that CogVideoX-1.5 image to video was trained with
@@ -163,7 +162,8 @@ class CogVideoXPipeline(VideoPipeline):
         frame_shape, padding_frames = latent_shape(
             config, has_vae=self.has_vae, num_frames=num_frames, height=height, width=width
         )
-        positive, negative = self._encode_prompts(
+        positive, negative = take_prompts(
+            None if self.text_encoder is None else self.encode_prompts,
             prompt,
             negative_prompt,
             prompt_embeds,
@@ -224,44 +224,6 @@ class CogVideoXPipeline(VideoPipeline):
         input_ids = jnp.asarray(self.tokenizer(prompts, length))
         with in_memory(self.text_encoder) as encoder:
             return _encode(*nnx.split(encoder), input_ids)
-
-    def _encode_prompts(
-        self,
-        prompt: str | Sequence[str] | None,
-        negative_prompt: str | Sequence[str],
-        prompt_embeds: Embeddings | None,
-        negative_prompt_embeds: Embeddings | None,
-        *,
-        guided: bool,
-        max_sequence_length: int | None,
-    ) -> tuple[Array, Array | None]:
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("pass either a prompt or prompt_embeds")
-        if prompt_embeds is None:
-            assert prompt is not None
-            positive = self.encode_prompts(list_of_prompts(prompt), max_sequence_length)
-        else:
-            positive = jnp.asarray(prompt_embeds, jnp.float32)
-        check_finite("prompt_embeds", positive)
-        if not guided:
-            return positive, None
-        if negative_prompt_embeds is None:
-            if self.text_encoder is None:
-                raise ValueError(
-                    "this checkpoint has no text encoder: pass negative_prompt_embeds too, "
-                    "or a guidance_scale of 1"
-                )
-            negatives = negative_of_each(negative_prompt, len(positive))
-            negative = self.encode_prompts(negatives, positive.shape[1])
-        else:
-            negative = jnp.asarray(negative_prompt_embeds, jnp.float32)
-        check_finite("negative_prompt_embeds", negative)
-        if negative.shape != positive.shape:
-            raise ValueError(
-                "the negative prompts must be as many and as long as the prompts: "
-                f"got features of {negative.shape} for {positive.shape}"
-            )
-        return positive, negative
 
     def _prepare_image(self, image_latents: Latents | None, shape: tuple[int, ...]) -> Array | None:
         config = self.transformer.config

@@ -1,4 +1,4 @@
-"""CogVideoX's latents: their shape for a size in pixels, and an image among them."""
+"""The shape of latents for a size in pixels, and an image among CogVideoX's."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,18 +41,38 @@ def latent_shape(
     num_frames = config.sample_frames if num_frames is None else num_frames
     height = default[0] if height is None else height
     width = default[1] if width is None else width
-    multiple = scale * config.patch_size
+    ratio = config.temporal_compression_ratio if has_vae else 1
+    frames, rows, columns = latent_grid(
+        num_frames, height, width, ratio=ratio, scale=scale, patch_size=config.patch_size
+    )
+    padding_frames = -frames % (config.patch_size_t or 1)
+    return (frames + padding_frames, config.out_channels, rows, columns), padding_frames
+
+
+def latent_grid(
+    num_frames: int, height: int, width: int, *, ratio: int, scale: int, patch_size: int
+) -> tuple[int, int, int]:
+    """Latent frames, rows and columns of a video.
+
+    Args:
+        num_frames: In pixel space.
+        height: In pixels.
+        width: In pixels.
+        ratio: Frames to a latent frame, the first of which is of one frame.
+        scale: Pixels to a latent, each way.
+        patch_size: Latents to a token, each way.
+
+    Raises:
+        ValueError: On sizes that the model cannot take; says which it can.
+    """
+    multiple = scale * patch_size
     for name, pixels in (("height", height), ("width", width)):
         if pixels < 1 or pixels % multiple:
             raise ValueError(f"{name} must be a positive multiple of {multiple}: got {pixels}")
-    ratio = config.temporal_compression_ratio if has_vae else 1
     if num_frames < 1 or (num_frames - 1) % ratio:
         what = f"of the form {ratio}k + 1" if ratio > 1 else "positive"
         raise ValueError(f"num_frames must be {what}: got {num_frames}")
-    frames = (num_frames - 1) // ratio + 1
-    padding_frames = -frames % (config.patch_size_t or 1)
-    shape = (frames + padding_frames, config.out_channels, height // scale, width // scale)
-    return shape, padding_frames
+    return (num_frames - 1) // ratio + 1, height // scale, width // scale
 
 
 def place_image(

@@ -1,21 +1,34 @@
 """A converted folder to a pipeline that can be called."""
 
-import json
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from svg_jax.convert import load_text_encoder, load_transformer, load_vae, read_manifest
-from svg_jax.convert.components import read_pipeline_index
+from svg_jax.convert import (
+    load_component,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    read_manifest,
+)
+from svg_jax.convert.components import read_component_config, read_pipeline_index
+from svg_jax.convert.reader import read_json
 from svg_jax.models import CogVideoXTransformer
 from svg_jax.sampling.cogvideox import CogVideoXPipeline
+from svg_jax.sampling.flow import FlowConfig
+from svg_jax.sampling.images import load_image_processor
+from svg_jax.sampling.pipeline import Lazy, VideoPipeline
 from svg_jax.sampling.schedulers import SchedulerConfig
+from svg_jax.sampling.wan import WanPipeline
 from svg_jax.tokenizer import load_tokenizer
 
 
-def from_pretrained(folder: str | Path, *, dtype: DTypeLike | None = None) -> CogVideoXPipeline:
+def from_pretrained(folder: str | Path, *, dtype: DTypeLike | None = None) -> VideoPipeline:
     """Loads what `svg-jax convert` made, onto the default device.
 
     Args:
@@ -23,31 +36,84 @@ def from_pretrained(folder: str | Path, *, dtype: DTypeLike | None = None) -> Co
         dtype: Of matrix products; parameters stay as they are stored. Default: bfloat16 on an
             accelerator, float32 on a CPU.
 
+    Returns:
+        The pipeline of the checkpoint's family. Wan loads each of its components where it is used
+        and frees it behind: the text encoder and the transformer are never there together.
+
     Raises:
         ValueError: If the folder is not a whole converted one; a diffusers folder is to be
             converted first.
         OSError: If a file cannot be read.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    index = read_pipeline_index(folder)
-    if not index.pipeline.startswith("CogVideoX"):
+    components = frozenset(read_manifest(folder).components)
+    pipeline = read_pipeline_index(folder).pipeline
+    if pipeline not in _PIPELINES:
         raise ValueError(
-            f"{folder}: is a {index.pipeline}, and only CogVideoX's pipelines run so far: its "
+            f"{folder}: is a {pipeline}, and only {', '.join(_PIPELINES)} run so far: its "
             "transformer loads with `svg_jax.convert.load_transformer`."
         )
-    classes = index.classes
     if dtype is None:
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    has_text_encoder = "text_encoder" in manifest.components
-    entries = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return _PIPELINES[pipeline](folder, components, jnp.dtype(dtype))
+
+
+def _load_cogvideox(folder: Path, components: frozenset[str], dtype: Any) -> CogVideoXPipeline:
+    has_text_encoder = "text_encoder" in components
     transformer = load_transformer(folder, dtype=dtype)
     assert isinstance(transformer, CogVideoXTransformer)
     return CogVideoXPipeline(
         transformer=transformer,
-        scheduler=SchedulerConfig.from_dict(entries),
+        scheduler=SchedulerConfig.from_dict(_scheduler_entries(folder)),
         text_encoder=load_text_encoder(folder, dtype=dtype) if has_text_encoder else None,
         tokenizer=load_tokenizer(folder / "tokenizer") if has_text_encoder else None,
-        has_vae="vae" in classes,
-        vae=load_vae(folder, dtype=dtype) if "vae" in manifest.components else None,
+        has_vae="vae" in read_pipeline_index(folder).classes,
+        vae=load_vae(folder, dtype=dtype) if "vae" in components else None,
     )
+
+
+def _load_wan(folder: Path, components: frozenset[str], dtype: Any) -> WanPipeline:
+    entries = read_json(folder / "model_index.json")
+    classes = read_pipeline_index(folder).classes
+    if "transformer_2" in classes or entries.get("boundary_ratio") is not None:
+        raise ValueError(f"{folder}: is a Wan 2.2 of two transformers, and only Wan 2.1 runs.")
+    if entries.get("expand_timesteps"):
+        raise ValueError(f"{folder}: is a Wan 2.2 with times by token, and only Wan 2.1 runs.")
+    if "transformer" not in components:
+        raise ValueError(f"{folder}: holds no transformer: convert the source again with it.")
+
+    def lazy(name: str, dtype: Any) -> Lazy[Any] | None:
+        if name not in components:
+            return None
+        config = read_component_config(folder / name, classes[name])
+        return Lazy(config, dtype, partial(load_component, folder, name, dtype=dtype))
+
+    has_text_encoder, has_image_encoder = (
+        name in components for name in ("text_encoder", "image_encoder")
+    )
+    transformer = lazy("transformer", dtype)
+    assert transformer is not None
+    return WanPipeline(
+        transformer=transformer,
+        scheduler=FlowConfig.from_dict(_scheduler_entries(folder)),
+        # As released: these two are small, and were trained to be computed in float32.
+        vae=lazy("vae", jnp.dtype(jnp.float32)),
+        image_encoder=lazy("image_encoder", jnp.dtype(jnp.float32)),
+        image_processor=(
+            load_image_processor(folder / "image_processor") if has_image_encoder else None
+        ),
+        text_encoder=lazy("text_encoder", dtype),
+        tokenizer=load_tokenizer(folder / "tokenizer") if has_text_encoder else None,
+    )
+
+
+def _scheduler_entries(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "scheduler" / "scheduler_config.json")
+
+
+_PIPELINES: Mapping[str, Callable[[Path, frozenset[str], Any], VideoPipeline]] = {
+    "CogVideoXPipeline": _load_cogvideox,
+    "CogVideoXImageToVideoPipeline": _load_cogvideox,
+    "WanPipeline": _load_wan,
+    "WanImageToVideoPipeline": _load_wan,
+}

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +96,8 @@ class VideoPipeline(ABC):
         vae: Decodes latents, and encodes images; None where the checkpoint was converted without
             it: the outcome is then latents.
     """
+
+    frame_rate: ClassVar[float] = 8.0  # frames per second that the family was trained at
 
     transformer: Any
     vae: Any = None

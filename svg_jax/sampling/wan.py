@@ -1,0 +1,275 @@
+"""Wan 2.1 from a prompt to a video: text to video, image to video, first and last frame to video.
+
+Follows diffusers' WanPipeline and WanImageToVideoPipeline (0.42.1) in names and arithmetic; latents
+stay float32, where diffusers rounds the model's input and guidance to its dtype.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from svg_jax.models import Attend, CLIPVisionEncoder, T5Encoder, WanTransformer, WanVAE
+from svg_jax.models.vae_tiling import Tiling
+from svg_jax.prompts import wan_tokens
+from svg_jax.sampling.denoise import guidance_scales, guided_velocity
+from svg_jax.sampling.flow import FlowConfig, FlowSampler, initial_flow_state, make_flow_schedule
+from svg_jax.sampling.images import CLIPImageProcessor, Image
+from svg_jax.sampling.latents import latent_grid
+from svg_jax.sampling.pipeline import (
+    Lazy,
+    PreparedRun,
+    VideoPipeline,
+    in_memory,
+    repeat_each,
+    starting_latents,
+)
+from svg_jax.sampling.text import take_prompts
+from svg_jax.sampling.wan_images import ImageConditions, encode_first_frames
+from svg_jax.tokenizer import PromptTokenizer
+
+_TEXT_TOKENS = 512
+_FRAMES = 81
+_SMALL, _LARGE = (480, 832), (720, 1280)
+_WIDTH_OF_14B = 5120
+_SHIFT_OF_SMALL = 3.0
+
+# Ranks alone: sizes are checked against each other with errors that say what to do.
+Embeddings = Float[Array | np.ndarray, "_batch _tokens _features"]
+Latents = Float[Array | np.ndarray, "_batch _channels _frames _height _width"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WanConditions:
+    """What the model is told beside latents and timestep.
+
+    Attributes:
+        prompt_embeds: Text features [batch, text_tokens, features], zero behind the prompt.
+        negative_prompt_embeds: Those that guidance leads away from, same shape; None if no step is
+            guided.
+        images: What an image-to-video model is told of its images; None for text to video.
+    """
+
+    prompt_embeds: Any
+    negative_prompt_embeds: Any = None
+    images: ImageConditions | None = None
+
+    def velocity(
+        self,
+        model: Any,
+        latents: Array,
+        timestep: Array,
+        scale: Array | None,
+        *,
+        attend: Attend,
+        step_state: Any,
+    ) -> tuple[Array, Any]:
+        """See `svg_jax.sampling.denoise.Conditions`."""
+        hidden, embeds, features = latents, self.prompt_embeds, None
+        if self.images is not None:
+            hidden = jnp.concatenate([hidden, self.images.channels], axis=1)
+            features = self.images.features
+        if scale is not None:
+            hidden = jnp.concatenate([hidden, hidden])
+            embeds = jnp.concatenate([self.negative_prompt_embeds, embeds])
+            features = None if features is None else jnp.concatenate([features, features])
+        velocity, info = model(
+            hidden,
+            embeds,
+            jnp.full((len(hidden),), timestep),
+            encoder_hidden_states_image=features,
+            attend=attend,
+            step_state=step_state,
+        )
+        return guided_velocity(velocity, scale), info
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WanPipeline(VideoPipeline):
+    """A Wan 2.1 checkpoint that can be called.
+
+    Attributes:
+        transformer: The denoiser.
+        vae: See `VideoPipeline`.
+        scheduler: From scheduler_config.json.
+        text_encoder: UMT5, or None: prompts then come as embeddings.
+        tokenizer: UMT5's, or None.
+        image_encoder: CLIP's, for image to video; None: image_embeds then take its place.
+        image_processor: The image encoder's, or None.
+    """
+
+    frame_rate: ClassVar[float] = 16.0
+
+    transformer: WanTransformer | Lazy[WanTransformer]
+    scheduler: FlowConfig
+    vae: WanVAE | Lazy[WanVAE] | None = None
+    text_encoder: T5Encoder | Lazy[T5Encoder] | None = None
+    tokenizer: PromptTokenizer | None = None
+    image_encoder: CLIPVisionEncoder | Lazy[CLIPVisionEncoder] | None = None
+    image_processor: CLIPImageProcessor | None = None
+
+    def prepare(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        image: Image | None = None,
+        last_image: Image | None = None,
+        negative_prompt: str | Sequence[str] = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int = _FRAMES,
+        num_inference_steps: int = 50,
+        guidance_scale: float | int = 5.0,
+        guidance_steps: float | int = 1.0,
+        scheduler: FlowSampler | None = None,
+        flow_shift: float | int | None = None,
+        latents: Latents | None = None,
+        prompt_embeds: Embeddings | None = None,
+        negative_prompt_embeds: Embeddings | None = None,
+        image_embeds: Embeddings | None = None,
+        image_latents: Latents | None = None,
+        num_videos_per_prompt: int = 1,
+        seed: int = 0,
+        max_sequence_length: int = _TEXT_TOKENS,
+    ) -> PreparedRun:
+        """The first part of `__call__`: encodes prompts and images, makes schedule and noise.
+
+        Args:
+            prompt: One prompt or several; or pass `prompt_embeds`.
+            image: The first frame, of all videos; resized without regard to its proportions. Needed
+                by image-to-video checkpoints.
+            last_image: The last frame; needed by those of first and last frame (FLF2V).
+            negative_prompt: What guidance leads away from; one for all prompts, or one for each.
+            height: In pixels, a multiple of 16. Default: 480 for 1.3B, and for 14B image to video
+                if the checkpoint's shift is at most 3, by which the 480p one is told from the 720p
+                one; else 720.
+            width: In pixels, a multiple of 16. Default: 832 or 1280, likewise.
+            num_frames: Frames of the video, 4k + 1.
+            num_inference_steps: Denoising steps.
+            guidance_scale: Of classifier-free guidance; at most 1 turns it off and halves the work.
+            guidance_steps: Share of the steps, from the first on, that pay for guidance.
+            scheduler: "unipc" or "euler", whose steps are HunyuanVideo's. Default: the
+                checkpoint's own, which is "unipc".
+            flow_shift: Of the schedule; by Wan's authors 5 at 720p, 3 at 480p for image to video,
+                16 for first and last frame. Default: the checkpoint's own.
+            latents: Initial noise [batch, 16, latent_frames, height / 8, width / 8] in place of the
+                seed's.
+            prompt_embeds: UMT5 features [batch, text_tokens, features] in place of prompts, zero
+                behind each prompt.
+            negative_prompt_embeds: Likewise for the negative prompt.
+            image_embeds: CLIP features [1 or batch, image_tokens, features] in place of those of
+                the images (FLF2V: of both, one behind the other).
+            image_latents: Latents of the image and zeros behind it (FLF2V: between the two images),
+                encoded as a video and normalised, in place of the VAE's; [1 or batch, 16,
+                latent_frames, height / 8, width / 8].
+            num_videos_per_prompt: Videos of each prompt, from noise of their own.
+            seed: The same seed gives the same noise on every device.
+            max_sequence_length: Text tokens, padding included; 512 for image to video.
+
+        Raises:
+            ValueError: On arguments that do not fit the checkpoint or each other.
+        """
+        config, sampling = self.transformer.config, self.scheduler
+        if flow_shift is not None:
+            sampling = replace(sampling, shift=float(flow_shift))
+        schedule = make_flow_schedule(sampling, num_inference_steps, sampler=scheduler)
+        scales = guidance_scales(schedule.timesteps, guidance_scale, guidance_steps=guidance_steps)
+        default = self._default_size()
+        height = default[0] if height is None else height
+        width = default[1] if width is None else width
+        grid = latent_grid(
+            num_frames, height, width, ratio=4, scale=8, patch_size=config.patch_size[1]
+        )
+        layout = config.layout(*grid)
+        if num_videos_per_prompt < 1:
+            raise ValueError(f"num_videos_per_prompt is at least 1: got {num_videos_per_prompt}")
+        self._check_text_tokens(max_sequence_length, prompt_embeds)
+        images = encode_first_frames(
+            config,
+            (num_frames, height, width),
+            (image, last_image),
+            vae=self.vae,
+            image_encoder=self.image_encoder,
+            image_processor=self.image_processor,
+            image_embeds=image_embeds,
+            image_latents=image_latents,
+        )
+        positive, negative = take_prompts(
+            None if self.text_encoder is None else self.encode_prompts,
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            guided=bool((scales != 1).any()),
+            max_sequence_length=max_sequence_length,
+        )
+        positive = jnp.repeat(positive, num_videos_per_prompt, axis=0)
+        batch = len(positive)
+        latents = starting_latents(latents, (batch, config.out_channels, *grid), seed)
+        return PreparedRun(
+            schedule=schedule,
+            state=initial_flow_state(latents),
+            conditions=WanConditions(
+                prompt_embeds=positive,
+                negative_prompt_embeds=repeat_each(negative, num_videos_per_prompt),
+                images=None if images is None else images.for_each(batch, num_videos_per_prompt),
+            ),
+            scales=scales,
+            seed=seed,
+            layout=layout,
+        )
+
+    def encode_prompts(
+        self, prompts: Sequence[str], max_sequence_length: int | None = None
+    ) -> Float[Array, "batch text_tokens features"]:
+        """UMT5's features of prompts, float32, zero behind each prompt as Wan was trained.
+
+        Raises:
+            ValueError: If the checkpoint was converted without text encoder or tokenizer.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("this checkpoint has no text encoder: pass prompt_embeds")
+        tokens = wan_tokens(self.tokenizer, prompts, max_sequence_length or _TEXT_TOKENS)
+        with in_memory(self.text_encoder) as encoder:
+            ids, mask = jnp.asarray(tokens.ids), jnp.asarray(tokens.mask)
+            return _encode(*nnx.split(encoder), ids, mask)
+
+    def decode_latents(self, latents: Array, *, vae_tiling: bool = False) -> Array:
+        """Videos [batch, 3, frames, height, width] of latents, from −1 to 1."""
+        assert self.vae is not None
+        with in_memory(self.vae) as vae:
+            return vae.decode(vae.denormalize(latents), tiling=Tiling() if vae_tiling else None)
+
+    def _default_size(self) -> tuple[int, int]:
+        """Height and width; see `prepare`."""
+        config = self.transformer.config
+        if config.width < _WIDTH_OF_14B:
+            return _SMALL
+        of_480p = config.image_dim is not None and self.scheduler.shift <= _SHIFT_OF_SMALL
+        return _SMALL if of_480p else _LARGE
+
+    def _check_text_tokens(
+        self, max_sequence_length: int, prompt_embeds: Embeddings | None
+    ) -> None:
+        name, length = "max_sequence_length", max_sequence_length
+        if prompt_embeds is not None:
+            name, length = "the length of prompt_embeds", prompt_embeds.shape[1]
+        if self.transformer.config.image_dim is not None and length != _TEXT_TOKENS:
+            raise ValueError(
+                f"{name} must be {_TEXT_TOKENS} for image to video, as it was trained: got {length}"
+            )
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(
+    graphdef: Any, weights: Any, ids: Int[Array, "batch tokens"], mask: Int[Array, "batch tokens"]
+) -> Float[Array, "batch tokens features"]:
+    features = nnx.merge(graphdef, weights)(ids, mask).astype(jnp.float32)
+    return jnp.where(mask[..., None] == 1, features, 0)

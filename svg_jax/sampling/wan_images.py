@@ -1,0 +1,200 @@
+"""What Wan's image-to-video models are told of their images.
+
+An image is seen twice: by the VAE, as the first frame of a video that is grey behind it, and by
+CLIP. Models of first and last frame see two images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from svg_jax.models import CLIPVisionEncoder, WanConfig, WanVAE
+from svg_jax.sampling.images import CLIPImageProcessor, Image, as_frame
+from svg_jax.sampling.pipeline import Lazy, check_finite, in_memory
+
+_RATIO, _SCALE = 4, 8  # frames to a latent frame, pixels to a latent
+_HIDDEN_STATE = -2  # of CLIP
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ImageConditions:
+    """What a model is told of its images.
+
+    Attributes:
+        channels: Appended to the latents' channels: the mask of known frames, and the latents of
+            the known frames among zeros; [batch, 4 + 16, latent_frames, height, width].
+        features: CLIP's, [batch, image_tokens, features].
+    """
+
+    channels: Any
+    features: Any
+
+    def for_each(self, batch: int, times: int) -> "ImageConditions":
+        """For a batch of videos: of one image for all, or of one for `times` videos each.
+
+        Raises:
+            ValueError: If there are neither one nor as many as prompts.
+        """
+        arrays = []
+        for name, array in (("image_latents", self.channels), ("image_embeds", self.features)):
+            if len(array) not in (1, batch // times):
+                raise ValueError(
+                    f"{name} must be one for all prompts or one for each of {batch // times}: got "
+                    f"{len(array)}"
+                )
+            arrays.append(jnp.repeat(array, batch // len(array), axis=0))
+        return ImageConditions(*arrays)
+
+
+def encode_first_frames(
+    config: WanConfig,
+    size: tuple[int, int, int],
+    images: tuple[Image | None, Image | None],
+    *,
+    vae: WanVAE | Lazy[WanVAE] | None,
+    image_encoder: CLIPVisionEncoder | Lazy[CLIPVisionEncoder] | None,
+    image_processor: CLIPImageProcessor | None,
+    image_embeds: Array | np.ndarray | None,
+    image_latents: Array | np.ndarray | None,
+) -> ImageConditions | None:
+    """Encodes images, or takes what was encoded.
+
+    Args:
+        config: Of the transformer.
+        size: Frames, height and width of the video, in pixels.
+        images: Its first and its last frame.
+        vae: What encodes them as a video.
+        image_encoder: CLIP.
+        image_processor: CLIP's.
+        image_embeds: In place of CLIP's features.
+        image_latents: In place of the VAE's latents, normalised.
+
+    Returns:
+        The conditions, of one image or of one for each prompt; None for text to video.
+
+    Raises:
+        ValueError: On what does not fit the checkpoint, or if something is missing.
+    """
+    given = {"image": images[0], "last_image": images[1]}
+    given |= {"image_embeds": image_embeds, "image_latents": image_latents}
+    if config.image_dim is None:
+        if names := [name for name, value in given.items() if value is not None]:
+            raise ValueError(
+                f"this is a text-to-video checkpoint: it takes no {' and no '.join(names)}"
+            )
+        return None
+    with_last = config.pos_embed_seq_len is not None
+    known = _known_images(images, with_last, image_embeds is None or image_latents is None)
+    if with_last and size[0] == 1:
+        raise ValueError("num_frames must be at least 5 between a first and a last frame: got 1")
+    if image_latents is None and vae is None:
+        raise ValueError("this checkpoint was converted without its VAE: pass image_latents")
+    if image_embeds is None and (image_encoder is None or image_processor is None):
+        raise ValueError(
+            "this checkpoint was converted without its image encoder: pass image_embeds"
+        )
+    if image_latents is None:
+        assert vae is not None
+        image_latents = _encode_video(vae, known, size)
+    if image_embeds is None:
+        assert image_encoder is not None
+        assert image_processor is not None
+        image_embeds = _encode_for_clip(image_encoder, image_processor, known)
+    latents = jnp.asarray(image_latents, jnp.float32)
+    features = jnp.asarray(image_embeds, jnp.float32)
+    _check_arrays(config, size, latents, features)
+    mask = known_frames(latents.shape[2], with_last)
+    mask = jnp.broadcast_to(mask, (len(latents), *mask.shape[:2], *latents.shape[3:]))
+    return ImageConditions(jnp.concatenate([mask, latents], axis=1), features)
+
+
+def known_frames(latent_frames: int, with_last: bool) -> Float[np.ndarray, "4 latent_frames 1 1"]:
+    """1 where a frame is an image and 0 elsewhere, for each of the frames of a latent frame.
+
+    The first latent frame is of one frame, and counts as four.
+    """
+    mask = np.zeros((_RATIO, latent_frames, 1, 1), np.float32)
+    mask[:, 0] = 1
+    if with_last:
+        mask[-1, -1] = 1
+    return mask
+
+
+def _known_images(
+    images: tuple[Image | None, Image | None], with_last: bool, needed: bool
+) -> list[Image]:
+    """The images, checked against what the model takes."""
+    known = [image for image in images if image is not None]
+    if not needed:
+        if known:
+            raise ValueError("pass either images or both of image_embeds and image_latents")
+        return []
+    if images[0] is None:
+        raise ValueError(
+            "this is an image-to-video checkpoint: pass the image of its first frame (--image)"
+        )
+    if with_last and images[1] is None:
+        raise ValueError(
+            "this checkpoint makes videos between two frames: pass the last_image (--last-image)"
+        )
+    if not with_last and images[1] is not None:
+        raise ValueError("this checkpoint takes one image: it has no use for a last_image")
+    return known
+
+
+def _encode_video(
+    vae: WanVAE | Lazy[WanVAE], images: Sequence[Image], size: tuple[int, int, int]
+) -> Float[Array, "1 channels latent_frames latent_height latent_width"]:
+    """Normalised latents of the video that has the images at its ends and zeros for the rest."""
+    video = np.zeros((1, 3, *size), np.float32)
+    for frame, image in zip((0, -1), images, strict=False):
+        video[0, :, frame] = as_frame(image, *size[1:])
+    with in_memory(vae) as module:
+        latents = module.encode(jnp.asarray(video)).mean
+        return module.normalize(latents.astype(jnp.float32))
+
+
+def _encode_for_clip(
+    encoder: CLIPVisionEncoder | Lazy[CLIPVisionEncoder],
+    processor: CLIPImageProcessor,
+    images: Sequence[Image],
+) -> Float[Array, "1 image_tokens features"]:
+    """CLIP's features of all images, one behind the other."""
+    pixels = jnp.asarray(np.stack([processor(image) for image in images]))
+    with in_memory(encoder) as module:
+        features = _see(*nnx.split(module), pixels)
+    return features.reshape(1, -1, features.shape[-1])
+
+
+@partial(jax.jit, static_argnums=0)
+def _see(graphdef: Any, weights: Any, pixels: Array) -> Float[Array, "images tokens features"]:
+    encoder = nnx.merge(graphdef, weights)
+    return encoder(pixels, hidden_state=_HIDDEN_STATE).astype(jnp.float32)
+
+
+def _check_arrays(
+    config: WanConfig, size: tuple[int, int, int], latents: Array, features: Array
+) -> None:
+    frames, height, width = size
+    grid = ((frames - 1) // _RATIO + 1, height // _SCALE, width // _SCALE)
+    expected = (config.in_channels - config.out_channels - _RATIO, *grid)
+    if latents.shape[1:] != expected:
+        raise ValueError(
+            f"image_latents must have the shape {('batch', *expected)}: got {latents.shape}"
+        )
+    tokens = config.pos_embed_seq_len or features.shape[1]
+    if features.shape[1:] != (tokens, config.image_dim):
+        raise ValueError(
+            f"image_embeds must have the shape {('batch', tokens, config.image_dim)}: got "
+            f"{features.shape}"
+        )
+    check_finite("image_latents", latents)
+    check_finite("image_embeds", features)
