@@ -96,7 +96,7 @@ def _load_wan(folder: Path, components: frozenset[str], dtype: Any) -> WanPipeli
     return WanPipeline(
         transformer=transformer,
         scheduler=FlowConfig.from_dict(_scheduler_entries(folder)),
-        # As released: these two are small, and were trained to be computed in float32.
+        # As diffusers advises: small, and worth float32.
         vae=lazy("vae", jnp.dtype(jnp.float32)),
         image_encoder=lazy("image_encoder", jnp.dtype(jnp.float32)),
         image_processor=(
