@@ -46,10 +46,12 @@ class PatternName(StrEnum):
 
 
 class SamplerName(StrEnum):
-    """The samplers."""
+    """The samplers: the first two are CogVideoX's, the others those of flow matching."""
 
     ddim = "ddim"
     dpm = "dpm"
+    euler = "euler"
+    unipc = "unipc"
 
 
 class Dtype(StrEnum):
@@ -86,7 +88,10 @@ Height = Annotated[int | None, _option("--height", help="In pixels; default: as 
 Width = Annotated[int | None, _option("--width", help="In pixels; default: as trained.")]
 Frames = Annotated[int | None, _option("--num-frames", help="Default: as trained.")]
 Steps = Annotated[int, _option("--steps", help="Denoising steps.")]
-Guidance = Annotated[float, _option("--guidance-scale", help="1 or less: no guidance.")]
+Guidance = Annotated[
+    float | None,
+    _option("--guidance-scale", help="1 or less: no guidance; default: the family's."),
+]
 GuidanceSteps = Annotated[
     float,
     _option("--guidance-steps", help="Share of the steps, from the first, that pay for guidance."),
@@ -99,6 +104,16 @@ Latents = Annotated[
 ImageLatents = Annotated[
     Path | None,
     _option("--image-latents", help="Of the first frame, for image to video: .npy or .npz."),
+]
+FirstImage = Annotated[
+    Path | None, _option("--image", help="The first frame, for image to video: an image file.")
+]
+LastImage = Annotated[
+    Path | None, _option("--last-image", help="The last frame, for models that take one.")
+]
+Shift = Annotated[
+    float | None,
+    _option("--flow-shift", help="Of the schedule, for flow matching; default: the checkpoint's."),
 ]
 Density = Annotated[float, _option("--density", help="Share of attention that is computed.")]
 DenseSteps = Annotated[
@@ -117,7 +132,9 @@ DtypeOption = Annotated[
 Scheduler = Annotated[
     SamplerName | None, _option("--scheduler", help="Default: the checkpoint's own.")
 ]
-Fps = Annotated[float, _option("--fps", help="Frames per second of the video.")]
+Fps = Annotated[
+    float | None, _option("--fps", help="Frames per second of the video; default: as trained.")
+]
 Enlarge = Annotated[int, _option("--enlarge", help="Pixels to show each pixel as, each way.")]
 
 
@@ -165,11 +182,13 @@ def generate(
     width: Width = None,
     num_frames: Frames = None,
     steps: Steps = 50,
-    guidance_scale: Guidance = 6.0,
+    guidance_scale: Guidance = None,
     guidance_steps: GuidanceSteps = 1.0,
     dynamic_cfg: DynamicCfg = False,
     seed: Seed = 0,
     latents: Latents = None,
+    image: FirstImage = None,
+    last_image: LastImage = None,
     image_latents: ImageLatents = None,
     attention: Annotated[
         Attention, _option("--attention", help="Dense, or Sparse VideoGen.")
@@ -180,7 +199,8 @@ def generate(
     sampled_rows: SampledRows = _SPARSITY.sampled_rows,
     dtype: DtypeOption = None,
     scheduler: Scheduler = None,
-    fps: Fps = 8.0,
+    flow_shift: Shift = None,
+    fps: Fps = None,
     enlarge: Enlarge = 1,
     labels_out: Annotated[
         Path | None,
@@ -206,6 +226,7 @@ def generate(
             "prompt_embeds": prompt_embeds,
             "image_latents": image_latents,
         },
+        images={"image": image, "last_image": last_image},
         prompt=prompt,
         negative_prompt=negative_prompt,
         height=height,
@@ -216,6 +237,7 @@ def generate(
         guidance_steps=guidance_steps,
         use_dynamic_cfg=dynamic_cfg,
         scheduler=scheduler,
+        flow_shift=flow_shift,
         seed=seed,
     )
 
@@ -233,11 +255,13 @@ def compare(
     width: Width = None,
     num_frames: Frames = None,
     steps: Steps = 50,
-    guidance_scale: Guidance = 6.0,
+    guidance_scale: Guidance = None,
     guidance_steps: GuidanceSteps = 1.0,
     dynamic_cfg: DynamicCfg = False,
     seed: Seed = 0,
     latents: Latents = None,
+    image: FirstImage = None,
+    last_image: LastImage = None,
     image_latents: ImageLatents = None,
     pattern: Annotated[
         PatternName, _option("--pattern", help="Profile heads, or take all for one kind.")
@@ -248,7 +272,8 @@ def compare(
     sampled_rows: SampledRows = _SPARSITY.sampled_rows,
     dtype: DtypeOption = None,
     scheduler: Scheduler = None,
-    fps: Fps = 8.0,
+    flow_shift: Shift = None,
+    fps: Fps = None,
     enlarge: Enlarge = 1,
     json_file: Annotated[Path | None, _option("--json", help="Write the figures.")] = None,
 ) -> None:
@@ -269,6 +294,7 @@ def compare(
             "prompt_embeds": prompt_embeds,
             "image_latents": image_latents,
         },
+        images={"image": image, "last_image": last_image},
         prompt=prompt,
         negative_prompt=negative_prompt,
         height=height,
@@ -279,6 +305,7 @@ def compare(
         guidance_steps=guidance_steps,
         use_dynamic_cfg=dynamic_cfg,
         scheduler=scheduler,
+        flow_shift=flow_shift,
         seed=seed,
     )
 

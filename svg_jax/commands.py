@@ -1,5 +1,6 @@
 """What the commands of the command line do."""
 
+import inspect
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from svg_jax.config import SparsityConfig
 from svg_jax.convert import convert_pipeline, export_pipeline
 from svg_jax.files import written_atomically
 from svg_jax.sampling import VideoPipeline, from_pretrained
+from svg_jax.sampling.images import open_image
 from svg_jax.sampling.record import median_seconds
 from svg_jax.video import check_video_path, enlarge, save_video, side_by_side, with_label
 
@@ -64,10 +66,11 @@ def generate(
     *,
     sparsity: SparsityConfig | None,
     dtype: str | None,
-    fps: float,
+    fps: float | None,
     enlarge: int,
     labels_out: Path | None,
     files: Mapping[str, Path | None],
+    images: Mapping[str, Path | None],
     **arguments: Any,
 ) -> None:
     """Generates one video and writes it, or its latents."""
@@ -84,7 +87,7 @@ def generate(
             "this checkpoint was converted without its VAE: convert it with the VAE, or write "
             "latents (--output latents.npz)"
         )
-    arguments |= _read_arrays(files)
+    arguments = _arguments_of(pipeline, arguments, files, images)
     with _steps_bar(arguments["num_inference_steps"]) as advance:
         video = pipeline(
             sparsity=sparsity, callback_on_step_end=lambda _: advance("denoising"), **arguments
@@ -94,6 +97,7 @@ def generate(
             np.savez_compressed(file, latents=video.latents)
     else:
         assert video.frames is not None
+        fps = pipeline.frame_rate if fps is None else fps
         save_video(_enlarged(video.frames[0], enlarge), output, fps=fps)
     if labels_out is not None:
         video.info.save(labels_out)
@@ -107,19 +111,20 @@ def compare(
     sparsity: SparsityConfig,
     pattern: Pattern,
     dtype: str | None,
-    fps: float,
+    fps: float | None,
     enlarge: int,
     json_file: Path | None,
     files: Mapping[str, Path | None],
+    images: Mapping[str, Path | None],
     **arguments: Any,
 ) -> None:
     """Generates a video with dense and with sparse attention; writes both side by side."""
     for path in (output, json_file):
         _check_folder(path)
     pipeline = _load(model, dtype)
-    comparison = _compare(
-        pipeline, sparsity=sparsity, pattern=pattern, **arguments, **_read_arrays(files)
-    )
+    arguments = _arguments_of(pipeline, arguments, files, images)
+    comparison = _compare(pipeline, sparsity=sparsity, pattern=pattern, **arguments)
+    fps = pipeline.frame_rate if fps is None else fps
     _write_comparison(comparison, output, fps=fps, factor=enlarge)
     if json_file is not None:
         comparison.report.save(json_file)
@@ -188,6 +193,31 @@ def _check_folder(path: Path | None) -> None:
     """Before the work, not after it."""
     if path is not None and not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path.name}: there is no folder {path.parent}")
+
+
+def _arguments_of(
+    pipeline: VideoPipeline,
+    arguments: Mapping[str, Any],
+    files: Mapping[str, Path | None],
+    images: Mapping[str, Path | None],
+) -> dict[str, Any]:
+    """The pipeline's arguments: those that were given, and arrays and images read from files.
+
+    Raises:
+        ValueError: At an argument that pipelines of this family do not have.
+    """
+    given = {
+        name: value
+        for name, value in arguments.items()
+        # Its own defaults stand where nothing is said; False is a flag that is not set.
+        if name == "prompt" or (value is not None and value is not False)
+    }
+    given |= {name: path for name, path in {**files, **images}.items() if path is not None}
+    taken = inspect.signature(pipeline.prepare).parameters
+    if foreign := [name for name in given if name not in taken]:
+        raise ValueError(f"this checkpoint takes no {' and no '.join(foreign)}")
+    given |= _read_arrays(files)
+    return given | {n: open_image(path) for n, path in images.items() if path is not None}
 
 
 def _read_arrays(paths: Mapping[str, Path | None]) -> dict[str, np.ndarray]:

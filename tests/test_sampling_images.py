@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import transformers
 from diffusers.video_processor import VideoProcessor
-from transformers import CLIPImageProcessorPil
 
 from svg_jax.sampling.images import (
     CLIPImageProcessor,
@@ -55,8 +55,8 @@ def test_arrays_that_are_no_images(pixels, height):
 @pytest.mark.parametrize("options", [{}, {"size": {"shortest_edge": 40}, "crop_size": 37}])
 def test_clip_gets_what_transformers_makes(tmp_path, size, mode, options):
     image = picture(*size, mode)
-    make: Any = CLIPImageProcessorPil
-    theirs = make(**options)
+    settings: dict[str, Any] = options
+    theirs: Any = transformers.CLIPImageProcessorPil(**settings)
     theirs.save_pretrained(tmp_path)
     ours = load_image_processor(tmp_path)(image)
     assert ours.dtype == np.float32

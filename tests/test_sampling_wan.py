@@ -46,8 +46,15 @@ VAE: dict[str, Any] = {
     "latents_mean": [0.1, -0.2, 0.3, -0.4],
     "latents_std": [0.9, 1.1, 0.7, 1.3],
 }
-T5 = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 2, "vocab_size": 32128}
-CLIP = {
+T5: dict[str, Any] = {
+    "d_model": 16,
+    "d_ff": 32,
+    "d_kv": 8,
+    "num_heads": 2,
+    "num_layers": 2,
+    "vocab_size": 32128,
+}
+CLIP: dict[str, Any] = {
     "hidden_size": 8,
     "intermediate_size": 16,
     "num_hidden_layers": 3,
@@ -203,7 +210,8 @@ def test_the_shift_can_be_chosen(make):
     theirs, ours, _ = make("T2V")
     given = {"prompt_embeds": embeds(tokens=5), "guidance_scale": 1.0}
     own = theirs.scheduler
-    theirs.scheduler = diffusers.UniPCMultistepScheduler(**SCHEDULER | {"flow_shift": 5.0})
+    shifted: dict[str, Any] = SCHEDULER | {"flow_shift": 5.0}
+    theirs.scheduler = diffusers.UniPCMultistepScheduler(**shifted)
     expected = run_diffusers(theirs, noise(), **given)
     theirs.scheduler = own
     check(ours(latents=noise(), flow_shift=5, **CALL, **given), *expected)
@@ -281,7 +289,8 @@ def test_a_checkpoint_without_encoders_and_vae(make, tmp_path):
 
 def pipeline_of(shift=3.0, **changes):
     config = WanConfig(**TRANSFORMER | changes)
-    transformer: Any = Lazy(config, np.dtype(np.float32), lambda: None)
+    load: Any = None
+    transformer: Any = Lazy(config, np.dtype(np.float32), load)
     return WanPipeline(transformer=transformer, scheduler=FlowConfig("unipc", shift))
 
 

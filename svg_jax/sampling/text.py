@@ -38,6 +38,8 @@ def take_prompts(
         raise ValueError("pass either a prompt or prompt_embeds")
     if negative_prompt and negative_prompt_embeds is not None:
         raise ValueError("pass either a negative_prompt or negative_prompt_embeds")
+    if prompt_embeds is not None:
+        check_finite("prompt_embeds", prompt_embeds)
     positives = [] if prompt is None else list_of_prompts(prompt)
     if encode is None and positives:
         raise ValueError(
@@ -50,7 +52,6 @@ def take_prompts(
         )
     negatives = []
     if prompt_embeds is not None:
-        check_finite("prompt_embeds", prompt_embeds)
         max_sequence_length = prompt_embeds.shape[1]
     if guided and negative_prompt_embeds is None:
         count = len(positives) if prompt_embeds is None else len(prompt_embeds)
