@@ -54,9 +54,9 @@ def test_arrays_that_are_no_images(pixels, height):
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
 @pytest.mark.parametrize("options", [{}, {"size": {"shortest_edge": 40}, "crop_size": 37}])
 def test_clip_gets_what_transformers_makes(tmp_path, size, mode, options):
-    image = picture(*size, mode)
-    settings: dict[str, Any] = options
-    theirs: Any = transformers.CLIPImageProcessorPil(**settings)
+    height, width = size
+    image = picture(height, width, mode)
+    theirs: Any = transformers.CLIPImageProcessorPil(**options)
     theirs.save_pretrained(tmp_path)
     ours = load_image_processor(tmp_path)(image)
     assert ours.dtype == np.float32
