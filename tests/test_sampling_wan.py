@@ -272,6 +272,16 @@ def test_sparse_steps_follow_the_warm_up(make):
     assert np.isfinite(video.frames).all()
 
 
+def test_latents_stay_float32_beside_bfloat16(make):
+    _, ours, folder = make("I2V")
+    rough: Any = from_pretrained(folder, dtype="bfloat16")
+    given = {"prompt": "a cat", "image": picture(7), "guidance_scale": 1.0, "latents": noise()}
+    call = CALL | {"num_inference_steps": 1, "output_type": "latent"}
+    found, exact = (pipe(**given, **call).latents for pipe in (rough, ours))
+    assert found.dtype == np.float32
+    assert 1e-4 < relative_error(found, exact) < 0.1
+
+
 def test_a_checkpoint_without_encoders_and_vae(make, tmp_path):
     _, whole, folder = make("I2V")
     source = folder.parent / "source"
