@@ -22,6 +22,7 @@ import numpy as np
 from svg_jax import SparsityConfig, from_pretrained
 from svg_jax.convert import convert_pipeline
 from svg_jax.metrics import psnr
+from svg_jax.sampling import CogVideoXPipeline
 
 
 def main() -> int:
@@ -49,6 +50,7 @@ def main() -> int:
         convert_pipeline(folder, Path(scratch) / "converted")
         pipeline = from_pretrained(Path(scratch) / "converted", dtype="float32")
 
+    assert isinstance(pipeline, CogVideoXPipeline)
     assert pipeline.tokenizer is not None
     input_ids = pipeline.tokenizer(prompts, golden["input_ids"].shape[1])
     check("input_ids that differ", int((input_ids != golden["input_ids"]).sum()), 0)
