@@ -139,10 +139,11 @@ class SpatialNorm(nnx.Module):
         size, latent_size = x.shape[1:4], latents.shape[1:4]
 
         def enlarge(of_latents: Frames) -> Frames:
-            enlarged = of_latents.astype(jnp.float32)
+            # Frames first: rows and columns are but broadcast, which takes no memory.
+            enlarged = spread_frames(of_latents.astype(jnp.float32), size[0])
             for axis in (2, 3):
                 enlarged = repeat(enlarged, size[axis - 1] // latent_size[axis - 1], axis)
-            return spread_frames(enlarged, size[0])
+            return enlarged
 
         return self.norm(x) * enlarge(self.scale(latents)) + enlarge(self.shift(latents))
 
