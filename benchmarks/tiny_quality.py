@@ -36,7 +36,8 @@ from svg_jax.convert.rules import convert_state
 from svg_jax.metrics import psnr, ssim
 from svg_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
 from svg_jax.models.t5 import T5Config, T5Encoder
-from svg_jax.sampling.cogvideox import CogVideoXPipeline, PreparedRun
+from svg_jax.sampling.cogvideox import CogVideoXPipeline
+from svg_jax.sampling.pipeline import PreparedRun
 from svg_jax.sampling.record import SamplingInfo
 from svg_jax.sampling.schedulers import SchedulerConfig
 from svg_jax.tokenizer import load_tokenizer
@@ -76,10 +77,12 @@ def load_pipeline(folder: Path) -> CogVideoXPipeline:
 
     stem, scheduler = "diffusion_pytorch_model", folder / "scheduler/scheduler_config.json"
     return CogVideoXPipeline(
-        component("transformer", stem, CogVideoXConfig, cogvideox.rules, CogVideoXTransformer),
-        SchedulerConfig.from_dict(json.loads(scheduler.read_text())),
-        component("text_encoder", "model", T5Config, t5.rules, T5Encoder),
-        load_tokenizer(folder / "tokenizer"),
+        transformer=component(
+            "transformer", stem, CogVideoXConfig, cogvideox.rules, CogVideoXTransformer
+        ),
+        scheduler=SchedulerConfig.from_dict(json.loads(scheduler.read_text())),
+        text_encoder=component("text_encoder", "model", T5Config, t5.rules, T5Encoder),
+        tokenizer=load_tokenizer(folder / "tokenizer"),
         has_vae=False,
     )
 

@@ -3,17 +3,34 @@
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from svg_jax.convert import cogvideox, cogvideox_vae, hunyuan_video, t5, wan
+from svg_jax.convert import (
+    clip,
+    cogvideox,
+    cogvideox_vae,
+    hunyuan_video,
+    hunyuan_video_vae,
+    llama,
+    llava,
+    t5,
+    wan,
+    wan_vae,
+)
 from svg_jax.convert.reader import read_json
 from svg_jax.convert.rules import ConversionError, Leaf, Rule, match_rules
+from svg_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.cogvideox_vae_config import CogVideoXVAEConfig
 from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
+from svg_jax.models.hunyuan_video_vae_config import HunyuanVideoVAEConfig
+from svg_jax.models.llama import LlamaConfig
+from svg_jax.models.llava import LlavaConfig
 from svg_jax.models.t5 import T5Config
 from svg_jax.models.wan_config import WanConfig
+from svg_jax.models.wan_vae_config import WanVAEConfig
 
 PIPELINES = (
     "CogVideoXPipeline",
@@ -23,7 +40,7 @@ PIPELINES = (
     "WanPipeline",
     "WanImageToVideoPipeline",
 )
-COPIED = ("scheduler", "tokenizer")  # small files, carried as they are
+COPIED = ("scheduler", "tokenizer", "tokenizer_2")  # small files, carried as they are
 
 
 @dataclass(frozen=True)
@@ -34,7 +51,7 @@ class Family:
         read_config: Makes the config from a parsed config.json, strictly.
         rules: The family's conversion table for a config.
         stem: What its library calls the weights' file.
-        unused: Names of tensors that released files hold and the released class ignores.
+        unused: Names of tensors that released files hold and that no output of the port needs.
     """
 
     read_config: Callable[[Mapping[str, Any]], Any]
@@ -43,17 +60,31 @@ class Family:
     unused: re.Pattern[str] | None = None
 
 
+_CLIP_VISION = Family(CLIPVisionConfig.from_dict, clip.vision_rules, "model", clip.UNUSED)
+
 FAMILIES: Mapping[str, Family] = {
+    "AutoencoderKLHunyuanVideo": Family(
+        HunyuanVideoVAEConfig.from_dict, hunyuan_video_vae.rules, "diffusion_pytorch_model"
+    ),
+    "CLIPTextModel": Family(CLIPTextConfig.from_dict, clip.text_rules, "model"),
+    "CLIPVisionModel": _CLIP_VISION,
+    "CLIPVisionModelWithProjection": _CLIP_VISION,
     "AutoencoderKLCogVideoX": Family(
         CogVideoXVAEConfig.from_dict, cogvideox_vae.rules, "diffusion_pytorch_model"
     ),
+    "AutoencoderKLWan": Family(WanVAEConfig.from_dict, wan_vae.rules, "diffusion_pytorch_model"),
     "CogVideoXTransformer3DModel": Family(
         CogVideoXConfig.from_dict, cogvideox.rules, "diffusion_pytorch_model"
     ),
     "HunyuanVideoTransformer3DModel": Family(
         HunyuanVideoConfig.from_dict, hunyuan_video.rules, "diffusion_pytorch_model"
     ),
-    "T5EncoderModel": Family(T5Config.from_dict, t5.rules, "model"),
+    "LlamaModel": Family(LlamaConfig.from_dict, llama.rules, "model", llama.UNUSED),
+    "LlavaForConditionalGeneration": Family(
+        LlavaConfig.from_dict, llava.rules, "model", llama.UNUSED
+    ),
+    "T5EncoderModel": Family(partial(T5Config.from_dict, model_type="t5"), t5.rules, "model"),
+    "UMT5EncoderModel": Family(partial(T5Config.from_dict, model_type="umt5"), t5.rules, "model"),
     "WanTransformer3DModel": Family(
         WanConfig.from_dict, wan.rules, "diffusion_pytorch_model", wan.UNUSED
     ),

@@ -14,17 +14,26 @@ from svg_jax.convert.manifest import read_manifest
 from svg_jax.convert.rules import ConversionError
 from svg_jax.convert.writer import open_leaves, readable
 from svg_jax.models.cogvideox import CogVideoXTransformer
+from svg_jax.models.cogvideox_vae import CogVideoXVAE
 from svg_jax.models.hunyuan_video import HunyuanVideoTransformer
+from svg_jax.models.hunyuan_video_vae import HunyuanVideoVAE
 from svg_jax.models.t5 import T5Encoder
 from svg_jax.models.wan import WanTransformer
+from svg_jax.models.wan_vae import WanVAE
 
 Module = TypeVar("Module", bound=nnx.Module)
 Transformer = CogVideoXTransformer | HunyuanVideoTransformer | WanTransformer
+VAE = CogVideoXVAE | HunyuanVideoVAE | WanVAE
 
 TRANSFORMERS: Mapping[str, type[Transformer]] = {
     "CogVideoXTransformer3DModel": CogVideoXTransformer,
     "HunyuanVideoTransformer3DModel": HunyuanVideoTransformer,
     "WanTransformer3DModel": WanTransformer,
+}
+VAES: Mapping[str, type[VAE]] = {
+    "AutoencoderKLCogVideoX": CogVideoXVAE,
+    "AutoencoderKLHunyuanVideo": HunyuanVideoVAE,
+    "AutoencoderKLWan": WanVAE,
 }
 
 
@@ -71,7 +80,7 @@ def load_text_encoder(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
 ) -> T5Encoder:
-    """Loads the T5 encoder of a converted folder.
+    """Loads the T5 or UMT5 encoder of a converted folder.
 
     Args:
         folder: What `convert_pipeline` made.
@@ -83,13 +92,40 @@ def load_text_encoder(
             model that its config describes.
     """
     folder = Path(folder)
-    class_name = _class_of(folder, "text_encoder", ("T5EncoderModel",))
+    class_name = _class_of(folder, "text_encoder", ("T5EncoderModel", "UMT5EncoderModel"))
 
     def make(config: Any) -> T5Encoder:
         kept = jnp.float32 if param_dtype is None else param_dtype
         return T5Encoder(config, dtype=dtype, param_dtype=kept, rngs=nnx.Rngs(0))
 
     return _load(folder, "text_encoder", class_name, make, cast=param_dtype is not None)
+
+
+def load_vae(
+    folder: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+) -> VAE:
+    """Loads the video autoencoder of a converted folder, of whichever family it is.
+
+    Args:
+        folder: What `convert_pipeline` made.
+        dtype: Dtype of the convolutions.
+        param_dtype: Dtype to cast the parameters to; None keeps each as it is stored.
+
+    Raises:
+        ConversionError: If the folder is not a whole converted one, or its weights are not the
+            model that its config describes.
+    """
+    folder = Path(folder)
+    class_name = _class_of(folder, "vae", VAES)
+
+    def make(config: Any) -> VAE:
+        kept = jnp.float32 if param_dtype is None else param_dtype
+        return VAES[class_name](config, dtype=dtype, param_dtype=kept, rngs=nnx.Rngs(0))
+
+    return _load(folder, "vae", class_name, make, cast=param_dtype is not None)
 
 
 def _class_of(folder: Path, name: str, known: Collection[str]) -> str:

@@ -71,7 +71,7 @@ def convert_pipeline(
     The result holds `model_index.json`, `manifest.json`, the files of `scheduler/` and
     `tokenizer/`, and per component `config.json` and `weights/`, an orbax checkpoint of the
     module's pure dict. It appears whole or not at all. At no time more than a few tensors are in
-    memory. Tensors that the released class itself ignores (Wan I2V's `norm_added_q`) are left out.
+    memory. Tensors that nothing needs (Wan I2V's `norm_added_q`, LLaVA's `lm_head`) are left out.
 
     Args:
         source: Folder with model_index.json. Weights are safetensors, one file or shards.

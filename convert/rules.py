@@ -31,7 +31,7 @@ class Rule:
         transform: "none" keeps the array; "transpose" turns a linear weight [out, in] into
             [in, out]; "patch" turns a convolution's weight [out, in, *kernel] into that of a linear
             layer over patches, [in * prod(kernel), out], the input channel slowest; "conv" turns it
-            into [*kernel, in, out], as `nnx.Conv` has it.
+            into [*kernel, in, out], as `nnx.Conv` has it; "flatten" makes a vector of the array.
         source_shape: Shape of one stored tensor, from the config. It is what a checkpoint is
             checked against, and what tells the inverse of "patch" its kernel.
         aliases: Other names that the same tensor may be stored under (tied weights). At least one
@@ -42,7 +42,7 @@ class Rule:
 
     source: str
     target: str
-    transform: Literal["none", "transpose", "patch", "conv"]
+    transform: Literal["none", "transpose", "patch", "conv", "flatten"]
     source_shape: tuple[int, ...]
     aliases: tuple[str, ...] = ()
     layers: int | None = None
@@ -74,6 +74,8 @@ class Rule:
         """Shape of one layer's share of the leaf."""
         if self.transform == "none":
             return self.source_shape
+        if self.transform == "flatten":
+            return (math.prod(self.source_shape),)
         out, features, *kernel = self.source_shape
         if self.transform == "conv":
             return (*kernel, features, out)
@@ -83,6 +85,8 @@ class Rule:
         """The stored tensor as it lies in the leaf: a view where numpy can make one."""
         if self.transform == "none":
             return tensor
+        if self.transform == "flatten":
+            return tensor.reshape(-1)
         if self.transform == "conv":
             return np.moveaxis(tensor, (0, 1), (-1, -2))
         return tensor.reshape(tensor.shape[0], -1).T
@@ -91,6 +95,8 @@ class Rule:
         """The tensor as it was stored; `inverse(forward(x))` is x, bit for bit."""
         if self.transform == "none":
             return part
+        if self.transform == "flatten":
+            return part.reshape(self.source_shape)
         if self.transform == "conv":
             return np.moveaxis(part, (-1, -2), (0, 1))
         return part.T.reshape(self.source_shape)
@@ -115,6 +121,17 @@ def conv_rules(
     ]
 
 
+def pointwise_rules(
+    source: str, target: str, features: int, out_features: int, rank: int
+) -> list[Rule]:
+    """Weight and bias of a convolution over `rank` axes of single points: a linear layer."""
+    shape = (out_features, features, *[1] * rank)
+    return [
+        Rule(f"{source}.weight", f"{target}.kernel", "patch", shape),
+        Rule(f"{source}.bias", f"{target}.bias", "none", (out_features,)),
+    ]
+
+
 def norm_rules(source: str, target: str, features: int) -> list[Rule]:
     """Gain and bias of a layer norm."""
     return [
@@ -134,6 +151,24 @@ def stack_rules(source: str, target: str, layers: int, rules: Sequence[Rule]) ->
         )
         for rule in rules
     ]
+
+
+def nest_rules(prefixes: Sequence[str], target: str, rules: Sequence[Rule]) -> list[Rule]:
+    """The rules of a model made those of a part of another, or of itself under other names.
+
+    Args:
+        prefixes: What may stand before the names of its tensors, dots included.
+        target: What stands before the paths of its leaves, dots included.
+        rules: Of the model on its own.
+    """
+    nested = []
+    for rule in rules:
+        source, *aliases = (
+            prefix + name for prefix in prefixes for name in (rule.source, *rule.aliases)
+        )
+        path = target + rule.target
+        nested.append(replace(rule, source=source, aliases=tuple(aliases), target=path))
+    return nested
 
 
 @dataclass(frozen=True)

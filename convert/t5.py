@@ -1,11 +1,13 @@
-"""The tensors of a T5 v1.1 encoder, as released by transformers and as laid out here."""
+"""The tensors of a T5 v1.1 or UMT5 encoder, as released by transformers and as laid out here."""
+
+from dataclasses import replace
 
 from svg_jax.convert.rules import Rule, stack_rules
 from svg_jax.models.t5 import T5Config
 
 
 def rules(config: T5Config) -> tuple[Rule, ...]:
-    """The table; source names are those of `T5EncoderModel` on disk."""
+    """The table; source names are those of `T5EncoderModel` and `UMT5EncoderModel` on disk."""
     model, inner, hidden = config.d_model, config.num_heads * config.d_kv, config.d_ff
 
     def linear(source: str, target: str, features: int, out_features: int) -> Rule:
@@ -26,6 +28,17 @@ def rules(config: T5Config) -> tuple[Rule, ...]:
         linear("layer.1.DenseReluDense.wi_1", "feed_forward.input", model, hidden),
         linear("layer.1.DenseReluDense.wo", "feed_forward.output", hidden, model),
     ]
+    bias = Rule(
+        "layer.0.SelfAttention.relative_attention_bias.weight",
+        "relative_bias.embedding",
+        "none",
+        (config.relative_attention_num_buckets, config.num_heads),
+    )
+    if config.model_type == "umt5":
+        layer.append(bias)
+        shared = []
+    else:
+        shared = [replace(bias, source=f"encoder.block.0.{bias.source}")]
     return (
         Rule(
             "shared.weight",
@@ -34,12 +47,7 @@ def rules(config: T5Config) -> tuple[Rule, ...]:
             (config.vocab_size, model),
             aliases=("encoder.embed_tokens.weight",),
         ),
-        Rule(
-            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-            "relative_bias.embedding",
-            "none",
-            (config.relative_attention_num_buckets, config.num_heads),
-        ),
+        *shared,
         *stack_rules("encoder.block", "blocks", config.num_layers, layer),
         norm("encoder.final_layer_norm", "final_norm"),
     )

@@ -20,8 +20,6 @@ from svg_jax.kernels.block_mask import BandMask
 MOST_MASKS = 3
 BLOCK_KV = {64: 128, 128: 64}
 STAGES = 3
-REGISTERS = (160, 24)
-FAR = 1 << 30
 
 
 def sampled_attention(
@@ -46,22 +44,20 @@ def sampled_attention(
     num_blocks = -(-num_tokens // block_kv)
     row_groups = query.shape[1] // mgpu.ROWS
     splits = min(num_blocks, max(1, mgpu.NUM_SMS // (batch * heads * row_groups)))
-    row_bounds, key_bounds = _bounds(masks, query_positions, key_positions, text_length)
-    row_bounds = jnp.pad(row_bounds, [(0, 0)] * 3 + [(0, query.shape[1] - num_rows)])
-    # Behind the last token no row keeps anything.
+    rows, places = _places(masks, query_positions, key_positions, text_length)
+    rows = jnp.pad(rows, [(0, 0)] * 3 + [(0, query.shape[1] - num_rows)])
     missing = num_blocks * block_kv - num_tokens
-    key_bounds = jnp.pad(key_bounds, [(0, 0)] * 3 + [(0, missing)], constant_values=-FAR - 1)
+    places = jnp.pad(places, [(0, 0)] * 2 + [(0, missing)], constant_values=jnp.inf)
     edge, edge_value = mgpu.blanked_values(value, masks, text_length, block_kv)
-    tail, key, tail_key = mgpu.whole_eights(key, block_kv)
-    _, value, tail_value = mgpu.whole_eights(value, block_kv)
+    tail, key, value, tail_blocks = mgpu.whole_eights(key, value, block_kv)
 
     tile = partial(plgpu.SMEM, dtype=query.dtype, transforms=mgpu.TILED)
     scratch = {
         "q_smem": tile((mgpu.ROWS, width)),
         "k_smem": tile((STAGES, block_kv, width)),
         "v_smem": tile((STAGES, block_kv, width)),
-        "row_smem": plgpu.SMEM((len(masks), 2, mgpu.ROWS), jnp.int32),
-        "key_smem": plgpu.SMEM((STAGES, len(masks), 2, block_kv), jnp.int32),
+        "row_smem": plgpu.SMEM((len(masks), 2, mgpu.ROWS), jnp.float32),
+        "key_smem": plgpu.SMEM((STAGES, len(masks), block_kv), jnp.float32),
         "out_smem": plgpu.SMEM((len(masks), mgpu.ROWS, width), jnp.float32),
         "sum_smem": plgpu.SMEM((len(masks), 2, mgpu.ROWS), jnp.float32),
         "q_ready": plgpu.Barrier(num_arrivals=2),
@@ -97,50 +93,54 @@ def sampled_attention(
         scratch_types=scratch,
         grid=(splits, row_groups, heads, batch),
         grid_names=("split", "group", "head", "batch"),
-    )(query, key, value, edge_value, tail_key, tail_value, row_bounds, key_bounds)
+    )(query, key, value, edge_value, tail_blocks, rows, places)
 
     share = jnp.exp2(top - top.max(axis=0, keepdims=True))
     total = (share * total).sum(axis=0)
     joined = (share[..., None] * out).sum(axis=0) / jnp.where(total > 0, total, 1.0)[..., None]
-    return joined[..., :num_rows, :head_dim]
+    joined = joined[..., :num_rows, :head_dim]
+    if text_length is None:
+        return joined
+    real = jnp.stack(
+        [
+            mask.is_real(positions, text_length[:, None])
+            for mask, positions in zip(masks, query_positions, strict=True)
+        ]
+    )
+    return jnp.where(real[:, :, None, :, None], joined, 0.0)
 
 
-def _bounds(
+def _places(
     masks: tuple[BandMask, ...],
     query_positions: Int[Array, "masks batch rows"],
     key_positions: Int[Array, "masks tokens"],
     text_length: Int[Array, " batch"] | None,
-) -> tuple[Int[Array, "masks batch 2 rows"], Int[Array, "masks batch 2 tokens"]]:
-    """Masks as two comparisons: a row keeps a key whose first bound is over, whose second is under.
+) -> tuple[Float[Array, "masks batch 2 rows"], Float[Array, "masks batch tokens"]]:
+    """Masks as one comparison: a row keeps a key unless |row − key| ≥ reach.
 
-    A key in the band lies between its row's bounds; text and sink lie between those of every row,
-    padding between those of none; and the bounds of a row of text hold all that is real. It is
+    What no distance decides is in the numbers: a key that is always kept stands at NaN, for which
+    no comparison holds, padding at infinity, and the reach of a row of text is infinite. It is
     written for all masks at once, since many small programs would take longer than the kernel.
+
+    Returns:
+        Place and reach of each row, and the place of each key. Integers up to 2²⁴ are exact.
     """
     fields = ((m.band_width, m.text_start, m.text_stop, m.sink_tokens) for m in masks)
     band, start, stop, sink = (
         jnp.array(field, jnp.int32)[:, None, None] for field in zip(*fields, strict=True)
     )
-    batch = query_positions.shape[1]
-    real_stop = jnp.broadcast_to(stop, (len(masks), batch, 1))
+    real_stop = stop
     if text_length is not None:
         real_stop = jnp.clip(start + text_length[None, :, None], start, stop)
-    query, key = query_positions, key_positions[:, None]
-
-    def is_text(position):
-        return (position >= start) & (position < stop)
-
-    def is_padding(position):
-        return (position >= real_stop) & (position < stop)
-
-    low = jnp.where(is_text(query), -FAR, query - band)
-    low = jnp.where(is_padding(query), FAR, low)
-    high = jnp.where(is_text(query), FAR, query + band)
-    # FAR itself is no bound that the always kept may meet: rows of text compare with it.
-    always = is_text(key) | (key < sink)
-    over = jnp.where(is_padding(key), -FAR - 1, jnp.where(always, FAR - 1, key))
-    under = jnp.broadcast_to(jnp.where(always, 1 - FAR, key), over.shape)
-    return jnp.stack([low, high], axis=2), jnp.stack([over, under], axis=2)
+    key = key_positions[:, None]
+    is_text, is_real = (key >= start) & (key < stop), (key >= start) & (key < real_stop)
+    place = jnp.where(is_real | (key < sink), jnp.nan, key.astype(jnp.float32))
+    place = jnp.where(is_text & ~is_real, jnp.inf, place)
+    of_text = (query_positions >= start) & (query_positions < stop)
+    reach = jnp.where(of_text, jnp.inf, band.astype(jnp.float32))
+    shape = (len(masks), query_positions.shape[1], key.shape[2])
+    rows = jnp.stack([query_positions.astype(jnp.float32), reach], axis=2)
+    return rows, jnp.broadcast_to(place, shape)
 
 
 def _body(
@@ -148,8 +148,7 @@ def _body(
     k_ref,
     v_ref,
     edge_ref,
-    tail_key_ref,
-    tail_value_ref,
+    tail_ref,
     row_ref,
     key_ref,
     out_ref,
@@ -188,7 +187,6 @@ def _body(
 
     @pl.when(warpgroup == num_masks)
     def _produce():
-        plgpu.set_max_registers(REGISTERS[1], action="decrease")
         plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_smem, q_ready)
         plgpu.copy_gmem_to_smem(row_ref.at[:, batch, :, rows], row_smem, q_ready)
 
@@ -198,10 +196,10 @@ def _body(
             ready = k_ready.at[slot]
             plgpu.barrier_wait(k_free.at[slot])
             here = (batch, first + n, head)
-            mgpu.fetch_block(k_ref, k_smem.at[slot], ready, ((tail, tail_key_ref),), *here)
-            plgpu.copy_gmem_to_smem(key_ref.at[:, batch, :, keys], key_smem.at[slot], ready)
+            mgpu.fetch_block(k_ref, k_smem.at[slot], ready, ((tail, tail_ref.at[0]),), *here)
+            plgpu.copy_gmem_to_smem(key_ref.at[:, batch, keys], key_smem.at[slot], ready)
             plgpu.barrier_wait(v_free.at[slot])
-            patches = ((edge, edge_ref), (tail, tail_value_ref))
+            patches = ((edge, edge_ref), (tail, tail_ref.at[1]))
             mgpu.fetch_block(v_ref, v_smem.at[slot], v_ready.at[slot], patches, *here)
 
         lax.fori_loop(0, count, fetch, None)
@@ -211,31 +209,30 @@ def _body(
 
     @pl.when(warpgroup < num_masks)
     def _consume():
-        plgpu.set_max_registers(REGISTERS[0], action="increase")
         for slot in range(STAGES):
             plgpu.barrier_arrive(k_free.at[slot])
             plgpu.barrier_arrive(v_free.at[slot])
         my_staging = jax.tree.map(lambda ref: ref.at[warpgroup], staging)
         shape = (mgpu.ROWS, block_kv)
         plgpu.barrier_wait(q_ready)
-        low, high = (
+        row, reach = (
             mgpu.by_row(mgpu.load_line(row_smem, (warpgroup, n), mgpu.ROW, interpret), shape)
             for n in range(2)
         )
+
+        def dropped(slot):
+            place = mgpu.load_line(key_smem, (slot, warpgroup), mgpu.COLUMN, interpret)
+            return jnp.abs(mgpu.by_column(place, shape) - row) >= reach
 
         def visit(n, carry):
             acc, top, total = carry
             slot = lax.rem(n, STAGES)
             plgpu.barrier_wait(k_ready.at[slot])
-            over, under = (
-                mgpu.by_column(
-                    mgpu.load_line(key_smem, (slot, warpgroup, n), mgpu.COLUMN, interpret), shape
-                )
-                for n in range(2)
-            )
+            # Fetched before the product, a line is there behind it; one of 128 keys would spill.
+            early = dropped(slot) if block_kv <= 64 else None
             logits = mgpu.logits(q_smem, k_smem.at[slot], my_staging)
+            logits = jnp.where(dropped(slot) if early is None else early, mgpu.MASKED, logits)
             plgpu.barrier_arrive(k_free.at[slot])
-            logits = jnp.where((over > low) & (under < high), logits, mgpu.MASKED)
             weights, shrink, top = mgpu.weigh(logits, top, factor)
             acc *= mgpu.by_row(shrink, acc.shape)
             total = total * shrink + weights.sum(axis=1)

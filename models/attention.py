@@ -1,5 +1,6 @@
 """The attention that a model is given: its signature, and a dense default."""
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -91,14 +92,42 @@ def cross_attention(
     return _attend(query, key, value, key_length)
 
 
+def frame_causal_attention(
+    query: Float[Array, "batch tokens heads head_dim"],
+    key: Float[Array, "batch tokens heads head_dim"],
+    value: Float[Array, "batch tokens heads head_dim"],
+    *,
+    frame_tokens: int,
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """Exact attention to one's own frame and all frames before it, by blocks of query rows.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        value: Values.
+        frame_tokens: Tokens of a frame.
+    """
+    frame_of_key = jnp.arange(key.shape[1])[None, :] // frame_tokens
+
+    def attend_rows(rows: Array, first: Array) -> Array:
+        frame_of_row = (first + jnp.arange(rows.shape[1]))[:, None] // frame_tokens
+        bias = jnp.where(frame_of_key <= frame_of_row, 0.0, -jnp.inf)
+        return softmax_attention(
+            rows, key, value, scale=query.shape[-1] ** -0.5, bias=bias[None, None]
+        )
+
+    return _by_rows(attend_rows, query)
+
+
 def softmax_attention(
     query: Float[Array, "batch rows heads head_dim"],
     key: Float[Array, "batch keys heads head_dim"],
     value: Float[Array, "batch keys heads head_dim"],
     *,
     scale: float,
-    bias: Float[Array, "1 heads rows keys"] | None = None,
+    bias: Float[Array, "1 #heads rows keys"] | None = None,
     keep: Bool[Array, "batch keys"] | None = None,
+    causal: bool = False,
 ) -> Float[Array, "batch rows heads head_dim"]:
     """Attention as the formula stands, scores in float32, all of them at once.
 
@@ -107,20 +136,24 @@ def softmax_attention(
         key: Keys.
         value: Values.
         scale: Factor of the scores.
-        bias: Added to the scores.
+        bias: Added to the scores, for each head or all of them.
         keep: The keys that count; None if all do.
+        causal: Whether a query sees the keys up to its own place only.
     """
     scores = scale * jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         scores += bias
     if keep is not None:
         scores = jnp.where(keep[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
+    if causal:
+        is_past = jnp.tri(*scores.shape[-2:], dtype=bool)
+        scores = jnp.where(is_past[None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
 def _attend(query: Array, key: Array, value: Array, length: Array | None) -> Array:
-    batch, tokens, heads, head_dim = query.shape
+    head_dim = query.shape[-1]
     in_16_bit = query.dtype in (jnp.bfloat16, jnp.float16)
     if in_16_bit and jax.default_backend() == "gpu" and head_dim % 8 == 0 and head_dim <= 128:
         return jax.nn.dot_product_attention(
@@ -129,13 +162,30 @@ def _attend(query: Array, key: Array, value: Array, length: Array | None) -> Arr
 
     keep = None if length is None else jnp.arange(key.shape[1])[None, :] < length[:, None]
 
-    @jax.checkpoint  # or the backward pass would keep the scores of all blocks: tokens squared
-    def attend_rows(rows: Array) -> Array:
+    def attend_rows(rows: Array, first: Array) -> Array:
+        del first
         return softmax_attention(rows, key, value, scale=head_dim**-0.5, keep=keep)
 
+    return _by_rows(attend_rows, query)
+
+
+def _by_rows(attend_rows: Callable[[Array, Array], Array], query: Array) -> Array:
+    """Attends with blocks of query rows, one after the other.
+
+    Args:
+        attend_rows: (queries, number of the first) -> output.
+        query: All queries [batch, tokens, heads, head_dim].
+    """
+    batch, tokens, heads, head_dim = query.shape
     rows = min(_ROWS, tokens)
     blocks = -(-tokens // rows)
     query = jnp.pad(query, ((0, 0), (0, blocks * rows - tokens), (0, 0), (0, 0)))
     query = jnp.moveaxis(query.reshape(batch, blocks, rows, heads, head_dim), 1, 0)
-    out = jnp.moveaxis(jax.lax.map(attend_rows, query), 0, 1)
+
+    @jax.checkpoint  # or the backward pass would keep the scores of all blocks: tokens squared
+    def attend_block(block: tuple[Array, Array]) -> Array:
+        return attend_rows(*block)
+
+    out = jax.lax.map(attend_block, (query, rows * jnp.arange(blocks)))
+    out = jnp.moveaxis(out, 0, 1)
     return out.reshape(batch, blocks * rows, heads, head_dim)[:, :tokens]

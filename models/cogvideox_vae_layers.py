@@ -48,6 +48,7 @@ def causal_conv(conv: nnx.Conv, x: Frames, past: Frames | None) -> tuple[Frames,
     # turns every three-dimensional convolution's operands to channels first, and back.
     kernel = jnp.moveaxis(conv.kernel[...].astype(x.dtype), 0, 2)
     kernel = kernel.reshape(*kernel.shape[:2], -1, out_features)
+    assert conv.bias is not None
     bias = conv.bias[...].astype(x.dtype)
 
     def convolve(part: Frames) -> Frames:

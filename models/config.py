@@ -9,9 +9,30 @@ from typing import Any, TypeVar
 
 Config = TypeVar("Config")
 
+# What transformers notes in the config.json of any model, of no consequence for what it computes.
+TRANSFORMERS_NOTES = frozenset(
+    {
+        "architectures",
+        "bos_token_id",
+        "dtype",
+        "initializer_factor",
+        "initializer_range",
+        "pad_token_id",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
 
 def read_config(
-    config: type[Config], values: Mapping[str, Any], *, ignored: Collection[str] = ()
+    config: type[Config],
+    values: Mapping[str, Any],
+    *,
+    ignored: Collection[str] = (),
+    only: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Config:
     """Makes a config dataclass from a parsed config.json.
 
@@ -19,12 +40,21 @@ def read_config(
         config: The dataclass; its field names are the file's keys.
         values: The parsed file. Keys that begin with "_" are the writing library's notes to itself.
         ignored: Keys that say nothing about what the model computes.
+        only: Keys that are no fields, with the value that they must have where they stand: they
+            tell other models.
 
     Raises:
         ValueError: On unknown keys or values of another type than the field's.
     """
+    for name in only.keys() & values.keys():
+        if values[name] != only[name]:
+            raise ValueError(
+                f"{config.__name__}: {name}={values[name]!r} is not implemented, only "
+                f"{only[name]!r}."
+            )
     kinds = typing.get_type_hints(config)
-    values = {k: v for k, v in values.items() if not k.startswith("_") and k not in ignored}
+    passed_over = {*ignored, *only}
+    values = {k: v for k, v in values.items() if not k.startswith("_") and k not in passed_over}
     if unknown := sorted(values.keys() - kinds.keys()):
         raise ValueError(
             f"{config.__name__}: unknown keys {unknown}; this is the config of another model "

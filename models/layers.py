@@ -1,6 +1,7 @@
 """Layers that several models share, and the scan over a stack of them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -27,6 +28,12 @@ def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
+def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """GELU as CLIP approximates it, x times the sigmoid of 1.702 x; in float32 inside."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.nn.sigmoid(1.702 * x32)).astype(x.dtype)
+
+
 class FeedForward(nnx.Module):
     """Linear, activation, linear."""
 
@@ -50,6 +57,33 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out_features"]:
         """Applies the layer to every token."""
         return self.output(self.activation(self.input(x)))
+
+
+class GatedFeedForward(nnx.Module):
+    """Linear times the activation of another linear, then linear; without biases."""
+
+    def __init__(
+        self,
+        features: int,
+        hidden_features: int,
+        *,
+        activation: Callable[[Array], Array],
+        output_param_dtype: Dtype | None = None,
+        dtype: Dtype,
+        param_dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the layer; `output_param_dtype` None keeps the last linear's in `param_dtype`."""
+        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
+        self.activation = activation
+        self.gate = linear(features, hidden_features, param_dtype=param_dtype)
+        self.input = linear(features, hidden_features, param_dtype=param_dtype)
+        kept = param_dtype if output_param_dtype is None else output_param_dtype
+        self.output = linear(hidden_features, features, param_dtype=kept)
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        """Applies the layer to every token."""
+        return self.output(self.activation(self.gate(x)) * self.input(x))
 
 
 def layer_norm(
@@ -112,6 +146,7 @@ def scan_layers(
     hidden: Float[Array, "*shape"],
     *,
     first_layer: int = 0,
+    num_layers: int | None = None,
     remat: bool = False,
 ) -> tuple[Float[Array, "*shape"], Any]:
     """Sends `hidden` through stacked layers in a scan: compile time does not grow with depth.
@@ -121,6 +156,7 @@ def scan_layers(
         apply_layer: (layer module, hidden, number of the layer) -> (hidden, info).
         hidden: The residual stream.
         first_layer: Number of the first of these layers: those of an earlier stack count.
+        num_layers: How many of them to apply, from the first on; None applies all.
         remat: Recompute each layer in the backward pass instead of keeping its activations.
 
     Returns:
@@ -134,6 +170,33 @@ def scan_layers(
 
     if remat:
         step = jax.checkpoint(step, prevent_cse=False)  # a scan needs no barrier against CSE
-    num_layers = jax.tree.leaves(state)[0].shape[0]
-    numbers = jnp.arange(first_layer, first_layer + num_layers, dtype=jnp.int32)
-    return jax.lax.scan(step, hidden, (state, numbers))
+    depth = jax.tree.leaves(state)[0].shape[0]
+    numbers = jnp.arange(first_layer, first_layer + depth, dtype=jnp.int32)
+    if num_layers in (None, depth):
+        return jax.lax.scan(step, hidden, (state, numbers))
+
+    # A scan over the first layers' slice of the state would copy it, and with it most of the model.
+    def step_by_number(hidden: Array, layer: Array) -> tuple[Array, Any]:
+        return step(hidden, (jax.tree.map(lambda x: x[layer - first_layer], state), layer))
+
+    return jax.lax.scan(step_by_number, hidden, numbers[:num_layers])
+
+
+def layers_below(hidden_state: int, num_layers: int) -> int:
+    """How many layers make a hidden state of a stack; it is counted as transformers does.
+
+    Args:
+        hidden_state: 0 is what the first layer takes, and `num_layers` what the last one gives;
+            negative numbers count from the end, -1 being the last.
+        num_layers: Layers of the stack.
+
+    Raises:
+        ValueError: If the stack has no such hidden state.
+    """
+    count = hidden_state + (num_layers + 1 if hidden_state < 0 else 0)
+    if not 0 <= count <= num_layers:
+        raise ValueError(
+            f"hidden_state={hidden_state} must be from {-num_layers - 1} to {num_layers}: there "
+            f"are {num_layers} layers."
+        )
+    return count

@@ -1,4 +1,4 @@
-"""Rotary position embedding over frames, rows and columns (RoFormer, arXiv 2104.09864)."""
+"""Rotary position embedding of videos and texts (RoFormer, arXiv 2104.09864)."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 
 class Rotation(NamedTuple):
-    """How far each pair of neighbouring features turns at each token (float32)."""
+    """How far each pair of features turns at each token (float32)."""
 
     cos: Float[Array, "tokens half_head_dim"]
     sin: Float[Array, "tokens half_head_dim"]
@@ -25,6 +25,34 @@ def rotate(
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+def rotate_halves(
+    x: Float[Array, "batch tokens heads head_dim"], rotation: Rotation
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """Turns the pairs of a feature of every head's first half and one of its second (float32)."""
+    cos, sin = (table[None, :, None, :] for table in rotation)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, first * sin + second * cos]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def text_rotation(num_tokens: int, features: int, *, theta: float) -> Rotation:
+    """The rotation of each token of a text.
+
+    Args:
+        num_tokens: Tokens, at 0, 1, 2, …
+        features: Of a head; even.
+        theta: Base of the frequencies theta^(-2i / features).
+
+    Source: transformers `LlamaRotaryEmbedding`.
+    """
+    # Powers, frequencies and angles are rounded to float32 where the reference does it: a few
+    # hundred tokens on, the rounding of a frequency shows in the cosine.
+    powers = theta ** (np.arange(0, features, 2) / features)
+    frequencies = np.float32(1) / powers.astype(np.float32)
+    angles = np.outer(np.arange(num_tokens, dtype=np.float32), frequencies).astype(np.float64)
+    return Rotation(*(jnp.asarray(f(angles).astype(np.float32)) for f in (np.cos, np.sin)))
 
 
 def video_rotation(

@@ -1,6 +1,8 @@
-"""The T5 v1.1 encoder (arXiv 1910.10683; v1.1: arXiv 2002.05202): CogVideoX's text encoder.
+"""The encoders of T5 v1.1 (arXiv 1910.10683; v1.1: arXiv 2002.05202) and UMT5 (arXiv 2304.09151).
 
-Source of the architecture as released: transformers `T5EncoderModel`.
+They are the text encoders of CogVideoX and of Wan. UMT5 differs by a distance bias in every layer,
+where T5's layers share one. Source of the architectures as released: transformers `T5EncoderModel`
+and `UMT5EncoderModel`.
 """
 
 import math
@@ -18,38 +20,34 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Bool, Float, Int
 
 from svg_jax.models.attention import softmax_attention
-from svg_jax.models.config import check_config, read_config
-from svg_jax.models.layers import gelu_tanh, rms_norm, scan_layers, stack_layers
+from svg_jax.models.config import TRANSFORMERS_NOTES, check_config, read_config
+from svg_jax.models.layers import (
+    GatedFeedForward,
+    gelu_tanh,
+    rms_norm,
+    scan_layers,
+    stack_layers,
+)
 
 _IMPLEMENTED = MappingProxyType({"feed_forward_proj": "gated-gelu"})
+_MODEL_TYPES = ("t5", "umt5")
 
 # What transformers writes beside it: training, the decoder, generation, how the file was made.
-_NOT_THE_ENCODERS = frozenset(
-    {
-        "architectures",
-        "classifier_dropout",
-        "decoder_start_token_id",
-        "dense_act_fn",
-        "dropout_rate",
-        "dtype",
-        "eos_token_id",
-        "initializer_factor",
-        "is_decoder",
-        "is_encoder_decoder",
-        "is_gated_act",
-        "model_type",
-        "n_positions",
-        "num_decoder_layers",
-        "output_past",
-        "pad_token_id",
-        "scale_decoder_outputs",
-        "task_specific_params",
-        "tie_word_embeddings",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
-)
+_NOT_THE_ENCODERS = TRANSFORMERS_NOTES | {
+    "classifier_dropout",
+    "decoder_start_token_id",
+    "dropout_rate",
+    "eos_token_id",
+    "is_decoder",
+    "is_encoder_decoder",
+    "is_gated_act",
+    "n_positions",
+    "num_decoder_layers",
+    "output_past",
+    "scalable_attention",
+    "scale_decoder_outputs",
+    "task_specific_params",
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ class T5Config:
         relative_attention_max_distance: From this distance on, all fall into one bucket.
         layer_norm_epsilon: Epsilon of the norms.
         feed_forward_proj: "gated-gelu" (which transformers takes in its tanh approximation).
+        model_type: "t5", or "umt5" for a distance bias in every layer.
     """
 
     vocab_size: int = 32128
@@ -79,9 +78,15 @@ class T5Config:
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
     feed_forward_proj: str = "gated-gelu"
+    model_type: str = "t5"
 
     def __post_init__(self) -> None:
         check_config(self, only=_IMPLEMENTED)
+        if self.model_type not in _MODEL_TYPES:
+            raise ValueError(
+                f"T5Config: model_type={self.model_type!r} is not implemented, only "
+                f"{' and '.join(map(repr, _MODEL_TYPES))}."
+            )
         if self.relative_attention_num_buckets % 4:
             raise ValueError(
                 "relative_attention_num_buckets must be a multiple of 4, not "
@@ -94,15 +99,24 @@ class T5Config:
             )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "T5Config":
-        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
-        # Not fields, but they tell other models: UMT5 has a distance bias in every layer.
-        for name, only in (("model_type", "t5"), ("dense_act_fn", "gelu_new")):
-            if values.get(name, only) != only:
-                raise ValueError(
-                    f"T5Config: {name}={values[name]!r} is not implemented, only {only!r}."
-                )
-        return read_config(cls, values, ignored=_NOT_THE_ENCODERS)
+    def from_dict(cls, values: Mapping[str, Any], *, model_type: str | None = None) -> "T5Config":
+        """Reads a parsed config.json.
+
+        Args:
+            values: The parsed file.
+            model_type: Which type the model is known to be of, whether the file names it or not;
+                None goes by the file.
+
+        Raises:
+            ValueError: On anything unknown or not implemented, or another type.
+        """
+        if model_type is not None:
+            named = values.get("model_type", model_type)
+            if named != model_type:
+                raise ValueError(f"T5Config: model_type={named!r} and must be {model_type!r}.")
+            values = {**values, "model_type": model_type}
+        only = {"dense_act_fn": "gelu_new"}
+        return read_config(cls, values, ignored=_NOT_THE_ENCODERS, only=only)
 
     def to_dict(self) -> dict[str, Any]:
         """The encoder's share of a config.json."""
@@ -144,24 +158,6 @@ class Attention(nnx.Module):
         return self.output(out.reshape(*hidden.shape[:-1], -1))
 
 
-class GatedFeedForward(nnx.Module):
-    """Linear times tanh-GELU of another linear, then linear."""
-
-    def __init__(self, config: T5Config, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs):
-        linear = partial(
-            nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        self.gate = linear(config.d_model, config.d_ff)
-        self.input = linear(config.d_model, config.d_ff)
-        self.output = linear(config.d_ff, config.d_model)
-
-    def __call__(
-        self, hidden: Float[Array, "batch tokens d_model"]
-    ) -> Float[Array, "batch tokens d_model"]:
-        """Applies the layer to every token."""
-        return self.output(gelu_tanh(self.gate(hidden)) * self.input(hidden))
-
-
 class Block(nnx.Module):
     """One layer."""
 
@@ -170,8 +166,18 @@ class Block(nnx.Module):
         norm = partial(rms_norm, config.d_model, config.layer_norm_epsilon, param_dtype=param_dtype)
         self.attention_norm = norm(rngs=rngs)
         self.attention = Attention(config, **kinds)
+        if config.model_type == "umt5":
+            self.relative_bias = _bias_table(config, param_dtype, rngs)
         self.feed_forward_norm = norm(rngs=rngs)
-        self.feed_forward = GatedFeedForward(config, **kinds)
+        # The released model has its last weight in float32 where the others are float16.
+        in_float16 = jnp.dtype(param_dtype) == jnp.float16
+        self.feed_forward = GatedFeedForward(
+            config.d_model,
+            config.d_ff,
+            activation=gelu_tanh,
+            output_param_dtype=jnp.float32 if in_float16 else None,
+            **kinds,
+        )
 
     def __call__(
         self,
@@ -227,13 +233,8 @@ class T5Encoder(nnx.Module):
             embedding_init=normal(1.0),
             **kinds,
         )
-        self.relative_bias = nnx.Embed(
-            config.relative_attention_num_buckets,
-            config.num_heads,
-            dtype=jnp.float32,
-            embedding_init=normal(config.d_model**-0.5),
-            **kinds,
-        )
+        if config.model_type == "t5":
+            self.relative_bias = _bias_table(config, param_dtype, rngs)
         self.blocks = stack_layers(
             lambda rngs: Block(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
             config.num_layers,
@@ -250,8 +251,8 @@ class T5Encoder(nnx.Module):
 
         Args:
             input_ids: Token ids.
-            attention_mask: True or 1 at the tokens that count as keys; None if all do, padding too
-                (as CogVideoX was trained).
+            attention_mask: True or 1 at the tokens that count as keys (as Wan was trained); None if
+                all do, padding too (as CogVideoX was).
 
         Returns:
             The last hidden state after the final norm, in `dtype`.
@@ -261,15 +262,32 @@ class T5Encoder(nnx.Module):
             self.config.relative_attention_num_buckets,
             self.config.relative_attention_max_distance,
         )
-        bias = self.relative_bias(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
         keep = None if attention_mask is None else attention_mask.astype(bool)
 
+        def bias_of(table: nnx.Embed) -> Array:
+            return table(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
+
+        shared = bias_of(self.relative_bias) if self.config.model_type == "t5" else None
+
         def apply_layer(block: Block, hidden: Array, layer: Array) -> tuple[Array, None]:
+            bias = bias_of(block.relative_bias) if shared is None else shared
             return block(hidden, bias, keep), None
 
         hidden = self.token_embedding(input_ids)
         hidden, _ = scan_layers(self.blocks, apply_layer, hidden)
         return self.final_norm(hidden).astype(self.dtype)
+
+
+def _bias_table(config: T5Config, param_dtype: Dtype, rngs: nnx.Rngs) -> nnx.Embed:
+    """A bias for each head and bucket of distances."""
+    return nnx.Embed(
+        config.relative_attention_num_buckets,
+        config.num_heads,
+        dtype=jnp.float32,
+        param_dtype=param_dtype,
+        embedding_init=normal(config.d_model**-0.5),
+        rngs=rngs,
+    )
 
 
 def distance_buckets(num_tokens: int, num_buckets: int, max_distance: int) -> np.ndarray:

@@ -103,6 +103,8 @@ def encode_tiles(
     tiling: Tiling,
     ratio: int,
     progress: Progress | None = None,
+    *,
+    fits: bool | None = None,
 ) -> Float[Array, "batch out_channels latent_frames latent_height latent_width"]:
     """Encodes a video tile by tile.
 
@@ -112,8 +114,10 @@ def encode_tiles(
         tiling: The tiles.
         ratio: Pixels to a latent, along rows and along columns.
         progress: Called after each tile.
+        fits: Whether one tile is enough; None if that is the tiling's to say.
     """
-    return _map_tiles(encode, video, tiling, tiling.in_latents(ratio), progress)
+    fits = tiling.holds(*video.shape[-2:]) if fits is None else fits
+    return _map_tiles(encode, video, tiling, tiling.in_latents(ratio), progress, fits)
 
 
 def decode_tiles(
@@ -124,7 +128,8 @@ def decode_tiles(
     progress: Progress | None = None,
 ) -> Float[Array, "batch out_channels frames height width"]:
     """Decodes latents tile by tile; see `encode_tiles`."""
-    return _map_tiles(decode, latents, tiling.in_latents(ratio), tiling, progress)
+    tiles = tiling.in_latents(ratio)
+    return _map_tiles(decode, latents, tiles, tiling, progress, tiles.holds(*latents.shape[-2:]))
 
 
 def _map_tiles(
@@ -133,19 +138,22 @@ def _map_tiles(
     tiles_in: Tiling,
     tiles_out: Tiling,
     progress: Progress | None,
+    fits: bool,
 ) -> Array:
     height, width = x.shape[-2:]
     overlap_height = tiles_out.tile_height - tiles_out.stride_height
     overlap_width = tiles_out.tile_width - tiles_out.stride_width
-    if tiles_in.holds(height, width):
+    if fits:
         out = function(x)
         if progress is not None:
             progress(1, 1)
         return out
+    tops = range(0, height, tiles_in.stride_height)
+    lefts = range(0, width, tiles_in.stride_width)
     rows, above, done = [], [], 0
-    for top in range(0, height, tiles_in.stride_height):
+    for top in tops:
         row = []
-        for left in range(0, width, tiles_in.stride_width):
+        for left in lefts:
             size = (min(tiles_in.tile_height, height - top), min(tiles_in.tile_width, width - left))
             tile = function(_cut(x, top, left, size=size))
             # With the tiles above and on the left as they were blended, and with the one above
@@ -157,7 +165,7 @@ def _map_tiles(
             row.append(tile)
             done += 1
             if progress is not None:
-                progress(done, tiles_in.count(height, width))
+                progress(done, len(tops) * len(lefts))
         rows.append(_join_row(row, tiles_out.stride_height, tiles_out.stride_width))
         above = row
     return jnp.concatenate(rows, axis=-2)

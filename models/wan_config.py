@@ -76,6 +76,11 @@ class WanConfig:
         return asdict(self)
 
     @property
+    def num_attention_layers(self) -> int:
+        """How many layers call `attend`, which counts them from 0."""
+        return self.num_layers
+
+    @property
     def width(self) -> int:
         """Features of a token."""
         return self.num_attention_heads * self.attention_head_dim

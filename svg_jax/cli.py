@@ -3,6 +3,7 @@
 Commands are imported when they run: `svg-jax --help` needs no jax.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -305,6 +306,8 @@ def demo(
 def main() -> None:
     """Runs the command line; an error is one sentence, and exit code 1 (2: wrong usage)."""
     warnings.showwarning = _show_warning
+    logger = logging.getLogger("svg_jax")
+    logger.handlers, logger.propagate = [_Echo()], False  # else absl's handler says it again
     try:
         code = app(standalone_mode=False)
     except Exception as error:
@@ -333,6 +336,13 @@ def _sentence(error: Exception) -> str:
         return "the device ran out of memory: ask for fewer frames or a smaller size"
     message = getattr(error, "format_message", error.__str__)()
     return " ".join(message.split())
+
+
+class _Echo(logging.Handler):
+    """Says what the package logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"svg-jax: {record.getMessage()}", err=True)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:

@@ -16,7 +16,7 @@ from svg_jax.comparison import compare as compare_attention
 from svg_jax.config import SparsityConfig
 from svg_jax.convert import convert_pipeline, export_pipeline
 from svg_jax.files import written_atomically
-from svg_jax.sampling import CogVideoXPipeline, from_pretrained
+from svg_jax.sampling import VideoPipeline, from_pretrained
 from svg_jax.sampling.record import median_seconds
 from svg_jax.video import check_video_path, enlarge, save_video, side_by_side, with_label
 
@@ -79,10 +79,10 @@ def generate(
     if labels_out is not None and sparsity is None:
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
     pipeline = _load(model, dtype)
-    if pipeline.has_vae and not wants_latents:
+    if not (pipeline.makes_frames or wants_latents):
         raise ValueError(
-            "the VAE of this checkpoint comes in a later version: write its latents instead "
-            "(--output latents.npz)"
+            "this checkpoint was converted without its VAE: convert it with the VAE, or write "
+            "latents (--output latents.npz)"
         )
     arguments |= _read_arrays(files)
     with _steps_bar(arguments["num_inference_steps"]) as advance:
@@ -145,7 +145,7 @@ def demo(prompt: str, *, seed: int, output: Path, source: Path | None) -> None:
     _write_comparison(comparison, output, fps=_DEMO_FPS, factor=_DEMO_ENLARGE)
 
 
-def _compare(pipeline: CogVideoXPipeline, **arguments: Any) -> Comparison:
+def _compare(pipeline: VideoPipeline, **arguments: Any) -> Comparison:
     num_steps, dense_steps = arguments["num_inference_steps"], arguments["sparsity"].dense_steps
     total = 2 * num_steps - int(dense_steps * num_steps + 1e-9)
     with _steps_bar(total) as advance:
@@ -158,7 +158,7 @@ def _write_comparison(comparison: Comparison, output: Path, *, fps: float, facto
     report, dense, sparse = comparison.report, comparison.dense.frames, comparison.sparse.frames
     Console().print(report.table())
     if dense is None or sparse is None:
-        print("the VAE of this checkpoint comes in a later version: there are no videos to write")
+        print("this checkpoint was converted without its VAE: there are no videos to write")
         return
     both = side_by_side(
         with_label(_enlarged(dense[0], factor), f"dense: {report.dense_seconds:.2f} s a step"),
@@ -174,7 +174,7 @@ def _write_comparison(comparison: Comparison, output: Path, *, fps: float, facto
         print(f"wrote {path}")
 
 
-def _load(model: Path, dtype: str | None) -> CogVideoXPipeline:
+def _load(model: Path, dtype: str | None) -> VideoPipeline:
     return from_pretrained(model, dtype=dtype)
 
 

@@ -17,7 +17,7 @@ from svg_jax.config import SparsityConfig, dense_step_count
 from svg_jax.kernels import pick_implementation
 from svg_jax.metrics import SSIM_WINDOW, psnr, ssim
 from svg_jax.report import ComparisonReport
-from svg_jax.sampling.cogvideox import CogVideoXPipeline, VideoOutput
+from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline
 from svg_jax.sampling.record import SamplingInfo, StepRecord, median_seconds
 
 Pattern = Literal["svg", "spatial", "temporal", "random"]
@@ -33,7 +33,7 @@ class Comparison:
 
 
 def compare(
-    pipeline: CogVideoXPipeline,
+    pipeline: VideoPipeline,
     prompt: str | None,
     *,
     sparsity: SparsityConfig,
@@ -53,7 +53,7 @@ def compare(
         pattern: "svg" profiles heads online; the others give all heads these labels, as ablations.
         seed: Of the noise, the sampled rows, and random labels.
         callback_on_step_end: Called with "warm-up", "dense" or "sparse" and the step's record.
-        **arguments: More of `CogVideoXPipeline.prepare`.
+        **arguments: More of the pipeline's `prepare`.
 
     Raises:
         ValueError: On arguments that do not fit, or a warm-up that takes all steps.
@@ -84,7 +84,7 @@ def compare(
     dense_seconds = median_seconds(steps)
 
     config, dtype = pipeline.transformer.config, np.dtype(pipeline.transformer.dtype)
-    heads = (num_steps, config.num_layers, 1, config.num_attention_heads)
+    heads = (num_steps, config.num_attention_layers, 1, config.num_attention_heads)
     run, steps = pipeline.denoise(
         warm,
         sparsity=sparsity,
@@ -94,10 +94,7 @@ def compare(
     )
     sparse = pipeline.decode(run, SamplingInfo(shared + steps))
 
-    _, frames, channels, height, width = start.state.latents.shape
-    layout = pipeline.transformer.layout(
-        frames, height, width, start.conditions.prompt_embeds.shape[1]
-    )
+    enough = dense.frames is not None and min(dense.frames.shape[2:4]) >= SSIM_WINDOW
     spatial_share = sparse.info.spatial_share
     assert spatial_share is not None
     report = ComparisonReport(
@@ -109,10 +106,10 @@ def compare(
         guided_steps=int((start.scales != 1).sum()),
         requested_density=sparsity.density,
         density=sparse.info.density,
-        latents=(frames, channels, height, width),
-        num_tokens=layout.num_tokens,
+        latents=start.state.latents.shape[1:],
+        num_tokens=start.layout.num_tokens,
         psnr=_of_pixels(psnr, sparse, dense),
-        ssim=_of_pixels(ssim, sparse, dense) if min(height, width) >= SSIM_WINDOW else None,
+        ssim=_of_pixels(ssim, sparse, dense) if enough else None,
         dense_seconds=dense_seconds,
         sparse_seconds=median_seconds(steps),
         spatial_share=tuple(spatial_share.tolist()),

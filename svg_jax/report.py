@@ -25,7 +25,7 @@ class ComparisonReport:
         guided_steps: Steps that paid for guidance.
         requested_density: What was asked for.
         density: Computed share of the attention maps in sparse steps, exact.
-        latents: Frames, channels, height and width of the latents.
+        latents: Shape of the latents, in the transformer's order.
         num_tokens: Length of the sequence that attention runs over, text included.
         psnr: Of the sparse video against the dense one, dB; None where there are no pixels.
         ssim: Likewise; None too where frames are too small for it.
@@ -87,10 +87,7 @@ class ComparisonReport:
         return table
 
     def _rows(self) -> list[tuple[str, str]]:
-        frames, channels, height, width = self.latents
-        size = (
-            f"{frames} frames of {width}x{height}, {channels} channels: {self.num_tokens:,} tokens"
-        )
+        size = f"{' x '.join(map(str, self.latents))}: {self.num_tokens:,} tokens"
         steps = f"{self.num_inference_steps}, the first {self.dense_steps} dense in both"
         if self.guided_steps:
             steps += f", the first {self.guided_steps} guided"

@@ -20,7 +20,9 @@ def randomised(module, seed, dtype=torch.float32, in_float32=()):
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
             noise = torch.randn(tensor.shape, generator=generator)
-            if tensor.ndim == 1:
+            if name.endswith("gamma"):
+                tensor.copy_(0.3 * noise + 1)
+            elif tensor.ndim == 1:
                 gain = "norm" in name and name.endswith("weight") and "linear" not in name
                 tensor.copy_(0.3 * noise + gain)
             elif any(word in name for word in TABLES):
@@ -33,9 +35,13 @@ def randomised(module, seed, dtype=torch.float32, in_float32=()):
     return module.eval()
 
 
-def ported(make, rules, reference):
+def ported(make, rules, reference, unused=()):
     """Our module with the reference's weights, in the dtypes that it makes them with."""
-    tensors = {name: tensor.float().numpy() for name, tensor in reference.state_dict().items()}
+    tensors = {
+        name: tensor.float().numpy()
+        for name, tensor in reference.state_dict().items()
+        if name not in unused
+    }
     graph, state = nnx.split(nnx.eval_shape(make))
     leaves = nnx.traversals.flatten_mapping(nnx.to_pure_dict(state))
     values = nnx.traversals.flatten_mapping(convert_state(tensors, rules))

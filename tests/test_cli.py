@@ -1,6 +1,7 @@
 """The command line on a tiny checkpoint: what it writes, what it prints, and how it fails."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -97,6 +98,9 @@ class Result:
 def run(capsys, monkeypatch, tmp_path):
     """Calls the command line in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    # main sets these, and other tests want them back
+    monkeypatch.setattr(logging.getLogger("svg_jax"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("svg_jax"), "propagate", True)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["svg-jax", *map(str, arguments)])
@@ -164,6 +168,13 @@ def test_generate_writes_a_video(run, model, suffix, tmp_path):
     result = run("generate", "--model", model, *PROMPT, *QUICK, "-o", f"a.{suffix}")
     assert (result.code, result.err) == (0, "")
     assert [path.name for path in tmp_path.iterdir()] == [f"a.{suffix}"]
+
+
+def test_what_is_cut_off_a_prompt_is_said_once(run, model):
+    prompt = "a red cat a red cat a blue cat"
+    result = run("generate", "--model", model, "--prompt", prompt, *QUICK, "-o", "a.png")
+    assert (result.code, is_one_sentence(result.err)) == (0, True)
+    assert "the prompt is longer than 8 tokens: 'blue cat' was cut off" in result.err
 
 
 def test_generate_dense_is_the_pipeline_from_python(run, model):
@@ -351,8 +362,11 @@ def test_help_is_quick_because_it_needs_no_jax():
 
 
 def test_ctrl_c_ends_with_130_and_leaves_nothing(model, tmp_path):
-    command = [sys.executable, "-c", "from svg_jax.cli import main; main()", "generate"]
-    command += ["--model", str(model), *PROMPT, "--steps", "1000", "-o", "a.mp4"]
+    # A shell starts what runs in its background with Ctrl-C ignored, these tests too.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from svg_jax.cli import main; main()"
+    command = [sys.executable, "-c", code, "generate", "--model"]
+    command += [str(model), *PROMPT, "--steps", "1000", "-o", "a.mp4"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, env=os.environ | {"JAX_LOG_COMPILES": "1"}
     )

@@ -341,6 +341,7 @@ def test_ctrl_c_leaves_nothing_and_prints_nothing_of_its_own(source, tmp_path):
     code = """
 import os, signal, sys, time
 from svg_jax.convert import convert_pipeline
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 presses = [signal.SIGINT]
 def interrupt(done, total, what):
     if done > total / 2 and presses:

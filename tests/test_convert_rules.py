@@ -34,7 +34,10 @@ def random_tensors(seed: int = 0) -> dict[str, np.ndarray]:
 def test_the_inverse_gives_back_every_bit(shape, dtype, seed):
     bits = np.random.default_rng(seed).bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize)
     tensor = np.frombuffer(bits, dtype).reshape(shape)
-    for transform in ("none", *(["transpose"] if len(shape) == 2 else ["patch", "conv"])):
+    for transform in ("none", "flatten", "transpose", "patch", "conv"):
+        two_axes, more = transform == "transpose", transform in ("patch", "conv")
+        if (two_axes and len(shape) != 2) or (more and len(shape) < 3):
+            continue
         rule = Rule("a", "a", transform, shape)
         leaf = rule.forward(tensor)
         assert leaf.shape == rule.target_shape

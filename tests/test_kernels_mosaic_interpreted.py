@@ -167,8 +167,8 @@ def test_listed_blocks_are_attended_whole_and_a_row_of_blocks_may_have_none(head
 
 @needs_partial_copies
 @pytest.mark.parametrize("text_start", [0, 244])
-@pytest.mark.parametrize("columns", [61, 62])
-def test_sampled_rows_under_three_masks(text_start, columns):
+@pytest.mark.parametrize(("columns", "head_dim"), [(61, 64), (62, 128)])
+def test_sampled_rows_under_three_masks(text_start, columns, head_dim):
     rows, text = 4, 16
     text_start = text_start and rows * columns
     tokens = text + rows * columns
@@ -182,8 +182,9 @@ def test_sampled_rows_under_three_masks(text_start, columns):
     key_positions[2, start + place] = start + place % columns * rows + place // columns
     rng = np.random.default_rng(columns)
     chosen = start + rng.choice(rows * columns, (2, 70), replace=False).astype(np.int32)
+    chosen[:, :4] = text_start + np.array([0, 4, 5, 15])  # text, of which some is padding
     lengths = jnp.array([text, 5], jnp.int32)
-    query, key, value = random_qkv(tokens, 64, batch=2)
+    query, key, value = random_qkv(tokens, head_dim, batch=2)
     query = jnp.take_along_axis(query, jnp.asarray(chosen)[:, :, None, None], axis=1)
     real = masks[0].is_real(np.arange(tokens)[None], np.array(lengths)[:, None])
     nan = jnp.array(jnp.nan, jnp.bfloat16)

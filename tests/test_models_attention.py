@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from svg_jax.models import Attend, VideoLayout, dense_attention
-from svg_jax.models.attention import cross_attention
+from svg_jax.models.attention import cross_attention, frame_causal_attention
 
 FIRST = VideoLayout(3, 5, text_tokens=4, text_position="first")
 LAST = VideoLayout(3, 5, text_tokens=4, text_position="last")
@@ -25,10 +25,11 @@ def formula(query, key, value, is_real):
 
 
 def cross_formula(query, key, value, is_real):
-    """Softmax(Q K^T / sqrt(D)) V over real keys."""
+    """Softmax(Q K^T / sqrt(D)) V over real keys, [batch, keys] or [batch, queries, keys]."""
+    is_real = is_real.reshape(len(is_real), 1, -1, key.shape[1])
     query, key, value = (np.asarray(x.astype(jnp.float32), np.float64) for x in (query, key, value))
     scores = np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(query.shape[-1])
-    weights = np.exp(scores - scores.max(-1, keepdims=True)) * is_real[:, None, None, :]
+    weights = np.exp(scores - scores.max(-1, keepdims=True)) * is_real
     weights /= weights.sum(-1, keepdims=True)
     return np.einsum("bhqk,bkhd->bqhd", weights, value)
 
@@ -81,6 +82,16 @@ def test_16_bit_inputs_lose_no_more_than_their_rounding():
     np.testing.assert_allclose(
         np.asarray(out.astype(jnp.float32)), formula(*inputs, everything), atol=2e-3
     )
+
+
+@pytest.mark.parametrize("layout", [VideoLayout(1, 7), VideoLayout(5, 3), VideoLayout(7, 83)])
+def test_frames_attend_to_themselves_and_those_before(layout):
+    inputs = random_inputs(layout)
+    attend = jax.jit(frame_causal_attention, static_argnames="frame_tokens")
+    out = attend(*inputs, frame_tokens=layout.tokens_per_frame)
+    frames = np.repeat(np.arange(layout.num_frames), layout.tokens_per_frame)
+    is_seen = np.tile(frames[None, :] <= frames[:, None], (2, 1, 1))
+    np.testing.assert_allclose(out, cross_formula(*inputs, is_seen), atol=1e-5)
 
 
 def test_neither_pass_holds_the_scores_of_all_tokens():

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,32 @@ from flax import nnx
 from svg_jax.convert.components import FAMILIES, component_leaves
 from svg_jax.convert.rules import ConversionError, Rule, match_rules
 from svg_jax.models import (
+    CLIPTextEncoder,
+    CLIPVisionEncoder,
     CogVideoXTransformer,
     CogVideoXVAE,
     HunyuanVideoTransformer,
+    HunyuanVideoVAE,
+    LlamaEncoder,
+    LlavaEncoder,
     T5Encoder,
     WanTransformer,
+    WanVAE,
 )
 
 INVENTORY = Path(__file__).parent / "data" / "inventory"
 MODULES = {
+    "AutoencoderKLHunyuanVideo": HunyuanVideoVAE,
+    "CLIPTextModel": CLIPTextEncoder,
+    "CLIPVisionModel": CLIPVisionEncoder,
     "AutoencoderKLCogVideoX": CogVideoXVAE,
+    "AutoencoderKLWan": WanVAE,
     "CogVideoXTransformer3DModel": CogVideoXTransformer,
     "HunyuanVideoTransformer3DModel": HunyuanVideoTransformer,
+    "LlamaModel": LlamaEncoder,
+    "LlavaForConditionalGeneration": LlavaEncoder,
     "T5EncoderModel": T5Encoder,
+    "UMT5EncoderModel": T5Encoder,
     "WanTransformer3DModel": WanTransformer,
 }
 COGVIDEOX = [
@@ -52,13 +65,31 @@ WAN = [
     "wan2.2-i2v-a14b-transformer",
     "wan2.2-ti2v-5b-transformer",
 ]
+HUNYUAN_VIDEO_VAE = "hunyuanvideo-vae"
+T5 = ["t5-v1_1-xxl-encoder", "umt5-xxl-encoder"]
+ENCODERS = [*T5, "clip-l-text", "clip-vit-h-vision", "llama3-8b-encoder", "llava-llama3-8b"]
 COGVIDEOX_VAE = ["cogvideox-2b-vae", "cogvideox-5b-vae", "cogvideox1.5-5b-vae"]
-ENCODER = "t5-v1_1-xxl-encoder"
+WAN_VAE = ["wan2.1-vae", "wan2.2-ti2v-5b-vae"]
+VAES = [*COGVIDEOX_VAE, HUNYUAN_VIDEO_VAE, *WAN_VAE]
+# What transformers of several versions writes before the names of an encoder's parts.
+PREFIXES = {
+    "clip-l-text": [{"text_model.": ""}],
+    "clip-vit-h-vision": [{"vision_model.": ""}],
+    "llama3-8b-encoder": [{"": "model."}],
+    "llava-llama3-8b": [
+        {"": "", "vision_tower.vision_model.": "vision_tower."},
+        {
+            "vision_tower.vision_model.": "model.vision_tower.",
+            "multi_modal_projector.": "model.multi_modal_projector.",
+            "language_model.model.": "model.language_model.",
+        },
+    ],
+}
 
 
 @cache
 def read(name):
-    """Class, config, and shape of every tensor by name."""
+    """Class, config, and shape by name of every tensor that is used."""
     inventory = json.loads((INVENTORY / f"{name}.json").read_text())
     shapes = {}
     for pattern, shape in inventory["tensors"].items():
@@ -69,6 +100,9 @@ def read(name):
             shapes[full_name] = tuple(shape)
     assert len(shapes) == inventory["num_tensors"]
     assert sum(map(math.prod, shapes.values())) == inventory["num_params"]
+    unused = FAMILIES[inventory["class"]].unused
+    if unused is not None:
+        shapes = {name: shape for name, shape in shapes.items() if not unused.search(name)}
     return inventory["class"], inventory["config"], shapes
 
 
@@ -86,7 +120,7 @@ def leaf_shapes(module):
     return {".".join(str(key.key) for key in path): leaf.shape for path, leaf in flat}
 
 
-@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, *COGVIDEOX_VAE, ENCODER])
+@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, *VAES, *ENCODERS])
 def test_every_released_tensor_has_its_place_and_every_parameter_its_tensor(name):
     module, rules = port(name)
     *_, shapes = read(name)
@@ -95,7 +129,10 @@ def test_every_released_tensor_has_its_place_and_every_parameter_its_tensor(name
     assert sum(map(math.prod, placed.values())) == sum(map(math.prod, shapes.values()))
 
 
-@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, COGVIDEOX_VAE[0], ENCODER])
+ONE_OF_EACH_VAE = [COGVIDEOX_VAE[0], HUNYUAN_VIDEO_VAE, WAN_VAE[0]]
+
+
+@pytest.mark.parametrize("name", [*COGVIDEOX, *HUNYUAN_VIDEO, *WAN, *ONE_OF_EACH_VAE, *ENCODERS])
 def test_a_dropped_renamed_or_misshapen_tensor_does_not_fit(name):
     _, rules = port(name)
     *_, shapes = read(name)
@@ -107,12 +144,27 @@ def test_a_dropped_renamed_or_misshapen_tensor_does_not_fit(name):
                 match_rules(wrong, rules)
 
 
-def test_tied_token_embeddings_may_be_stored_under_either_name_or_both():
-    _, rules = port(ENCODER)
-    *_, shapes = read(ENCODER)
+@pytest.mark.parametrize("name", T5)
+def test_tied_token_embeddings_may_be_stored_under_either_name_or_both(name):
+    _, rules = port(name)
+    *_, shapes = read(name)
     other = {**shapes, "encoder.embed_tokens.weight": shapes["shared.weight"]}
     for stored in (other, {k: v for k, v in other.items() if k != "shared.weight"}):
         assert len(match_rules(stored, rules)) == len(rules)
+
+
+@pytest.mark.parametrize("name", PREFIXES)
+def test_an_encoders_tensors_may_be_stored_under_any_of_its_prefixes(name):
+    _, rules = port(name)
+    *_, shapes = read(name)
+    expected = {leaf.rule.target: leaf.shape for leaf in match_rules(shapes, rules)}
+    for changes in PREFIXES[name]:
+        stored = {}
+        for tensor, shape in shapes.items():
+            old = max((p for p in changes if tensor.startswith(p)), key=len)
+            stored[changes[old] + tensor.removeprefix(old)] = shape
+        assert stored.keys() != shapes.keys()
+        assert {leaf.rule.target: leaf.shape for leaf in match_rules(stored, rules)} == expected
 
 
 def test_tensors_that_the_released_class_ignores_are_in_no_leaf(tmp_path):
@@ -124,6 +176,36 @@ def test_tensors_that_the_released_class_ignores_are_in_no_leaf(tmp_path):
     other = {"blocks.0.attn1.norm_added_q.weight": (5120,)}
     with pytest.raises(ConversionError, match="1 unexpected"):
         component_leaves(tmp_path, class_name, shapes | other)
+
+
+ENCODER_INPUTS = {
+    "t5-v1_1-xxl-encoder": ((2, 226), (2, 226, 4096)),
+    "umt5-xxl-encoder": ((2, 512), (2, 512, 4096)),
+    "clip-l-text": ((2, 77), (2, 77, 768)),
+    "clip-vit-h-vision": ((2, 3, 224, 224), (2, 257, 1280)),
+    "llama3-8b-encoder": ((2, 351), (2, 351, 4096)),
+    "llava-llama3-8b": ((2, 934), (2, 934, 4096)),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_full_size_encoder_gives_features_of_every_token(name):
+    module, _ = port(name)
+    shape, expected = ENCODER_INPUTS[name]
+    kind = jnp.float32 if name == "clip-vit-h-vision" else jnp.int32
+    inputs = [jax.ShapeDtypeStruct(shape, kind)]
+    if name == "llava-llama3-8b":
+        inputs.append(jax.ShapeDtypeStruct((2, 3, 336, 336), jnp.float32))
+    graph, state = nnx.split(module)
+
+    def forward(state, *inputs):
+        return nnx.merge(graph, state)(*inputs)
+
+    features = jax.eval_shape(forward, state, *inputs)
+    if name == "clip-l-text":
+        features, pooled = features
+        assert pooled.shape == (2, 768)
+    assert features.shape == expected
 
 
 @pytest.mark.parametrize("name", COGVIDEOX)
@@ -207,3 +289,29 @@ def test_a_full_size_cogvideox_vae_has_the_shapes_of_its_input():
     assert video.shape == (1, 3, 81, 768, 1360)
     posterior = jax.eval_shape(lambda state, x: nnx.merge(graph, state).encode(x), state, video)
     assert posterior.mean.shape == latents.shape
+
+
+@pytest.mark.parametrize("name", WAN_VAE)
+def test_a_full_size_video_goes_through_the_vae_of_wan_and_back(name):
+    vae, _ = port(name)
+    config = vae.config
+    graph, state = nnx.split(vae)
+    factor = config.scale_factor_spatial
+    video = jax.ShapeDtypeStruct((1, 3, 81, 720 // factor * factor, 1280), jnp.float32)
+    latents = jax.eval_shape(lambda state, x: nnx.merge(graph, state).encode(x), state, video).mean
+    assert latents.shape == (1, config.z_dim, 21, 720 // factor, 1280 // factor)
+    decoded = jax.eval_shape(lambda state, x: nnx.merge(graph, state).decode(x), state, latents)
+    assert decoded == video
+
+
+def test_a_full_size_pass_of_the_vae_of_hunyuan_video_has_the_shapes_of_its_input():
+    module, _ = port(HUNYUAN_VIDEO_VAE)
+    graph, state = nnx.split(module)
+    video = jax.ShapeDtypeStruct((1, 3, 17, 720, 1280), jnp.float32)
+    latents = jax.ShapeDtypeStruct((1, 16, 5, 90, 160), jnp.float32)
+    encode = partial(HunyuanVideoVAE.encode, frame_tiling=None)
+    posterior = jax.eval_shape(lambda state, x: encode(nnx.merge(graph, state), x), state, video)
+    assert posterior.mean.shape == posterior.log_variance.shape == latents.shape
+    decode = partial(HunyuanVideoVAE.decode, frame_tiling=None)
+    out = jax.eval_shape(lambda state, x: decode(nnx.merge(graph, state), x), state, latents)
+    assert out.shape == video.shape

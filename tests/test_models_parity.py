@@ -184,8 +184,10 @@ def test_cogvideox_in_bfloat16_is_as_near_to_float32_as_diffusers(case):
     assert ours < 1.1 * theirs
 
 
-def t5_pair(seed, dtype=torch.float32):
-    reference = randomised(transformers.T5EncoderModel(transformers.T5Config(**T5)), seed, dtype)
+def t5_pair(seed, dtype=torch.float32, family="T5"):
+    make_config = getattr(transformers, f"{family}Config")
+    module = getattr(transformers, f"{family}EncoderModel")(make_config(**T5))
+    reference = randomised(module, seed, dtype)
     config = T5Config.from_dict(json.loads(reference.config.to_json_string()))
     our_dtype = jnp.dtype(str(dtype).removeprefix("torch."))
     model = ported(
@@ -214,26 +216,33 @@ def our_features(model, ids, mask=None):
     return np.asarray(features.astype(jnp.float32))
 
 
+@pytest.mark.parametrize("family", ["T5", "UMT5"])
 @pytest.mark.parametrize("num_tokens", [1, 7, 226])
-def test_t5_equals_transformers(num_tokens):
-    reference, model = t5_pair(seed=0)
+def test_t5_equals_transformers(num_tokens, family):
+    reference, model = t5_pair(seed=0, family=family)
     ids = token_ids(1, num_tokens)
     error = relative_error(our_features(model, ids), reference_features(reference, ids))
+    print(f"{family}, {num_tokens} tokens: {error:.2e}")
     assert error < TOLERANCE
 
 
-def test_t5_with_masked_padding_equals_transformers():
-    reference, model = t5_pair(seed=0)
+@pytest.mark.parametrize("family", ["T5", "UMT5"])
+def test_t5_with_masked_padding_equals_transformers(family):
+    reference, model = t5_pair(seed=0, family=family)
     ids = token_ids(1)
     mask = (np.arange(40) < np.array([[40], [11]])).astype(np.int32)
     features = our_features(model, ids, mask)
-    assert relative_error(features, reference_features(reference, ids, mask)) < TOLERANCE
+    error = relative_error(features, reference_features(reference, ids, mask))
+    print(f"{family}: {error:.2e}")
+    assert error < TOLERANCE
     assert relative_error(features, our_features(model, ids)) > 100 * TOLERANCE
 
 
-def test_t5_in_bfloat16_is_as_near_to_float32_as_transformers():
+@pytest.mark.parametrize("family", ["T5", "UMT5"])
+def test_t5_in_bfloat16_is_as_near_to_float32_as_transformers(family):
     ours, theirs = bfloat16_errors(
-        lambda seed: t5_pair(seed, torch.bfloat16), lambda s: (token_ids(s),),
+        lambda seed: t5_pair(seed, torch.bfloat16, family), lambda s: (token_ids(s),),
         reference_features, our_features,
     )  # fmt: skip
+    print(f"{family}: ours {ours:.3e}, transformers {theirs:.3e}")
     assert ours < 1.1 * theirs

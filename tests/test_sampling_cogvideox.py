@@ -14,7 +14,8 @@ from svg_jax.config import SparsityConfig
 from svg_jax.convert import convert_pipeline
 from svg_jax.models import CogVideoXConfig
 from svg_jax.sampling import from_pretrained
-from svg_jax.sampling.latents import latent_shape, to_pixels
+from svg_jax.sampling.latents import latent_shape
+from svg_jax.sampling.pipeline import to_frames
 from svg_jax.sampling.schedulers import step_noise
 
 TINY: dict[str, Any] = {
@@ -48,6 +49,15 @@ SCHEDULER = {
 }
 LATENTS = {"2b": (3, 4, 8, 8), "5b": (3, 4, 8, 8), "1.5": (4, 4, 8, 12), "1.5-I2V": (4, 4, 8, 12)}
 NUM_STEPS = 5
+TINY_VAE: dict[str, Any] = {
+    "block_out_channels": (8, 8, 8, 8),
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "temporal_compression_ratio": 4,
+    "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+    "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+}
 
 
 def write_checkpoint(folder, variant):
@@ -193,6 +203,42 @@ def test_latents_are_those_of_diffusers(checkpoint, sampler, options, monkeypatc
     assert np.abs(video.latents - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+def test_frames_are_those_of_diffusers(tmp_path):
+    transformer = write_checkpoint(tmp_path / "source", "5b")
+    vae = diffusers.AutoencoderKLCogVideoX(**TINY_VAE)
+    for parameter in vae.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    vae.eval().save_pretrained(tmp_path / "source" / "vae")
+    convert_pipeline(tmp_path / "source", tmp_path / "out", components=["transformer", "vae"])
+    arrays = inputs("5b")
+    call: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 9}
+    call |= {"num_inference_steps": NUM_STEPS, "guidance_scale": 1.0}
+    modules: dict[str, Any] = {
+        "tokenizer": None,
+        "text_encoder": None,
+        "transformer": transformer.eval(),
+        "scheduler": diffusers.CogVideoXDDIMScheduler(**SCHEDULER),
+        "vae": vae,
+    }
+    theirs: Any = diffusers.CogVideoXPipeline(**modules)
+    theirs.set_progress_bar_config(disable=True)
+    embeds = {name: torch.from_numpy(arrays[name]) for name in ("latents", "prompt_embeds")}
+    expected = theirs(**embeds, **call, output_type="np").frames
+    ours = from_pretrained(tmp_path / "out", dtype="float32")
+    video = ours(latents=arrays["latents"], prompt_embeds=arrays["prompt_embeds"], **call)
+    assert video.frames is not None
+    assert video.frames.shape == expected.shape == (1, 9, 64, 64, 3)
+    assert expected.std() > 0.1  # neither grey nor all clipped
+    np.testing.assert_allclose(video.frames, expected, atol=3e-5)
+    pixels = ours(
+        latents=arrays["latents"],
+        prompt_embeds=arrays["prompt_embeds"],
+        output_type="uint8",
+        **call,
+    ).frames
+    np.testing.assert_array_equal(pixels, (video.frames * 255).round().astype(np.uint8))
+
+
 def test_several_prompts_and_videos_per_prompt(pipeline):
     arrays = inputs("5b", batch=2)
     del arrays["latents"]
@@ -257,11 +303,11 @@ def test_sizes_that_the_model_cannot_take(has_vae, size, message):
         latent_shape(config(), has_vae=has_vae, **size)
 
 
-def test_pixels_of_a_model_without_a_vae():
-    latents = np.full((1, 1, 3, 2, 2), -1, np.float32)
-    latents[0, 0, 0] = 0
-    latents[0, 0, 1] = 7
-    pixels = to_pixels(latents)
+def test_pixels_of_a_video():
+    video = np.full((1, 3, 1, 2, 2), -1, np.float32)
+    video[0, 0] = 0
+    video[0, 1] = 7
+    pixels = to_frames(video)
     assert pixels.shape == (1, 1, 2, 2, 3)
     assert pixels[0, 0, 1, 1].tolist() == [0.5, 1, 0]
 

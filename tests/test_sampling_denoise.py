@@ -12,7 +12,8 @@ from flax import nnx
 
 from svg_jax.config import SparsityConfig
 from svg_jax.models import VideoLayout
-from svg_jax.sampling.denoise import Conditions, denoise, guidance_scales
+from svg_jax.sampling.cogvideox import CogVideoXConditions as Conditions
+from svg_jax.sampling.denoise import denoise, guidance_scales
 from svg_jax.sampling.record import SamplingInfo, median_seconds
 from svg_jax.sampling.schedulers import SchedulerConfig, initial_noise, initial_state, make_schedule
 
@@ -25,7 +26,7 @@ traces: list[int] = []  # batch entries of each trace of the model
 
 @dataclass(frozen=True)
 class ToyConfig:
-    num_layers: int = LAYERS
+    num_attention_layers: int = LAYERS
     name: str = ""
 
 

@@ -1,6 +1,7 @@
 """Prompts to token ids, against transformers' tokenizer on the same files."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -56,14 +57,41 @@ def test_ids_are_those_of_transformers(kind, request):
     np.testing.assert_array_equal(load_tokenizer(folder)(prompts, 12), expected)
 
 
-def test_a_long_prompt_is_cut_as_transformers_does_and_said(unigram):
+def test_a_long_prompt_is_cut_as_transformers_does_and_said(unigram, caplog):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(unigram)
     prompt = "a red three moving left over the flower"
     expected = theirs([prompt], max_length=6, truncation=True, return_tensors="np")["input_ids"]
-    with pytest.warns(UserWarning, match="longer than 6 tokens: ' ?over the flower' was cut off"):
-        ids = load_tokenizer(unigram)([prompt], 6)
-    np.testing.assert_array_equal(ids, expected)
+    with caplog.at_level(logging.WARNING, "svg_jax"):
+        ids = load_tokenizer(unigram)([prompt, "a red"], 6)
+    np.testing.assert_array_equal(ids[:1], expected)
+    (record,) = caplog.records
+    assert record.getMessage().replace("' over", "'over") == (
+        "the prompt is longer than 6 tokens: 'over the flower' was cut off"
+    )
+
+
+def test_the_mask_is_that_of_what_was_filled_up_and_not_of_a_pad_token_in_the_prompt(word_level):
+    tokens = load_tokenizer(word_level).encode(["a <pad> red", ""], 6)
+    assert tokens.ids.tolist() == [[3, 0, 4, 1, 0, 0], [1, 0, 0, 0, 0, 0]]
+    assert tokens.mask.tolist() == [[1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0]]
+
+
+def test_a_length_without_room_for_text(word_level):
+    with pytest.raises(ValueError, match="max_sequence_length must be over 1: got 1"):
+        load_tokenizer(word_level)([""], 1)
+
+
+def test_text_that_is_no_unicode(unigram):
+    with pytest.raises(ValueError, match=r"the prompt 'a \\udcff' is no valid Unicode"):
+        load_tokenizer(unigram)(["a \udcff"], 6)
+
+
+def test_a_token_that_is_not_there(word_level):
+    tokenizer = load_tokenizer(word_level)
+    assert tokenizer.token_id("red") == 4
+    with pytest.raises(ValueError, match="the tokenizer has no token '<image>'"):
+        tokenizer.token_id("<image>")
 
 
 def test_a_prompt_that_just_fits_is_not_cut(word_level):
@@ -88,20 +116,3 @@ def test_a_tokenizers_own_truncation_and_padding_do_not_count(word_level):
     tokenizer.enable_padding(length=50)
     tokenizer.save(str(path))
     assert load_tokenizer(word_level)(["a red three"], 6).tolist() == [[3, 4, 6, 1, 0, 0]]
-
-
-def test_folders_without_a_tokenizer(tmp_path, word_level):
-    with pytest.raises(FileNotFoundError, match="there is no tokenizer"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "spiece.model").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"only spiece\.model"):
-        load_tokenizer(tmp_path)
-    (word_level / "tokenizer.json").write_text('{"model": ')
-    with pytest.raises(ValueError, match="no tokenizer that can be read"):
-        load_tokenizer(word_level)
-
-
-def test_a_padding_token_that_is_not_in_the_vocabulary(word_level):
-    (word_level / "tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
-    with pytest.raises(ValueError, match=r"padding token '\[PAD\]'"):
-        load_tokenizer(word_level)

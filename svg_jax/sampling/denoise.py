@@ -9,9 +9,8 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,36 +21,48 @@ from jaxtyping import Array, Bool, Float
 from svg_jax.attention import SparseAttentionInfo, StepState, attend_dense, attend_sparse
 from svg_jax.config import SparsityConfig, dense_step_count, share_of
 from svg_jax.models import Attend
+from svg_jax.sampling.flow import FlowSchedule, FlowState, flow_step
 from svg_jax.sampling.record import HeadProfile, StepRecord
 from svg_jax.sampling.schedulers import (
     SamplerState,
     Schedule,
-    StepCoefficients,
     ddim_step,
     dpm_step,
     step_key,
     step_noise,
 )
 
+State = SamplerState | FlowState
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Conditions:
-    """What the model is told beside latents and timestep.
 
-    Attributes:
-        prompt_embeds: Text features [batch, text_tokens, features].
-        negative_prompt_embeds: Those that guidance leads away from, same shape; None if no step is
-            guided.
-        image_latents: Appended to the latents' channels (image to video), [batch, frames, channels,
-            height, width].
-        ofs: Float32 scalar, 2.0 for CogVideoX-1.5 image to video.
-    """
+@runtime_checkable
+class Conditions(Protocol):
+    """What a model is told beside latents and timestep; a pytree, one class for each family."""
 
-    prompt_embeds: Any
-    negative_prompt_embeds: Any = None
-    image_latents: Any = None
-    ofs: Any = None
+    def velocity(
+        self,
+        model: Any,
+        latents: Array,
+        timestep: Array,
+        scale: Array | None,
+        *,
+        attend: Attend,
+        step_state: Any,
+    ) -> tuple[Array, Any]:
+        """The model's prediction in float32, and the info of `attend` stacked over layers.
+
+        Under a scale it is guided, and the model sees entries [negative, positive].
+        """
+        ...
+
+
+def guided_velocity(velocity: Array, scale: Array | None) -> Array:
+    """Classifier-free guidance, in float32, of predictions [negative, positive]; None is none."""
+    velocity = velocity.astype(jnp.float32)
+    if scale is None:
+        return velocity
+    negative, positive = jnp.split(velocity, 2)
+    return negative + scale * (positive - negative)
 
 
 def guidance_scales(
@@ -88,8 +99,8 @@ def guidance_scales(
 
 def denoise(
     transformer: nnx.Module,
-    state: SamplerState,
-    schedule: Schedule,
+    state: State,
+    schedule: Schedule | FlowSchedule,
     conditions: Conditions,
     *,
     scales: Float[np.ndarray, " steps"],
@@ -98,14 +109,14 @@ def denoise(
     seed: int = 0,
     steps: range | None = None,
     callback_on_step_end: Callable[[StepRecord], None] | None = None,
-) -> tuple[SamplerState, tuple[StepRecord, ...]]:
+) -> tuple[State, tuple[StepRecord, ...]]:
     """Runs the steps of a schedule, or some of them.
 
     Args:
-        transformer: Predicts velocities, as `models.CogVideoXTransformer` does.
-        state: Latents, float32 [batch, frames, channels, height, width], and the sampler's history.
+        transformer: Predicts velocities.
+        state: Latents, float32 in the transformer's order, and the sampler's history.
         schedule: All steps of the run.
-        conditions: Text and image that the model is told.
+        conditions: Text and image that the model is told, of the transformer's family.
         scales: Guidance scale of every step of the schedule (`guidance_scales`).
         sparsity: Sparse attention after its dense warm-up; None is dense throughout.
         labels: Labels to use in place of profiling, True = temporal: bool [layers, entries, heads],
@@ -123,14 +134,16 @@ def denoise(
         ValueError: If labels do not fit.
     """
     steps = range(schedule.num_steps) if steps is None else steps
-    num_layers: int = transformer.config.num_layers  # pyright: ignore[reportAttributeAccessIssue]
+    config: Any = transformer.config  # pyright: ignore[reportAttributeAccessIssue]
     graphdef, weights = nnx.split(transformer)
     dense_steps = schedule.num_steps
     sparse: Attend = attend_dense
     if sparsity is not None:
         dense_steps = dense_step_count(sparsity, schedule.num_steps)
         # The loop knows the warm-up; a step that did would be compiled for each length of it.
-        sparse = attend_sparse(dataclasses.replace(sparsity, dense_steps=0.0), num_layers)
+        sparse = attend_sparse(
+            dataclasses.replace(sparsity, dense_steps=0.0), config.num_attention_layers
+        )
     records: list[StepRecord] = []
     kinds = set()
     for step in steps:
@@ -145,7 +158,7 @@ def denoise(
                 given = _labels_of_entries(layers, guided, len(state.latents))
             step_state = StepState(step_key(seed, step), given)
         noise = None
-        if schedule.sampler == "dpm":
+        if schedule.draws_noise:
             noise = jnp.asarray(step_noise(seed, step, state.latents.shape))
         arguments = (
             weights,
@@ -164,7 +177,7 @@ def denoise(
         kind = (is_sparse, guided)
         record = StepRecord(
             step=step,
-            timestep=int(schedule.timesteps[step]),
+            timestep=schedule.timesteps[step].item(),
             guidance_scale=float(scales[step]),
             seconds=time.perf_counter() - started,
             first_of_kind=kind not in kinds,
@@ -182,13 +195,13 @@ def denoise_step(
     graphdef: Any,
     attend: Attend,
     weights: Any,
-    state: SamplerState,
-    coefficients: StepCoefficients,
+    state: State,
+    coefficients: Any,
     conditions: Conditions,
     scale: Float[Array, ""] | None,
     noise: Array | None,
     step_state: Any,
-) -> tuple[SamplerState, Any, Bool[Array, ""]]:
+) -> tuple[State, Any, Bool[Array, ""]]:
     """One step of a run, compiled once per shape, `attend` and guidance mode.
 
     Nothing is donated: latents are small, and those of before the step tell why it failed.
@@ -198,58 +211,31 @@ def denoise_step(
         attend: The attention of every layer; static, so it must be the same object in every call.
         weights: The transformer's parameters.
         state: Before the step.
-        coefficients: Of the step.
+        coefficients: Of the step, as the schedule of `state`'s sampler has them.
         conditions: What the model is told.
         scale: Guidance scale; None runs the model on the prompt alone.
-        noise: Standard normal noise of latents' shape, for DPM; None is DDIM.
+        noise: Standard normal noise of latents' shape, for DPM; None for the other samplers.
         step_state: For `attend`.
 
     Returns:
         The state after the step, the info of `attend` stacked over layers, and whether all latents
         are finite.
     """
-    velocity, info = _velocity(
-        graphdef,
-        attend,
-        weights,
+    velocity, info = conditions.velocity(
+        nnx.merge(graphdef, weights),
         state.latents,
         coefficients.timestep,
-        conditions,
         scale,
-        step_state,
+        attend=attend,
+        step_state=step_state,
     )
-    if noise is None:
+    if isinstance(state, FlowState):
+        state = flow_step(state, velocity, coefficients)
+    elif noise is None:
         state = ddim_step(state, velocity, coefficients)
     else:
         state = dpm_step(state, velocity, coefficients, noise)
     return state, info, jnp.isfinite(state.latents).all()
-
-
-def _velocity(
-    graphdef, attend, weights, latents, timestep, conditions: Conditions, scale, step_state
-) -> tuple[Array, Any]:
-    """The model's prediction in float32, under classifier-free guidance if there is a scale."""
-    embeds = conditions.prompt_embeds
-    hidden = latents
-    if conditions.image_latents is not None:
-        hidden = jnp.concatenate([hidden, conditions.image_latents], axis=2)
-    if scale is not None:
-        hidden = jnp.concatenate([hidden, hidden])
-        embeds = jnp.concatenate([conditions.negative_prompt_embeds, embeds])
-    entries = len(hidden)
-    velocity, info = nnx.merge(graphdef, weights)(
-        hidden,
-        embeds,
-        jnp.full((entries,), timestep),
-        ofs=None if conditions.ofs is None else jnp.full((entries,), conditions.ofs),
-        attend=attend,
-        step_state=step_state,
-    )
-    velocity = velocity.astype(jnp.float32)
-    if scale is not None:
-        negative, positive = jnp.split(velocity, 2)
-        velocity = negative + scale * (positive - negative)
-    return velocity, info
 
 
 def _host_profile(info: SparseAttentionInfo) -> HeadProfile:

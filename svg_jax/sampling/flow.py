@@ -156,6 +156,11 @@ class FlowSchedule:
         return self.coefficients.timestep
 
     @property
+    def draws_noise(self) -> bool:
+        """Whether every step adds noise of its own: neither of these samplers does."""
+        return False
+
+    @property
     def num_steps(self) -> int:
         """Number of steps, each one call of the model (two under guidance)."""
         return len(self.timesteps)

@@ -1,4 +1,4 @@
-"""CogVideoX's latents: their shape for a size in pixels, an image among them, back to pixels."""
+"""CogVideoX's latents: their shape for a size in pixels, and an image among them."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -64,10 +64,3 @@ def place_image(
     """
     image = jnp.asarray(image_latents, jnp.float32)
     return jnp.pad(image, ((0, 0), (0, num_frames - 1), (0, 0), (0, 0), (0, 0)))
-
-
-def to_pixels(
-    latents: Float[np.ndarray, "batch frames 3 height width"],
-) -> Float[np.ndarray, "batch frames height width 3"]:
-    """Latents of a model without a VAE, −1…1, as pixels in 0…1."""
-    return np.moveaxis(np.clip(latents / 2 + np.float32(0.5), 0, 1), 2, -1)

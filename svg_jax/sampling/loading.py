@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from svg_jax.convert import load_text_encoder, load_transformer, read_manifest
+from svg_jax.convert import load_text_encoder, load_transformer, load_vae, read_manifest
 from svg_jax.convert.components import read_pipeline_index
 from svg_jax.models import CogVideoXTransformer
 from svg_jax.sampling.cogvideox import CogVideoXPipeline
@@ -49,4 +49,5 @@ def from_pretrained(folder: str | Path, *, dtype: DTypeLike | None = None) -> Co
         text_encoder=load_text_encoder(folder, dtype=dtype) if has_text_encoder else None,
         tokenizer=load_tokenizer(folder / "tokenizer") if has_text_encoder else None,
         has_vae="vae" in classes,
+        vae=load_vae(folder, dtype=dtype) if "vae" in manifest.components else None,
     )

@@ -42,7 +42,7 @@ class StepRecord:
     """
 
     step: int
-    timestep: int
+    timestep: int | float
     guidance_scale: float
     seconds: float
     first_of_kind: bool

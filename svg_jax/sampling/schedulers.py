@@ -139,6 +139,11 @@ class Schedule:
         return self.coefficients.timestep
 
     @property
+    def draws_noise(self) -> bool:
+        """Whether every step adds noise of its own."""
+        return self.sampler == "dpm"
+
+    @property
     def num_steps(self) -> int:
         """Number of steps, each one call of the model (two under guidance)."""
         return len(self.timesteps)

@@ -1,0 +1,116 @@
+"""The configs of CLIP's two towers."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from svg_jax.models.config import TRANSFORMERS_NOTES, check_config, read_config
+
+_ACTIVATIONS = ("gelu", "quick_gelu")
+_NOT_THE_TOWERS = TRANSFORMERS_NOTES | {"attention_dropout", "dropout", "projection_dim"}
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """What the text tower needs of a released config.json; transformers' names and defaults.
+
+    Attributes:
+        vocab_size: Rows of the token embedding.
+        hidden_size: Features of a token.
+        intermediate_size: Features inside the feed-forward layer.
+        num_hidden_layers: Layers.
+        num_attention_heads: Heads of a layer.
+        max_position_embeddings: Most tokens of a text.
+        hidden_act: "quick_gelu" or "gelu".
+        layer_norm_eps: Epsilon of the norms.
+        eos_token_id: The token that ends a text, whose features stand for the whole. 2, which
+            OpenAI's configs have, is none: it stands for the largest id of each text.
+    """
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CLIPTextConfig":
+        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
+        only = {"model_type": "clip_text_model"}
+        return read_config(cls, values, ignored=_NOT_THE_TOWERS, only=only)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tower's share of a config.json."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """What the vision tower needs of a released config.json; transformers' names and defaults.
+
+    Attributes:
+        hidden_size: Features of a token.
+        intermediate_size: Features inside the feed-forward layer.
+        num_hidden_layers: Layers.
+        num_attention_heads: Heads of a layer.
+        num_channels: Channels of an image.
+        image_size: Rows and columns of an image.
+        patch_size: Rows and columns of a token.
+        hidden_act: "quick_gelu" or "gelu".
+        layer_norm_eps: Epsilon of the norms.
+    """
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"CLIPVisionConfig: image_size={self.image_size} must be a multiple of "
+                f"patch_size={self.patch_size}."
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CLIPVisionConfig":
+        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
+        only = {"model_type": "clip_vision_model"}
+        return read_config(cls, values, ignored=_NOT_THE_TOWERS | {"vocab_size"}, only=only)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tower's share of a config.json."""
+        return asdict(self)
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of an image without that of its class."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def _check(config: CLIPTextConfig | CLIPVisionConfig) -> None:
+    check_config(config, only={})
+    name = type(config).__name__
+    if config.hidden_act not in _ACTIVATIONS:
+        raise ValueError(
+            f"{name}: hidden_act={config.hidden_act!r} is not implemented, only "
+            f"{' and '.join(map(repr, _ACTIVATIONS))}."
+        )
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{name}: hidden_size={config.hidden_size} must be a multiple of "
+            f"num_attention_heads={config.num_attention_heads}."
+        )

@@ -1,0 +1,96 @@
+"""The config of HunyuanVideo's video autoencoder."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any
+
+from svg_jax.models.config import check_config, read_config
+
+_DOWN, _UP = "HunyuanVideoDownBlock3D", "HunyuanVideoUpBlock3D"
+_IMPLEMENTED = MappingProxyType(
+    {"act_fn": "silu", "spatial_compression_ratio": 8, "temporal_compression_ratio": 4}
+)
+
+
+@dataclass(frozen=True)
+class HunyuanVideoVAEConfig:
+    """A released config.json; diffusers' names and defaults.
+
+    Attributes:
+        in_channels: Channels of a video to encode.
+        out_channels: Channels of a decoded video.
+        latent_channels: Channels of latents.
+        down_block_types: "HunyuanVideoDownBlock3D" for each block.
+        up_block_types: "HunyuanVideoUpBlock3D" for each block.
+        block_out_channels: Features of each of the encoder's blocks; the decoder has them in
+            reverse.
+        layers_per_block: Residual layers of each of the encoder's blocks; the decoder's have one
+            more.
+        act_fn: "silu".
+        norm_num_groups: Groups of features that are normalised together.
+        scaling_factor: What latents are multiplied by for a transformer.
+        spatial_compression_ratio: 8 rows and columns of pixels to a latent.
+        temporal_compression_ratio: 4 frames to a latent frame, but the first, which is one alone.
+        mid_block_add_attention: Whether the middle block attends.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 16
+    down_block_types: tuple[str, ...] = (_DOWN,) * 4
+    up_block_types: tuple[str, ...] = (_UP,) * 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.476986
+    spatial_compression_ratio: int = 8
+    temporal_compression_ratio: int = 4
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        check_config(self, only=_IMPLEMENTED)
+        blocks = len(self.block_out_channels)
+        for name, only in (("down_block_types", _DOWN), ("up_block_types", _UP)):
+            if getattr(self, name) != (only,) * blocks:
+                raise ValueError(
+                    f"{name} must be {only!r} for each of the {blocks} block_out_channels, not "
+                    f"{getattr(self, name)}."
+                )
+        if blocks < 3:
+            raise ValueError(
+                f"block_out_channels={self.block_out_channels} must be three or more: three blocks "
+                "halve rows and columns."
+            )
+        if any(features % self.norm_num_groups for features in self.block_out_channels):
+            raise ValueError(
+                f"block_out_channels={self.block_out_channels} must be multiples of "
+                f"norm_num_groups={self.norm_num_groups}."
+            )
+        if self.scaling_factor == 0:
+            raise ValueError("scaling_factor must not be 0: latents are divided by it.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "HunyuanVideoVAEConfig":
+        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
+        return read_config(cls, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config.json without diffusers' own "_" keys."""
+        return asdict(self)
+
+    @property
+    def factors(self) -> tuple[tuple[int, int, int] | None, ...]:
+        """What each block divides frames, rows and columns by, or multiplies them by in decoding.
+
+        None where a block leaves them as they are. The first three change rows and columns; frames,
+        the two before the last.
+        """
+        blocks = len(self.block_out_channels)
+        spatial = [2 if block < 3 else 1 for block in range(blocks)]
+        temporal = [2 if blocks - 3 <= block < blocks - 1 else 1 for block in range(blocks)]
+        return tuple(
+            (frames, size, size) if frames * size > 1 else None
+            for frames, size in zip(temporal, spatial, strict=True)
+        )

@@ -1,0 +1,174 @@
+"""LLaVA (arXiv 2304.08485) as an encoder: a language model that reads an image among its tokens.
+
+HunyuanVideo takes its text features from it where a video begins with an image. Source of the
+architecture as released: transformers `LlavaForConditionalGeneration`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+from jaxtyping import Array, Bool, Float, Int
+
+from svg_jax.models.clip import CLIPVisionEncoder
+from svg_jax.models.clip_config import CLIPVisionConfig
+from svg_jax.models.config import TRANSFORMERS_NOTES, check_config, read_config
+from svg_jax.models.layers import FeedForward, gelu
+from svg_jax.models.llama import LlamaConfig, LlamaEncoder
+
+_IMPLEMENTED = MappingProxyType(
+    {
+        "projector_hidden_act": "gelu",
+        "vision_feature_select_strategy": "default",
+        "vision_feature_layer": -2,
+        "multimodal_projector_bias": True,
+    }
+)
+_PARTS = MappingProxyType({"text_config": LlamaConfig, "vision_config": CLIPVisionConfig})
+_NOT_THE_ENCODERS = TRANSFORMERS_NOTES | {
+    "eos_token_id",
+    "ignore_index",
+    "image_seq_length",
+    "vocab_size",
+}
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """What the encoder needs of a released config.json; transformers' names and defaults.
+
+    Attributes:
+        text_config: The language model.
+        vision_config: The image encoder.
+        image_token_index: The token in whose places the features of an image stand.
+        projector_hidden_act: "gelu".
+        vision_feature_select_strategy: "default", which leaves out the token of the whole image.
+        vision_feature_layer: -2, the hidden state of the image encoder that is taken.
+        multimodal_projector_bias: True.
+    """
+
+    text_config: LlamaConfig
+    vision_config: CLIPVisionConfig
+    image_token_index: int = 32000
+    projector_hidden_act: str = "gelu"
+    vision_feature_select_strategy: str = "default"
+    vision_feature_layer: int = -2
+    multimodal_projector_bias: bool = True
+
+    def __post_init__(self) -> None:
+        check_config(self, only=_IMPLEMENTED)
+        if self.image_token_index >= self.text_config.vocab_size:
+            raise ValueError(
+                f"LlavaConfig: image_token_index={self.image_token_index} is beyond the "
+                f"vocab_size={self.text_config.vocab_size} of its text_config."
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LlavaConfig":
+        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
+        parts = {}
+        for name, config in _PARTS.items():
+            part = values.get(name)
+            if not isinstance(part, Mapping):
+                raise ValueError(f"LlavaConfig: {name} must be a config of its own, not {part!r}.")
+            parts[name] = config.from_dict(part)
+        only = {"model_type": "llava"}
+        return read_config(cls, {**values, **parts}, ignored=_NOT_THE_ENCODERS, only=only)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The encoder's share of a config.json."""
+        return asdict(self)
+
+
+class LlavaEncoder(nnx.Module):
+    """Token ids and images to features of each token.
+
+    Attributes:
+        config: The architecture.
+        vision: The image encoder.
+        projector: Its features to those of the language model's tokens.
+        language_model: The encoder of texts.
+    """
+
+    def __init__(
+        self,
+        config: LlavaConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Makes an encoder with random weights (under `nnx.eval_shape`: without any).
+
+        Args:
+            config: The architecture.
+            dtype: Of matrix products and the result; norms and softmax are float32 inside.
+            param_dtype: Of the parameters.
+            rngs: Source of random weights.
+        """
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        width = config.text_config.hidden_size
+        self.config = config
+        self.dtype = dtype
+        self.vision = CLIPVisionEncoder(config.vision_config, **kinds)
+        self.projector = FeedForward(
+            config.vision_config.hidden_size, width, width, activation=gelu, **kinds
+        )
+        self.language_model = LlamaEncoder(config.text_config, **kinds)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch tokens"],
+        pixel_values: Float[Array, "images channels height width"],
+        attention_mask: Bool[Array, "batch tokens"] | Int[Array, "batch tokens"] | None = None,
+        *,
+        hidden_state: int = -1,
+    ) -> Float[Array, "batch tokens features"]:
+        """Encodes.
+
+        Args:
+            input_ids: Token ids with `image_token_index` once for every patch of the text's image,
+                padding behind each text: all tokens count as positions.
+            pixel_values: An image for each text, see `CLIPVisionEncoder`.
+            attention_mask: True or 1 at the tokens that count as keys; None if all do.
+            hidden_state: Which one of the language model to return, see `LlamaEncoder`.
+
+        Returns:
+            That hidden state in `dtype`. It is not a number where a text has fewer or more places
+            for its image than that has patches.
+
+        Raises:
+            ValueError: If there is not one image to each text, or on what the parts cannot take.
+        """
+        if len(pixel_values) != len(input_ids):
+            raise ValueError(
+                f"there are {len(pixel_values)} images and {len(input_ids)} texts: each text must "
+                "have one."
+            )
+        patches = self.vision(pixel_values, hidden_state=self.config.vision_feature_layer)[:, 1:]
+        embedded = place_features(
+            self.language_model.token_embedding(input_ids),
+            self.projector(patches).astype(jnp.float32),
+            input_ids == self.config.image_token_index,
+        )
+        return self.language_model.encode(embedded, attention_mask, hidden_state=hidden_state)
+
+
+def place_features(
+    embedded: Float[Array, "batch tokens width"],
+    features: Float[Array, "batch patches width"],
+    is_place: Bool[Array, "batch tokens"],
+) -> Float[Array, "batch tokens width"]:
+    """The embedded tokens with the features, in their order, in the places for them.
+
+    Where a batch entry has not as many places as features, not a number stands in all of them.
+    """
+    fits = jnp.sum(is_place, axis=1) == features.shape[1]
+    features = jnp.where(fits[:, None, None], features, jnp.nan)
+    order = jnp.cumsum(is_place, axis=1) - 1
+    placed = jnp.take_along_axis(features, order[:, :, None], axis=1, mode="clip")
+    return jnp.where(is_place[:, :, None], placed, embedded)

@@ -1,0 +1,251 @@
+"""What the families' pipelines share: prepare, denoise, decode, and when weights are loaded."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, UInt8
+
+from svg_jax.config import SparsityConfig
+from svg_jax.models import VideoLayout
+from svg_jax.sampling.denoise import Conditions, denoise
+from svg_jax.sampling.flow import FlowSchedule, FlowState
+from svg_jax.sampling.record import SamplingInfo, StepRecord
+from svg_jax.sampling.schedulers import SamplerState, Schedule, initial_noise
+
+OutputType = Literal["np", "uint8", "latent"]
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+@dataclass(frozen=True, eq=False)
+class Lazy(Generic[Module]):
+    """A component that is loaded where it is used and freed behind it.
+
+    Attributes:
+        config: Of the module.
+        dtype: Of its matrix products.
+        load: Loads it onto the default device.
+    """
+
+    config: Any
+    dtype: Any
+    load: Callable[[], Module]
+
+
+@contextmanager
+def in_memory(component: Module | Lazy[Module]) -> Iterator[Module]:
+    """The module of a component, for as long as the block lasts if it has to be loaded for it."""
+    yield component.load() if isinstance(component, Lazy) else component
+
+
+@dataclass(frozen=True, eq=False)
+class VideoOutput:
+    """What a pipeline returns.
+
+    Attributes:
+        frames: Pixels, float32 in 0…1 or uint8; None where latents were asked for, or where the
+            checkpoint was converted without its VAE.
+        latents: Float32 in the transformer's order, without padding frames.
+        info: What happened on the way.
+    """
+
+    frames: (
+        Float[np.ndarray, "batch frames height width 3"]
+        | UInt8[np.ndarray, "batch frames height width 3"]
+        | None
+    )
+    latents: Float[np.ndarray, "batch _ _ latent_height latent_width"]
+    info: SamplingInfo
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedRun:
+    """All that a run of the denoising loop needs; what `prepare` makes of its arguments.
+
+    Attributes:
+        schedule: All steps.
+        state: Initial noise.
+        conditions: Encoded prompts and image.
+        scales: Guidance scale of every step.
+        seed: Of all random numbers after the initial noise.
+        layout: Where video and text stand in the transformer's sequence.
+        padding_frames: Leading latent frames that are dropped at the end (CogVideoX-1.5).
+    """
+
+    schedule: Schedule | FlowSchedule
+    state: SamplerState | FlowState
+    conditions: Conditions
+    scales: Float[np.ndarray, " steps"]
+    seed: int
+    layout: VideoLayout
+    padding_frames: int = 0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class VideoPipeline(ABC):
+    """A checkpoint that can be called; a class for each family says how it is prepared.
+
+    Attributes:
+        transformer: The denoiser.
+        vae: Decodes latents, and encodes images; None where the checkpoint was converted without
+            it: the outcome is then latents.
+    """
+
+    transformer: Any
+    vae: Any = None
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        sparsity: SparsityConfig | None = None,
+        labels: Bool[np.ndarray, "..."] | None = None,
+        output_type: OutputType = "np",
+        vae_tiling: bool = False,
+        callback_on_step_end: Callable[[StepRecord], None] | None = None,
+        **arguments: Any,
+    ) -> VideoOutput:
+        """Generates videos; arguments have diffusers' names and meanings.
+
+        Args:
+            prompt: One prompt or several; or pass `prompt_embeds`.
+            sparsity: Sparse VideoGen; None is dense attention.
+            labels: Labels to use in place of profiling, True = temporal (see `denoise`).
+            output_type: "np" for frames in 0…1, "uint8", or "latent" for latents alone.
+            vae_tiling: Decode by the released tiles: less memory, and not quite the same frames.
+            callback_on_step_end: Called with the record of each step.
+            **arguments: Of the family's `prepare`: size, steps, guidance, seed, image and so on.
+
+        Returns:
+            Frames, latents, and what happened on the way.
+
+        Raises:
+            ValueError: On arguments that do not fit the checkpoint or each other.
+            FloatingPointError: If latents stop being finite.
+        """
+        if output_type not in ("np", "uint8", "latent"):  # before the work, not after it
+            raise ValueError(f"output_type is 'np', 'uint8' or 'latent': got {output_type!r}")
+        run = self.prepare(prompt, **arguments)
+        run, steps = self.denoise(
+            run, sparsity=sparsity, labels=labels, callback_on_step_end=callback_on_step_end
+        )
+        info = SamplingInfo(steps)
+        return self.decode(run, info, output_type=output_type, vae_tiling=vae_tiling)
+
+    @abstractmethod
+    def prepare(self, prompt: str | Sequence[str] | None = None, **arguments: Any) -> PreparedRun:
+        """The first part of `__call__`: encodes prompts, makes the schedule and the noise."""
+
+    def denoise(
+        self,
+        run: PreparedRun,
+        *,
+        sparsity: SparsityConfig | None = None,
+        labels: Bool[np.ndarray, "..."] | None = None,
+        steps: range | None = None,
+        callback_on_step_end: Callable[[StepRecord], None] | None = None,
+    ) -> tuple[PreparedRun, tuple[StepRecord, ...]]:
+        """Runs all steps, or `steps` of them from the state that `run` is in (see `denoise`)."""
+        with in_memory(self.transformer) as transformer:
+            state, records = denoise(
+                transformer,
+                run.state,
+                run.schedule,
+                run.conditions,
+                scales=run.scales,
+                sparsity=sparsity,
+                labels=labels,
+                seed=run.seed,
+                steps=steps,
+                callback_on_step_end=callback_on_step_end,
+            )
+        return dataclasses.replace(run, state=state), records
+
+    def decode(
+        self,
+        run: PreparedRun,
+        info: SamplingInfo,
+        *,
+        output_type: OutputType = "np",
+        vae_tiling: bool = False,
+    ) -> VideoOutput:
+        """The last part of `__call__`: drops padding frames, and makes pixels of latents."""
+        latents = run.state.latents[:, run.padding_frames :]
+        frames = None
+        if output_type != "latent" and self.makes_frames:
+            frames = to_frames(self.decode_latents(latents, vae_tiling=vae_tiling))
+            if output_type == "uint8":
+                frames = (frames * 255).round().astype(np.uint8)
+        return VideoOutput(frames, np.asarray(latents), info)
+
+    @property
+    def makes_frames(self) -> bool:
+        """Whether there is what decodes latents."""
+        return self.vae is not None
+
+    @abstractmethod
+    def decode_latents(self, latents: Array, *, vae_tiling: bool = False) -> Array:
+        """Videos [batch, 3, frames, height, width] of latents, about from −1 to 1."""
+
+
+def to_frames(
+    video: Float[Array | np.ndarray, "batch 3 frames height width"],
+) -> Float[np.ndarray, "batch frames height width 3"]:
+    """A video from −1 to 1 as pixels in 0…1, float32."""
+    video = np.moveaxis(np.asarray(video, np.float32), 1, -1)
+    return np.clip(video / 2 + np.float32(0.5), 0, 1)
+
+
+def starting_latents(
+    latents: Array | np.ndarray | None, shape: tuple[int, ...], seed: int
+) -> Float[Array, "..."]:
+    """Initial noise: what was given, or the seed's; float32.
+
+    Raises:
+        ValueError: On given noise of another shape or that is not finite, or a negative seed.
+    """
+    if latents is None:
+        if seed < 0:
+            raise ValueError(f"seed must not be negative: got {seed}")
+        return jnp.asarray(initial_noise(seed, shape))
+    if latents.shape != shape:
+        raise ValueError(f"latents must have the shape {shape}: got {latents.shape}")
+    check_finite("latents", latents)
+    return jnp.asarray(latents, jnp.float32)
+
+
+def check_finite(name: str, array: Array | np.ndarray) -> None:
+    """ValueError if a given array holds NaN or infinity."""
+    if not np.isfinite(np.asarray(array)).all():
+        raise ValueError(f"{name} has values that are not finite")
+
+
+def list_of_prompts(prompt: str | Sequence[str]) -> list[str]:
+    """One prompt or several as a list; ValueError if there is none."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ValueError("pass at least one prompt")
+    return prompts
+
+
+def negative_of_each(negative_prompt: str | Sequence[str], count: int) -> list[str]:
+    """The negative prompt of each prompt: one for all, or one for each."""
+    if isinstance(negative_prompt, str):
+        return [negative_prompt] * count
+    if len(negative_prompt) != count:
+        raise ValueError(
+            "the negative prompts must be as many as the prompts: "
+            f"got {len(negative_prompt)} for {count}"
+        )
+    return list(negative_prompt)
+
+
+def repeat_each(array: Array | None, times: int) -> Array | None:
+    """Every batch entry so many times, for several videos of a prompt."""
+    return None if array is None else jnp.repeat(array, times, axis=0)
