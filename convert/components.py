@@ -40,7 +40,7 @@ PIPELINES = (
     "WanPipeline",
     "WanImageToVideoPipeline",
 )
-COPIED = ("scheduler", "tokenizer", "tokenizer_2")  # small files, carried as they are
+COPIED = ("scheduler", "tokenizer", "tokenizer_2", "image_processor")  # small, carried as they are
 
 
 @dataclass(frozen=True)

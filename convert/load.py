@@ -13,10 +13,16 @@ from svg_jax.convert.components import read_component_config, read_pipeline_inde
 from svg_jax.convert.manifest import read_manifest
 from svg_jax.convert.rules import ConversionError
 from svg_jax.convert.writer import open_leaves, readable
+from svg_jax.models.clip import CLIPTextEncoder, CLIPVisionEncoder
 from svg_jax.models.cogvideox import CogVideoXTransformer
+from svg_jax.models.cogvideox_vae import CogVideoXVAE
 from svg_jax.models.hunyuan_video import HunyuanVideoTransformer
+from svg_jax.models.hunyuan_video_vae import HunyuanVideoVAE
+from svg_jax.models.llama import LlamaEncoder
+from svg_jax.models.llava import LlavaEncoder
 from svg_jax.models.t5 import T5Encoder
 from svg_jax.models.wan import WanTransformer
+from svg_jax.models.wan_vae import WanVAE
 
 Module = TypeVar("Module", bound=nnx.Module)
 Transformer = CogVideoXTransformer | HunyuanVideoTransformer | WanTransformer
@@ -25,6 +31,18 @@ TRANSFORMERS: Mapping[str, type[Transformer]] = {
     "CogVideoXTransformer3DModel": CogVideoXTransformer,
     "HunyuanVideoTransformer3DModel": HunyuanVideoTransformer,
     "WanTransformer3DModel": WanTransformer,
+}
+ENCODERS_AND_VAES: Mapping[str, Callable[..., nnx.Module]] = {
+    "AutoencoderKLCogVideoX": CogVideoXVAE,
+    "AutoencoderKLHunyuanVideo": HunyuanVideoVAE,
+    "AutoencoderKLWan": WanVAE,
+    "CLIPTextModel": CLIPTextEncoder,
+    "CLIPVisionModel": CLIPVisionEncoder,
+    "CLIPVisionModelWithProjection": CLIPVisionEncoder,
+    "LlamaModel": LlamaEncoder,
+    "LlavaForConditionalGeneration": LlavaEncoder,
+    "T5EncoderModel": T5Encoder,
+    "UMT5EncoderModel": T5Encoder,
 }
 
 
@@ -65,17 +83,19 @@ def load_transformer(
     return _load(folder, name, class_name, make, cast=param_dtype is not None)
 
 
-def load_text_encoder(
+def load_component(
     folder: str | Path,
+    name: str,
     *,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
-) -> T5Encoder:
-    """Loads the T5 or UMT5 encoder of a converted folder.
+) -> Any:
+    """Loads an encoder or a VAE of a converted folder, of whichever class it is.
 
     Args:
         folder: What `convert_pipeline` made.
-        dtype: Dtype of the matrix products; float16 is refused, T5 overflows in it.
+        name: Which component, e.g. "text_encoder_2".
+        dtype: Dtype of the matrix products; float16 is refused by T5, which overflows in it.
         param_dtype: Dtype to cast the parameters to; None keeps each as it is stored.
 
     Raises:
@@ -83,13 +103,26 @@ def load_text_encoder(
             model that its config describes.
     """
     folder = Path(folder)
-    class_name = _class_of(folder, "text_encoder", ("T5EncoderModel", "UMT5EncoderModel"))
+    class_name = _class_of(folder, name, ENCODERS_AND_VAES)
 
-    def make(config: Any) -> T5Encoder:
+    def make(config: Any) -> nnx.Module:
         kept = jnp.float32 if param_dtype is None else param_dtype
-        return T5Encoder(config, dtype=dtype, param_dtype=kept, rngs=nnx.Rngs(0))
+        module = ENCODERS_AND_VAES[class_name]
+        return module(config, dtype=dtype, param_dtype=kept, rngs=nnx.Rngs(0))
 
-    return _load(folder, "text_encoder", class_name, make, cast=param_dtype is not None)
+    return _load(folder, name, class_name, make, cast=param_dtype is not None)
+
+
+def load_text_encoder(
+    folder: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+) -> T5Encoder:
+    """Loads the T5 or UMT5 encoder of a converted folder; see `load_component`."""
+    folder = Path(folder)
+    _class_of(folder, "text_encoder", ("T5EncoderModel", "UMT5EncoderModel"))
+    return load_component(folder, "text_encoder", dtype=dtype, param_dtype=param_dtype)
 
 
 def _class_of(folder: Path, name: str, known: Collection[str]) -> str:
