@@ -2,7 +2,15 @@
 
 from svg_jax.sampling.cogvideox import CogVideoXPipeline
 from svg_jax.sampling.denoise import denoise
+from svg_jax.sampling.hunyuan_video import HunyuanVideoPipeline
 from svg_jax.sampling.loading import from_pretrained
 from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline
 
-__all__ = ["CogVideoXPipeline", "VideoOutput", "VideoPipeline", "denoise", "from_pretrained"]
+__all__ = [
+    "CogVideoXPipeline",
+    "HunyuanVideoPipeline",
+    "VideoOutput",
+    "VideoPipeline",
+    "denoise",
+    "from_pretrained",
+]
