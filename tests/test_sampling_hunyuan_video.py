@@ -1,11 +1,13 @@
 """The HunyuanVideo pipeline against diffusers' own, from prompt and image to latents and frames."""
 
+import dataclasses
 import json
 import shutil
 from typing import Any
 
 import diffusers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -17,6 +19,8 @@ from real_tokenizers import real_tokenizer
 from svg_jax.config import SparsityConfig
 from svg_jax.convert import convert_pipeline
 from svg_jax.sampling import HunyuanVideoPipeline, from_pretrained
+from svg_jax.sampling.hunyuan_video_conditions import embedded_guidance
+from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
 
 T2V: dict[str, Any] = {
     "in_channels": 4,
@@ -209,3 +213,142 @@ def test_videos_are_those_of_diffusers(case, checkpoints):
     print(f"{case}: latents {errors[0]:.2e}, frames {errors[1]:.2e}")
     assert errors[0] <= TOLERANCE
     assert errors[1] <= FRAMES_TOLERANCE
+
+
+def test_the_transformer_alone_goes_on_from_features(checkpoints):
+    _, pipeline = checkpoints("replace")
+    prompts = {"prompt": "a dog", "negative_prompt": "rain", "image": picture()}
+    call = {"num_inference_steps": 2, "true_cfg_scale": 2.0, "latents": noise(), **SIZE}
+    run = pipeline.prepare(**prompts, **call)
+    expected = pipeline(**prompts, **call, output_type="latent")
+    assert expected.frames is None
+
+    features = {"image_latents": np.asarray(run.conditions.first_frame)}
+    for prefix, text in (("", run.conditions.text), ("negative_", run.conditions.negative_text)):
+        tokens = text.lengths.item() + (3 if prefix else 0)  # padding that is left changes nothing
+        features |= {
+            f"{prefix}prompt_embeds": np.asarray(text.embeds[:, :tokens]),
+            f"{prefix}prompt_attention_mask": np.arange(tokens)[None] < text.lengths.item(),
+            f"{prefix}pooled_prompt_embeds": np.asarray(text.pooled),
+        }
+    alone = dataclasses.replace(pipeline, vae=None, encoders=HunyuanVideoEncoders())
+    video = alone(**features, **call)
+    assert video.frames is None
+    assert relative_error(video.latents, expected.latents) < TOLERANCE
+    with pytest.raises(ValueError, match="no VAE: pass the image_latents"):
+        alone(image=picture(), **call)
+    with pytest.raises(ValueError, match="no text encoder: pass prompt_embeds"):
+        alone(**prompts | {"image_latents": features["image_latents"]}, **call)
+
+
+def features(batch=1, prefix=""):
+    rng = np.random.default_rng(3)
+    return {
+        f"{prefix}prompt_embeds": rng.normal(size=(batch, 5, 16)).astype(np.float32),
+        f"{prefix}prompt_attention_mask": np.array([[1, 1, 1, 0, 0]] * batch),
+        f"{prefix}pooled_prompt_embeds": rng.normal(size=(batch, 8)).astype(np.float32),
+    }
+
+
+def test_several_images_and_videos_of_each(checkpoints):
+    _, pipeline = checkpoints("concat")
+    images = [picture(1), np.asarray(picture(2))]
+    call = {"num_inference_steps": 1, "seed": 5, **SIZE}
+    run = pipeline.prepare(**features(2), image=images, num_videos_per_prompt=2, **call)
+    latents = run.conditions.image_channels[:, :4, 0]
+    np.testing.assert_array_equal(latents[0], latents[1])
+    assert relative_error(latents[2], latents[1]) > 0.1
+    assert not run.conditions.image_channels[:, :, 1:].any()
+    assert run.conditions.image_channels[:, 4, 0].all()
+    noises = run.state.latents
+    assert noises.shape == (4, *LATENTS)
+    assert relative_error(noises[1], noises[0]) > 0.1
+    alone = pipeline.prepare(**features(), image=images[0], **call)
+    np.testing.assert_allclose(noises[:1], alone.state.latents, atol=1e-6)
+
+
+def test_settings_default_to_the_papers(checkpoints):
+    _, pipeline = checkpoints("T2V")
+    run = pipeline.prepare(**features())
+    assert run.state.latents.shape == (1, 4, 33, 90, 160)
+    assert run.schedule.num_steps == 50
+    assert (run.scales == 1).all()
+    assert run.conditions.guidance == 6000
+    shifted = pipeline.prepare(**features(), **SIZE, num_inference_steps=2, flow_shift=3)
+    np.testing.assert_allclose(shifted.schedule.timesteps, [1000, 750])
+    np.testing.assert_allclose(run.schedule.timesteps[25], 875)
+
+
+def test_guidance_is_rounded_as_the_model_computes():
+    assert embedded_guidance(6, jnp.bfloat16, takes_one=True) == 6016
+    assert embedded_guidance(None, jnp.float32, takes_one=True) == 6000
+    assert embedded_guidance(None, jnp.float32, takes_one=False) is None
+    with pytest.raises(ValueError, match="takes no guidance_scale: use true_cfg_scale"):
+        embedded_guidance(6, jnp.float32, takes_one=False)
+
+
+def test_sparse_steps_follow_the_warm_up(checkpoints):
+    _, pipeline = checkpoints("replace")
+    video = pipeline(
+        **features(),
+        **features(prefix="negative_"),
+        image=picture(),
+        true_cfg_scale=2.0,
+        guidance_steps=0.5,
+        num_inference_steps=4,
+        sparsity=SparsityConfig(density=0.6, dense_steps=0.25, dense_layers=0.0, sampled_rows=4),
+        output_type="uint8",
+        vae_tiling=True,
+        **SIZE,
+    )
+    labels = [profile.labels.shape for profile in video.info.profiles]
+    assert labels == [(3, 2, 2), (3, 1, 2), (3, 1, 2)]
+    assert np.isfinite(video.latents).all()
+    assert video.frames is not None
+    assert video.frames.shape == (1, 9, 32, 48, 3)
+
+
+NOISE = np.zeros((1, *LATENTS), np.float32)
+MASK = np.array([[0, 1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("variant", "arguments", "message"),
+    [
+        ("T2V", {}, "either a prompt or prompt_embeds"),
+        ("T2V", {"prompt": "a", **features()}, "either a prompt or prompt_embeds"),
+        ("T2V", {"prompt": []}, "at least one prompt"),
+        ("T2V", {"prompt": "a", "height": 40}, "height must be a positive multiple of 16: got 40"),
+        ("T2V", {"prompt": "a", "num_frames": 8}, r"num_frames must be of the form 4k \+ 1"),
+        ("T2V", {"prompt": "a", "image": picture()}, "text-to-video checkpoint: it takes no image"),
+        ("T2V", {"prompt": "a", "true_cfg_scale": 2.0}, "true_cfg_scale over 1 needs a negative"),
+        ("T2V", {"prompt": "a", "num_videos_per_prompt": 0}, "num_videos_per_prompt is at least 1"),
+        ("T2V", {"prompt": "a", "latents": NOISE[:, :2]}, "latents must have the shape"),
+        ("T2V", {"prompt": "a", "scheduler": "unipc", "flow_shift": -1}, "shift is over 0: got -1"),
+        ("T2V", {"prompt": "a", "max_sequence_length": 0}, "is at least 1: got 0"),
+        (
+            "T2V",
+            {"prompt_embeds": features()["prompt_embeds"]},
+            "prompt_embeds need their prompt_attention_mask and pooled_prompt_embeds",
+        ),
+        ("T2V", {"prompt": "a", "prompt_attention_mask": MASK}, "prompt_attention_mask is for"),
+        ("T2V", features() | {"prompt_attention_mask": MASK}, "must have 1 at the tokens of a"),
+        ("T2V", features() | {"prompt_attention_mask": MASK[:, :3]}, r"must be that of .*\(1, 5\)"),
+        ("T2V", features() | {"pooled_prompt_embeds": np.zeros((2, 8))}, "are 2 for 1 prompts"),
+        ("T2V", features() | {"pooled_prompt_embeds": np.full((1, 8), np.nan)}, "not finite"),
+        (
+            "T2V",
+            features() | features(2, "negative_") | {"true_cfg_scale": 2.0},
+            "negative_prompt_embeds must be as many as the prompts: got 2 for 1",
+        ),
+        ("replace", {"prompt": "a"}, "image-to-video checkpoint: pass an image"),
+        ("replace", {"prompt": "a", "image": [picture()] * 2}, "one or as many as the prompts"),
+        ("replace", {"prompt": "a", "image": picture(), "num_frames": 1}, "at least 5: got 1"),
+        ("replace", {"prompt": "a", "image_latents": NOISE[:, :, :1]}, "reads the image, too"),
+        ("replace", {**features(), "image_latents": NOISE}, "image_latents must have the shape"),
+        ("concat", {"prompt": "a", "image": picture(), "guidance_scale": 6}, "no guidance_scale"),
+    ],
+)
+def test_arguments_that_do_not_fit(variant, arguments, message, checkpoints):
+    with pytest.raises(ValueError, match=message):
+        checkpoints(variant)[1].prepare(**SIZE | arguments)

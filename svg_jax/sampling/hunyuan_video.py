@@ -5,7 +5,7 @@ arithmetic; latents stay float32, where diffusers rounds them to the model's dty
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -135,8 +135,9 @@ class HunyuanVideoPipeline(VideoPipeline):
         Raises:
             ValueError: On arguments that do not fit the checkpoint or each other.
         """
+        shift = self.scheduler.shift if flow_shift is None else float(flow_shift)
         schedule = make_flow_schedule(
-            self.scheduler, num_inference_steps, sampler=scheduler, shift=flow_shift
+            replace(self.scheduler, shift=shift), num_inference_steps, sampler=scheduler
         )
         scales = guidance_scales(schedule.timesteps, true_cfg_scale, guidance_steps=guidance_steps)
         config = self.transformer.config
@@ -146,6 +147,8 @@ class HunyuanVideoPipeline(VideoPipeline):
         )
         if num_videos_per_prompt < 1:
             raise ValueError(f"num_videos_per_prompt is at least 1: got {num_videos_per_prompt}")
+        if max_sequence_length < 1:
+            raise ValueError(f"max_sequence_length is at least 1: got {max_sequence_length}")
         self._check_image(image, image_latents)
         features = prompt_embeds, prompt_attention_mask, pooled_prompt_embeds
         parts = [self._texts(prompt, features, image)]
