@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax.numpy as jnp
 import tensorstore as ts
@@ -24,7 +24,6 @@ from svg_jax.models.t5 import T5Encoder
 from svg_jax.models.wan import WanTransformer
 from svg_jax.models.wan_vae import WanVAE
 
-Module = TypeVar("Module", bound=nnx.Module)
 Transformer = CogVideoXTransformer | HunyuanVideoTransformer | WanTransformer
 
 TRANSFORMERS: Mapping[str, type[Transformer]] = {
@@ -32,7 +31,13 @@ TRANSFORMERS: Mapping[str, type[Transformer]] = {
     "HunyuanVideoTransformer3DModel": HunyuanVideoTransformer,
     "WanTransformer3DModel": WanTransformer,
 }
-ENCODERS_AND_VAES: Mapping[str, Callable[..., nnx.Module]] = {
+T5_ENCODERS: Mapping[str, type[T5Encoder]] = {
+    "T5EncoderModel": T5Encoder,
+    "UMT5EncoderModel": T5Encoder,
+}
+MODULES: Mapping[str, Callable[..., nnx.Module]] = {
+    **TRANSFORMERS,
+    **T5_ENCODERS,
     "AutoencoderKLCogVideoX": CogVideoXVAE,
     "AutoencoderKLHunyuanVideo": HunyuanVideoVAE,
     "AutoencoderKLWan": WanVAE,
@@ -41,9 +46,49 @@ ENCODERS_AND_VAES: Mapping[str, Callable[..., nnx.Module]] = {
     "CLIPVisionModelWithProjection": CLIPVisionEncoder,
     "LlamaModel": LlamaEncoder,
     "LlavaForConditionalGeneration": LlavaEncoder,
-    "T5EncoderModel": T5Encoder,
-    "UMT5EncoderModel": T5Encoder,
 }
+
+
+def load_component(
+    folder: str | Path,
+    name: str,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+    classes: Collection[str] = MODULES.keys(),
+    **options: Any,
+) -> Any:
+    """Loads a component of a converted folder: a transformer, an encoder or a VAE.
+
+    Args:
+        folder: What `convert_pipeline` made.
+        name: Of the component, e.g. "vae" or "image_encoder".
+        dtype: Dtype of the matrix products.
+        param_dtype: Dtype to cast the parameters to, but those that the model keeps in float32 (see
+            `WanTransformer`); None keeps each as it is stored.
+        classes: Classes that are allowed, by their names in model_index.json.
+        **options: Passed to the module's class.
+
+    Returns:
+        The module, of the class that MODULES has for the component's.
+
+    Raises:
+        ConversionError: If the folder is not a whole converted one, or its weights are not the
+            model that its config describes.
+    """
+    folder = Path(folder)
+    class_name = _class_of(folder, name, classes)
+
+    def make(config: Any) -> nnx.Module:
+        return MODULES[class_name](
+            config,
+            dtype=dtype,
+            param_dtype=jnp.float32 if param_dtype is None else param_dtype,
+            rngs=nnx.Rngs(0),
+            **options,
+        )
+
+    return _load(folder, name, class_name, make, cast=param_dtype is not None)
 
 
 def load_transformer(
@@ -57,60 +102,23 @@ def load_transformer(
     """Loads a transformer of a converted folder, of whichever family it is.
 
     Args:
-        folder: What `convert_pipeline` made.
+        folder: See `load_component`.
         name: Which component: Wan 2.2 has a "transformer_2", too.
-        dtype: Dtype of the matrix products.
-        param_dtype: Dtype to cast the parameters to, but those that the model keeps in float32 (see
-            `WanTransformer`); None keeps each as it is stored.
+        dtype: See `load_component`.
+        param_dtype: See `load_component`.
         residual_dtype: Dtype of the residual stream; None is `dtype`.
 
     Raises:
-        ConversionError: If the folder is not a whole converted one, or its weights are not the
-            model that its config describes.
+        ConversionError: See `load_component`.
     """
-    folder = Path(folder)
-    class_name = _class_of(folder, name, TRANSFORMERS)
-
-    def make(config: Any) -> Transformer:
-        return TRANSFORMERS[class_name](
-            config,
-            dtype=dtype,
-            residual_dtype=residual_dtype,
-            param_dtype=jnp.float32 if param_dtype is None else param_dtype,
-            rngs=nnx.Rngs(0),
-        )
-
-    return _load(folder, name, class_name, make, cast=param_dtype is not None)
-
-
-def load_component(
-    folder: str | Path,
-    name: str,
-    *,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike | None = None,
-) -> Any:
-    """Loads an encoder or a VAE of a converted folder, of whichever class it is.
-
-    Args:
-        folder: What `convert_pipeline` made.
-        name: Which component, e.g. "text_encoder_2".
-        dtype: Dtype of the matrix products; float16 is refused by T5, which overflows in it.
-        param_dtype: Dtype to cast the parameters to; None keeps each as it is stored.
-
-    Raises:
-        ConversionError: If the folder is not a whole converted one, or its weights are not the
-            model that its config describes.
-    """
-    folder = Path(folder)
-    class_name = _class_of(folder, name, ENCODERS_AND_VAES)
-
-    def make(config: Any) -> nnx.Module:
-        kept = jnp.float32 if param_dtype is None else param_dtype
-        module = ENCODERS_AND_VAES[class_name]
-        return module(config, dtype=dtype, param_dtype=kept, rngs=nnx.Rngs(0))
-
-    return _load(folder, name, class_name, make, cast=param_dtype is not None)
+    return load_component(
+        folder,
+        name,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        classes=TRANSFORMERS.keys(),
+        residual_dtype=residual_dtype,
+    )
 
 
 def load_text_encoder(
@@ -119,10 +127,19 @@ def load_text_encoder(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
 ) -> T5Encoder:
-    """Loads the T5 or UMT5 encoder of a converted folder; see `load_component`."""
-    folder = Path(folder)
-    _class_of(folder, "text_encoder", ("T5EncoderModel", "UMT5EncoderModel"))
-    return load_component(folder, "text_encoder", dtype=dtype, param_dtype=param_dtype)
+    """Loads the T5 or UMT5 encoder of a converted folder.
+
+    Args:
+        folder: See `load_component`.
+        dtype: See `load_component`; float16 is refused, T5 overflows in it.
+        param_dtype: See `load_component`.
+
+    Raises:
+        ConversionError: See `load_component`.
+    """
+    return load_component(
+        folder, "text_encoder", dtype=dtype, param_dtype=param_dtype, classes=T5_ENCODERS.keys()
+    )
 
 
 def _class_of(folder: Path, name: str, known: Collection[str]) -> str:
@@ -138,8 +155,8 @@ def _class_of(folder: Path, name: str, known: Collection[str]) -> str:
 
 
 def _load(
-    folder: Path, name: str, class_name: str, make: Callable[[Any], Module], *, cast: bool
-) -> Module:
+    folder: Path, name: str, class_name: str, make: Callable[[Any], nnx.Module], *, cast: bool
+) -> nnx.Module:
     config = read_component_config(folder / name, class_name)
     graph, state = nnx.split(nnx.eval_shape(lambda: make(config)))
     weights = folder / name / "weights"

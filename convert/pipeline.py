@@ -68,8 +68,8 @@ def convert_pipeline(
 ) -> None:
     """Converts a pipeline folder in diffusers' layout into orbax checkpoints.
 
-    The result holds `model_index.json`, `manifest.json`, the files of `scheduler/` and
-    `tokenizer/`, and per component `config.json` and `weights/`, an orbax checkpoint of the
+    The result holds `model_index.json`, `manifest.json`, the files of scheduler, tokenizers and
+    image processor, and per component `config.json` and `weights/`, an orbax checkpoint of the
     module's pure dict. It appears whole or not at all. At no time more than a few tensors are in
     memory. Tensors that nothing needs (Wan I2V's `norm_added_q`, LLaVA's `lm_head`) are left out.
 

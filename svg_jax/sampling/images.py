@@ -121,8 +121,8 @@ class CLIPImageProcessor:
         top, left = (height - self.crop_size) // 2, (width - self.crop_size) // 2
         pixels = pixels[top : top + self.crop_size, left : left + self.crop_size]
         scaled = (pixels.astype(np.float64) * self.rescale_factor).astype(np.float32)
-        normal = (scaled - np.float32(self.image_mean)) / np.float32(self.image_std)
-        return np.moveaxis(normal, -1, 0)
+        mean, std = (np.array(x, np.float32) for x in (self.image_mean, self.image_std))
+        return np.moveaxis((scaled - mean) / std, -1, 0)
 
 
 def load_image_processor(folder: str | Path) -> CLIPImageProcessor:

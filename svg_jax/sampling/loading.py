@@ -1,6 +1,5 @@
 """A converted folder to a pipeline that can be called."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from svg_jax.convert import (
+    ConversionError,
     load_component,
     load_text_encoder,
     load_transformer,
     read_manifest,
 )
 from svg_jax.convert.components import read_component_config, read_pipeline_index
+from svg_jax.convert.reader import read_json
 from svg_jax.models import CogVideoXTransformer
 from svg_jax.sampling.cogvideox import CogVideoXPipeline
 from svg_jax.sampling.flow import FlowConfig
@@ -65,12 +66,13 @@ def from_pretrained(folder: str | Path, *, dtype: DTypeLike | None = None) -> Vi
 
 
 def _hunyuan_video(folder: Path, dtype: DTypeLike) -> HunyuanVideoPipeline:
-    text_encoder, text_encoder_2, vae = (
-        lazy_component(folder, name, dtype) for name in ("text_encoder", "text_encoder_2", "vae")
-    )
+    names = "transformer", "text_encoder", "text_encoder_2", "vae"
+    transformer, text_encoder, text_encoder_2, vae = (_lazy(folder, n, dtype) for n in names)
+    if transformer is None:
+        raise ConversionError(f"{folder}: holds no transformer: convert the source again with it.")
     has_processor = (folder / "image_processor").is_dir()
     return HunyuanVideoPipeline(
-        transformer=_lazy_transformer(folder, "transformer", dtype),
+        transformer=transformer,
         scheduler=FlowConfig.from_dict(_scheduler(folder)),
         vae=vae,
         encoders=HunyuanVideoEncoders(
@@ -85,13 +87,8 @@ def _hunyuan_video(folder: Path, dtype: DTypeLike) -> HunyuanVideoPipeline:
     )
 
 
-def _lazy_transformer(folder: Path, name: str, dtype: DTypeLike) -> Lazy[Any]:
-    config = read_component_config(folder / name, read_pipeline_index(folder).classes[name])
-    return Lazy(config, dtype, partial(load_transformer, folder, name=name, dtype=dtype))
-
-
-def lazy_component(folder: Path, name: str, dtype: DTypeLike) -> Lazy[Any] | None:
-    """An encoder or a VAE, or None if the checkpoint was converted without it."""
+def _lazy(folder: Path, name: str, dtype: DTypeLike) -> Lazy[Any] | None:
+    """A component, or None if the checkpoint was converted without it."""
     if name not in read_manifest(folder).components:
         return None
     config = read_component_config(folder / name, read_pipeline_index(folder).classes[name])
@@ -99,4 +96,4 @@ def lazy_component(folder: Path, name: str, dtype: DTypeLike) -> Lazy[Any] | Non
 
 
 def _scheduler(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return read_json(folder / "scheduler" / "scheduler_config.json")
