@@ -50,6 +50,8 @@ class SamplerName(StrEnum):
 
     ddim = "ddim"
     dpm = "dpm"
+    euler = "euler"
+    unipc = "unipc"
 
 
 class Dtype(StrEnum):
@@ -78,20 +80,34 @@ Embeds = Annotated[
     Path | None,
     _option(
         "--prompt-embeds",
-        help="T5 features in place of a prompt: .npy, or .npz with prompt_embeds and, for "
-        "guidance, negative_prompt_embeds [1, tokens, features].",
+        help="Text features in place of a prompt: .npy, or .npz with prompt_embeds [1, tokens, "
+        "features] and, for guidance, negative_prompt_embeds; HunyuanVideo needs "
+        "pooled_prompt_embeds and prompt_attention_mask beside each.",
     ),
 ]
 Height = Annotated[int | None, _option("--height", help="In pixels; default: as trained.")]
 Width = Annotated[int | None, _option("--width", help="In pixels; default: as trained.")]
 Frames = Annotated[int | None, _option("--num-frames", help="Default: as trained.")]
 Steps = Annotated[int, _option("--steps", help="Denoising steps.")]
-Guidance = Annotated[float, _option("--guidance-scale", help="1 or less: no guidance.")]
+Guidance = Annotated[
+    float | None,
+    _option("--guidance-scale", help="1 or less: no guidance. Default: the model's."),
+]
+TrueCfg = Annotated[
+    float | None,
+    _option("--true-cfg-scale", help="HunyuanVideo's guidance away from the negative prompt."),
+]
 GuidanceSteps = Annotated[
     float,
     _option("--guidance-steps", help="Share of the steps, from the first, that pay for guidance."),
 ]
 DynamicCfg = Annotated[bool, _option("--dynamic-cfg", help="Vary guidance over the run.")]
+FlowShift = Annotated[
+    float | None, _option("--flow-shift", help="Default: the checkpoint's own (flow matching).")
+]
+Image = Annotated[
+    Path | None, _option("--image", help="What the video begins with, for image to video.")
+]
 Seed = Annotated[int, _option("--seed", help="The same seed gives the same noise anywhere.")]
 Latents = Annotated[
     Path | None, _option("--latents", help="Initial noise in place of the seed's: .npy or .npz.")
@@ -165,10 +181,12 @@ def generate(
     width: Width = None,
     num_frames: Frames = None,
     steps: Steps = 50,
-    guidance_scale: Guidance = 6.0,
+    guidance_scale: Guidance = None,
+    true_cfg_scale: TrueCfg = None,
     guidance_steps: GuidanceSteps = 1.0,
     dynamic_cfg: DynamicCfg = False,
     seed: Seed = 0,
+    image: Image = None,
     latents: Latents = None,
     image_latents: ImageLatents = None,
     attention: Annotated[
@@ -180,6 +198,7 @@ def generate(
     sampled_rows: SampledRows = _SPARSITY.sampled_rows,
     dtype: DtypeOption = None,
     scheduler: Scheduler = None,
+    flow_shift: FlowShift = None,
     fps: Fps = 8.0,
     enlarge: Enlarge = 1,
     labels_out: Annotated[
@@ -206,6 +225,7 @@ def generate(
             "prompt_embeds": prompt_embeds,
             "image_latents": image_latents,
         },
+        image=image,
         prompt=prompt,
         negative_prompt=negative_prompt,
         height=height,
@@ -213,9 +233,11 @@ def generate(
         num_frames=num_frames,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
         guidance_steps=guidance_steps,
-        use_dynamic_cfg=dynamic_cfg,
+        use_dynamic_cfg=dynamic_cfg or None,
         scheduler=scheduler,
+        flow_shift=flow_shift,
         seed=seed,
     )
 
@@ -233,10 +255,12 @@ def compare(
     width: Width = None,
     num_frames: Frames = None,
     steps: Steps = 50,
-    guidance_scale: Guidance = 6.0,
+    guidance_scale: Guidance = None,
+    true_cfg_scale: TrueCfg = None,
     guidance_steps: GuidanceSteps = 1.0,
     dynamic_cfg: DynamicCfg = False,
     seed: Seed = 0,
+    image: Image = None,
     latents: Latents = None,
     image_latents: ImageLatents = None,
     pattern: Annotated[
@@ -248,6 +272,7 @@ def compare(
     sampled_rows: SampledRows = _SPARSITY.sampled_rows,
     dtype: DtypeOption = None,
     scheduler: Scheduler = None,
+    flow_shift: FlowShift = None,
     fps: Fps = 8.0,
     enlarge: Enlarge = 1,
     json_file: Annotated[Path | None, _option("--json", help="Write the figures.")] = None,
@@ -269,6 +294,7 @@ def compare(
             "prompt_embeds": prompt_embeds,
             "image_latents": image_latents,
         },
+        image=image,
         prompt=prompt,
         negative_prompt=negative_prompt,
         height=height,
@@ -276,9 +302,11 @@ def compare(
         num_frames=num_frames,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
         guidance_steps=guidance_steps,
-        use_dynamic_cfg=dynamic_cfg,
+        use_dynamic_cfg=dynamic_cfg or None,
         scheduler=scheduler,
+        flow_shift=flow_shift,
         seed=seed,
     )
 

@@ -1,5 +1,6 @@
 """What the commands of the command line do."""
 
+import inspect
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from svg_jax.config import SparsityConfig
 from svg_jax.convert import convert_pipeline, export_pipeline
 from svg_jax.files import written_atomically
 from svg_jax.sampling import VideoPipeline, from_pretrained
+from svg_jax.sampling.images import open_image
 from svg_jax.sampling.record import median_seconds
 from svg_jax.video import check_video_path, enlarge, save_video, side_by_side, with_label
 
@@ -26,6 +28,9 @@ _DEMO_ARGUMENTS: Mapping[str, Any] = {
     "guidance_scale": 4.0,
     "guidance_steps": 0.3,  # guidance is only paid for in the dense steps
 }
+_IMAGES = {"image"}
+_RELATIVES = {"pooled_prompt_embeds", "prompt_attention_mask"}
+_RELATIVES |= {f"negative_{name}" for name in {"prompt_embeds", *_RELATIVES}}
 _DEMO_ENLARGE = 6
 _DEMO_FPS = 8.0
 
@@ -79,12 +84,12 @@ def generate(
     if labels_out is not None and sparsity is None:
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
     pipeline = _load(model, dtype)
+    arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
     if not (pipeline.makes_frames or wants_latents):
         raise ValueError(
             "the VAE of this checkpoint comes in a later version: write its latents instead "
             "(--output latents.npz)"
         )
-    arguments |= _read_arrays(files)
     with _steps_bar(arguments["num_inference_steps"]) as advance:
         video = pipeline(
             sparsity=sparsity, callback_on_step_end=lambda _: advance("denoising"), **arguments
@@ -117,9 +122,8 @@ def compare(
     for path in (output, json_file):
         _check_folder(path)
     pipeline = _load(model, dtype)
-    comparison = _compare(
-        pipeline, sparsity=sparsity, pattern=pattern, **arguments, **_read_arrays(files)
-    )
+    arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
+    comparison = _compare(pipeline, sparsity=sparsity, pattern=pattern, **arguments)
     _write_comparison(comparison, output, fps=fps, factor=enlarge)
     if json_file is not None:
         comparison.report.save(json_file)
@@ -145,12 +149,12 @@ def demo(prompt: str, *, seed: int, output: Path, source: Path | None) -> None:
     _write_comparison(comparison, output, fps=_DEMO_FPS, factor=_DEMO_ENLARGE)
 
 
-def _compare(pipeline: VideoPipeline, **arguments: Any) -> Comparison:
+def _compare(pipeline: VideoPipeline, prompt: str | None = None, **arguments: Any) -> Comparison:
     num_steps, dense_steps = arguments["num_inference_steps"], arguments["sparsity"].dense_steps
     total = 2 * num_steps - int(dense_steps * num_steps + 1e-9)
     with _steps_bar(total) as advance:
         return compare_attention(
-            pipeline, callback_on_step_end=lambda part, _: advance(part), **arguments
+            pipeline, prompt, callback_on_step_end=lambda part, _: advance(part), **arguments
         )
 
 
@@ -178,6 +182,18 @@ def _load(model: Path, dtype: str | None) -> VideoPipeline:
     return from_pretrained(model, dtype=dtype)
 
 
+def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that were given, images read from their files.
+
+    Raises:
+        ValueError: If the model takes no such argument.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if unknown := given.keys() - inspect.signature(pipeline.prepare).parameters:
+        raise ValueError(f"this model takes no {' and no '.join(sorted(unknown))}")
+    return given | {name: open_image(given[name]) for name in _IMAGES & given.keys()}
+
+
 def _enlarged(frames: np.ndarray, factor: int) -> np.ndarray:
     if factor < 1:
         raise ValueError(f"--enlarge is at least 1: got {factor}")
@@ -193,8 +209,8 @@ def _check_folder(path: Path | None) -> None:
 def _read_arrays(paths: Mapping[str, Path | None]) -> dict[str, np.ndarray]:
     """Arrays of .npy and .npz files by the name of the argument that they are for.
 
-    An .npz may hold one array of any name, or the argument's; with prompt_embeds also
-    negative_prompt_embeds.
+    An .npz may hold one array of any name, or the argument's; with prompt_embeds also its
+    relatives.
     """
     arrays = {}
     for name, path in paths.items():
@@ -212,9 +228,8 @@ def _read_arrays(paths: Mapping[str, Path | None]) -> dict[str, np.ndarray]:
             if name not in found and len(found) != 1:
                 raise ValueError(f"{path} has no array {name}: it has {', '.join(found)}")
             arrays[name] = loaded[name if name in found else found[0]]
-            negative = f"negative_{name}"
-            if negative in found:
-                arrays[negative] = loaded[negative]
+            if name == "prompt_embeds":
+                arrays |= {other: loaded[other] for other in _RELATIVES & set(found)}
     return arrays
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import shutil
+import sys
 from typing import Any
 
 import diffusers
@@ -16,6 +18,7 @@ import transformers
 from parity import TOLERANCE, ExactSinusoids, randomised, relative_error
 from real_tokenizers import real_tokenizer
 
+from svg_jax import cli
 from svg_jax.config import SparsityConfig
 from svg_jax.convert import convert_pipeline
 from svg_jax.sampling import HunyuanVideoPipeline, from_pretrained
@@ -120,22 +123,29 @@ def write_checkpoint(folder, reference):
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
+class Checkpoints:
     """diffusers' pipeline and ours of each variant, made when asked for."""
-    made = {}
 
-    def make(variant) -> tuple[Any, HunyuanVideoPipeline]:
-        if variant not in made:
-            folder = tmp_path_factory.mktemp(variant)
+    def __init__(self, make_folder):
+        self.make_folder = make_folder
+        self.folders, self.made = {}, {}
+
+    def __call__(self, variant) -> tuple[Any, HunyuanVideoPipeline]:
+        if variant not in self.made:
+            folder = self.make_folder(variant)
             reference = reference_pipeline(variant)
             write_checkpoint(folder / "source", reference)
             reference.transformer.time_text_embed.add_module("time_proj", ExactSinusoids())
             convert_pipeline(folder / "source", folder / "out")
-            made[variant] = reference, from_pretrained(folder / "out", dtype="float32")
-        return made[variant]
+            ours = from_pretrained(folder / "out", dtype="float32")
+            assert isinstance(ours, HunyuanVideoPipeline)
+            self.folders[variant], self.made[variant] = folder / "out", (reference, ours)
+        return self.made[variant]
 
-    return make
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    return Checkpoints(tmp_path_factory.mktemp)
 
 
 def noise(batch=1, seed=1):
@@ -352,3 +362,25 @@ MASK = np.array([[0, 1, 1, 0, 0]])
 def test_arguments_that_do_not_fit(variant, arguments, message, checkpoints):
     with pytest.raises(ValueError, match=message):
         checkpoints(variant)[1].prepare(**SIZE | arguments)
+
+
+def test_the_command_line_takes_a_folder(checkpoints, tmp_path, monkeypatch, capsys):
+    checkpoints("replace")
+    picture().save(tmp_path / "dog.png")
+
+    def call(*arguments):
+        size = ["--height", "32", "--width", "48", "--num-frames", "9", "--steps", "2"]
+        words = ["generate", "--model", checkpoints.folders["replace"], "--prompt", "a dog", *size]
+        words += [*arguments, "-o", tmp_path / "dog.gif"]
+        monkeypatch.setattr(sys, "argv", ["svg-jax", *map(str, words)])
+        monkeypatch.setattr(logging.getLogger("svg_jax"), "handlers", [])
+        monkeypatch.setattr(logging.getLogger("svg_jax"), "propagate", True)
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code or 0, capsys.readouterr().err
+
+    options = ["--image", tmp_path / "dog.png", "--density", "0.6", "--sampled-rows", "4"]
+    assert call(*options, "--true-cfg-scale", "2") == (0, "")
+    assert (tmp_path / "dog.gif").stat().st_size > 0
+    code, error = call("--dynamic-cfg")
+    assert (code, error) == (1, "svg-jax: this model takes no use_dynamic_cfg\n")
