@@ -22,8 +22,10 @@ from svg_jax import cli
 from svg_jax.config import SparsityConfig
 from svg_jax.convert import convert_pipeline
 from svg_jax.sampling import HunyuanVideoPipeline, from_pretrained
+from svg_jax.sampling.denoise import denoise_step
 from svg_jax.sampling.hunyuan_video_conditions import embedded_guidance
 from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
+from svg_jax.sampling.pipeline import Lazy
 
 T2V: dict[str, Any] = {
     "in_channels": 4,
@@ -287,6 +289,16 @@ def test_settings_default_to_the_papers(checkpoints):
     shifted = pipeline.prepare(**features(), **SIZE, num_inference_steps=2, flow_shift=3)
     np.testing.assert_allclose(shifted.schedule.timesteps, [1000, 750])
     np.testing.assert_allclose(run.schedule.timesteps[25], 875)
+
+
+def test_weights_that_are_loaded_again_are_not_compiled_again(checkpoints):
+    _, pipeline = checkpoints("T2V")
+    assert isinstance(pipeline.transformer, Lazy)
+    call = {"num_inference_steps": 1, "output_type": "latent", **features(), **SIZE}
+    first = pipeline(**call)
+    compiled = denoise_step._cache_size()
+    np.testing.assert_array_equal(pipeline(**call).latents, first.latents)
+    assert denoise_step._cache_size() == compiled
 
 
 def test_guidance_is_rounded_as_the_model_computes():
