@@ -70,7 +70,10 @@ VISION = transformers.CLIPVisionConfig(
 CLIP = transformers.CLIPTextConfig(
     **SIZES, hidden_size=8, num_hidden_layers=2, vocab_size=49408, eos_token_id=2
 )
-PROCESSOR = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+PROCESSOR: dict[str, Any] = {
+    "size": {"shortest_edge": 336},
+    "crop_size": {"height": 336, "width": 336},
+}
 SIZE = {"height": 32, "width": 48, "num_frames": 9}
 LATENTS = (4, 3, 4, 6)
 NUM_STEPS = 3
@@ -84,9 +87,8 @@ def _full_precision():
 
 
 def llava():
-    config = transformers.LlavaConfig(
-        text_config=LLAMA, vision_config=VISION, image_token_index=128257, pad_token_id=128258
-    )
+    ids: dict[str, Any] = {"image_token_index": 128257, "pad_token_id": 128258}
+    config = transformers.LlavaConfig(text_config=LLAMA, vision_config=VISION, **ids)
     return transformers.LlavaForConditionalGeneration(config)
 
 
@@ -296,9 +298,10 @@ def test_weights_that_are_loaded_again_are_not_compiled_again(checkpoints):
     assert isinstance(pipeline.transformer, Lazy)
     call = {"num_inference_steps": 1, "output_type": "latent", **features(), **SIZE}
     first = pipeline(**call)
-    compiled = denoise_step._cache_size()
+    step: Any = denoise_step
+    compiled = step._cache_size()
     np.testing.assert_array_equal(pipeline(**call).latents, first.latents)
-    assert denoise_step._cache_size() == compiled
+    assert step._cache_size() == compiled
 
 
 def test_guidance_is_rounded_as_the_model_computes():
@@ -391,7 +394,7 @@ def test_the_command_line_takes_a_folder(checkpoints, tmp_path, monkeypatch, cap
             cli.main()
         return exit.value.code or 0, capsys.readouterr().err
 
-    options = ["--image", tmp_path / "dog.png", "--density", "0.6", "--sampled-rows", "4"]
+    options = ["--image", tmp_path / "dog.png", "--attention", "dense"]
     assert call(*options, "--true-cfg-scale", "2") == (0, "")
     assert (tmp_path / "dog.gif").stat().st_size > 0
     code, error = call("--dynamic-cfg")
