@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from svg_jax.convert.export import export_pipeline, verify_pipeline
-    from svg_jax.convert.load import load_component, load_text_encoder, load_transformer
+    from svg_jax.convert.load import (
+        load_component,
+        load_text_encoder,
+        load_transformer,
+        load_vae,
+    )
     from svg_jax.convert.manifest import Manifest, TensorRecord, read_manifest
     from svg_jax.convert.pipeline import convert_pipeline
     from svg_jax.convert.rules import (
@@ -34,6 +39,7 @@ __all__ = [
     "load_component",
     "load_text_encoder",
     "load_transformer",
+    "load_vae",
     "match_rules",
     "read_manifest",
     "restore_state",
@@ -42,7 +48,7 @@ __all__ = [
 
 _HOME = {
     "export": ("export_pipeline", "verify_pipeline"),
-    "load": ("load_component", "load_text_encoder", "load_transformer"),
+    "load": ("load_component", "load_text_encoder", "load_transformer", "load_vae"),
     "manifest": ("Manifest", "TensorRecord", "read_manifest"),
     "pipeline": ("convert_pipeline",),
     "rules": ("ConversionError", "Leaf", "Rule", "convert_state", "match_rules", "restore_state"),

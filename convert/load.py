@@ -25,6 +25,7 @@ from svg_jax.models.wan import WanTransformer
 from svg_jax.models.wan_vae import WanVAE
 
 Transformer = CogVideoXTransformer | HunyuanVideoTransformer | WanTransformer
+VAE = CogVideoXVAE | HunyuanVideoVAE | WanVAE
 
 TRANSFORMERS: Mapping[str, type[Transformer]] = {
     "CogVideoXTransformer3DModel": CogVideoXTransformer,
@@ -35,12 +36,15 @@ T5_ENCODERS: Mapping[str, type[T5Encoder]] = {
     "T5EncoderModel": T5Encoder,
     "UMT5EncoderModel": T5Encoder,
 }
-MODULES: Mapping[str, Callable[..., nnx.Module]] = {
-    **TRANSFORMERS,
-    **T5_ENCODERS,
+VAES: Mapping[str, type[VAE]] = {
     "AutoencoderKLCogVideoX": CogVideoXVAE,
     "AutoencoderKLHunyuanVideo": HunyuanVideoVAE,
     "AutoencoderKLWan": WanVAE,
+}
+MODULES: Mapping[str, Callable[..., nnx.Module]] = {
+    **TRANSFORMERS,
+    **T5_ENCODERS,
+    **VAES,
     "CLIPTextModel": CLIPTextEncoder,
     "CLIPVisionModel": CLIPVisionEncoder,
     "CLIPVisionModelWithProjection": CLIPVisionEncoder,
@@ -140,6 +144,25 @@ def load_text_encoder(
     return load_component(
         folder, "text_encoder", dtype=dtype, param_dtype=param_dtype, classes=T5_ENCODERS.keys()
     )
+
+
+def load_vae(
+    folder: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+) -> VAE:
+    """Loads the video autoencoder of a converted folder, of whichever family it is.
+
+    Args:
+        folder: See `load_component`.
+        dtype: See `load_component`.
+        param_dtype: See `load_component`.
+
+    Raises:
+        ConversionError: See `load_component`.
+    """
+    return load_component(folder, "vae", dtype=dtype, param_dtype=param_dtype, classes=VAES.keys())
 
 
 def _class_of(folder: Path, name: str, known: Collection[str]) -> str:

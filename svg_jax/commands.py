@@ -87,8 +87,8 @@ def generate(
     arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
     if not (pipeline.makes_frames or wants_latents):
         raise ValueError(
-            "the VAE of this checkpoint comes in a later version: write its latents instead "
-            "(--output latents.npz)"
+            "this checkpoint was converted without its VAE: convert it with the VAE, or write "
+            "latents (--output latents.npz)"
         )
     with _steps_bar(arguments["num_inference_steps"]) as advance:
         video = pipeline(
@@ -162,7 +162,7 @@ def _write_comparison(comparison: Comparison, output: Path, *, fps: float, facto
     report, dense, sparse = comparison.report, comparison.dense.frames, comparison.sparse.frames
     Console().print(report.table())
     if dense is None or sparse is None:
-        print("the VAE of this checkpoint comes in a later version: there are no videos to write")
+        print("this checkpoint was converted without its VAE: there are no videos to write")
         return
     both = side_by_side(
         with_label(_enlarged(dense[0], factor), f"dense: {report.dense_seconds:.2f} s a step"),

@@ -49,6 +49,15 @@ SCHEDULER = {
 }
 LATENTS = {"2b": (3, 4, 8, 8), "5b": (3, 4, 8, 8), "1.5": (4, 4, 8, 12), "1.5-I2V": (4, 4, 8, 12)}
 NUM_STEPS = 5
+TINY_VAE: dict[str, Any] = {
+    "block_out_channels": (8, 8, 8, 8),
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "temporal_compression_ratio": 4,
+    "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+    "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+}
 
 
 def write_checkpoint(folder, variant):
@@ -192,6 +201,42 @@ def test_latents_are_those_of_diffusers(checkpoint, sampler, options, monkeypatc
     expected = expected[:, padding:]
     assert video.frames is None  # a VAE's latents
     assert np.abs(video.latents - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_frames_are_those_of_diffusers(tmp_path):
+    transformer = write_checkpoint(tmp_path / "source", "5b")
+    vae = diffusers.AutoencoderKLCogVideoX(**TINY_VAE)
+    for parameter in vae.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    vae.eval().save_pretrained(tmp_path / "source" / "vae")
+    convert_pipeline(tmp_path / "source", tmp_path / "out", components=["transformer", "vae"])
+    arrays = inputs("5b")
+    call: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 9}
+    call |= {"num_inference_steps": NUM_STEPS, "guidance_scale": 1.0}
+    modules: dict[str, Any] = {
+        "tokenizer": None,
+        "text_encoder": None,
+        "transformer": transformer.eval(),
+        "scheduler": diffusers.CogVideoXDDIMScheduler(**SCHEDULER),
+        "vae": vae,
+    }
+    theirs: Any = diffusers.CogVideoXPipeline(**modules)
+    theirs.set_progress_bar_config(disable=True)
+    embeds = {name: torch.from_numpy(arrays[name]) for name in ("latents", "prompt_embeds")}
+    expected = theirs(**embeds, **call, output_type="np").frames
+    ours = from_pretrained(tmp_path / "out", dtype="float32")
+    video = ours(latents=arrays["latents"], prompt_embeds=arrays["prompt_embeds"], **call)
+    assert video.frames is not None
+    assert video.frames.shape == expected.shape == (1, 9, 64, 64, 3)
+    assert expected.std() > 0.1  # neither grey nor all clipped
+    np.testing.assert_allclose(video.frames, expected, atol=3e-5)
+    pixels = ours(
+        latents=arrays["latents"],
+        prompt_embeds=arrays["prompt_embeds"],
+        output_type="uint8",
+        **call,
+    ).frames
+    np.testing.assert_array_equal(pixels, (video.frames * 255).round().astype(np.uint8))
 
 
 def test_several_prompts_and_videos_per_prompt(pipeline):

@@ -200,7 +200,12 @@ class CogVideoXPipeline(VideoPipeline):
 
     def decode_latents(self, latents: Array, *, vae_tiling: bool = False) -> Array:
         """Videos [batch, 3, frames, height, width] of latents, about from −1 to 1."""
-        return latents.swapaxes(1, 2)
+        latents = latents.swapaxes(1, 2)
+        if self.vae is None:
+            return latents
+        with in_memory(self.vae) as vae:
+            tiling = vae.config.tiling if vae_tiling else None
+            return vae.decode(vae.denormalize(latents), tiling=tiling)
 
     def encode_prompts(
         self, prompts: Sequence[str], max_sequence_length: int | None = None
@@ -266,8 +271,8 @@ class CogVideoXPipeline(VideoPipeline):
             return None
         if image_latents is None:
             raise ValueError(
-                "this is an image-to-video checkpoint and its VAE is not ported yet: "
-                "pass the image_latents of its first frame"
+                "this is an image-to-video checkpoint: pass the image_latents of its first frame "
+                "(the VAE's encode and normalize_image make them)"
             )
         expected = (shape[0], 1, *shape[2:])
         if image_latents.shape != expected:

@@ -103,7 +103,7 @@ class CLIPImageProcessor:
         }
         # transformers 5 writes the arguments that were not given, too.
         values = {key: value for key, value in values.items() if value is not None}
-        only = dict.fromkeys(_STEPS, True)
+        only: dict[str, Any] = dict.fromkeys(_STEPS, True)
         return read_config(cls, values, ignored={"processor_class"}, only=only)
 
     def __call__(self, image: Image) -> Float[np.ndarray, "3 size size"]:

@@ -13,6 +13,7 @@ from svg_jax.convert import (
     load_component,
     load_text_encoder,
     load_transformer,
+    load_vae,
     read_manifest,
 )
 from svg_jax.convert.components import read_component_config, read_pipeline_index
@@ -62,6 +63,7 @@ def from_pretrained(folder: str | Path, *, dtype: DTypeLike | None = None) -> Vi
         text_encoder=load_text_encoder(folder, dtype=dtype) if has_text_encoder else None,
         tokenizer=load_tokenizer(folder / "tokenizer") if has_text_encoder else None,
         has_vae="vae" in index.classes,
+        vae=load_vae(folder, dtype=dtype) if "vae" in manifest.components else None,
     )
 
 
