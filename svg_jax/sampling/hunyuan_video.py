@@ -160,9 +160,7 @@ class HunyuanVideoPipeline(VideoPipeline):
             )
             black = PIL.Image.new("RGB", (width, height))
             parts.append(negative_texts(negative_prompt, features, black, parts[0].count))
-        text, *negative = self.encoders.encode(parts, max_sequence_length)
-        text, *negative = [each.repeated(num_videos_per_prompt) for each in (text, *negative)]
-        shape = (len(text.embeds), *frame_shape)
+        shape = (parts[0].count * num_videos_per_prompt, *frame_shape)
         noise = starting_latents(latents, shape, seed)
         first_frame = channels = None
         if config.image_condition_type is not None:
@@ -173,6 +171,8 @@ class HunyuanVideoPipeline(VideoPipeline):
                 noise, first_frame = noise[:, :, 1:], encoded
             else:
                 channels = image_channels(encoded, shape[2])
+        encoded_parts = self.encoders.encode(parts, max_sequence_length)
+        text, *negative = [each.repeated(num_videos_per_prompt) for each in encoded_parts]
         return PreparedRun(
             schedule=schedule,
             state=initial_flow_state(noise),
