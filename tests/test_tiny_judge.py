@@ -16,7 +16,7 @@ from tiny_data import HEIGHT, NUM_ANSWERS, NUM_FRAMES, WIDTH, load_assets
 from tiny_judge import Accuracies, Judge, judge_videos, neighbours, patches, train_judge
 
 from svg_jax.convert import convert_pipeline
-from svg_jax.sampling import from_pretrained
+from svg_jax.sampling import CogVideoXPipeline, from_pretrained
 
 
 def test_patches_hold_the_squares_of_a_picture():
@@ -92,6 +92,7 @@ def test_the_pipeline_of_the_report_is_the_converted_one(tmp_path):
     folder = tiny_quality.ROOT / "svg_jax/assets/tiny_cogvideox"
     convert_pipeline(folder, tmp_path / "model")
     ours, converted = tiny_quality.load_pipeline(folder), from_pretrained(tmp_path / "model")
+    assert isinstance(converted, CogVideoXPipeline)
     for name in ("transformer", "text_encoder"):
         one, other = (nnx.to_pure_dict(nnx.state(getattr(p, name))) for p in (ours, converted))
         jax.tree.map(np.testing.assert_array_equal, one, other)
