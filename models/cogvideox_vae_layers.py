@@ -84,11 +84,15 @@ def by_frames(
     if size == frames:
         return function(x)
 
-    def convolve(start: Array) -> Array:
-        return function(jax.lax.dynamic_slice_in_dim(x, start, size + before, axis=1))
+    def add_part(part: Array, out: Array) -> Array:
+        start = part * size
+        result = function(jax.lax.dynamic_slice_in_dim(x, start, size + before, axis=1))
+        return jax.lax.dynamic_update_slice_in_dim(out, result, start, axis=1)
 
-    parts = jnp.moveaxis(jax.lax.map(convolve, jnp.arange(0, frames, size)), 0, 1)
-    return parts.reshape(len(x), frames, *parts.shape[3:])
+    shape = list(jax.eval_shape(function, x[:, : size + before]).shape)
+    shape[1] = frames
+    # Filled with something of x: what waits for nothing, the compiler makes too early and keeps.
+    return jax.lax.fori_loop(0, frames // size, add_part, jnp.full(shape, x[0, 0, 0, 0, 0]))
 
 
 def repeat(x: Float[Array, "..."], times: int, axis: int) -> Float[Array, "..."]:
@@ -140,10 +144,11 @@ class SpatialNorm(nnx.Module):
         size, latent_size = x.shape[1:4], latents.shape[1:4]
 
         def enlarge(of_latents: Frames) -> Frames:
-            enlarged = of_latents.astype(jnp.float32)
+            # Frames first: rows and columns are but broadcast, which takes no memory.
+            enlarged = spread_frames(of_latents.astype(jnp.float32), size[0])
             for axis in (2, 3):
                 enlarged = repeat(enlarged, size[axis - 1] // latent_size[axis - 1], axis)
-            return spread_frames(enlarged, size[0])
+            return enlarged
 
         return self.norm(x) * enlarge(self.scale(latents)) + enlarge(self.shift(latents))
 
