@@ -80,8 +80,9 @@ Embeds = Annotated[
     Path | None,
     _option(
         "--prompt-embeds",
-        help="T5 features in place of a prompt: .npy, or .npz with prompt_embeds and, for "
-        "guidance, negative_prompt_embeds [1, tokens, features].",
+        help="Text features in place of a prompt: .npy, or .npz with prompt_embeds [1, tokens, "
+        "features] and, for guidance, negative_prompt_embeds; HunyuanVideo needs "
+        "pooled_prompt_embeds and prompt_attention_mask beside each.",
     ),
 ]
 Height = Annotated[int | None, _option("--height", help="In pixels; default: as trained.")]
@@ -90,13 +91,26 @@ Frames = Annotated[int | None, _option("--num-frames", help="Default: as trained
 Steps = Annotated[int, _option("--steps", help="Denoising steps.")]
 Guidance = Annotated[
     float | None,
-    _option("--guidance-scale", help="1 or less: no guidance; default: the family's."),
+    _option("--guidance-scale", help="1 or less: no guidance. Default: the model's."),
+]
+TrueCfg = Annotated[
+    float | None,
+    _option("--true-cfg-scale", help="HunyuanVideo's guidance away from the negative prompt."),
 ]
 GuidanceSteps = Annotated[
     float,
     _option("--guidance-steps", help="Share of the steps, from the first, that pay for guidance."),
 ]
 DynamicCfg = Annotated[bool, _option("--dynamic-cfg", help="Vary guidance over the run.")]
+FlowShift = Annotated[
+    float | None, _option("--flow-shift", help="Default: the checkpoint's own (flow matching).")
+]
+Image = Annotated[
+    Path | None, _option("--image", help="What the video begins with, for image to video.")
+]
+LastImage = Annotated[
+    Path | None, _option("--last-image", help="What it ends with, for models that take both.")
+]
 Seed = Annotated[int, _option("--seed", help="The same seed gives the same noise anywhere.")]
 Latents = Annotated[
     Path | None, _option("--latents", help="Initial noise in place of the seed's: .npy or .npz.")
@@ -104,16 +118,6 @@ Latents = Annotated[
 ImageLatents = Annotated[
     Path | None,
     _option("--image-latents", help="Of the first frame, for image to video: .npy or .npz."),
-]
-FirstImage = Annotated[
-    Path | None, _option("--image", help="The first frame, for image to video: an image file.")
-]
-LastImage = Annotated[
-    Path | None, _option("--last-image", help="The last frame, for models that take one.")
-]
-Shift = Annotated[
-    float | None,
-    _option("--flow-shift", help="Of the schedule, for flow matching; default: the checkpoint's."),
 ]
 Density = Annotated[float, _option("--density", help="Share of attention that is computed.")]
 DenseSteps = Annotated[
@@ -183,12 +187,13 @@ def generate(
     num_frames: Frames = None,
     steps: Steps = 50,
     guidance_scale: Guidance = None,
+    true_cfg_scale: TrueCfg = None,
     guidance_steps: GuidanceSteps = 1.0,
     dynamic_cfg: DynamicCfg = False,
     seed: Seed = 0,
-    latents: Latents = None,
-    image: FirstImage = None,
+    image: Image = None,
     last_image: LastImage = None,
+    latents: Latents = None,
     image_latents: ImageLatents = None,
     attention: Annotated[
         Attention, _option("--attention", help="Dense, or Sparse VideoGen.")
@@ -199,7 +204,7 @@ def generate(
     sampled_rows: SampledRows = _SPARSITY.sampled_rows,
     dtype: DtypeOption = None,
     scheduler: Scheduler = None,
-    flow_shift: Shift = None,
+    flow_shift: FlowShift = None,
     fps: Fps = None,
     enlarge: Enlarge = 1,
     labels_out: Annotated[
@@ -226,7 +231,8 @@ def generate(
             "prompt_embeds": prompt_embeds,
             "image_latents": image_latents,
         },
-        images={"image": image, "last_image": last_image},
+        image=image,
+        last_image=last_image,
         prompt=prompt,
         negative_prompt=negative_prompt,
         height=height,
@@ -234,8 +240,9 @@ def generate(
         num_frames=num_frames,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
         guidance_steps=guidance_steps,
-        use_dynamic_cfg=dynamic_cfg,
+        use_dynamic_cfg=dynamic_cfg or None,
         scheduler=scheduler,
         flow_shift=flow_shift,
         seed=seed,
@@ -256,12 +263,13 @@ def compare(
     num_frames: Frames = None,
     steps: Steps = 50,
     guidance_scale: Guidance = None,
+    true_cfg_scale: TrueCfg = None,
     guidance_steps: GuidanceSteps = 1.0,
     dynamic_cfg: DynamicCfg = False,
     seed: Seed = 0,
-    latents: Latents = None,
-    image: FirstImage = None,
+    image: Image = None,
     last_image: LastImage = None,
+    latents: Latents = None,
     image_latents: ImageLatents = None,
     pattern: Annotated[
         PatternName, _option("--pattern", help="Profile heads, or take all for one kind.")
@@ -272,7 +280,7 @@ def compare(
     sampled_rows: SampledRows = _SPARSITY.sampled_rows,
     dtype: DtypeOption = None,
     scheduler: Scheduler = None,
-    flow_shift: Shift = None,
+    flow_shift: FlowShift = None,
     fps: Fps = None,
     enlarge: Enlarge = 1,
     json_file: Annotated[Path | None, _option("--json", help="Write the figures.")] = None,
@@ -294,7 +302,8 @@ def compare(
             "prompt_embeds": prompt_embeds,
             "image_latents": image_latents,
         },
-        images={"image": image, "last_image": last_image},
+        image=image,
+        last_image=last_image,
         prompt=prompt,
         negative_prompt=negative_prompt,
         height=height,
@@ -302,8 +311,9 @@ def compare(
         num_frames=num_frames,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
         guidance_steps=guidance_steps,
-        use_dynamic_cfg=dynamic_cfg,
+        use_dynamic_cfg=dynamic_cfg or None,
         scheduler=scheduler,
         flow_shift=flow_shift,
         seed=seed,

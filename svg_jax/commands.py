@@ -28,6 +28,9 @@ _DEMO_ARGUMENTS: Mapping[str, Any] = {
     "guidance_scale": 4.0,
     "guidance_steps": 0.3,  # guidance is only paid for in the dense steps
 }
+_IMAGES = {"image", "last_image"}
+_RELATIVES = {"pooled_prompt_embeds", "prompt_attention_mask"}
+_RELATIVES |= {f"negative_{name}" for name in {"prompt_embeds", *_RELATIVES}}
 _DEMO_ENLARGE = 6
 _DEMO_FPS = 8.0
 
@@ -70,7 +73,6 @@ def generate(
     enlarge: int,
     labels_out: Path | None,
     files: Mapping[str, Path | None],
-    images: Mapping[str, Path | None],
     **arguments: Any,
 ) -> None:
     """Generates one video and writes it, or its latents."""
@@ -82,12 +84,12 @@ def generate(
     if labels_out is not None and sparsity is None:
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
     pipeline = _load(model, dtype)
+    arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
     if not (pipeline.makes_frames or wants_latents):
         raise ValueError(
             "this checkpoint was converted without its VAE: convert it with the VAE, or write "
             "latents (--output latents.npz)"
         )
-    arguments = _arguments_of(pipeline, arguments, files, images)
     with _steps_bar(arguments["num_inference_steps"]) as advance:
         video = pipeline(
             sparsity=sparsity, callback_on_step_end=lambda _: advance("denoising"), **arguments
@@ -115,14 +117,13 @@ def compare(
     enlarge: int,
     json_file: Path | None,
     files: Mapping[str, Path | None],
-    images: Mapping[str, Path | None],
     **arguments: Any,
 ) -> None:
     """Generates a video with dense and with sparse attention; writes both side by side."""
     for path in (output, json_file):
         _check_folder(path)
     pipeline = _load(model, dtype)
-    arguments = _arguments_of(pipeline, arguments, files, images)
+    arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
     comparison = _compare(pipeline, sparsity=sparsity, pattern=pattern, **arguments)
     fps = pipeline.frame_rate if fps is None else fps
     _write_comparison(comparison, output, fps=fps, factor=enlarge)
@@ -150,12 +151,12 @@ def demo(prompt: str, *, seed: int, output: Path, source: Path | None) -> None:
     _write_comparison(comparison, output, fps=_DEMO_FPS, factor=_DEMO_ENLARGE)
 
 
-def _compare(pipeline: VideoPipeline, **arguments: Any) -> Comparison:
+def _compare(pipeline: VideoPipeline, prompt: str | None = None, **arguments: Any) -> Comparison:
     num_steps, dense_steps = arguments["num_inference_steps"], arguments["sparsity"].dense_steps
     total = 2 * num_steps - int(dense_steps * num_steps + 1e-9)
     with _steps_bar(total) as advance:
         return compare_attention(
-            pipeline, callback_on_step_end=lambda part, _: advance(part), **arguments
+            pipeline, prompt, callback_on_step_end=lambda part, _: advance(part), **arguments
         )
 
 
@@ -183,6 +184,18 @@ def _load(model: Path, dtype: str | None) -> VideoPipeline:
     return from_pretrained(model, dtype=dtype)
 
 
+def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that were given, images read from their files.
+
+    Raises:
+        ValueError: If the model takes no such argument.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if unknown := given.keys() - inspect.signature(pipeline.prepare).parameters:
+        raise ValueError(f"this model takes no {' and no '.join(sorted(unknown))}")
+    return given | {name: open_image(given[name]) for name in _IMAGES & given.keys()}
+
+
 def _enlarged(frames: np.ndarray, factor: int) -> np.ndarray:
     if factor < 1:
         raise ValueError(f"--enlarge is at least 1: got {factor}")
@@ -195,36 +208,11 @@ def _check_folder(path: Path | None) -> None:
         raise FileNotFoundError(f"cannot write {path.name}: there is no folder {path.parent}")
 
 
-def _arguments_of(
-    pipeline: VideoPipeline,
-    arguments: Mapping[str, Any],
-    files: Mapping[str, Path | None],
-    images: Mapping[str, Path | None],
-) -> dict[str, Any]:
-    """The pipeline's arguments: those that were given, and arrays and images read from files.
-
-    Raises:
-        ValueError: At an argument that pipelines of this family do not have.
-    """
-    given = {
-        name: value
-        for name, value in arguments.items()
-        # Its own defaults stand where nothing is said; False is a flag that is not set.
-        if name == "prompt" or (value is not None and value is not False)
-    }
-    given |= {name: path for name, path in {**files, **images}.items() if path is not None}
-    taken = inspect.signature(pipeline.prepare).parameters
-    if foreign := [name for name in given if name not in taken]:
-        raise ValueError(f"this checkpoint takes no {' and no '.join(foreign)}")
-    given |= _read_arrays(files)
-    return given | {n: open_image(path) for n, path in images.items() if path is not None}
-
-
 def _read_arrays(paths: Mapping[str, Path | None]) -> dict[str, np.ndarray]:
     """Arrays of .npy and .npz files by the name of the argument that they are for.
 
-    An .npz may hold one array of any name, or the argument's; with prompt_embeds also
-    negative_prompt_embeds.
+    An .npz may hold one array of any name, or the argument's; with prompt_embeds also its
+    relatives.
     """
     arrays = {}
     for name, path in paths.items():
@@ -242,9 +230,8 @@ def _read_arrays(paths: Mapping[str, Path | None]) -> dict[str, np.ndarray]:
             if name not in found and len(found) != 1:
                 raise ValueError(f"{path} has no array {name}: it has {', '.join(found)}")
             arrays[name] = loaded[name if name in found else found[0]]
-            negative = f"negative_{name}"
-            if negative in found:
-                arrays[negative] = loaded[negative]
+            if name == "prompt_embeds":
+                arrays |= {other: loaded[other] for other in _RELATIVES & set(found)}
     return arrays
 
 

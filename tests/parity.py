@@ -1,5 +1,7 @@
 """What the parity tests share: a random model in both libraries, and how far apart they are."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -33,6 +35,16 @@ def randomised(module, seed, dtype=torch.float32, in_float32=()):
         if not set(in_float32) & set(name.split(".")):
             parameter.data = parameter.data.to(dtype)
     return module.eval()
+
+
+class ExactSinusoids(torch.nn.Module):
+    """diffusers' `Timesteps`, its frequencies rounded once."""
+
+    def forward(self, times):
+        exponents = torch.tensor(-math.log(10_000)) * torch.arange(128) / 128
+        frequencies = torch.exp(exponents.double()).float()
+        angles = times[:, None].float() * frequencies[None]
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def ported(make, rules, reference, unused=()):

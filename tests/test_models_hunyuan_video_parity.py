@@ -1,6 +1,5 @@
 """The HunyuanVideo transformer against the released code, in every variant, on random weights."""
 
-import math
 from functools import partial
 
 import diffusers
@@ -10,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from parity import TOLERANCE, bfloat16_errors, jitted, ported, randomised, relative_error
+from parity import (
+    TOLERANCE,
+    ExactSinusoids,
+    bfloat16_errors,
+    jitted,
+    ported,
+    randomised,
+    relative_error,
+)
 
 from svg_jax.convert import convert_state, hunyuan_video, restore_state
 from svg_jax.models import HunyuanVideoConfig, HunyuanVideoTransformer, dense_attention
@@ -141,16 +148,6 @@ def test_it_equals_diffusers(case):
     error = relative_error(our_velocity(model, inputs), reference_velocity(reference, inputs))
     print(f"{case}: {error:.2e}")
     assert error < TOLERANCE
-
-
-class ExactSinusoids(torch.nn.Module):
-    """diffusers' `Timesteps`, its frequencies rounded once."""
-
-    def forward(self, times):
-        exponents = torch.tensor(-math.log(10_000)) * torch.arange(128) / 128
-        frequencies = torch.exp(exponents.double()).float()
-        angles = times[:, None].float() * frequencies[None]
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 @pytest.mark.parametrize("case", ["T2V", "T2V, one text token", "I2V, token_replace"])

@@ -2,12 +2,14 @@
 
 from svg_jax.sampling.cogvideox import CogVideoXPipeline
 from svg_jax.sampling.denoise import denoise
+from svg_jax.sampling.hunyuan_video import HunyuanVideoPipeline
 from svg_jax.sampling.loading import from_pretrained
 from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline
 from svg_jax.sampling.wan import WanPipeline
 
 __all__ = [
     "CogVideoXPipeline",
+    "HunyuanVideoPipeline",
     "VideoOutput",
     "VideoPipeline",
     "WanPipeline",

@@ -21,6 +21,8 @@ from svg_jax.convert.reader import read_json
 from svg_jax.models import CogVideoXTransformer
 from svg_jax.sampling.cogvideox import CogVideoXPipeline
 from svg_jax.sampling.flow import FlowConfig
+from svg_jax.sampling.hunyuan_video import HunyuanVideoPipeline
+from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
 from svg_jax.sampling.images import load_image_processor
 from svg_jax.sampling.pipeline import Lazy, VideoPipeline
 from svg_jax.sampling.schedulers import SchedulerConfig
@@ -37,8 +39,8 @@ def from_pretrained(folder: str | Path, *, dtype: DTypeLike | None = None) -> Vi
             accelerator, float32 on a CPU.
 
     Returns:
-        The pipeline of the checkpoint's family. Wan loads each of its components where it is used
-        and frees it behind: the text encoder and the transformer are never there together.
+        The pipeline of the checkpoint's family. HunyuanVideo and Wan load each component where it
+        is used and free it behind: text encoder and transformer are never there together.
 
     Raises:
         ValueError: If the folder is not a whole converted one; a diffusers folder is to be
@@ -48,11 +50,6 @@ def from_pretrained(folder: str | Path, *, dtype: DTypeLike | None = None) -> Vi
     folder = Path(folder)
     components = frozenset(read_manifest(folder).components)
     pipeline = read_pipeline_index(folder).pipeline
-    if pipeline not in _PIPELINES:
-        raise ValueError(
-            f"{folder}: is a {pipeline}, and only {', '.join(_PIPELINES)} run so far: its "
-            "transformer loads with `svg_jax.convert.load_transformer`."
-        )
     if dtype is None:
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     return _PIPELINES[pipeline](folder, components, jnp.dtype(dtype))
@@ -79,32 +76,60 @@ def _load_wan(folder: Path, components: frozenset[str], dtype: Any) -> WanPipeli
         raise ValueError(f"{folder}: is a Wan 2.2 of two transformers, and only Wan 2.1 runs.")
     if entries.get("expand_timesteps"):
         raise ValueError(f"{folder}: is a Wan 2.2 with times by token, and only Wan 2.1 runs.")
-    if "transformer" not in components:
-        raise ValueError(f"{folder}: holds no transformer: convert the source again with it.")
-
-    def lazy(name: str, dtype: Any) -> Lazy[Any] | None:
-        if name not in components:
-            return None
-        config = read_component_config(folder / name, classes[name])
-        return Lazy(config, dtype, partial(load_component, folder, name, dtype=dtype))
 
     has_text_encoder, has_image_encoder = (
         name in components for name in ("text_encoder", "image_encoder")
     )
-    transformer = lazy("transformer", dtype)
-    assert transformer is not None
     return WanPipeline(
-        transformer=transformer,
+        transformer=_needed_transformer(folder, dtype),
         scheduler=FlowConfig.from_dict(_scheduler_entries(folder)),
         # As diffusers advises: small, and worth float32.
-        vae=lazy("vae", jnp.dtype(jnp.float32)),
-        image_encoder=lazy("image_encoder", jnp.dtype(jnp.float32)),
+        vae=_lazy(folder, "vae", jnp.dtype(jnp.float32)),
+        image_encoder=_lazy(folder, "image_encoder", jnp.dtype(jnp.float32)),
         image_processor=(
             load_image_processor(folder / "image_processor") if has_image_encoder else None
         ),
-        text_encoder=lazy("text_encoder", dtype),
+        text_encoder=_lazy(folder, "text_encoder", dtype),
         tokenizer=load_tokenizer(folder / "tokenizer") if has_text_encoder else None,
     )
+
+
+def _load_hunyuan_video(
+    folder: Path, components: frozenset[str], dtype: Any
+) -> HunyuanVideoPipeline:
+    del components
+    names = "text_encoder", "text_encoder_2", "vae"
+    text_encoder, text_encoder_2, vae = (_lazy(folder, name, dtype) for name in names)
+    has_processor = (folder / "image_processor").is_dir()
+    return HunyuanVideoPipeline(
+        transformer=_needed_transformer(folder, dtype),
+        scheduler=FlowConfig.from_dict(_scheduler_entries(folder)),
+        vae=vae,
+        encoders=HunyuanVideoEncoders(
+            text_encoder=text_encoder,
+            tokenizer=text_encoder and load_tokenizer(folder / "tokenizer"),
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=text_encoder_2 and load_tokenizer(folder / "tokenizer_2"),
+            image_processor=(
+                load_image_processor(folder / "image_processor") if has_processor else None
+            ),
+        ),
+    )
+
+
+def _lazy(folder: Path, name: str, dtype: Any) -> Lazy[Any] | None:
+    """A component, or None if the checkpoint was converted without it."""
+    if name not in read_manifest(folder).components:
+        return None
+    config = read_component_config(folder / name, read_pipeline_index(folder).classes[name])
+    return Lazy(config, dtype, partial(load_component, folder, name, dtype=dtype))
+
+
+def _needed_transformer(folder: Path, dtype: Any) -> Lazy[Any]:
+    transformer = _lazy(folder, "transformer", dtype)
+    if transformer is None:
+        raise ValueError(f"{folder}: holds no transformer: convert the source again with it.")
+    return transformer
 
 
 def _scheduler_entries(folder: Path) -> dict[str, Any]:
@@ -114,6 +139,8 @@ def _scheduler_entries(folder: Path) -> dict[str, Any]:
 _PIPELINES: Mapping[str, Callable[[Path, frozenset[str], Any], VideoPipeline]] = {
     "CogVideoXPipeline": _load_cogvideox,
     "CogVideoXImageToVideoPipeline": _load_cogvideox,
+    "HunyuanVideoPipeline": _load_hunyuan_video,
+    "HunyuanVideoImageToVideoPipeline": _load_hunyuan_video,
     "WanPipeline": _load_wan,
     "WanImageToVideoPipeline": _load_wan,
 }

@@ -178,13 +178,17 @@ class VideoPipeline(ABC):
         vae_tiling: bool = False,
     ) -> VideoOutput:
         """The last part of `__call__`: drops padding frames, and makes pixels of latents."""
-        latents = run.state.latents[:, run.padding_frames :]
+        latents = self.finished_latents(run)
         frames = None
         if output_type != "latent" and self.makes_frames:
             frames = to_frames(self.decode_latents(latents, vae_tiling=vae_tiling))
             if output_type == "uint8":
                 frames = (frames * 255).round().astype(np.uint8)
         return VideoOutput(frames, np.asarray(latents), info)
+
+    def finished_latents(self, run: PreparedRun) -> Array:
+        """The latents of a video, of a run after its last step."""
+        return run.state.latents[:, run.padding_frames :]
 
     @property
     def makes_frames(self) -> bool:

@@ -1,0 +1,297 @@
+"""HunyuanVideo from a prompt to a video, and both of its models from an image to a video.
+
+Follows diffusers' HunyuanVideoPipeline and HunyuanVideoImageToVideoPipeline (0.42.1) in names and
+arithmetic; latents stay float32, where diffusers rounds them to the model's dtype in every step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+from jaxtyping import Array, Bool, Float, Int
+
+from svg_jax.models import HunyuanVideoTransformer, HunyuanVideoVAE
+from svg_jax.models.vae_tiling import Tiling
+from svg_jax.sampling.denoise import guidance_scales
+from svg_jax.sampling.flow import FlowConfig, FlowSampler, initial_flow_state, make_flow_schedule
+from svg_jax.sampling.hunyuan_video_conditions import (
+    HunyuanVideoConditions,
+    embedded_guidance,
+    image_channels,
+)
+from svg_jax.sampling.hunyuan_video_text import (
+    HunyuanVideoEncoders,
+    Texts,
+    images_of_each,
+    negative_texts,
+)
+from svg_jax.sampling.images import Image, as_frame
+from svg_jax.sampling.pipeline import (
+    Lazy,
+    OutputType,
+    PreparedRun,
+    VideoOutput,
+    VideoPipeline,
+    check_finite,
+    in_memory,
+    list_of_prompts,
+    starting_latents,
+)
+from svg_jax.sampling.record import SamplingInfo
+
+_VAE_SPATIAL, _VAE_TEMPORAL = 8, 4  # pixels of a latent each way, and frames of a latent frame
+_NOISE = np.float32(0.999)  # share of noise in the initial latents where there is an image
+_STRIDES = {"latent_concat": 2, "token_replace": 4}  # every so manieth image feature is kept
+
+# Ranks alone: sizes are checked against each other with errors that say what to do.
+Embeddings = Float[Array | np.ndarray, "_batch _text_tokens _features"]
+Pooled = Float[Array | np.ndarray, "_batch _features"]
+Mask = (
+    Int[Array | np.ndarray, "_batch _text_tokens"]
+    | Bool[Array | np.ndarray, "_batch _text_tokens"]
+    | Float[Array | np.ndarray, "_batch _text_tokens"]
+)
+Latents = Float[Array | np.ndarray, "_batch _channels _frames _height _width"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HunyuanVideoPipeline(VideoPipeline):
+    """A HunyuanVideo checkpoint that can be called.
+
+    Attributes:
+        transformer: The denoiser; its config says what it does with an image.
+        vae: See `VideoPipeline`.
+        scheduler: From scheduler_config.json.
+        encoders: Of prompts, and of an image as a part of them.
+    """
+
+    frame_rate: ClassVar[float] = 24.0
+
+    transformer: HunyuanVideoTransformer | Lazy[HunyuanVideoTransformer]
+    vae: HunyuanVideoVAE | Lazy[HunyuanVideoVAE] | None = None
+    scheduler: FlowConfig
+    encoders: HunyuanVideoEncoders
+
+    def prepare(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        image: Image | Sequence[Image] | None = None,
+        height: int = 720,
+        width: int = 1280,
+        num_frames: int = 129,
+        num_inference_steps: int = 50,
+        guidance_scale: float | int | None = None,
+        true_cfg_scale: float | int = 1.0,
+        guidance_steps: float | int = 1.0,
+        scheduler: FlowSampler | None = None,
+        flow_shift: float | int | None = None,
+        latents: Latents | None = None,
+        prompt_embeds: Embeddings | None = None,
+        pooled_prompt_embeds: Pooled | None = None,
+        prompt_attention_mask: Mask | None = None,
+        negative_prompt_embeds: Embeddings | None = None,
+        negative_pooled_prompt_embeds: Pooled | None = None,
+        negative_prompt_attention_mask: Mask | None = None,
+        image_latents: Latents | None = None,
+        num_videos_per_prompt: int = 1,
+        seed: int = 0,
+        max_sequence_length: int = 256,
+    ) -> PreparedRun:
+        """The first part of `__call__`: encodes prompts and image, makes schedule and noise.
+
+        Args:
+            prompt: One prompt or several; or pass `prompt_embeds`.
+            negative_prompt: What guidance leads away from; one for all prompts, or one for each.
+            image: With image to video, what the video begins with: one for all prompts, or one for
+                each. It is stretched to the video's size.
+            height: In pixels, a multiple of 16.
+            width: In pixels, likewise.
+            num_frames: Frames of the video, 4k + 1. The 33-channel image model returns four less.
+            num_inference_steps: Denoising steps.
+            guidance_scale: What the model was distilled from guidance to take as an input; costs
+                nothing. Default: 6. The 33-channel image model takes none.
+            true_cfg_scale: Of classifier-free guidance, which needs a negative prompt and doubles
+                the work; at most 1 turns it off.
+            guidance_steps: Share of the steps, from the first on, that pay for true_cfg_scale.
+            scheduler: "euler" or "unipc". Default: the checkpoint's own, Euler.
+            flow_shift: Moves the steps towards noise. Default: the checkpoint's own, 7.
+            latents: Initial noise in place of the seed's.
+            prompt_embeds: Features [batch, text_tokens, features] in place of prompts; they need
+                the other two of the prompt.
+            pooled_prompt_embeds: CLIP's features of the whole prompt [batch, features].
+            prompt_attention_mask: 1 at each token of `prompt_embeds`, 0 at the padding behind.
+            negative_prompt_embeds: Likewise for the negative prompt; maybe of another length.
+            negative_pooled_prompt_embeds: Likewise.
+            negative_prompt_attention_mask: Likewise.
+            image_latents: The VAE's latents of the image [batch, channels, 1, height, width],
+                scaled as the model expects them, in place of encoding it.
+            num_videos_per_prompt: Videos of each prompt, from noise of their own.
+            seed: The same seed gives the same noise on every device.
+            max_sequence_length: Text tokens, padding included.
+
+        Raises:
+            ValueError: On arguments that do not fit the checkpoint or each other.
+        """
+        shift = self.scheduler.shift if flow_shift is None else float(flow_shift)
+        schedule = make_flow_schedule(
+            replace(self.scheduler, shift=shift), num_inference_steps, sampler=scheduler
+        )
+        scales = guidance_scales(schedule.timesteps, true_cfg_scale, guidance_steps=guidance_steps)
+        config = self.transformer.config
+        frame_shape = self._latent_shape(num_frames, height, width)
+        guidance = embedded_guidance(
+            guidance_scale, self.transformer.dtype, takes_one=config.guidance_embeds
+        )
+        if num_videos_per_prompt < 1:
+            raise ValueError(f"num_videos_per_prompt is at least 1: got {num_videos_per_prompt}")
+        if max_sequence_length < 1:
+            raise ValueError(f"max_sequence_length is at least 1: got {max_sequence_length}")
+        self._check_image(image, image_latents)
+        features = prompt_embeds, prompt_attention_mask, pooled_prompt_embeds
+        parts = [self._texts(prompt, features, image)]
+        if (scales != 1).any():
+            features = (
+                negative_prompt_embeds,
+                negative_prompt_attention_mask,
+                negative_pooled_prompt_embeds,
+            )
+            black = PIL.Image.new("RGB", (width, height))
+            parts.append(negative_texts(negative_prompt, features, black, parts[0].count))
+        shape = (parts[0].count * num_videos_per_prompt, *frame_shape)
+        noise = starting_latents(latents, shape, seed)
+        first_frame = channels = None
+        if config.image_condition_type is not None:
+            encoded = self._image_latents(image, image_latents, parts[0].count, shape)
+            encoded = jnp.repeat(encoded, len(noise) // len(encoded), axis=0)
+            noise = noise * _NOISE + encoded * (1 - _NOISE)
+            if config.image_condition_type == "token_replace":
+                noise, first_frame = noise[:, :, 1:], encoded
+            else:
+                channels = image_channels(encoded, shape[2])
+        encoded_parts = self.encoders.encode(parts, max_sequence_length)
+        text, *negative = [each.repeated(num_videos_per_prompt) for each in encoded_parts]
+        return PreparedRun(
+            schedule=schedule,
+            state=initial_flow_state(noise),
+            conditions=HunyuanVideoConditions(
+                text=text,
+                negative_text=negative[0] if negative else None,
+                guidance=guidance,
+                first_frame=first_frame,
+                image_channels=channels,
+            ),
+            scales=scales,
+            seed=seed,
+            layout=config.layout(*shape[2:], text.embeds.shape[1]),
+        )
+
+    def finished_latents(self, run: PreparedRun) -> Array:
+        """See `VideoPipeline.finished_latents`."""
+        assert isinstance(run.conditions, HunyuanVideoConditions)
+        latents, first_frame = run.state.latents, run.conditions.first_frame
+        return latents if first_frame is None else jnp.concatenate([first_frame, latents], axis=2)
+
+    def decode(
+        self,
+        run: PreparedRun,
+        info: SamplingInfo,
+        *,
+        output_type: OutputType = "np",
+        vae_tiling: bool = False,
+    ) -> VideoOutput:
+        """See `VideoPipeline.decode`."""
+        out = super().decode(run, info, output_type=output_type, vae_tiling=vae_tiling)
+        if self.transformer.config.image_condition_type != "latent_concat":
+            return out
+        # As released: the first latent frame, the image again, is decoded and left out.
+        frames = None if out.frames is None else out.frames[:, _VAE_TEMPORAL:]
+        return VideoOutput(frames, out.latents[:, :, 1:], out.info)
+
+    def decode_latents(self, latents: Array, *, vae_tiling: bool = False) -> Array:
+        """Videos [batch, 3, frames, height, width] of latents, about from −1 to 1."""
+        assert self.vae is not None
+        with in_memory(self.vae) as vae:
+            tiling = Tiling() if vae_tiling else None
+            return vae.decode(vae.denormalize(latents), tiling=tiling)
+
+    def _latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Channels, frames, height and width of the latents of a video."""
+        config = self.transformer.config
+        multiple = _VAE_SPATIAL * config.patch_size
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels < 1 or pixels % multiple:
+                raise ValueError(f"{name} must be a positive multiple of {multiple}: got {pixels}")
+        least = 1 if config.image_condition_type is None else 1 + _VAE_TEMPORAL
+        if num_frames < least or (num_frames - 1) % _VAE_TEMPORAL:
+            raise ValueError(
+                f"num_frames must be of the form {_VAE_TEMPORAL}k + 1 and at least {least}: got "
+                f"{num_frames}"
+            )
+        frames = (num_frames - 1) // _VAE_TEMPORAL + 1
+        return config.out_channels, frames, height // _VAE_SPATIAL, width // _VAE_SPATIAL
+
+    def _check_image(
+        self, image: Image | Sequence[Image] | None, image_latents: Latents | None
+    ) -> None:
+        if self.transformer.config.image_condition_type is None:
+            if image is not None or image_latents is not None:
+                raise ValueError(
+                    "this is a text-to-video checkpoint: it takes no image and no image_latents"
+                )
+        elif image is None and image_latents is None:
+            raise ValueError("this is an image-to-video checkpoint: pass an image")
+        elif image_latents is None and self.vae is None:
+            raise ValueError(
+                "this checkpoint has no VAE: pass the image_latents of the image, scaled as the "
+                "model expects them"
+            )
+
+    def _texts(
+        self,
+        prompt: str | Sequence[str] | None,
+        features: tuple[Any, Any, Any],
+        image: Image | Sequence[Image] | None,
+    ) -> Texts:
+        """The prompts, with the images that are encoded among them."""
+        if (prompt is None) == (features[0] is None):
+            raise ValueError("pass either a prompt or prompt_embeds")
+        if prompt is None:
+            return Texts(None, *features)
+        prompts, kind = list_of_prompts(prompt), self.transformer.config.image_condition_type
+        if kind is None:
+            return Texts(prompts, *features)
+        if image is None:
+            raise ValueError("the text encoder reads the image, too: pass it beside image_latents")
+        images = images_of_each(image, len(prompts))
+        images *= len(prompts) // len(images)
+        return Texts(prompts, *features, images=images, stride=_STRIDES[kind])
+
+    def _image_latents(
+        self,
+        image: Image | Sequence[Image] | None,
+        image_latents: Latents | None,
+        prompts: int,
+        shape: tuple[int, ...],
+    ) -> Float[Array, "_batch _channels 1 _height _width"]:
+        """Of one image, or of one for each prompt; as the transformer takes them."""
+        if image_latents is None:
+            assert image is not None
+            assert self.vae is not None
+            size = _VAE_SPATIAL * shape[3], _VAE_SPATIAL * shape[4]
+            frames = np.stack([as_frame(each, *size) for each in images_of_each(image, prompts)])
+            with in_memory(self.vae) as vae:
+                posterior = vae.encode(jnp.asarray(frames)[:, :, None])
+                return vae.normalize(posterior.mean.astype(jnp.float32))
+        expected = (shape[1], 1, *shape[3:])
+        if image_latents.shape[0] not in (1, prompts) or image_latents.shape[1:] != expected:
+            raise ValueError(
+                f"image_latents must have the shape {(prompts, *expected)}: got "
+                f"{image_latents.shape}"
+            )
+        check_finite("image_latents", image_latents)
+        return jnp.asarray(image_latents, jnp.float32)
