@@ -1,6 +1,6 @@
 """The tensors of CogVideoX's video autoencoder, as released by diffusers and as laid out here."""
 
-from svg_jax.convert.rules import Rule, conv_rules, norm_rules
+from svg_jax.convert.rules import Rule, conv_rules, norm_rules, pointwise_rules
 from svg_jax.models.cogvideox_vae_config import CogVideoXVAEConfig
 
 _CUBE, _SQUARE = (3, 3, 3), (3, 3)
@@ -79,7 +79,8 @@ def _layer(
         *conv_rules(f"{source}.conv2.conv", f"{target}.conv_2", width, width, _CUBE),
     ]
     if features != width:
-        table += _pointwise(f"{source}.conv_shortcut", f"{target}.shortcut", features, width)
+        shortcut = f"{source}.conv_shortcut", f"{target}.shortcut"
+        table += pointwise_rules(*shortcut, features, width, rank=3)
     return table
 
 
@@ -88,14 +89,6 @@ def _norm(source: str, target: str, features: int, latents: int | None) -> list[
         return norm_rules(source, target, features)
     return [
         *norm_rules(f"{source}.norm_layer", f"{target}.norm", features),
-        *_pointwise(f"{source}.conv_y.conv", f"{target}.scale", latents, features),
-        *_pointwise(f"{source}.conv_b.conv", f"{target}.shift", latents, features),
-    ]
-
-
-def _pointwise(source: str, target: str, features: int, width: int) -> list[Rule]:
-    """A convolution of single pixels: a linear layer."""
-    return [
-        Rule(f"{source}.weight", f"{target}.kernel", "patch", (width, features, 1, 1, 1)),
-        Rule(f"{source}.bias", f"{target}.bias", "none", (width,)),
+        *pointwise_rules(f"{source}.conv_y.conv", f"{target}.scale", latents, features, rank=3),
+        *pointwise_rules(f"{source}.conv_b.conv", f"{target}.shift", latents, features, rank=3),
     ]

@@ -2,7 +2,7 @@
 
 import math
 
-from svg_jax.convert.rules import Rule, linear_rules, norm_rules, stack_rules
+from svg_jax.convert.rules import Rule, gain_rule, linear_rules, norm_rules, stack_rules
 from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
 
 
@@ -104,7 +104,7 @@ def _heads(source: str, target: str, width: int) -> list[Rule]:
 
 def _gains(source: str, target: str, head_dim: int) -> list[Rule]:
     return [
-        Rule(f"{source.format(theirs)}.weight", f"{target}.{ours}_norm.scale", "none", (head_dim,))
+        gain_rule(source.format(theirs), f"{target}.{ours}_norm", head_dim)
         for theirs, ours in (("q", "query"), ("k", "key"))
     ]
 

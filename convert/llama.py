@@ -2,7 +2,7 @@
 
 import re
 
-from svg_jax.convert.rules import Rule, nest_rules, stack_rules
+from svg_jax.convert.rules import Rule, gain_rule, matrix_rule, nest_rules, stack_rules
 from svg_jax.models.llama import LlamaConfig
 
 # Held by files of a whole language model: it makes words of the last hidden state.
@@ -20,27 +20,20 @@ def table(config: LlamaConfig) -> list[Rule]:
     inner = config.num_attention_heads * config.head_features
     shared = config.key_value_heads * config.head_features
 
-    def linear(source: str, target: str, features: int, out_features: int) -> Rule:
-        shape = (out_features, features)
-        return Rule(f"{source}.weight", f"{target}.kernel", "transpose", shape)
-
-    def norm(source: str, target: str) -> Rule:
-        return Rule(f"{source}.weight", f"{target}.scale", "none", (width,))
-
     layer = [
-        norm("input_layernorm", "attention_norm"),
-        linear("self_attn.q_proj", "attention.query", width, inner),
-        linear("self_attn.k_proj", "attention.key", width, shared),
-        linear("self_attn.v_proj", "attention.value", width, shared),
-        linear("self_attn.o_proj", "attention.output", inner, width),
-        norm("post_attention_layernorm", "feed_forward_norm"),
-        linear("mlp.gate_proj", "feed_forward.gate", width, hidden),
-        linear("mlp.up_proj", "feed_forward.input", width, hidden),
-        linear("mlp.down_proj", "feed_forward.output", hidden, width),
+        gain_rule("input_layernorm", "attention_norm", width),
+        matrix_rule("self_attn.q_proj", "attention.query", width, inner),
+        matrix_rule("self_attn.k_proj", "attention.key", width, shared),
+        matrix_rule("self_attn.v_proj", "attention.value", width, shared),
+        matrix_rule("self_attn.o_proj", "attention.output", inner, width),
+        gain_rule("post_attention_layernorm", "feed_forward_norm", width),
+        matrix_rule("mlp.gate_proj", "feed_forward.gate", width, hidden),
+        matrix_rule("mlp.up_proj", "feed_forward.input", width, hidden),
+        matrix_rule("mlp.down_proj", "feed_forward.output", hidden, width),
     ]
     shape = (config.vocab_size, width)
     return [
         Rule("embed_tokens.weight", "token_embedding.embedding", "none", shape),
         *stack_rules("layers", "blocks", config.num_hidden_layers, layer),
-        norm("norm", "final_norm"),
+        gain_rule("norm", "final_norm", width),
     ]

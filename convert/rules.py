@@ -102,10 +102,15 @@ class Rule:
         return part.T.reshape(self.source_shape)
 
 
+def matrix_rule(source: str, target: str, features: int, out_features: int) -> Rule:
+    """Weight of a linear layer without a bias."""
+    return Rule(f"{source}.weight", f"{target}.kernel", "transpose", (out_features, features))
+
+
 def linear_rules(source: str, target: str, features: int, out_features: int) -> list[Rule]:
     """Weight and bias of a linear layer."""
     return [
-        Rule(f"{source}.weight", f"{target}.kernel", "transpose", (out_features, features)),
+        matrix_rule(source, target, features, out_features),
         Rule(f"{source}.bias", f"{target}.bias", "none", (out_features,)),
     ]
 
@@ -132,10 +137,15 @@ def pointwise_rules(
     ]
 
 
+def gain_rule(source: str, target: str, features: int) -> Rule:
+    """Gain of a norm without a bias."""
+    return Rule(f"{source}.weight", f"{target}.scale", "none", (features,))
+
+
 def norm_rules(source: str, target: str, features: int) -> list[Rule]:
     """Gain and bias of a layer norm."""
     return [
-        Rule(f"{source}.weight", f"{target}.scale", "none", (features,)),
+        gain_rule(source, target, features),
         Rule(f"{source}.bias", f"{target}.bias", "none", (features,)),
     ]
 

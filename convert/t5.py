@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from svg_jax.convert.rules import Rule, stack_rules
+from svg_jax.convert.rules import Rule, gain_rule, matrix_rule, stack_rules
 from svg_jax.models.t5 import T5Config
 
 
@@ -10,23 +10,16 @@ def rules(config: T5Config) -> tuple[Rule, ...]:
     """The table; source names are those of `T5EncoderModel` and `UMT5EncoderModel` on disk."""
     model, inner, hidden = config.d_model, config.num_heads * config.d_kv, config.d_ff
 
-    def linear(source: str, target: str, features: int, out_features: int) -> Rule:
-        shape = (out_features, features)
-        return Rule(f"{source}.weight", f"{target}.kernel", "transpose", shape)
-
-    def norm(source: str, target: str) -> Rule:
-        return Rule(f"{source}.weight", f"{target}.scale", "none", (model,))
-
     layer = [
-        norm("layer.0.layer_norm", "attention_norm"),
-        linear("layer.0.SelfAttention.q", "attention.query", model, inner),
-        linear("layer.0.SelfAttention.k", "attention.key", model, inner),
-        linear("layer.0.SelfAttention.v", "attention.value", model, inner),
-        linear("layer.0.SelfAttention.o", "attention.output", inner, model),
-        norm("layer.1.layer_norm", "feed_forward_norm"),
-        linear("layer.1.DenseReluDense.wi_0", "feed_forward.gate", model, hidden),
-        linear("layer.1.DenseReluDense.wi_1", "feed_forward.input", model, hidden),
-        linear("layer.1.DenseReluDense.wo", "feed_forward.output", hidden, model),
+        gain_rule("layer.0.layer_norm", "attention_norm", model),
+        matrix_rule("layer.0.SelfAttention.q", "attention.query", model, inner),
+        matrix_rule("layer.0.SelfAttention.k", "attention.key", model, inner),
+        matrix_rule("layer.0.SelfAttention.v", "attention.value", model, inner),
+        matrix_rule("layer.0.SelfAttention.o", "attention.output", inner, model),
+        gain_rule("layer.1.layer_norm", "feed_forward_norm", model),
+        matrix_rule("layer.1.DenseReluDense.wi_0", "feed_forward.gate", model, hidden),
+        matrix_rule("layer.1.DenseReluDense.wi_1", "feed_forward.input", model, hidden),
+        matrix_rule("layer.1.DenseReluDense.wo", "feed_forward.output", hidden, model),
     ]
     bias = Rule(
         "layer.0.SelfAttention.relative_attention_bias.weight",
@@ -49,5 +42,5 @@ def rules(config: T5Config) -> tuple[Rule, ...]:
         ),
         *shared,
         *stack_rules("encoder.block", "blocks", config.num_layers, layer),
-        norm("encoder.final_layer_norm", "final_norm"),
+        gain_rule("encoder.final_layer_norm", "final_norm", model),
     )

@@ -3,7 +3,7 @@
 import math
 import re
 
-from svg_jax.convert.rules import Rule, linear_rules, norm_rules, stack_rules
+from svg_jax.convert.rules import Rule, gain_rule, linear_rules, norm_rules, stack_rules
 from svg_jax.models.wan_config import WanConfig
 
 # Held by files of 2.1 I2V, to no effect: image tokens are attended to with the queries of the text.
@@ -57,7 +57,7 @@ def rules(config: WanConfig) -> tuple[Rule, ...]:
         layer += [
             *linear_rules("attn2.add_k_proj", "image_keys.key", width, width),
             *linear_rules("attn2.add_v_proj", "image_keys.value", width, width),
-            _gain("attn2.norm_added_k", "image_keys.key_norm", width),
+            gain_rule("attn2.norm_added_k", "image_keys.key_norm", width),
         ]
     return (*table, *stack_rules("blocks", "blocks", config.num_layers, layer))
 
@@ -67,11 +67,7 @@ def _attention(source: str, target: str, width: int) -> list[Rule]:
         *linear_rules(f"{source}.to_q", f"{target}.query", width, width),
         *linear_rules(f"{source}.to_k", f"{target}.key", width, width),
         *linear_rules(f"{source}.to_v", f"{target}.value", width, width),
-        _gain(f"{source}.norm_q", f"{target}.query_norm", width),
-        _gain(f"{source}.norm_k", f"{target}.key_norm", width),
+        gain_rule(f"{source}.norm_q", f"{target}.query_norm", width),
+        gain_rule(f"{source}.norm_k", f"{target}.key_norm", width),
         *linear_rules(f"{source}.to_out.0", f"{target}.output", width, width),
     ]
-
-
-def _gain(source: str, target: str, features: int) -> Rule:
-    return Rule(f"{source}.weight", f"{target}.scale", "none", (features,))

@@ -1,15 +1,16 @@
 """The tensors of a Wan VAE, as released by diffusers and as laid out here."""
 
-from svg_jax.convert.rules import Rule, conv_rules
+from svg_jax.convert.rules import Rule, conv_rules, pointwise_rules
 from svg_jax.models.wan_vae_config import WanVAEConfig
 
 
 def rules(config: WanVAEConfig) -> tuple[Rule, ...]:
     """The table of one variant: source names are those of `AutoencoderKLWan`."""
+    latents = config.z_dim
     return (
         *_encoder(config),
-        *_pointwise("quant_conv", "posterior_projection", 2 * config.z_dim, 2 * config.z_dim, 3),
-        *_pointwise("post_quant_conv", "latent_projection", config.z_dim, config.z_dim, 3),
+        *pointwise_rules("quant_conv", "posterior_projection", 2 * latents, 2 * latents, rank=3),
+        *pointwise_rules("post_quant_conv", "latent_projection", latents, latents, rank=3),
         *_decoder(config),
     )
 
@@ -77,10 +78,16 @@ def _middle(coder: str, first: int, width: int) -> list[Rule]:
     return [
         *_residual_block(f"{source}.resnets.0", resnet, width, width),
         _gain(f"{source}.attentions.0.norm", f"{attention}.norm", width, 2),
-        *_pointwise(
-            f"{source}.attentions.0.to_qkv", f"{attention}.query_key_value", width, 3 * width, 2
+        *pointwise_rules(
+            f"{source}.attentions.0.to_qkv",
+            f"{attention}.query_key_value",
+            width,
+            3 * width,
+            rank=2,
         ),
-        *_pointwise(f"{source}.attentions.0.proj", f"{attention}.output", width, width, 2),
+        *pointwise_rules(
+            f"{source}.attentions.0.proj", f"{attention}.output", width, width, rank=2
+        ),
         *_residual_block(f"{source}.resnets.1", other, width, width),
     ]
 
@@ -100,23 +107,14 @@ def _residual_block(source: str, target: str, features: int, out_features: int) 
         *conv_rules(f"{source}.conv2", f"{target}.conv2", out_features, out_features, (3, 3, 3)),
     ]
     if features != out_features:
-        table += _pointwise(
-            f"{source}.conv_shortcut", f"{target}.shortcut", features, out_features, 3
+        table += pointwise_rules(
+            f"{source}.conv_shortcut", f"{target}.shortcut", features, out_features, rank=3
         )
     return table
 
 
 def _resample(source: str, target: str, features: int, out_features: int) -> list[Rule]:
     return conv_rules(f"{source}.resample.1", f"{target}.conv", features, out_features, (3, 3))
-
-
-def _pointwise(source: str, target: str, features: int, out_features: int, axes: int) -> list[Rule]:
-    """A convolution of single pixels, which is a linear layer here."""
-    shape = (out_features, features, *(1,) * axes)
-    return [
-        Rule(f"{source}.weight", f"{target}.kernel", "patch", shape),
-        Rule(f"{source}.bias", f"{target}.bias", "none", (out_features,)),
-    ]
 
 
 def _gain(source: str, target: str, features: int, axes: int) -> Rule:
