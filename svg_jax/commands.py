@@ -83,7 +83,7 @@ def generate(
         _check_folder(path)
     if labels_out is not None and sparsity is None:
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
-    pipeline = _load(model, dtype)
+    pipeline = from_pretrained(model, dtype=dtype)
     arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
     if not (pipeline.makes_frames or wants_latents):
         raise ValueError(
@@ -122,7 +122,7 @@ def compare(
     """Generates a video with dense and with sparse attention; writes both side by side."""
     for path in (output, json_file):
         _check_folder(path)
-    pipeline = _load(model, dtype)
+    pipeline = from_pretrained(model, dtype=dtype)
     arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
     comparison = _compare(pipeline, sparsity=sparsity, pattern=pattern, **arguments)
     fps = pipeline.frame_rate if fps is None else fps
@@ -178,10 +178,6 @@ def _write_comparison(comparison: Comparison, output: Path, *, fps: float, facto
         path = output.with_name(output.name + suffix)
         save_video(both, path, fps=fps)
         print(f"wrote {path}")
-
-
-def _load(model: Path, dtype: str | None) -> VideoPipeline:
-    return from_pretrained(model, dtype=dtype)
 
 
 def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:

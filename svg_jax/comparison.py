@@ -1,6 +1,7 @@
 """One video twice, with dense and with sparse attention, and how the two differ."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -17,7 +18,7 @@ from svg_jax.config import SparsityConfig, dense_step_count
 from svg_jax.kernels import pick_implementation
 from svg_jax.metrics import SSIM_WINDOW, psnr, ssim
 from svg_jax.report import ComparisonReport
-from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline
+from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline, in_memory
 from svg_jax.sampling.record import SamplingInfo, StepRecord, median_seconds
 
 Pattern = Literal["svg", "spatial", "temporal", "random"]
@@ -75,24 +76,28 @@ def compare(
 
         return callback
 
-    warm, shared = pipeline.denoise(
-        start, steps=range(dense_steps), callback_on_step_end=tell("warm-up")
-    )
-    rest = range(dense_steps, num_steps)
-    run, steps = pipeline.denoise(warm, steps=rest, callback_on_step_end=tell("dense"))
-    dense = pipeline.decode(run, SamplingInfo(shared + steps))
-    dense_seconds = median_seconds(steps)
-
     config, dtype = pipeline.transformer.config, np.dtype(pipeline.transformer.dtype)
     heads = (num_steps, config.num_attention_layers, 1, config.num_attention_heads)
-    run, steps = pipeline.denoise(
-        warm,
-        sparsity=sparsity,
-        labels=labels_of_pattern(pattern, heads, seed),
-        steps=rest,
-        callback_on_step_end=tell("sparse"),
-    )
-    sparse = pipeline.decode(run, SamplingInfo(shared + steps))
+    labels = labels_of_pattern(pattern, heads, seed)
+    rest = range(dense_steps, num_steps)
+    with in_memory(pipeline.transformer) as transformer:  # loaded once for all three parts
+        loaded = dataclasses.replace(pipeline, transformer=transformer)
+        warm, shared = loaded.denoise(
+            start, steps=range(dense_steps), callback_on_step_end=tell("warm-up")
+        )
+        dense_run, dense_records = loaded.denoise(
+            warm, steps=rest, callback_on_step_end=tell("dense")
+        )
+        sparse_run, sparse_records = loaded.denoise(
+            warm,
+            sparsity=sparsity,
+            labels=labels,
+            steps=rest,
+            callback_on_step_end=tell("sparse"),
+        )
+        del transformer, loaded
+    dense = pipeline.decode(dense_run, SamplingInfo(shared + dense_records))
+    sparse = pipeline.decode(sparse_run, SamplingInfo(shared + sparse_records))
 
     enough = dense.frames is not None and min(dense.frames.shape[2:4]) >= SSIM_WINDOW
     spatial_share = sparse.info.spatial_share
@@ -110,8 +115,8 @@ def compare(
         num_tokens=start.layout.num_tokens,
         psnr=_of_pixels(psnr, sparse, dense),
         ssim=_of_pixels(ssim, sparse, dense) if enough else None,
-        dense_seconds=dense_seconds,
-        sparse_seconds=median_seconds(steps),
+        dense_seconds=median_seconds(dense_records),
+        sparse_seconds=median_seconds(sparse_records),
         spatial_share=tuple(spatial_share.tolist()),
         implementation=pick_implementation(None, config.attention_head_dim, dtype),
         dtype=dtype.name,

@@ -6,14 +6,12 @@ arithmetic; latents stay float32, where diffusers rounds them to the model's dty
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from svg_jax.models import Attend, CogVideoXTransformer, T5Encoder
 from svg_jax.sampling.denoise import guidance_scales, guided_velocity
@@ -23,8 +21,10 @@ from svg_jax.sampling.pipeline import (
     PreparedRun,
     VideoPipeline,
     check_finite,
+    check_videos_per_prompt,
     in_memory,
     repeat_each,
+    run_encoder,
     starting_latents,
 )
 from svg_jax.sampling.schedulers import Sampler, SchedulerConfig, initial_state, make_schedule
@@ -158,6 +158,7 @@ class CogVideoXPipeline(VideoPipeline):
             guidance_steps=guidance_steps,
             use_dynamic_cfg=use_dynamic_cfg,
         )
+        check_videos_per_prompt(num_videos_per_prompt)
         config = self.transformer.config
         frame_shape, padding_frames = latent_shape(
             config, has_vae=self.has_vae, num_frames=num_frames, height=height, width=width
@@ -171,8 +172,6 @@ class CogVideoXPipeline(VideoPipeline):
             guided=bool((scales != 1).any()),
             max_sequence_length=max_sequence_length,
         )
-        if num_videos_per_prompt < 1:
-            raise ValueError(f"num_videos_per_prompt is at least 1: got {num_videos_per_prompt}")
         positive = jnp.repeat(positive, num_videos_per_prompt, axis=0)
         negative = repeat_each(negative, num_videos_per_prompt)
         shape = (len(positive), *frame_shape)
@@ -192,6 +191,10 @@ class CogVideoXPipeline(VideoPipeline):
             layout=layout,
             padding_frames=padding_frames,
         )
+
+    def finished_latents(self, run: PreparedRun) -> Array:
+        """See `VideoPipeline.finished_latents`."""
+        return run.state.latents[:, run.padding_frames :]
 
     @property
     def makes_frames(self) -> bool:
@@ -223,7 +226,7 @@ class CogVideoXPipeline(VideoPipeline):
         length = max_sequence_length or self.transformer.config.max_text_seq_length
         input_ids = jnp.asarray(self.tokenizer(prompts, length))
         with in_memory(self.text_encoder) as encoder:
-            return _encode(*nnx.split(encoder), input_ids)
+            return run_encoder(encoder, input_ids)
 
     def _prepare_image(self, image_latents: Latents | None, shape: tuple[int, ...]) -> Array | None:
         config = self.transformer.config
@@ -243,8 +246,3 @@ class CogVideoXPipeline(VideoPipeline):
             )
         check_finite("image_latents", image_latents)
         return place_image(image_latents, shape[1])
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode(graphdef: Any, weights: Any, input_ids: Int[Array, "batch tokens"]) -> Array:
-    return nnx.merge(graphdef, weights)(input_ids).astype(jnp.float32)

@@ -29,6 +29,7 @@ from svg_jax.sampling.hunyuan_video_text import (
     negative_texts,
 )
 from svg_jax.sampling.images import Image, as_frame
+from svg_jax.sampling.latents import latent_grid
 from svg_jax.sampling.pipeline import (
     Lazy,
     OutputType,
@@ -36,11 +37,12 @@ from svg_jax.sampling.pipeline import (
     VideoOutput,
     VideoPipeline,
     check_finite,
+    check_videos_per_prompt,
     in_memory,
-    list_of_prompts,
     starting_latents,
 )
 from svg_jax.sampling.record import SamplingInfo
+from svg_jax.sampling.text import list_of_prompts
 
 _VAE_SPATIAL, _VAE_TEMPORAL = 8, 4  # pixels of a latent each way, and frames of a latent frame
 _NOISE = np.float32(0.999)  # share of noise in the initial latents where there is an image
@@ -147,8 +149,7 @@ class HunyuanVideoPipeline(VideoPipeline):
         guidance = embedded_guidance(
             guidance_scale, self.transformer.dtype, takes_one=config.guidance_embeds
         )
-        if num_videos_per_prompt < 1:
-            raise ValueError(f"num_videos_per_prompt is at least 1: got {num_videos_per_prompt}")
+        check_videos_per_prompt(num_videos_per_prompt)
         if max_sequence_length < 1:
             raise ValueError(f"max_sequence_length is at least 1: got {max_sequence_length}")
         self._check_image(image, image_latents)
@@ -222,18 +223,13 @@ class HunyuanVideoPipeline(VideoPipeline):
     def _latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Channels, frames, height and width of the latents of a video."""
         config = self.transformer.config
-        multiple = _VAE_SPATIAL * config.patch_size
-        for name, pixels in (("height", height), ("width", width)):
-            if pixels < 1 or pixels % multiple:
-                raise ValueError(f"{name} must be a positive multiple of {multiple}: got {pixels}")
-        least = 1 if config.image_condition_type is None else 1 + _VAE_TEMPORAL
-        if num_frames < least or (num_frames - 1) % _VAE_TEMPORAL:
+        sizes = {"ratio": _VAE_TEMPORAL, "scale": _VAE_SPATIAL, "patch_size": config.patch_size}
+        grid = latent_grid(num_frames, height, width, **sizes)
+        if config.image_condition_type is not None and num_frames == 1:
             raise ValueError(
-                f"num_frames must be of the form {_VAE_TEMPORAL}k + 1 and at least {least}: got "
-                f"{num_frames}"
+                f"behind an image num_frames must be at least {1 + _VAE_TEMPORAL}: got {num_frames}"
             )
-        frames = (num_frames - 1) // _VAE_TEMPORAL + 1
-        return config.out_channels, frames, height // _VAE_SPATIAL, width // _VAE_SPATIAL
+        return config.out_channels, *grid
 
     def _check_image(
         self, image: Image | Sequence[Image] | None, image_latents: Latents | None

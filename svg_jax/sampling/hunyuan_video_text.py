@@ -6,14 +6,12 @@ there, and only a part of an image's features is kept.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
-from flax import nnx
 from jaxtyping import Array
 
 from svg_jax.models import CLIPTextEncoder, LlamaEncoder, LlavaEncoder
@@ -24,13 +22,8 @@ from svg_jax.prompts import (
     hunyuan_video_tokens,
 )
 from svg_jax.sampling.images import CLIPImageProcessor, Image
-from svg_jax.sampling.pipeline import (
-    Lazy,
-    check_finite,
-    in_memory,
-    negative_of_each,
-    repeat_each,
-)
+from svg_jax.sampling.pipeline import Lazy, check_finite, in_memory, repeat_each, run_encoder
+from svg_jax.sampling.text import negative_of_each
 from svg_jax.tokenizer import PromptTokenizer
 
 _HIDDEN_STATE = -3  # LLaMA's that is taken: without its last two layers and final norm
@@ -173,7 +166,7 @@ class HunyuanVideoEncoders:
             if isinstance(encoder, LlamaEncoder):
                 tokens = hunyuan_video_tokens(self.tokenizer, prompts, max_length)
                 inputs = jnp.asarray(tokens.ids), jnp.asarray(tokens.mask)
-                features = _encode(*nnx.split(encoder), *inputs)
+                features = run_encoder(encoder, *inputs, hidden_state=_HIDDEN_STATE)
                 start = HUNYUAN_VIDEO_TEMPLATE.crop_start
                 embeds, mask = features[:, start:], tokens.mask[:, start:]
                 ends = np.cumsum([len(part.prompts or ()) for part in parts])[:-1]
@@ -188,7 +181,7 @@ class HunyuanVideoEncoders:
             )
             pixels = jnp.asarray(np.stack([self.image_processor(image) for image in images]))
             inputs = jnp.asarray(tokens.ids), pixels, jnp.asarray(tokens.mask)
-            features = _encode(*nnx.split(encoder), *inputs)
+            features = run_encoder(encoder, *inputs, hidden_state=_HIDDEN_STATE)
         out, start = [], 0
         for part in parts:
             rows = slice(start, start + len(part.prompts or ()))
@@ -212,7 +205,7 @@ class HunyuanVideoEncoders:
             )
         ids = jnp.asarray(self.tokenizer_2(prompts, CLIP_LENGTH))
         with in_memory(self.text_encoder_2) as encoder:
-            pooled = _pool(*nnx.split(encoder), ids)
+            _, pooled = run_encoder(encoder, ids)
         return jnp.split(pooled, np.cumsum([len(part.prompts or ()) for part in parts])[:-1])
 
 
@@ -264,13 +257,3 @@ def _check_mask(name: str, mask: Array | np.ndarray) -> None:
         raise ValueError(
             f"{name} must have 1 at the tokens of a text, at least one, and 0 at those behind it"
         )
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode(graph: Any, state: Any, *inputs: Array) -> Array:
-    return nnx.merge(graph, state)(*inputs, hidden_state=_HIDDEN_STATE).astype(jnp.float32)
-
-
-@partial(jax.jit, static_argnums=0)
-def _pool(graph: Any, state: Any, input_ids: Array) -> Array:
-    return nnx.merge(graph, state)(input_ids)[1].astype(jnp.float32)

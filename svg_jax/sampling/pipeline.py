@@ -5,8 +5,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -42,6 +44,23 @@ class Lazy(Generic[Module]):
 def in_memory(component: Module | Lazy[Module]) -> Iterator[Module]:
     """The module of a component, for as long as the block lasts if it has to be loaded for it."""
     yield component.load() if isinstance(component, Lazy) else component
+
+
+def run_encoder(encoder: nnx.Module, *inputs: Array, **options: int) -> Any:
+    """What an encoder makes of its inputs, compiled, every array of it in float32.
+
+    Args:
+        encoder: The module.
+        *inputs: What it is called with.
+        **options: Settings that it is compiled for.
+    """
+    return _run_encoder(*nnx.split(encoder), inputs, tuple(options.items()))
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _run_encoder(graphdef: Any, weights: Any, inputs: tuple[Array, ...], options: Any) -> Any:
+    out = nnx.merge(graphdef, weights)(*inputs, **dict(options))
+    return jax.tree.map(lambda array: array.astype(jnp.float32), out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +207,7 @@ class VideoPipeline(ABC):
 
     def finished_latents(self, run: PreparedRun) -> Array:
         """The latents of a video, of a run after its last step."""
-        return run.state.latents[:, run.padding_frames :]
+        return run.state.latents
 
     @property
     def makes_frames(self) -> bool:
@@ -232,24 +251,10 @@ def check_finite(name: str, array: Array | np.ndarray) -> None:
         raise ValueError(f"{name} has values that are not finite")
 
 
-def list_of_prompts(prompt: str | Sequence[str]) -> list[str]:
-    """One prompt or several as a list; ValueError if there is none."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise ValueError("pass at least one prompt")
-    return prompts
-
-
-def negative_of_each(negative_prompt: str | Sequence[str], count: int) -> list[str]:
-    """The negative prompt of each prompt: one for all, or one for each."""
-    if isinstance(negative_prompt, str):
-        return [negative_prompt] * count
-    if len(negative_prompt) != count:
-        raise ValueError(
-            "the negative prompts must be as many as the prompts: "
-            f"got {len(negative_prompt)} for {count}"
-        )
-    return list(negative_prompt)
+def check_videos_per_prompt(count: int) -> None:
+    """ValueError unless there is to be a video of each prompt."""
+    if count < 1:
+        raise ValueError(f"num_videos_per_prompt is at least 1: got {count}")
 
 
 def repeat_each(array: Array | None, times: int) -> Array | None:

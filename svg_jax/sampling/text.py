@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from svg_jax.sampling.pipeline import check_finite, list_of_prompts, negative_of_each
+from svg_jax.sampling.pipeline import check_finite
 
 
 def take_prompts(
@@ -38,8 +38,10 @@ def take_prompts(
         raise ValueError("pass either a prompt or prompt_embeds")
     if negative_prompt and negative_prompt_embeds is not None:
         raise ValueError("pass either a negative_prompt or negative_prompt_embeds")
-    if prompt_embeds is not None:
-        check_finite("prompt_embeds", prompt_embeds)
+    given = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+    for name, embeds in given.items():
+        if embeds is not None:
+            check_finite(name, embeds)
     positives = [] if prompt is None else list_of_prompts(prompt)
     if encode is None and positives:
         raise ValueError(
@@ -68,10 +70,29 @@ def take_prompts(
     if not guided:
         return positive, None
     negative = jnp.asarray(negative, jnp.float32)
-    check_finite("negative_prompt_embeds", negative)
     if negative.shape != positive.shape:
         raise ValueError(
             "the negative prompts must be as many and as long as the prompts: "
             f"got features of {negative.shape} for {positive.shape}"
         )
     return positive, negative
+
+
+def list_of_prompts(prompt: str | Sequence[str]) -> list[str]:
+    """One prompt or several as a list; ValueError if there is none."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ValueError("pass at least one prompt")
+    return prompts
+
+
+def negative_of_each(negative_prompt: str | Sequence[str], count: int) -> list[str]:
+    """The negative prompt of each prompt: one for all, or one for each."""
+    if isinstance(negative_prompt, str):
+        return [negative_prompt] * count
+    if len(negative_prompt) != count:
+        raise ValueError(
+            "the negative prompts must be as many as the prompts: "
+            f"got {len(negative_prompt)} for {count}"
+        )
+    return list(negative_prompt)

@@ -6,14 +6,12 @@ stay float32, where diffusers rounds the model's input and guidance to its dtype
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from svg_jax.models import Attend, CLIPVisionEncoder, T5Encoder, WanTransformer, WanVAE
 from svg_jax.models.vae_tiling import Tiling
@@ -26,8 +24,10 @@ from svg_jax.sampling.pipeline import (
     Lazy,
     PreparedRun,
     VideoPipeline,
+    check_videos_per_prompt,
     in_memory,
     repeat_each,
+    run_encoder,
     starting_latents,
 )
 from svg_jax.sampling.text import take_prompts
@@ -188,8 +188,7 @@ class WanPipeline(VideoPipeline):
             num_frames, height, width, ratio=4, scale=8, patch_size=config.patch_size[1]
         )
         layout = config.layout(*grid)
-        if num_videos_per_prompt < 1:
-            raise ValueError(f"num_videos_per_prompt is at least 1: got {num_videos_per_prompt}")
+        check_videos_per_prompt(num_videos_per_prompt)
         self._check_text_tokens(max_sequence_length, prompt_embeds)
         images = encode_first_frames(
             config,
@@ -237,9 +236,9 @@ class WanPipeline(VideoPipeline):
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("this checkpoint has no text encoder: pass prompt_embeds")
         tokens = wan_tokens(self.tokenizer, prompts, max_sequence_length or _TEXT_TOKENS)
+        ids, mask = jnp.asarray(tokens.ids), jnp.asarray(tokens.mask)
         with in_memory(self.text_encoder) as encoder:
-            ids, mask = jnp.asarray(tokens.ids), jnp.asarray(tokens.mask)
-            return _encode(*nnx.split(encoder), ids, mask)
+            return jnp.where(mask[..., None] == 1, run_encoder(encoder, ids, mask), 0)
 
     def decode_latents(self, latents: Array, *, vae_tiling: bool = False) -> Array:
         """Videos [batch, 3, frames, height, width] of latents, from −1 to 1."""
@@ -265,11 +264,3 @@ class WanPipeline(VideoPipeline):
             raise ValueError(
                 f"{name} must be {_TEXT_TOKENS} for image to video, as it was trained: got {length}"
             )
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode(
-    graphdef: Any, weights: Any, ids: Int[Array, "batch tokens"], mask: Int[Array, "batch tokens"]
-) -> Float[Array, "batch tokens features"]:
-    features = nnx.merge(graphdef, weights)(ids, mask).astype(jnp.float32)
-    return jnp.where(mask[..., None] == 1, features, 0)

@@ -6,18 +6,16 @@ CLIP. Models of first and last frame see two images.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
 from svg_jax.models import CLIPVisionEncoder, WanConfig, WanVAE
 from svg_jax.sampling.images import CLIPImageProcessor, Image, as_frame
-from svg_jax.sampling.pipeline import Lazy, check_finite, in_memory
+from svg_jax.sampling.pipeline import Lazy, check_finite, in_memory, run_encoder
 
 _RATIO, _SCALE = 4, 8  # frames to a latent frame, pixels to a latent
 _HIDDEN_STATE = -2  # of CLIP
@@ -170,14 +168,8 @@ def _encode_for_clip(
     """CLIP's features of all images, one behind the other."""
     pixels = jnp.asarray(np.stack([processor(image) for image in images]))
     with in_memory(encoder) as module:
-        features = _see(*nnx.split(module), pixels)
+        features = run_encoder(module, pixels, hidden_state=_HIDDEN_STATE)
     return features.reshape(1, -1, features.shape[-1])
-
-
-@partial(jax.jit, static_argnums=0)
-def _see(graphdef: Any, weights: Any, pixels: Array) -> Float[Array, "images tokens features"]:
-    encoder = nnx.merge(graphdef, weights)
-    return encoder(pixels, hidden_state=_HIDDEN_STATE).astype(jnp.float32)
 
 
 def _check_arrays(
