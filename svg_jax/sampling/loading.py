@@ -48,14 +48,15 @@ def from_pretrained(folder: str | Path, *, dtype: DTypeLike | None = None) -> Vi
         OSError: If a file cannot be read.
     """
     folder = Path(folder)
-    components = frozenset(read_manifest(folder).components)
+    read_manifest(folder)  # whatever else is wrong, say first that it is no converted folder
     pipeline = read_pipeline_index(folder).pipeline
     if dtype is None:
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    return _PIPELINES[pipeline](folder, components, jnp.dtype(dtype))
+    return _PIPELINES[pipeline](folder, jnp.dtype(dtype))
 
 
-def _load_cogvideox(folder: Path, components: frozenset[str], dtype: Any) -> CogVideoXPipeline:
+def _load_cogvideox(folder: Path, dtype: Any) -> CogVideoXPipeline:
+    components = read_manifest(folder).components
     has_text_encoder = "text_encoder" in components
     transformer = load_transformer(folder, dtype=dtype)
     assert isinstance(transformer, CogVideoXTransformer)
@@ -69,7 +70,7 @@ def _load_cogvideox(folder: Path, components: frozenset[str], dtype: Any) -> Cog
     )
 
 
-def _load_wan(folder: Path, components: frozenset[str], dtype: Any) -> WanPipeline:
+def _load_wan(folder: Path, dtype: Any) -> WanPipeline:
     entries = read_json(folder / "model_index.json")
     classes = read_pipeline_index(folder).classes
     if "transformer_2" in classes or entries.get("boundary_ratio") is not None:
@@ -77,27 +78,23 @@ def _load_wan(folder: Path, components: frozenset[str], dtype: Any) -> WanPipeli
     if entries.get("expand_timesteps"):
         raise ValueError(f"{folder}: is a Wan 2.2 with times by token, and only Wan 2.1 runs.")
 
-    has_text_encoder, has_image_encoder = (
-        name in components for name in ("text_encoder", "image_encoder")
+    text_encoder = _lazy(folder, "text_encoder", dtype)
+    # As diffusers advises: small, and worth float32.
+    image_encoder, vae = (
+        _lazy(folder, name, jnp.dtype(jnp.float32)) for name in ("image_encoder", "vae")
     )
     return WanPipeline(
         transformer=_needed_transformer(folder, dtype),
         scheduler=FlowConfig.from_dict(_scheduler_entries(folder)),
-        # As diffusers advises: small, and worth float32.
-        vae=_lazy(folder, "vae", jnp.dtype(jnp.float32)),
-        image_encoder=_lazy(folder, "image_encoder", jnp.dtype(jnp.float32)),
-        image_processor=(
-            load_image_processor(folder / "image_processor") if has_image_encoder else None
-        ),
-        text_encoder=_lazy(folder, "text_encoder", dtype),
-        tokenizer=load_tokenizer(folder / "tokenizer") if has_text_encoder else None,
+        vae=vae,
+        image_encoder=image_encoder,
+        image_processor=image_encoder and load_image_processor(folder / "image_processor"),
+        text_encoder=text_encoder,
+        tokenizer=text_encoder and load_tokenizer(folder / "tokenizer"),
     )
 
 
-def _load_hunyuan_video(
-    folder: Path, components: frozenset[str], dtype: Any
-) -> HunyuanVideoPipeline:
-    del components
+def _load_hunyuan_video(folder: Path, dtype: Any) -> HunyuanVideoPipeline:
     names = "text_encoder", "text_encoder_2", "vae"
     text_encoder, text_encoder_2, vae = (_lazy(folder, name, dtype) for name in names)
     has_processor = (folder / "image_processor").is_dir()
@@ -136,7 +133,7 @@ def _scheduler_entries(folder: Path) -> dict[str, Any]:
     return read_json(folder / "scheduler" / "scheduler_config.json")
 
 
-_PIPELINES: Mapping[str, Callable[[Path, frozenset[str], Any], VideoPipeline]] = {
+_PIPELINES: Mapping[str, Callable[[Path, Any], VideoPipeline]] = {
     "CogVideoXPipeline": _load_cogvideox,
     "CogVideoXImageToVideoPipeline": _load_cogvideox,
     "HunyuanVideoPipeline": _load_hunyuan_video,
