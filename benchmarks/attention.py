@@ -4,7 +4,11 @@
     python benchmarks/plot_attention.py benchmarks/results/attention.json
 
 Every figure is a median of rounds in which all rows of a case run in turns, cuDNN's dense attention
-among them; a ratio is between timings of the same round. Sections:
+among them; a ratio is between timings of the same round. What takes less than a tenth of the dense
+row's time is queued behind a dense call, whose time is taken off, as work in a model is queued:
+alone it would be the host that is timed, which launches small programs slower than they run.
+
+Sections:
 
 * cases: the kernels, profiling, the layout, and whole steps of Sparse VideoGen. A whole step runs
   the profiling but has every second head temporal: random data would make none or all of them so.

@@ -106,8 +106,8 @@ class Run:
 
     def measure(self, functions: Functions, rounds: int | None = None, **options: Any) -> Seconds:
         """Times in turns, in seconds."""
-        least = 0.0 if self.tiny else LEAST_SECONDS
-        return interleaved_seconds(functions, rounds or self.rounds, least_seconds=least, **options)
+        options |= {"least_seconds": 0.0 if self.tiny else LEAST_SECONDS, "ahead": DENSE}
+        return interleaved_seconds(functions, rounds or self.rounds, **options)
 
     @property
     def copy_bytes(self) -> int:

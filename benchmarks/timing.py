@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from svg_jax.comparison import device_name, versions
 
 Functions = Mapping[str, Callable[[], Any]]
 Seconds = dict[str, list[float]]
-MOST_CALLS = 20
+MOST_CALLS, MOST_QUEUED = 20, 50
 
 
 def interleaved_seconds(
@@ -24,6 +24,7 @@ def interleaved_seconds(
     repeats: int,
     *,
     least_seconds: float = 0.0,
+    ahead: str | None = None,
     wait: Callable[[Any], Any] = jax.block_until_ready,
 ) -> Seconds:
     """Seconds that one call of each function takes: all once, then all again: drift hits all alike.
@@ -34,27 +35,42 @@ def interleaved_seconds(
         least_seconds: A timing is so many calls behind one another that it lasts about this long,
             up to `MOST_CALLS`, and two of them at least: what a single call waits for is not the
             device's time. 0: one call.
+        ahead: Name of a long function. Those that take less than a tenth of its time are queued
+            while the device is at work on it, and its time in the same round is taken off: what is
+            left is the device's time, as in the middle of a model, and not the host's to launch
+            many small programs.
         wait: Returns when the device has done what its argument depends on.
     """
     calls: dict[str, int] = {}
+    queued: dict[str, int] = {}  # calls that can be queued before the device is done with `ahead`
+    once = {}
     for name, function in functions.items():
         wait(function())
-        once = _timed(function, 1, wait)
-        wanted = math.ceil(least_seconds / once) if least_seconds else 1
+        once[name] = _timed([function], wait)
+        wanted = math.ceil(least_seconds / once[name]) if least_seconds else 1
         calls[name] = min(max(wanted, 2 if least_seconds else 1), MOST_CALLS)
+    if ahead is not None and ahead in functions:
+        times = {name: once[ahead] / seconds for name, seconds in once.items()}
+        queued = {name: min(int(n), MOST_QUEUED) for name, n in times.items() if n > 10}
     seconds: Seconds = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            seconds[name].append(_timed(function, calls[name], wait))
+            if n := queued.get(name):
+                first = functions[ahead or ""]
+                alone = _timed([first], wait)
+                seconds[name].append((_timed([first, *[function] * n], wait) - alone) / n)
+            else:
+                seconds[name].append(_timed([function] * calls[name], wait) / calls[name])
     return seconds
 
 
-def _timed(function: Callable[[], Any], calls: int, wait: Callable[[Any], Any]) -> float:
+def _timed(functions: Sequence[Callable[[], Any]], wait: Callable[[Any], Any]) -> float:
+    """Seconds of calls behind one another."""
     started = time.perf_counter()
-    for _ in range(calls - 1):
+    for function in functions[:-1]:
         function()
-    wait(function())
-    return (time.perf_counter() - started) / calls
+    wait(functions[-1]())
+    return time.perf_counter() - started
 
 
 def runnable(
