@@ -1,6 +1,7 @@
 """What the commands of the command line do."""
 
 import inspect
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -132,7 +133,8 @@ def generate(
         print(f"wrote {path} ({median_seconds(video.info.steps):.2f} s a step)")
 
     steps = arguments["num_inference_steps"]
-    with _steps_bar(sum(steps - len(job.file.records) for job in jobs)) as advance:
+    left = sum(steps - len(job.file.records) for job in jobs)
+    with _terminated_as_interrupted(), _steps_bar(left) as advance:
         generate_videos(
             pipeline,
             jobs,
@@ -268,6 +270,16 @@ def _read_arrays(paths: Mapping[str, Path | None]) -> dict[str, np.ndarray]:
             if name == "prompt_embeds":
                 arrays |= {other: loaded[other] for other in _RELATIVES & set(found)}
     return arrays
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, by which batch systems end a job, is taken for Ctrl-C: what is done is saved."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
