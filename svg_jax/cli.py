@@ -177,9 +177,23 @@ def export(
 def generate(
     model: Model,
     output: Annotated[
-        Path, _option("--output", "-o", help=".mp4, .gif or .png; .npz for the latents.")
+        Path,
+        _option(
+            "--output",
+            "-o",
+            help=".mp4, .gif or .png; .npz for the latents. With --prompts a folder, or a pattern "
+            "such as out/{index:03d}.gif; the first index is 0.",
+        ),
     ],
     prompt: Prompt = None,
+    prompts: Annotated[
+        Path | None,
+        _option(
+            "--prompts",
+            help="A file of prompts, one a line; blank lines and # comments are skipped, and "
+            "videos that are there from an earlier call.",
+        ),
+    ] = None,
     negative_prompt: Negative = "",
     prompt_embeds: Embeds = None,
     height: Height = None,
@@ -211,8 +225,21 @@ def generate(
         Path | None,
         _option("--labels-out", help="Write what profiling found out: .npz."),
     ] = None,
+    save_every: Annotated[
+        int,
+        _option(
+            "--save-every",
+            help="Save the run's state, as .OUTPUT.state, every so many steps; 0: never.",
+        ),
+    ] = 5,
+    resume: Annotated[
+        bool, _option("--resume", help="Go on from the saved state; start if there is none.")
+    ] = False,
 ) -> None:
-    """Generate a video from a prompt."""
+    """Generate a video from a prompt, or one from each line of a file.
+
+    A run that was stopped, by Ctrl-C or otherwise, goes on with the same command and --resume.
+    """
     from svg_jax import commands
 
     sparsity = None
@@ -226,6 +253,8 @@ def generate(
         fps=fps,
         enlarge=enlarge,
         labels_out=labels_out,
+        save_every=save_every,
+        resume=resume,
         files={
             "latents": latents,
             "prompt_embeds": prompt_embeds,
@@ -234,6 +263,7 @@ def generate(
         image=image,
         last_image=last_image,
         prompt=prompt,
+        prompts=prompts,
         negative_prompt=negative_prompt,
         height=height,
         width=width,

@@ -1,6 +1,7 @@
 """What the commands of the command line do."""
 
 import inspect
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +18,12 @@ from svg_jax.comparison import compare as compare_attention
 from svg_jax.config import SparsityConfig
 from svg_jax.convert import convert_pipeline, export_pipeline
 from svg_jax.files import written_atomically
-from svg_jax.sampling import VideoPipeline, from_pretrained
+from svg_jax.generation import generate_videos, output_paths, plan_videos, read_prompts
+from svg_jax.sampling import VideoOutput, VideoPipeline, from_pretrained
 from svg_jax.sampling.images import open_image
 from svg_jax.sampling.record import median_seconds
-from svg_jax.video import check_video_path, enlarge, save_video, side_by_side, with_label
+from svg_jax.video import check_fps, check_video_path, save_video, side_by_side, with_label
+from svg_jax.video import enlarge as enlarge_frames
 
 _DEMO_SPARSITY = SparsityConfig(density=0.25, dense_steps=0.3)
 _DEMO_ARGUMENTS: Mapping[str, Any] = {
@@ -67,43 +70,80 @@ def generate(
     model: Path,
     output: Path,
     *,
+    prompt: str | None,
+    prompts: Path | None,
     sparsity: SparsityConfig | None,
     dtype: str | None,
     fps: float | None,
     enlarge: int,
     labels_out: Path | None,
+    save_every: int,
+    resume: bool,
     files: Mapping[str, Path | None],
     **arguments: Any,
 ) -> None:
-    """Generates one video and writes it, or its latents."""
-    wants_latents = output.suffix == ".npz"
-    if not wants_latents:
-        check_video_path(output)
-    for path in (output, labels_out):
+    """Generates a video, or one of each prompt of a file, and writes it, or its latents."""
+    outputs = {output: prompt}
+    if prompts is not None:
+        if prompt is not None or files["prompt_embeds"] is not None or labels_out is not None:
+            raise ValueError("--prompts stands in place of --prompt, and takes no --labels-out")
+        texts = read_prompts(prompts)
+        outputs = dict(zip(output_paths(output, len(texts)), texts, strict=True))
+    wants_latents = next(iter(outputs)).suffix == ".npz"
+    for path in outputs:
+        if not wants_latents:
+            check_video_path(path)
         _check_folder(path)
+    _check_folder(labels_out)
     if labels_out is not None and sparsity is None:
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
     pipeline = from_pretrained(model, dtype=dtype)
+    fps = pipeline.frame_rate if fps is None else fps
+    check_fps(fps)
+    _check_enlarge(enlarge)
     arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
     if not (pipeline.makes_frames or wants_latents):
         raise ValueError(
             "this checkpoint was converted without its VAE: convert it with the VAE, or write "
             "latents (--output latents.npz)"
         )
-    with _steps_bar(arguments["num_inference_steps"]) as advance:
-        video = pipeline(
-            sparsity=sparsity, callback_on_step_end=lambda _: advance("denoising"), **arguments
+    jobs = plan_videos(
+        pipeline,
+        outputs,
+        written_as=None if prompts is None else {"fps": fps, "enlarge": enlarge},
+        save_every=save_every,
+        resume=resume,
+        sparsity=sparsity,
+        **arguments,
+    )
+    if skipped := len(outputs) - len(jobs):
+        print(f"{skipped} of {len(outputs)} videos are there already")
+    if resume and prompts is None and jobs[0].file.saved is None:
+        print(f"no run of {output} was saved: it starts at the first step")
+
+    def write(video: VideoOutput, path: Path) -> None:
+        if wants_latents:
+            with written_atomically(path) as temporary, temporary.open("wb") as file:
+                np.savez_compressed(file, latents=video.latents)
+        else:
+            assert video.frames is not None
+            save_video(enlarge_frames(video.frames[0], enlarge), path, fps=fps)
+        if labels_out is not None:
+            video.info.save(labels_out)
+        print(f"wrote {path} ({median_seconds(video.info.steps):.2f} s a step)")
+
+    steps = arguments["num_inference_steps"]
+    left = sum(steps - len(job.file.records) for job in jobs)
+    with _terminated_as_interrupted(), _steps_bar(left) as advance:
+        generate_videos(
+            pipeline,
+            jobs,
+            write=write,
+            keep_record=prompts is not None,
+            sparsity=sparsity,
+            callback_on_step_end=lambda _: advance("denoising"),
+            **arguments,
         )
-    if wants_latents:
-        with written_atomically(output) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, latents=video.latents)
-    else:
-        assert video.frames is not None
-        fps = pipeline.frame_rate if fps is None else fps
-        save_video(_enlarged(video.frames[0], enlarge), output, fps=fps)
-    if labels_out is not None:
-        video.info.save(labels_out)
-    print(f"wrote {output} ({median_seconds(video.info.steps):.2f} s a step)")
 
 
 def compare(
@@ -122,10 +162,12 @@ def compare(
     """Generates a video with dense and with sparse attention; writes both side by side."""
     for path in (output, json_file):
         _check_folder(path)
+    _check_enlarge(enlarge)
     pipeline = from_pretrained(model, dtype=dtype)
+    fps = pipeline.frame_rate if fps is None else fps
+    check_fps(fps)
     arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
     comparison = _compare(pipeline, sparsity=sparsity, pattern=pattern, **arguments)
-    fps = pipeline.frame_rate if fps is None else fps
     _write_comparison(comparison, output, fps=fps, factor=enlarge)
     if json_file is not None:
         comparison.report.save(json_file)
@@ -167,9 +209,9 @@ def _write_comparison(comparison: Comparison, output: Path, *, fps: float, facto
         print("this checkpoint was converted without its VAE: there are no videos to write")
         return
     both = side_by_side(
-        with_label(_enlarged(dense[0], factor), f"dense: {report.dense_seconds:.2f} s a step"),
+        with_label(enlarge_frames(dense[0], factor), f"dense: {report.dense_seconds:.2f} s a step"),
         with_label(
-            _enlarged(sparse[0], factor),
+            enlarge_frames(sparse[0], factor),
             f"{report.pattern}, density {report.density:.2f}: {report.sparse_seconds:.2f} s a step",
         ),
         gap=2 * factor,
@@ -192,10 +234,9 @@ def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict
     return given | {name: open_image(given[name]) for name in _IMAGES & given.keys()}
 
 
-def _enlarged(frames: np.ndarray, factor: int) -> np.ndarray:
+def _check_enlarge(factor: int) -> None:
     if factor < 1:
         raise ValueError(f"--enlarge is at least 1: got {factor}")
-    return enlarge(frames, factor)
 
 
 def _check_folder(path: Path | None) -> None:
@@ -229,6 +270,16 @@ def _read_arrays(paths: Mapping[str, Path | None]) -> dict[str, np.ndarray]:
             if name == "prompt_embeds":
                 arrays |= {other: loaded[other] for other in _RELATIVES & set(found)}
     return arrays
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, by which batch systems end a job, is taken for Ctrl-C: what is done is saved."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

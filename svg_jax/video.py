@@ -43,6 +43,12 @@ def check_video_path(path: str | Path) -> Path:
     return path
 
 
+def check_fps(fps: float | int) -> None:
+    """ValueError unless a video can have so many frames per second."""
+    if not 0 < fps <= 1000:
+        raise ValueError(f"fps must be positive and at most 1000: got {fps}")
+
+
 def save_video(
     video: HasFrames | Float[np.ndarray, "*batch frames height width 3"],
     path: str | Path,
@@ -63,8 +69,7 @@ def save_video(
         OSError: If the file cannot be written.
     """
     path = check_video_path(path)
-    if not 0 < fps <= 1000:
-        raise ValueError(f"fps must be positive and at most 1000: got {fps}")
+    check_fps(fps)
     fps = float(fps)
     frames = to_uint8(_one_video(video))
     with written_atomically(path) as temporary:

@@ -1,5 +1,6 @@
 """The command line on a tiny checkpoint: what it writes, what it prints, and how it fails."""
 
+import functools
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
 from svg_jax import cli
+from svg_jax.sampling import CogVideoXPipeline
 from svg_jax.video import save_video
 
 TRANSFORMER = {
@@ -290,6 +292,7 @@ def test_a_checkpoint_with_a_vae_gives_latents(run, model_with_vae, tmp_path):
         ([*PROMPT, "-o", "a.gif", "--seed", "-1"], "seed must not be negative"),
         ([*PROMPT, "-o", "a.gif", "--latents", "none.npy"], "none.npy: No such file"),
         ([*PROMPT, "-o", "a.gif", "--enlarge", "0"], "--enlarge is at least 1"),
+        ([*PROMPT, "-o", "a.gif", "--save-every", "-1"], "save_every (--save-every) is at least 0"),
         ([*PROMPT, "-o", "a.gif", "--fps", "0"], "fps must be positive"),
         (
             [*PROMPT, "-o", "a.gif", "--attention", "dense", "--labels-out", "l.npz"],
@@ -361,25 +364,53 @@ def test_help_is_quick_because_it_needs_no_jax():
     assert subprocess.run([sys.executable, "-c", probe]).returncode == 0
 
 
-def test_ctrl_c_ends_with_130_and_leaves_nothing(model, tmp_path):
+def test_ctrl_c_ends_with_130_and_leaves_what_the_run_goes_on_from(run, model, tmp_path):
     # A shell starts what runs in its background with Ctrl-C ignored, these tests too.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "from svg_jax.cli import main; main()"
-    command = [sys.executable, "-c", code, "generate", "--model"]
-    command += [str(model), *PROMPT, "--steps", "1000", "-o", "a.mp4"]
+    command = ["generate", "--model", model, *PROMPT, "--steps", "1000", "-o", "a.mp4"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, env=os.environ | {"JAX_LOG_COMPILES": "1"}
+        [sys.executable, "-c", code, *map(str, command)], cwd=tmp_path, stderr=subprocess.PIPE
     )
-    assert process.stderr is not None
-    for line in process.stderr:  # the loop runs when its step is compiled
-        if b"denoise_step" in line:
-            break
-    time.sleep(1)
+    state = tmp_path / ".a.mp4.state"
+    while process.poll() is None and not state.exists():
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert b"Traceback" not in error
+    assert error == b"svg-jax: a.mp4: its state is saved; --resume goes on from there\n"
+    assert [path.name for path in tmp_path.iterdir()] == [state.name]
+
+    before = state.read_bytes()
+    refused = [
+        ([], "holds a run that was not finished: go on with it by resume=True (--resume)"),
+        (["--resume", "--seed", "4"], "the saved one had seed 0, this one 4"),
+    ]
+    for arguments, sentence in refused:
+        result = run(*command, *arguments)
+        assert (result.code, is_one_sentence(result.err)) == (1, True)
+        assert sentence in result.err
+    assert state.read_bytes() == before
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing(run, model, monkeypatch, tmp_path):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        CogVideoXPipeline, "prepare", functools.wraps(CogVideoXPipeline.prepare)(interrupt)
+    )
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    result = run("generate", "--model", model, *PROMPT, "-o", "a.mp4")
+    assert (result.code, result.err) == (130, "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_starts_where_there_is_nothing_to_resume(run, model, tmp_path):
+    result = run("generate", "--model", model, *PROMPT, *QUICK, "-o", "a.npz", "--resume")
+    assert (result.code, result.err) == (0, "")
+    assert "no run of a.npz was saved: it starts at the first step" in result.out
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
 def test_the_bundled_model_knows_the_words_of_the_demo():

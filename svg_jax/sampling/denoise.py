@@ -108,6 +108,7 @@ def denoise(
     labels: Bool[np.ndarray, "..."] | None = None,
     seed: int = 0,
     steps: range | None = None,
+    save: Callable[[State, StepRecord], None] | None = None,
     callback_on_step_end: Callable[[StepRecord], None] | None = None,
 ) -> tuple[State, tuple[StepRecord, ...]]:
     """Runs the steps of a schedule, or some of them.
@@ -124,6 +125,7 @@ def denoise(
             step ([negative, positive]), or the positive ones alone for both.
         seed: Of the rows that profiling samples and of DPM's noise.
         steps: Which steps of the schedule to run; `state` is that before the first of them.
+        save: Called with the state after each step and its record, once it is known to be finite.
         callback_on_step_end: Called with the record of each step.
 
     Returns:
@@ -144,8 +146,15 @@ def denoise(
         sparse = attend_sparse(
             dataclasses.replace(sparsity, dense_steps=0.0), config.num_attention_layers
         )
+
+    def noise_of(step: int) -> Array | None:
+        if step not in steps or not schedule.draws_noise:
+            return None
+        return jnp.asarray(step_noise(seed, step, state.latents.shape))
+
     records: list[StepRecord] = []
     kinds = set()
+    noise = noise_of(steps.start)
     for step in steps:
         started = time.perf_counter()
         is_sparse, guided = step >= dense_steps, bool(scales[step] != 1)
@@ -157,9 +166,6 @@ def denoise(
                 layers = _labels_of_step(labels, step, schedule.num_steps)
                 given = _labels_of_entries(layers, guided, len(state.latents))
             step_state = StepState(step_key(seed, step), given)
-        noise = None
-        if schedule.draws_noise:
-            noise = jnp.asarray(step_noise(seed, step, state.latents.shape))
         arguments = (
             weights,
             state,
@@ -170,6 +176,7 @@ def denoise(
             step_state,
         )
         after, info, is_finite = denoise_step(graphdef, attend, *arguments)
+        noise = noise_of(step + 1)  # drawn on the host while the device is at this step
         if not is_finite:
             place = f"step {step} of {schedule.num_steps} (timestep {schedule.timesteps[step]})"
             raise FloatingPointError(_diagnose(place, graphdef, attend, *arguments))
@@ -185,6 +192,8 @@ def denoise(
         )
         kinds.add(kind)
         records.append(record)
+        if save is not None:
+            save(state, record)
         if callback_on_step_end is not None:
             callback_on_step_end(record)
     return state, tuple(records)

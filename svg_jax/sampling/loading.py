@@ -1,6 +1,7 @@
 """A converted folder to a pipeline that can be called."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from svg_jax.convert import (
 from svg_jax.convert.components import read_component_config, read_pipeline_index
 from svg_jax.convert.reader import read_json
 from svg_jax.models import CogVideoXTransformer
+from svg_jax.sampling.checkpoint import weights_digest
 from svg_jax.sampling.cogvideox import CogVideoXPipeline
 from svg_jax.sampling.flow import FlowConfig
 from svg_jax.sampling.hunyuan_video import HunyuanVideoPipeline
@@ -48,11 +50,12 @@ def from_pretrained(folder: str | Path, *, dtype: DTypeLike | None = None) -> Vi
         OSError: If a file cannot be read.
     """
     folder = Path(folder)
-    read_manifest(folder)  # whatever else is wrong, say first that it is no converted folder
+    # Whatever else is wrong, say first that it is no converted folder.
+    weights = weights_digest(read_manifest(folder))
     pipeline = read_pipeline_index(folder).pipeline
     if dtype is None:
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    return _PIPELINES[pipeline](folder, jnp.dtype(dtype))
+    return replace(_PIPELINES[pipeline](folder, jnp.dtype(dtype)), weights=weights)
 
 
 def _load_cogvideox(folder: Path, dtype: Any) -> CogVideoXPipeline:

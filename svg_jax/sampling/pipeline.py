@@ -1,11 +1,13 @@
 """What the families' pipelines share: prepare, denoise, decode, and when weights are loaded."""
 
 import dataclasses
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import jax
@@ -16,6 +18,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from svg_jax.config import SparsityConfig
 from svg_jax.models import VideoLayout
+from svg_jax.sampling.checkpoint import RunFile, make_fingerprint, open_run_file, saving
 from svg_jax.sampling.denoise import Conditions, denoise
 from svg_jax.sampling.flow import FlowSchedule, FlowState
 from svg_jax.sampling.record import SamplingInfo, StepRecord
@@ -44,6 +47,22 @@ class Lazy(Generic[Module]):
 def in_memory(component: Module | Lazy[Module]) -> Iterator[Module]:
     """The module of a component, for as long as the block lasts if it has to be loaded for it."""
     yield component.load() if isinstance(component, Lazy) else component
+
+
+def loading_once(pipeline: Any) -> Any:
+    """A copy whose components are loaded at most once, and freed with the copy.
+
+    For several runs: one copy encodes all prompts and is dropped before another loads the
+    transformer.
+    """
+    if isinstance(pipeline, Lazy):
+        return dataclasses.replace(pipeline, load=cache(pipeline.load))
+    if not dataclasses.is_dataclass(pipeline) or isinstance(pipeline, type):
+        return pipeline
+    parts = {field.name: getattr(pipeline, field.name) for field in dataclasses.fields(pipeline)}
+    copies = {name: loading_once(part) for name, part in parts.items()}
+    changed = {name: copy for name, copy in copies.items() if copy is not parts[name]}
+    return dataclasses.replace(pipeline, **changed) if changed else pipeline
 
 
 def run_encoder(encoder: nnx.Module, *inputs: Array, **options: int) -> Any:
@@ -114,12 +133,15 @@ class VideoPipeline(ABC):
         transformer: The denoiser.
         vae: Decodes latents, and encodes images; None where the checkpoint was converted without
             it: the outcome is then latents.
+        weights: Digest of the folder that it was loaded from, by which a saved run is known to be
+            of the same weights; None if it was put together otherwise.
     """
 
     frame_rate: ClassVar[float] = 8.0  # frames per second that the family was trained at
 
     transformer: Any
     vae: Any = None
+    weights: str | None = None
 
     def __call__(
         self,
@@ -130,9 +152,17 @@ class VideoPipeline(ABC):
         output_type: OutputType = "np",
         vae_tiling: bool = False,
         callback_on_step_end: Callable[[StepRecord], None] | None = None,
+        state_file: str | Path | None = None,
+        save_every: int = 5,
+        resume: bool = False,
         **arguments: Any,
     ) -> VideoOutput:
         """Generates videos; arguments have diffusers' names and meanings.
+
+        With a `state_file` a run survives what ends its process: it is saved there every few steps
+        and at an exception, and the same call with `resume` goes on from there, with the same
+        outcome bit for bit on the same device. The file goes when the call returns, for then the
+        outcome is in the caller's hands.
 
         Args:
             prompt: One prompt or several; or pass `prompt_embeds`.
@@ -140,24 +170,59 @@ class VideoPipeline(ABC):
             labels: Labels to use in place of profiling, True = temporal (see `denoise`).
             output_type: "np" for frames in 0…1, "uint8", or "latent" for latents alone.
             vae_tiling: Decode by the released tiles: less memory, and not quite the same frames.
-            callback_on_step_end: Called with the record of each step.
+            callback_on_step_end: Called with the record of each step that this call computes.
+            state_file: Where to save the run's state; None saves nothing.
+            save_every: Steps from one save to the next; 0 saves nothing.
+            resume: Go on from the state that is there; starts as usual if there is none.
             **arguments: Of the family's `prepare`: size, steps, guidance, seed, image and so on.
 
         Returns:
             Frames, latents, and what happened on the way.
 
         Raises:
-            ValueError: On arguments that do not fit the checkpoint or each other.
+            ValueError: On arguments that do not fit the checkpoint or each other, or a state that
+                is damaged or another run's; says what differs.
+            FileExistsError: If there is a state, and it is not to be resumed.
             FloatingPointError: If latents stop being finite.
         """
         if output_type not in ("np", "uint8", "latent"):  # before the work, not after it
             raise ValueError(f"output_type is 'np', 'uint8' or 'latent': got {output_type!r}")
+        file = None
+        if state_file is not None:
+            settings = self.fingerprint(prompt, sparsity=sparsity, labels=labels, **arguments)
+            file = open_run_file(state_file, settings, save_every=save_every, resume=resume)
         run = self.prepare(prompt, **arguments)
         run, steps = self.denoise(
-            run, sparsity=sparsity, labels=labels, callback_on_step_end=callback_on_step_end
+            run,
+            sparsity=sparsity,
+            labels=labels,
+            file=file,
+            callback_on_step_end=callback_on_step_end,
         )
         info = SamplingInfo(steps)
-        return self.decode(run, info, output_type=output_type, vae_tiling=vae_tiling)
+        video = self.decode(run, info, output_type=output_type, vae_tiling=vae_tiling)
+        if file is not None:
+            file.remove()
+        return video
+
+    def fingerprint(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        sparsity: SparsityConfig | None = None,
+        labels: Bool[np.ndarray, "..."] | None = None,
+        **arguments: Any,
+    ) -> dict[str, Any]:
+        """What determines the outcome of a call with these arguments, and of no other, as JSON."""
+        given = inspect.signature(self.prepare).bind(prompt, **arguments)
+        given.apply_defaults()
+        return make_fingerprint(
+            **given.arguments,
+            sparsity=sparsity,
+            labels=labels,
+            dtype=np.dtype(self.transformer.dtype).name,
+            weights=self.weights,
+        )
 
     @abstractmethod
     def prepare(self, prompt: str | Sequence[str] | None = None, **arguments: Any) -> PreparedRun:
@@ -170,13 +235,28 @@ class VideoPipeline(ABC):
         sparsity: SparsityConfig | None = None,
         labels: Bool[np.ndarray, "..."] | None = None,
         steps: range | None = None,
+        file: RunFile | None = None,
         callback_on_step_end: Callable[[StepRecord], None] | None = None,
     ) -> tuple[PreparedRun, tuple[StepRecord, ...]]:
-        """Runs all steps, or `steps` of them from the state that `run` is in (see `denoise`)."""
-        with in_memory(self.transformer) as transformer:
+        """Runs all steps, or `steps` of them from the state that `run` is in (see `denoise`).
+
+        With a `file` it goes on from what is saved there, and saves; the records are then those of
+        the saved steps, too.
+        """
+        state, done = run.state, ()
+        if file is not None:
+            if steps is not None:
+                raise ValueError("a saved run knows its steps: pass either steps or a file")
+            if file.saved is not None:
+                state, done = file.saved.state_like(state), file.records
+            steps = range(len(done), run.schedule.num_steps)
+        if steps is not None and not steps:  # nothing to load the transformer for
+            return dataclasses.replace(run, state=state), done
+        save_run = nullcontext() if file is None else saving(file)
+        with save_run as save, in_memory(self.transformer) as transformer:
             state, records = denoise(
                 transformer,
-                run.state,
+                state,
                 run.schedule,
                 run.conditions,
                 scales=run.scales,
@@ -184,9 +264,10 @@ class VideoPipeline(ABC):
                 labels=labels,
                 seed=run.seed,
                 steps=steps,
+                save=save,
                 callback_on_step_end=callback_on_step_end,
             )
-        return dataclasses.replace(run, state=state), records
+        return dataclasses.replace(run, state=state), done + records
 
     def decode(
         self,
