@@ -117,8 +117,8 @@ def test_equal_tiles_share_one_compilation_and_all_are_reported():
 def test_each_shape_of_tiles_is_compiled_once():
     compiled = []
 
-    def listen(event, duration_secs, **_):
-        del duration_secs
+    def listen(event, duration, **_):
+        del duration
         compiled.append(event)
 
     def decode(latents):
