@@ -1,17 +1,14 @@
 """Videos too large to encode or decode at once: overlapping tiles, and the blending of their seams.
 
 Tiles are computed one after the other from the host, and those of equal shape by the same compiled
-function: a GPU needs the memory of one tile. The few shapes are compiled for at the same time,
-which would take longer than all tiles otherwise. A tile does not see beyond its edge (nor do norms
-and attention), so that the result is not that of the whole: tiles are part of what is computed.
+function: a GPU needs the memory of one tile. A tile does not see beyond its edge (nor do norms and
+attention), so that the result is not that of the whole: tiles are part of what is computed.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import product
 from typing import Any
 
 import jax
@@ -19,9 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-TileFunction = partial[
-    Array
-]  # a function under `jax.jit` and all its arguments but the last, a tile
 Progress = Callable[[int, int], None]  # tiles done, tiles in all
 
 
@@ -104,7 +98,7 @@ class FrameTiling:
 
 
 def encode_tiles(
-    encode: TileFunction,
+    encode: Callable[[Array], Array],
     video: Float[Array, "batch channels frames height width"],
     tiling: Tiling,
     ratio: int,
@@ -115,7 +109,7 @@ def encode_tiles(
     """Encodes a video tile by tile.
 
     Args:
-        encode: Pixels to latents, of a tile of full size or of what is left at the edges.
+        encode: (pixels) -> latents, compiled; a tile's, of full size or what is left at the edges.
         video: The video.
         tiling: The tiles.
         ratio: Pixels to a latent, along rows and along columns.
@@ -127,7 +121,7 @@ def encode_tiles(
 
 
 def decode_tiles(
-    decode: TileFunction,
+    decode: Callable[[Array], Array],
     latents: Float[Array, "batch channels latent_frames latent_height latent_width"],
     tiling: Tiling,
     ratio: int,
@@ -139,7 +133,7 @@ def decode_tiles(
 
 
 def _map_tiles(
-    function: TileFunction,
+    function: Callable[[Array], Array],
     x: Array,
     tiles_in: Tiling,
     tiles_out: Tiling,
@@ -156,9 +150,6 @@ def _map_tiles(
         return out
     tops = range(0, height, tiles_in.stride_height)
     lefts = range(0, width, tiles_in.stride_width)
-    heights = {min(tiles_in.tile_height, height - top) for top in tops}
-    widths = {min(tiles_in.tile_width, width - left) for left in lefts}
-    _compile_together(function, [_cut(x, 0, 0, size=size) for size in product(heights, widths)])
     rows, above, done = [], [], 0
     for top in tops:
         row = []
@@ -178,15 +169,6 @@ def _map_tiles(
         rows.append(_join_row(row, tiles_out.stride_height, tiles_out.stride_width))
         above = row
     return jnp.concatenate(rows, axis=-2)
-
-
-def _compile_together(function: TileFunction, tiles: Collection[Array]) -> None:
-    """Compiles for all these tiles at once; calls find the outcome in `jax.jit`'s cache."""
-    lower: Callable[..., Any] = function.func.lower  # pyright: ignore[reportAttributeAccessIssue]
-    lowered = [lower(*function.args, tile) for tile in tiles]  # here: settings are a thread's own
-    with ThreadPoolExecutor() as pool:
-        for compiled in [pool.submit(each.compile) for each in lowered]:
-            compiled.result()
 
 
 def blend_frames(

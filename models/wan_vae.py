@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from svg_jax.models.layers import silu
 from svg_jax.models.vae import Posterior
-from svg_jax.models.vae_tiling import Progress, TileFunction, Tiling, decode_tiles, encode_tiles
+from svg_jax.models.vae_tiling import Progress, Tiling, decode_tiles, encode_tiles
 from svg_jax.models.wan_vae_config import WanVAEConfig
 from svg_jax.models.wan_vae_layers import (
     AttentionBlock,
@@ -281,7 +281,7 @@ class WanVAE(nnx.Module):
         mean, std = self._statistics(latents)
         return latents * std + mean
 
-    def _compiled(self, function: Callable[["WanVAE", Array], Array]) -> TileFunction:
+    def _compiled(self, function: Callable[["WanVAE", Array], Array]) -> Callable[[Array], Array]:
         """A function of this module and an array, as one of the array."""
         graph, state = nnx.split(self)
         return partial(_call, function, graph, state)

@@ -1,7 +1,6 @@
 """Tiles and their seams against the loops of the released VAEs, and the posterior."""
 
 import itertools
-from functools import partial
 from typing import Any
 
 import diffusers
@@ -40,11 +39,6 @@ def grow(x) -> Any:
     return out - out.mean((3, 4))[..., None, None]
 
 
-def coder(function) -> Any:
-    """As the tiles take it: compiled."""
-    return partial(jax.jit(function))
-
-
 def reference_vae(kind) -> Any:
     """One of the released VAEs with our functions for networks, and our tiles."""
     vae: Any = None
@@ -74,8 +68,8 @@ def test_tiles_are_cut_and_blended_as_in_diffusers(kind, size):
     video = rng.standard_normal((2, 3, 3, *(RATIO * axis for axis in size)), np.float32)
     latents = rng.standard_normal((2, 3, 2, *size), np.float32)
     pairs = [
-        (encode_tiles(coder(shrink), jnp.asarray(video), TILING, RATIO), vae._encode, video),
-        (decode_tiles(coder(grow), jnp.asarray(latents), TILING, RATIO), vae._decode, latents),
+        (encode_tiles(shrink, jnp.asarray(video), TILING, RATIO), vae._encode, video),
+        (decode_tiles(grow, jnp.asarray(latents), TILING, RATIO), vae._decode, latents),
     ]
     vae.use_tiling = True
     for ours, reference, x in pairs:
@@ -101,11 +95,12 @@ def test_frames_are_blended_as_in_diffusers(lengths):
 def test_equal_tiles_share_one_compilation_and_all_are_reported():
     traced, told = [], []
 
-    def traced_grow(x):
+    @jax.jit
+    def decode(x):
         traced.append(x.shape[-2:])
         return grow(x)
 
-    decode, latents = coder(traced_grow), jnp.ones((1, 2, 1, 11, 17))
+    latents = jnp.ones((1, 2, 1, 11, 17))
     decode_tiles(decode, latents, TILING, RATIO, lambda *numbers: told.append(numbers))
     assert sorted(traced) == [(2, 1), (2, 5), (2, 6), (4, 1), (4, 5), (4, 6)]
     assert told == [(i + 1, 20) for i in range(20)]
@@ -114,30 +109,10 @@ def test_equal_tiles_share_one_compilation_and_all_are_reported():
     assert told[20:] == [(1, 1)]
 
 
-def test_each_shape_of_tiles_is_compiled_once():
-    compiled = []
-
-    def listen(event, duration, **_):
-        del duration
-        compiled.append(event)
-
-    def decode(latents):
-        return decode_tiles(coder(lambda x: grow(x) + 1), latents, TILING, RATIO)
-
-    latents = jnp.ones((1, 2, 1, 11, 17))
-    decode(latents)  # cutting, blending and joining stay compiled
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        decode(latents)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert sum(event.endswith("backend_compile_duration") for event in compiled) == 6
-
-
 def test_seams_of_narrow_dtypes_are_rounded_once():
     latents = jnp.asarray(np.random.default_rng(1).standard_normal((1, 2, 1, 7, 9)), jnp.bfloat16)
-    out = decode_tiles(coder(lambda x: x), latents, Tiling(4, 4, 3, 3), 1)
-    exact = decode_tiles(coder(lambda x: x), latents.astype(jnp.float32), Tiling(4, 4, 3, 3), 1)
+    out = decode_tiles(lambda x: x, latents, Tiling(4, 4, 3, 3), 1)
+    exact = decode_tiles(lambda x: x, latents.astype(jnp.float32), Tiling(4, 4, 3, 3), 1)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out.astype(jnp.float32), exact.astype(jnp.bfloat16))
 
