@@ -211,9 +211,11 @@ def run_steps(
 
 def loop_overhead(steps: Callable[..., Any]) -> Row:
     """What the host adds to four compiled steps that are each saved, from one profiler trace."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = options.host_tracer_level = 0  # they slow the host down
     with tempfile.TemporaryDirectory() as folder:
         file = open_run_file(Path(folder) / "state", {}, save_every=1, resume=False)
-        with saving(file) as save, jax.profiler.trace(folder):
+        with saving(file) as save, jax.profiler.trace(folder, profiler_options=options):
             started = time.perf_counter()
             steps(save=save)
             wall = time.perf_counter() - started
