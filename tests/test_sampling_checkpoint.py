@@ -318,6 +318,14 @@ def test_what_cannot_be_saved_is_said_before_the_work(path, save_every, message,
         open_run_file(tmp_path / path, {}, save_every=save_every, resume=False)
 
 
+def test_a_saved_run_is_not_told_which_steps_to_run(tmp_path):
+    pipeline, arguments = pipeline_of("Wan, UniPC")
+    del arguments["sparsity"]
+    file = open_run_file(tmp_path / "state", {}, save_every=1, resume=False)
+    with pytest.raises(ValueError, match="pass either steps or a file"):
+        pipeline.denoise(pipeline.prepare(**arguments), steps=range(2), file=file)
+
+
 def test_no_save_leaves_no_file(tmp_path):
     pipeline, arguments = pipeline_of("Wan, UniPC")
     arguments |= {"state_file": tmp_path / "state", "save_every": 0}
