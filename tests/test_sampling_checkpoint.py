@@ -367,13 +367,16 @@ def test_the_loop_waits_for_no_save_but_the_one_before(tmp_path, monkeypatch):
     assert saves == [2, 3]  # what ends the run saves the rest
 
 
-def test_a_full_disk_is_a_warning_and_the_run_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("the device is gone")]
+)
+def test_a_save_that_fails_is_a_warning_and_the_run_goes_on(error, tmp_path, monkeypatch):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
     pipeline, arguments = pipeline_of("Wan, UniPC")
     monkeypatch.setattr(checkpoint, "save_run", full)
-    with pytest.warns(UserWarning, match="was not saved, and it goes on: .* No space left"):
+    with pytest.warns(UserWarning, match=f"state could not be saved: .*{error.args[-1]}"):
         video = pipeline(**arguments, state_file=tmp_path / "state", save_every=3)
     assert len(video.info.steps) == 6
 
