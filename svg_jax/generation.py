@@ -129,7 +129,7 @@ def plan_videos(
         jobs.append(VideoJob(prompt, output, fingerprint, file))
         if file.saved is not None:
             done = len(file.records)
-            _LOGGER.warning("%s: goes on after %d of its steps, which were saved", output, done)
+            _LOGGER.warning("%s: goes on after the first %d steps, which are saved", output, done)
     return jobs
 
 

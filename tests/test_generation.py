@@ -21,8 +21,10 @@ import svg_jax
 from svg_jax import cli
 from svg_jax.convert import convert_pipeline
 from svg_jax.generation import generate_videos, output_paths, plan_videos, read_prompts
-from svg_jax.sampling import CogVideoXPipeline
-from svg_jax.sampling.pipeline import Lazy
+from svg_jax.sampling import CogVideoXPipeline, HunyuanVideoPipeline
+from svg_jax.sampling.flow import FlowConfig
+from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
+from svg_jax.sampling.pipeline import Lazy, loading_once
 
 PROMPTS = [f"a red {digit} moving left over the flower" for digit in ("three", "five", "nine")]
 SMALL: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 1, "num_frames": 2}
@@ -113,7 +115,7 @@ def test_a_list_that_was_stopped_goes_on(generate, expected, monkeypatch):
     assert "out/.1.npz.state holds a run that was not finished: go on with it" in error
     code, out, error = generate("--resume")
     assert (code, out.count("wrote")) == (0, 2)
-    assert error == "svg-jax: out/1.npz: goes on after 1 of its steps, which were saved\n"
+    assert error == "svg-jax: out/1.npz: goes on after the first 1 steps, which are saved\n"
     for index, wanted in enumerate(expected):
         np.testing.assert_array_equal(latents(f"out/{index}.npz"), wanted)
     assert not Path("out/.1.npz.state").exists()
@@ -242,6 +244,20 @@ def test_a_stage_is_loaded_once_and_gone_before_the_next_is_loaded(model, tmp_pa
         "transformer gone",
         "wrote 2.npz",
     ]
+
+
+def test_components_of_components_are_loaded_once_too():
+    loads: Any = [lambda: nnx.Module(), lambda: nnx.Module()]
+    parts = [Lazy(None, None, load) for load in loads]
+    pipeline: Any = HunyuanVideoPipeline(
+        transformer=parts[0],
+        scheduler=FlowConfig("euler"),
+        encoders=HunyuanVideoEncoders(text_encoder=parts[1]),
+    )
+    copy = loading_once(pipeline)
+    assert copy.encoders.text_encoder.load() is copy.encoders.text_encoder.load()
+    assert copy.transformer.load() is not loading_once(pipeline).transformer.load()
+    assert pipeline.encoders.text_encoder is parts[1]
 
 
 def test_videos_wait_for_the_room_that_decoding_takes(model, tmp_path, monkeypatch):

@@ -318,6 +318,14 @@ def test_what_cannot_be_saved_is_said_before_the_work(path, save_every, message,
         open_run_file(tmp_path / path, {}, save_every=save_every, resume=False)
 
 
+def test_a_saved_run_is_not_told_which_steps_to_run(tmp_path):
+    pipeline, arguments = pipeline_of("Wan, UniPC")
+    del arguments["sparsity"]
+    file = open_run_file(tmp_path / "state", {}, save_every=1, resume=False)
+    with pytest.raises(ValueError, match="pass either steps or a file"):
+        pipeline.denoise(pipeline.prepare(**arguments), steps=range(2), file=file)
+
+
 def test_no_save_leaves_no_file(tmp_path):
     pipeline, arguments = pipeline_of("Wan, UniPC")
     arguments |= {"state_file": tmp_path / "state", "save_every": 0}
@@ -359,13 +367,16 @@ def test_the_loop_waits_for_no_save_but_the_one_before(tmp_path, monkeypatch):
     assert saves == [2, 3]  # what ends the run saves the rest
 
 
-def test_a_full_disk_is_a_warning_and_the_run_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("the device is gone")]
+)
+def test_a_save_that_fails_is_a_warning_and_the_run_goes_on(error, tmp_path, monkeypatch):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
     pipeline, arguments = pipeline_of("Wan, UniPC")
     monkeypatch.setattr(checkpoint, "save_run", full)
-    with pytest.warns(UserWarning, match="was not saved, and it goes on: .* No space left"):
+    with pytest.warns(UserWarning, match=f"state could not be saved: .*{error.args[-1]}"):
         video = pipeline(**arguments, state_file=tmp_path / "state", save_every=3)
     assert len(video.info.steps) == 6
 

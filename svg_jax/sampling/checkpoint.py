@@ -18,7 +18,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,15 +136,16 @@ def saving(file: RunFile) -> Iterator[Callable[[State, StepRecord], None]]:
             return
         try:
             pending.result()
-        except OSError as error:
-            warnings.warn(f"the run's state was not saved, and it goes on: {error}", stacklevel=3)
+        except (OSError, RuntimeError) as error:  # RuntimeError: a device that failed
+            warnings.warn(f"the run's state could not be saved: {error}", stacklevel=3)
         pending = None
 
     def start_save() -> None:
         nonlocal pending, unsaved
         finish_save()
-        for array in jax.tree.leaves(latest):
-            array.copy_to_host_async()
+        with suppress(RuntimeError):  # the thread says it
+            for array in jax.tree.leaves(latest):
+                array.copy_to_host_async()
         pending = thread.submit(save_run, file.path, latest, tuple(records), file.fingerprint)
         unsaved = 0
 
