@@ -139,15 +139,14 @@ def demo(prompt: str, *, seed: int, output: Path, source: Path | None) -> None:
         converted = Path(scratch) / "model"
         with _bytes_bar() as progress:
             convert_pipeline(source or folder, converted, progress=progress)
-        pipeline = from_pretrained(converted)
-    comparison = _compare(
-        pipeline,
-        prompt=prompt,
-        seed=seed,
-        sparsity=_DEMO_SPARSITY,
-        pattern="svg",
-        **_DEMO_ARGUMENTS,
-    )
+        comparison = _compare(
+            from_pretrained(converted),
+            prompt=prompt,
+            seed=seed,
+            sparsity=_DEMO_SPARSITY,
+            pattern="svg",
+            **_DEMO_ARGUMENTS,
+        )
     _write_comparison(comparison, output, fps=_DEMO_FPS, factor=_DEMO_ENLARGE)
 
 

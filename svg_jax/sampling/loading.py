@@ -9,16 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from svg_jax.convert import (
-    load_component,
-    load_text_encoder,
-    load_transformer,
-    load_vae,
-    read_manifest,
-)
+from svg_jax.convert import load_component, read_manifest
 from svg_jax.convert.components import read_component_config, read_pipeline_index
 from svg_jax.convert.reader import read_json
-from svg_jax.models import CogVideoXTransformer
 from svg_jax.sampling.cogvideox import CogVideoXPipeline
 from svg_jax.sampling.flow import FlowConfig
 from svg_jax.sampling.hunyuan_video import HunyuanVideoPipeline
@@ -56,17 +49,11 @@ def from_pretrained(folder: str | Path, *, dtype: DTypeLike | None = None) -> Vi
 
 
 def _load_cogvideox(folder: Path, dtype: Any) -> CogVideoXPipeline:
-    components = read_manifest(folder).components
-    has_text_encoder = "text_encoder" in components
-    transformer = load_transformer(folder, dtype=dtype)
-    assert isinstance(transformer, CogVideoXTransformer)
     return CogVideoXPipeline(
-        transformer=transformer,
+        **_shared(folder, dtype),
+        vae=_lazy(folder, "vae", dtype),
         scheduler=SchedulerConfig.from_dict(_scheduler_entries(folder)),
-        text_encoder=load_text_encoder(folder, dtype=dtype) if has_text_encoder else None,
-        tokenizer=load_tokenizer(folder / "tokenizer") if has_text_encoder else None,
         has_vae="vae" in read_pipeline_index(folder).classes,
-        vae=load_vae(folder, dtype=dtype) if "vae" in components else None,
     )
 
 
@@ -78,33 +65,30 @@ def _load_wan(folder: Path, dtype: Any) -> WanPipeline:
     if entries.get("expand_timesteps"):
         raise ValueError(f"{folder}: is a Wan 2.2 with times by token, and only Wan 2.1 runs.")
 
-    text_encoder = _lazy(folder, "text_encoder", dtype)
     # As diffusers advises: small, and worth float32.
     image_encoder, vae = (
         _lazy(folder, name, jnp.dtype(jnp.float32)) for name in ("image_encoder", "vae")
     )
     return WanPipeline(
-        transformer=_needed_transformer(folder, dtype),
-        scheduler=FlowConfig.from_dict(_scheduler_entries(folder)),
+        **_shared(folder, dtype),
         vae=vae,
+        scheduler=FlowConfig.from_dict(_scheduler_entries(folder)),
         image_encoder=image_encoder,
         image_processor=image_encoder and load_image_processor(folder / "image_processor"),
-        text_encoder=text_encoder,
-        tokenizer=text_encoder and load_tokenizer(folder / "tokenizer"),
     )
 
 
 def _load_hunyuan_video(folder: Path, dtype: Any) -> HunyuanVideoPipeline:
-    names = "text_encoder", "text_encoder_2", "vae"
-    text_encoder, text_encoder_2, vae = (_lazy(folder, name, dtype) for name in names)
+    shared = _shared(folder, dtype)
+    text_encoder_2 = _lazy(folder, "text_encoder_2", dtype)
     has_processor = (folder / "image_processor").is_dir()
     return HunyuanVideoPipeline(
-        transformer=_needed_transformer(folder, dtype),
+        transformer=shared["transformer"],
+        vae=_lazy(folder, "vae", dtype),
         scheduler=FlowConfig.from_dict(_scheduler_entries(folder)),
-        vae=vae,
         encoders=HunyuanVideoEncoders(
-            text_encoder=text_encoder,
-            tokenizer=text_encoder and load_tokenizer(folder / "tokenizer"),
+            text_encoder=shared["text_encoder"],
+            tokenizer=shared["tokenizer"],
             text_encoder_2=text_encoder_2,
             tokenizer_2=text_encoder_2 and load_tokenizer(folder / "tokenizer_2"),
             image_processor=(
@@ -114,19 +98,26 @@ def _load_hunyuan_video(folder: Path, dtype: Any) -> HunyuanVideoPipeline:
     )
 
 
+def _shared(folder: Path, dtype: Any) -> dict[str, Any]:
+    """What every family has: a transformer, and an encoder of prompts with its tokenizer."""
+    transformer, text_encoder = (
+        _lazy(folder, name, dtype) for name in ("transformer", "text_encoder")
+    )
+    if transformer is None:
+        raise ValueError(f"{folder}: holds no transformer: convert the source again with it.")
+    return {
+        "transformer": transformer,
+        "text_encoder": text_encoder,
+        "tokenizer": text_encoder and load_tokenizer(folder / "tokenizer"),
+    }
+
+
 def _lazy(folder: Path, name: str, dtype: Any) -> Lazy[Any] | None:
     """A component, or None if the checkpoint was converted without it."""
     if name not in read_manifest(folder).components:
         return None
     config = read_component_config(folder / name, read_pipeline_index(folder).classes[name])
     return Lazy(config, dtype, partial(load_component, folder, name, dtype=dtype))
-
-
-def _needed_transformer(folder: Path, dtype: Any) -> Lazy[Any]:
-    transformer = _lazy(folder, "transformer", dtype)
-    if transformer is None:
-        raise ValueError(f"{folder}: holds no transformer: convert the source again with it.")
-    return transformer
 
 
 def _scheduler_entries(folder: Path) -> dict[str, Any]:
