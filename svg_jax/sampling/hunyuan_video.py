@@ -25,10 +25,9 @@ from svg_jax.sampling.hunyuan_video_conditions import (
 from svg_jax.sampling.hunyuan_video_text import (
     HunyuanVideoEncoders,
     Texts,
-    images_of_each,
     negative_texts,
 )
-from svg_jax.sampling.images import Image, as_frame
+from svg_jax.sampling.images import Image, as_frame, images_of_each
 from svg_jax.sampling.latents import latent_grid
 from svg_jax.sampling.pipeline import (
     Lazy,
