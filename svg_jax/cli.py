@@ -73,7 +73,14 @@ def _option(*names: str, help: str):
     return typer.Option(*names, help=help)
 
 
-Model = Annotated[Path, _option("--model", help="A converted folder (svg-jax convert).")]
+Model = Annotated[
+    str,
+    _option(
+        "--model",
+        help="A converted folder (svg-jax convert), or a folder in diffusers' layout or a hub id, "
+        "which is converted once into $SVG_JAX_CACHE (~/.cache/svg-jax).",
+    ),
+]
 Prompt = Annotated[str | None, _option("--prompt", help="What to show.")]
 Negative = Annotated[str, _option("--negative-prompt", help="What guidance leads away from.")]
 Embeds = Annotated[
@@ -345,6 +352,7 @@ def main() -> None:
     warnings.showwarning = _show_warning
     logger = logging.getLogger("svg_jax")
     logger.handlers, logger.propagate = [_Echo()], False  # else absl's handler says it again
+    logger.setLevel(logging.INFO)
     try:
         code = app(standalone_mode=False)
     except Exception as error:

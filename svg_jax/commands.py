@@ -64,7 +64,7 @@ def export(source: Path, destination: Path) -> None:
 
 
 def generate(
-    model: Path,
+    model: str,
     output: Path,
     *,
     sparsity: SparsityConfig | None,
@@ -83,7 +83,7 @@ def generate(
         _check_folder(path)
     if labels_out is not None and sparsity is None:
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
-    pipeline = from_pretrained(model, dtype=dtype)
+    pipeline = _load(model, dtype)
     arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
     if not (pipeline.makes_frames or wants_latents):
         raise ValueError(
@@ -107,7 +107,7 @@ def generate(
 
 
 def compare(
-    model: Path,
+    model: str,
     output: Path,
     *,
     sparsity: SparsityConfig,
@@ -122,7 +122,7 @@ def compare(
     """Generates a video with dense and with sparse attention; writes both side by side."""
     for path in (output, json_file):
         _check_folder(path)
-    pipeline = from_pretrained(model, dtype=dtype)
+    pipeline = _load(model, dtype)
     arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
     comparison = _compare(pipeline, sparsity=sparsity, pattern=pattern, **arguments)
     fps = pipeline.frame_rate if fps is None else fps
@@ -148,6 +148,11 @@ def demo(prompt: str, *, seed: int, output: Path, source: Path | None) -> None:
             **_DEMO_ARGUMENTS,
         )
     _write_comparison(comparison, output, fps=_DEMO_FPS, factor=_DEMO_ENLARGE)
+
+
+def _load(model: str, dtype: str | None) -> VideoPipeline:
+    with _bytes_bar(visible=False) as progress:
+        return from_pretrained(model, dtype=dtype, progress=progress)
 
 
 def _compare(pipeline: VideoPipeline, prompt: str | None = None, **arguments: Any) -> Comparison:
@@ -247,9 +252,10 @@ def _steps_bar(total: int) -> Iterator[Any]:
 
 
 @contextmanager
-def _bytes_bar() -> Iterator[Any]:
+def _bytes_bar(*, visible: bool = True) -> Iterator[Any]:
+    """A bar of bytes; if it is not visible, it comes with the first of them."""
     with _bar() as progress:
-        task = progress.add_task("checking", total=None)
+        task = progress.add_task("checking", total=None, visible=visible)
         yield lambda done, total, what: progress.update(
-            task, completed=done, total=total, description=what
+            task, completed=done, total=total, description=what, visible=True
         )

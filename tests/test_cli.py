@@ -350,12 +350,6 @@ def test_wrong_usage_is_one_sentence_and_code_2(run, arguments):
     assert (result.code, is_one_sentence(result.err)) == (2, True)
 
 
-def test_a_folder_that_was_not_converted_says_what_to_do(run, source):
-    result = run("generate", "--model", source, *PROMPT, "-o", "a.gif")
-    assert (result.code, is_one_sentence(result.err)) == (1, True)
-    assert "svg-jax convert" in result.err
-
-
 def test_help_is_quick_because_it_needs_no_jax():
     probe = "import sys; import svg_jax.cli; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe]).returncode == 0

@@ -371,11 +371,3 @@ def test_image_to_video_needs_an_image(checkpoint):
         pipeline(**arrays, **size)
     with pytest.raises(ValueError, match=r"image_latents must have the shape \(1, 1, 4, 8, 12\)"):
         pipeline(**arrays, **size, image_latents=image[:, :, :, :4])
-
-
-def test_a_folder_that_was_not_converted(tmp_path):
-    write_checkpoint(tmp_path, "2b")
-    with pytest.raises(ValueError, match="svg-jax convert"):
-        from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is no folder"):
-        from_pretrained(tmp_path / "missing")

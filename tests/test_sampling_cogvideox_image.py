@@ -77,9 +77,8 @@ def write_checkpoint(folder, variant):
     classes = {name: ["diffusers", CLASSES[name]] for name in modules}
     index = {"_class_name": "CogVideoXImageToVideoPipeline", **classes}
     (folder / "model_index.json").write_text(json.dumps(index))
-    pipe: Any = diffusers.CogVideoXImageToVideoPipeline(
-        **modules, tokenizer=None, text_encoder=None
-    )
+    modules |= {"tokenizer": None, "text_encoder": None}
+    pipe: Any = diffusers.CogVideoXImageToVideoPipeline(**modules)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,4 +1,4 @@
-"""A converted folder to a pipeline that can be called."""
+"""A model to a pipeline that can be called."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -11,8 +11,10 @@ from jax.typing import DTypeLike
 
 from svg_jax.convert import load_component, read_manifest
 from svg_jax.convert.components import read_component_config, read_pipeline_index
+from svg_jax.convert.progress import Progress
 from svg_jax.convert.reader import read_json
 from svg_jax.sampling.cogvideox import CogVideoXPipeline
+from svg_jax.sampling.converted import converted_folder
 from svg_jax.sampling.flow import FlowConfig
 from svg_jax.sampling.hunyuan_video import HunyuanVideoPipeline
 from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
@@ -23,29 +25,62 @@ from svg_jax.sampling.wan import WanPipeline
 from svg_jax.tokenizer import load_tokenizer
 
 
-def from_pretrained(folder: str | Path, *, dtype: DTypeLike | None = None) -> VideoPipeline:
-    """Loads what `svg-jax convert` made, onto the default device.
+def from_pretrained(
+    model: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> VideoPipeline:
+    """Loads a video model, onto the default device.
+
+    What `svg-jax convert` made is used as it is. A folder in diffusers' layout, or one from the
+    hub, is converted first: once, bit for bit, into a cache.
 
     Args:
-        folder: A converted pipeline.
+        model: A converted folder, a folder in diffusers' layout, or a hub id ("owner/name"); what
+            is there as a folder is never looked for on the hub.
         dtype: Of matrix products; parameters stay as they are stored. Default: bfloat16 on an
             accelerator, float32 on a CPU.
+        revision: Of a hub id: a branch, tag or commit.
+        variant: Weights to take where a component has them, e.g. "fp16"; elsewhere the plain ones.
+        cache_dir: Keeps downloads and, in `svg-jax`, what was converted, in place of the hub's
+            cache and of $SVG_JAX_CACHE, which is ~/.cache/svg-jax if it is not set.
+        progress: Of a conversion: called with (bytes done, bytes in all, component).
 
     Returns:
-        The pipeline of the checkpoint's family. HunyuanVideo and Wan load each component where it
-        is used and free it behind: text encoder and transformer are never there together.
+        The pipeline of the checkpoint's family. Each component is loaded where it is used and freed
+            behind: text encoder and transformer are never there together.
 
     Raises:
-        ValueError: If the folder is not a whole converted one; a diffusers folder is to be
-            converted first.
-        OSError: If a file cannot be read.
+        ValueError: If there is no such model, it is damaged, or of a kind that does not run.
+        OSError: If a file cannot be read or written, the hub cannot be reached, or it denies access
+            (`PermissionError`: a gated model).
     """
-    folder = Path(folder)
-    read_manifest(folder)  # whatever else is wrong, say first that it is no converted folder
+    folder = converted_folder(
+        model,
+        revision=revision,
+        variant=variant,
+        cache_dir=cache_dir,
+        check=_refuse_wan_2_2,
+        progress=progress,
+    )
+    read_manifest(folder)  # whatever else is wrong, say first that it is no whole converted folder
     pipeline = read_pipeline_index(folder).pipeline
     if dtype is None:
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     return _PIPELINES[pipeline](folder, jnp.dtype(dtype))
+
+
+def _refuse_wan_2_2(folder: Path) -> None:
+    entries = read_json(folder / "model_index.json")
+    classes = read_pipeline_index(folder).classes
+    if "transformer_2" in classes or entries.get("boundary_ratio") is not None:
+        raise ValueError(f"{folder}: is a Wan 2.2 of two transformers, and only Wan 2.1 runs.")
+    if entries.get("expand_timesteps"):
+        raise ValueError(f"{folder}: is a Wan 2.2 with times by token, and only Wan 2.1 runs.")
 
 
 def _load_cogvideox(folder: Path, dtype: Any) -> CogVideoXPipeline:
@@ -58,13 +93,7 @@ def _load_cogvideox(folder: Path, dtype: Any) -> CogVideoXPipeline:
 
 
 def _load_wan(folder: Path, dtype: Any) -> WanPipeline:
-    entries = read_json(folder / "model_index.json")
-    classes = read_pipeline_index(folder).classes
-    if "transformer_2" in classes or entries.get("boundary_ratio") is not None:
-        raise ValueError(f"{folder}: is a Wan 2.2 of two transformers, and only Wan 2.1 runs.")
-    if entries.get("expand_timesteps"):
-        raise ValueError(f"{folder}: is a Wan 2.2 with times by token, and only Wan 2.1 runs.")
-
+    _refuse_wan_2_2(folder)
     # As diffusers advises: small, and worth float32.
     image_encoder, vae = (
         _lazy(folder, name, jnp.dtype(jnp.float32)) for name in ("image_encoder", "vae")
