@@ -13,9 +13,6 @@ from typing import Annotated
 
 import typer
 
-from svg_jax.config import SparsityConfig
-
-_SPARSITY = SparsityConfig()
 _INTERRUPTED = 130  # exit code after Ctrl-C
 # RuntimeError is what JAX raises when memory runs out.
 _EXPECTED = (ValueError, OSError, FloatingPointError, RuntimeError)
@@ -95,7 +92,7 @@ Embeds = Annotated[
 Height = Annotated[int | None, _option("--height", help="In pixels; default: as trained.")]
 Width = Annotated[int | None, _option("--width", help="In pixels; default: as trained.")]
 Frames = Annotated[int | None, _option("--num-frames", help="Default: as trained.")]
-Steps = Annotated[int, _option("--steps", help="Denoising steps.")]
+Steps = Annotated[int | None, _option("--steps", help="Denoising steps; default: the authors'.")]
 Guidance = Annotated[
     float | None,
     _option("--guidance-scale", help="1 or less: no guidance. Default: the model's."),
@@ -126,15 +123,24 @@ ImageLatents = Annotated[
     Path | None,
     _option("--image-latents", help="Of the first frame, for image to video: .npy or .npz."),
 ]
-Density = Annotated[float, _option("--density", help="Share of attention that is computed.")]
+Density = Annotated[
+    float | None,
+    _option(
+        "--density",
+        help="Share of attention that is computed. Default, as of the next three: the paper's for "
+        "the model and size.",
+    ),
+]
 DenseSteps = Annotated[
-    float, _option("--dense-steps", help="Share of the steps, from the first, that stay dense.")
+    float | None,
+    _option("--dense-steps", help="Share of the steps, from the first on, that stay dense."),
 ]
 DenseLayers = Annotated[
-    float, _option("--dense-layers", help="Share of the layers, from the first, that stay dense.")
+    float | None,
+    _option("--dense-layers", help="Share of the layers, from the first on, that stay dense."),
 ]
 SampledRows = Annotated[
-    int, _option("--sampled-rows", help="Query rows from which heads are told apart.")
+    int | None, _option("--sampled-rows", help="Query rows from which heads are told apart.")
 ]
 DtypeOption = Annotated[
     Dtype | None,
@@ -192,7 +198,7 @@ def generate(
     height: Height = None,
     width: Width = None,
     num_frames: Frames = None,
-    steps: Steps = 50,
+    steps: Steps = None,
     guidance_scale: Guidance = None,
     true_cfg_scale: TrueCfg = None,
     guidance_steps: GuidanceSteps = 1.0,
@@ -205,10 +211,10 @@ def generate(
     attention: Annotated[
         Attention, _option("--attention", help="Dense, or Sparse VideoGen.")
     ] = Attention.svg,
-    density: Density = _SPARSITY.density,
-    dense_steps: DenseSteps = _SPARSITY.dense_steps,
-    dense_layers: DenseLayers = _SPARSITY.dense_layers,
-    sampled_rows: SampledRows = _SPARSITY.sampled_rows,
+    density: Density = None,
+    dense_steps: DenseSteps = None,
+    dense_layers: DenseLayers = None,
+    sampled_rows: SampledRows = None,
     dtype: DtypeOption = None,
     scheduler: Scheduler = None,
     flow_shift: FlowShift = None,
@@ -222,13 +228,11 @@ def generate(
     """Generate a video from a prompt."""
     from svg_jax import commands
 
-    sparsity = None
-    if attention is Attention.svg:
-        sparsity = SparsityConfig(density, dense_steps, dense_layers, sampled_rows)
+    sparsity = _sparsity(density, dense_steps, dense_layers, sampled_rows)
     commands.generate(
         model,
         output,
-        sparsity=sparsity,
+        sparsity=sparsity if attention is Attention.svg else None,
         dtype=dtype,
         fps=fps,
         enlarge=enlarge,
@@ -268,7 +272,7 @@ def compare(
     height: Height = None,
     width: Width = None,
     num_frames: Frames = None,
-    steps: Steps = 50,
+    steps: Steps = None,
     guidance_scale: Guidance = None,
     true_cfg_scale: TrueCfg = None,
     guidance_steps: GuidanceSteps = 1.0,
@@ -281,10 +285,10 @@ def compare(
     pattern: Annotated[
         PatternName, _option("--pattern", help="Profile heads, or take all for one kind.")
     ] = PatternName.svg,
-    density: Density = _SPARSITY.density,
-    dense_steps: DenseSteps = _SPARSITY.dense_steps,
-    dense_layers: DenseLayers = _SPARSITY.dense_layers,
-    sampled_rows: SampledRows = _SPARSITY.sampled_rows,
+    density: Density = None,
+    dense_steps: DenseSteps = None,
+    dense_layers: DenseLayers = None,
+    sampled_rows: SampledRows = None,
     dtype: DtypeOption = None,
     scheduler: Scheduler = None,
     flow_shift: FlowShift = None,
@@ -298,7 +302,7 @@ def compare(
     commands.compare(
         model,
         output,
-        sparsity=SparsityConfig(density, dense_steps, dense_layers, sampled_rows),
+        sparsity=_sparsity(density, dense_steps, dense_layers, sampled_rows),
         pattern=pattern.value,
         dtype=dtype,
         fps=fps,
@@ -345,6 +349,22 @@ def demo(
     from svg_jax import commands
 
     commands.demo(prompt, seed=seed, output=output, source=source)
+
+
+def _sparsity(
+    density: float | None,
+    dense_steps: float | None,
+    dense_layers: float | None,
+    sampled_rows: int | None,
+) -> dict[str, float | int]:
+    """What was given of SparsityConfig's fields."""
+    options = {
+        "density": density,
+        "dense_steps": dense_steps,
+        "dense_layers": dense_layers,
+        "sampled_rows": sampled_rows,
+    }
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def main() -> None:

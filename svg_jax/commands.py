@@ -1,5 +1,6 @@
 """What the commands of the command line do."""
 
+import dataclasses
 import inspect
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,7 +68,7 @@ def generate(
     model: str,
     output: Path,
     *,
-    sparsity: SparsityConfig | None,
+    sparsity: Mapping[str, Any] | None,
     dtype: str | None,
     fps: float | None,
     enlarge: int,
@@ -90,9 +91,10 @@ def generate(
             "this checkpoint was converted without its VAE: convert it with the VAE, or write "
             "latents (--output latents.npz)"
         )
+    config = None if sparsity is None else _sparsity_of(pipeline, sparsity, arguments)
     with _steps_bar(arguments["num_inference_steps"]) as advance:
         video = pipeline(
-            sparsity=sparsity, callback_on_step_end=lambda _: advance("denoising"), **arguments
+            sparsity=config, callback_on_step_end=lambda _: advance("denoising"), **arguments
         )
     if wants_latents:
         with written_atomically(output) as temporary, temporary.open("wb") as file:
@@ -110,7 +112,7 @@ def compare(
     model: str,
     output: Path,
     *,
-    sparsity: SparsityConfig,
+    sparsity: Mapping[str, Any],
     pattern: Pattern,
     dtype: str | None,
     fps: float | None,
@@ -124,7 +126,8 @@ def compare(
         _check_folder(path)
     pipeline = _load(model, dtype)
     arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
-    comparison = _compare(pipeline, sparsity=sparsity, pattern=pattern, **arguments)
+    config = _sparsity_of(pipeline, sparsity, arguments)
+    comparison = _compare(pipeline, sparsity=config, pattern=pattern, **arguments)
     fps = pipeline.frame_rate if fps is None else fps
     _write_comparison(comparison, output, fps=fps, factor=enlarge)
     if json_file is not None:
@@ -185,7 +188,7 @@ def _write_comparison(comparison: Comparison, output: Path, *, fps: float, facto
 
 
 def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that were given, images read from their files.
+    """The arguments that were given, images read from their files, and the number of steps.
 
     Raises:
         ValueError: If the model takes no such argument.
@@ -193,7 +196,25 @@ def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict
     given = {name: value for name, value in arguments.items() if value is not None}
     if unknown := given.keys() - inspect.signature(pipeline.prepare).parameters:
         raise ValueError(f"this model takes no {' and no '.join(sorted(unknown))}")
-    return given | {name: open_image(given[name]) for name in _IMAGES & given.keys()}
+    given |= {name: open_image(given[name]) for name in _IMAGES & given.keys()}
+    return {"num_inference_steps": pipeline.default_steps} | given
+
+
+def _sparsity_of(
+    pipeline: VideoPipeline, given: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> SparsityConfig:
+    """What was given and, for the rest, the paper's settings; says which in one line."""
+    size = arguments.get("height"), arguments.get("width")
+    config = dataclasses.replace(pipeline.paper_sparsity(*size), **given)
+    preset = pipeline.paper_preset(*size)
+    whence = "the general default" if preset is None else f"the paper's {preset}"
+    if given:
+        whence += " but for " + ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    print(
+        f"sparsity: density {config.density:g}, dense steps {config.dense_steps:g}, dense layers "
+        f"{config.dense_layers:g}, sampled rows {config.sampled_rows} ({whence})"
+    )
+    return config
 
 
 def _enlarged(frames: np.ndarray, factor: int) -> np.ndarray:

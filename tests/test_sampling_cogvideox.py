@@ -1,5 +1,6 @@
 """The CogVideoX pipeline against diffusers' own, from noise to latents, on tiny checkpoints."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_dpm_cogvideox as dpm_module
 
-from svg_jax.config import SparsityConfig
+from svg_jax.config import PAPER_PRESETS, SparsityConfig
 from svg_jax.convert import convert_pipeline
 from svg_jax.models import CogVideoXConfig
 from svg_jax.sampling import from_pretrained
@@ -256,6 +257,13 @@ def test_sizes_default_to_those_of_training(pipeline):
         prompt_embeds=inputs("5b")["prompt_embeds"], num_inference_steps=1, guidance_scale=1
     )
     assert video.latents.shape == (1, 3, 4, 8, 8)
+
+
+def test_sparsity_defaults_to_the_papers(pipeline):
+    assert pipeline.paper_sparsity() is PAPER_PRESETS["cogvideox1.5-i2v"]
+    of_pixels = dataclasses.replace(pipeline, has_vae=False)
+    assert of_pixels.paper_sparsity() == SparsityConfig()
+    assert of_pixels.paper_preset(480, 720) is None
 
 
 def test_sparse_steps_follow_the_warm_up(pipeline):

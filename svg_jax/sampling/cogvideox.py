@@ -209,6 +209,10 @@ class CogVideoXPipeline(VideoPipeline):
             padding_frames=padding_frames,
         )
 
+    def paper_preset(self, height: int | None = None, width: int | None = None) -> str | None:
+        """See `VideoPipeline.paper_preset`; one for all sizes, none for models of pixels."""
+        return "cogvideox1.5-i2v" if self.has_vae else None
+
     def finished_latents(self, run: PreparedRun) -> Array:
         """See `VideoPipeline.finished_latents`."""
         return run.state.latents[:, run.padding_frames :]
