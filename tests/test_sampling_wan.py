@@ -221,7 +221,7 @@ def test_the_shift_can_be_chosen(make):
 class EvenSteps(diffusers.FlowMatchEulerDiscreteScheduler):
     """Euler with the sigmas that HunyuanVideo's pipeline passes; Wan's would leave them to it."""
 
-    def set_timesteps(self, num_inference_steps=None, device=None, **_options):
+    def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, **_options):
         sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist()
         super().set_timesteps(device=device, sigmas=sigmas)
 

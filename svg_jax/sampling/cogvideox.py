@@ -22,13 +22,20 @@ from svg_jax.sampling.pipeline import (
     Lazy,
     PreparedRun,
     VideoPipeline,
+    check_finite,
     check_videos_per_prompt,
     in_memory,
     repeat_each,
     run_encoder,
     starting_latents,
 )
-from svg_jax.sampling.schedulers import Sampler, SchedulerConfig, initial_state, make_schedule
+from svg_jax.sampling.schedulers import (
+    Sampler,
+    Schedule,
+    SchedulerConfig,
+    initial_state,
+    make_schedule,
+)
 from svg_jax.sampling.text import take_prompts
 from svg_jax.tokenizer import PromptTokenizer
 
@@ -37,6 +44,7 @@ _OFS = 2.0  # the only value that CogVideoX-1.5 image to video was trained with
 # Ranks alone: sizes are checked against each other with errors that say what to do.
 Embeddings = Float[Array | np.ndarray, "_batch _text_tokens _features"]
 Latents = Float[Array | np.ndarray, "_batch _frames _channels _height _width"]
+Noise = Float[Array | np.ndarray, "_steps _batch _frames _channels _height _width"]
 
 
 @jax.tree_util.register_dataclass
@@ -126,6 +134,7 @@ class CogVideoXPipeline(VideoPipeline):
         negative_prompt_embeds: Embeddings | None = None,
         image_latents: Latents | None = None,
         image_noise: Latents | None = None,
+        sampler_noise: Noise | None = None,
         num_videos_per_prompt: int = 1,
         seed: int = 0,
         max_sequence_length: int | None = None,
@@ -152,6 +161,8 @@ class CogVideoXPipeline(VideoPipeline):
                 width], scaled as the model expects them, in place of an image.
             image_noise: Standard normal numbers of image_latents' shape, by which the VAE's latents
                 of an image are drawn, in place of the seed's.
+            sampler_noise: What "dpm" adds in its steps, [steps, *shape of the latents], in place of
+                the seed's.
             num_videos_per_prompt: Videos of each prompt, from noise of their own.
             seed: The same seed gives the same noise on every device.
             max_sequence_length: Text tokens, padding included. Default: the model's.
@@ -207,6 +218,7 @@ class CogVideoXPipeline(VideoPipeline):
             seed=seed,
             layout=layout,
             padding_frames=padding_frames,
+            sampler_noise=_checked_noise(sampler_noise, schedule, shape),
         )
 
     def paper_preset(self, height: int | None = None, width: int | None = None) -> str | None:
@@ -248,3 +260,17 @@ class CogVideoXPipeline(VideoPipeline):
         input_ids = jnp.asarray(self.tokenizer(prompts, length))
         with in_memory(self.text_encoder) as encoder:
             return run_encoder(encoder, input_ids)
+
+
+def _checked_noise(
+    noise: Noise | None, schedule: Schedule, shape: tuple[int, ...]
+) -> Float[np.ndarray, "steps batch frames channels height width"] | None:
+    if noise is None:
+        return None
+    if not schedule.draws_noise:
+        raise ValueError("the scheduler adds no noise: it takes no sampler_noise")
+    expected = (schedule.num_steps, *shape)
+    if noise.shape != expected:
+        raise ValueError(f"sampler_noise must have the shape {expected}: got {noise.shape}")
+    check_finite("sampler_noise", noise)
+    return np.asarray(noise)

@@ -107,6 +107,7 @@ def denoise(
     sparsity: SparsityConfig | None = None,
     labels: Bool[np.ndarray, "..."] | None = None,
     seed: int = 0,
+    sampler_noise: Float[Array | np.ndarray, "..."] | None = None,
     steps: range | None = None,
     callback_on_step_end: Callable[[StepRecord], None] | None = None,
 ) -> tuple[State, tuple[StepRecord, ...]]:
@@ -123,6 +124,8 @@ def denoise(
             or with a leading axis for all steps of the schedule. Entries are those of a guided
             step ([negative, positive]), or the positive ones alone for both.
         seed: Of the rows that profiling samples and of DPM's noise.
+        sampler_noise: What DPM adds, [steps of the schedule, *shape of the latents], in place of
+            the seed's.
         steps: Which steps of the schedule to run; `state` is that before the first of them.
         callback_on_step_end: Called with the record of each step.
 
@@ -159,7 +162,9 @@ def denoise(
             step_state = StepState(step_key(seed, step), given)
         noise = None
         if schedule.draws_noise:
-            noise = jnp.asarray(step_noise(seed, step, state.latents.shape))
+            drawn = sampler_noise is None
+            noise = step_noise(seed, step, state.latents.shape) if drawn else sampler_noise[step]
+            noise = jnp.asarray(noise, jnp.float32)
         arguments = (
             weights,
             state,

@@ -95,6 +95,7 @@ class PreparedRun:
         seed: Of all random numbers after the initial noise.
         layout: Where video and text stand in the transformer's sequence.
         padding_frames: Leading latent frames that are dropped at the end (CogVideoX-1.5).
+        sampler_noise: See `denoise`.
     """
 
     schedule: Schedule | FlowSchedule
@@ -104,6 +105,7 @@ class PreparedRun:
     seed: int
     layout: VideoLayout
     padding_frames: int = 0
+    sampler_noise: Float[np.ndarray, "..."] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -210,6 +212,7 @@ class VideoPipeline(ABC):
                 sparsity=sparsity,
                 labels=labels,
                 seed=run.seed,
+                sampler_noise=run.sampler_noise,
                 steps=steps,
                 callback_on_step_end=callback_on_step_end,
             )
