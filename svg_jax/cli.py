@@ -7,11 +7,43 @@ import logging
 import os
 import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from svg_jax.cli_options import (
+    Attention,
+    DenseLayers,
+    DenseSteps,
+    Density,
+    DtypeOption,
+    DynamicCfg,
+    Embeds,
+    Enlarge,
+    FlowShift,
+    Fps,
+    Frames,
+    Guidance,
+    GuidanceSteps,
+    Height,
+    Image,
+    ImageLatents,
+    LastImage,
+    Latents,
+    Model,
+    Negative,
+    PatternName,
+    Prompt,
+    SampledRows,
+    Scheduler,
+    Seed,
+    Steps,
+    StoredDtype,
+    TrueCfg,
+    Width,
+)
+from svg_jax.cli_options import option as _option
 
 _INTERRUPTED = 130  # exit code after Ctrl-C
 # RuntimeError is what JAX raises when memory runs out.
@@ -24,135 +56,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Attention(StrEnum):
-    """How generate attends."""
-
-    dense = "dense"
-    svg = "svg"
-
-
-class PatternName(StrEnum):
-    """What compare takes heads for."""
-
-    svg = "svg"
-    spatial = "spatial"
-    temporal = "temporal"
-    random = "random"
-
-
-class SamplerName(StrEnum):
-    """The samplers: the first two are CogVideoX's, the others those of flow matching."""
-
-    ddim = "ddim"
-    dpm = "dpm"
-    euler = "euler"
-    unipc = "unipc"
-
-
-class Dtype(StrEnum):
-    """What matrix products are computed in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class StoredDtype(StrEnum):
-    """What weights are stored in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-def _option(*names: str, help: str):
-    return typer.Option(*names, help=help)
-
-
-Model = Annotated[
-    str,
-    _option(
-        "--model",
-        help="A converted folder (svg-jax convert), or a folder in diffusers' layout or a hub id, "
-        "which is converted once into $SVG_JAX_CACHE (~/.cache/svg-jax).",
-    ),
-]
-Prompt = Annotated[str | None, _option("--prompt", help="What to show.")]
-Negative = Annotated[str, _option("--negative-prompt", help="What guidance leads away from.")]
-Embeds = Annotated[
-    Path | None,
-    _option(
-        "--prompt-embeds",
-        help="Text features in place of a prompt: .npy, or .npz with prompt_embeds [1, tokens, "
-        "features] and, for guidance, negative_prompt_embeds; HunyuanVideo needs "
-        "pooled_prompt_embeds and prompt_attention_mask beside each.",
-    ),
-]
-Height = Annotated[int | None, _option("--height", help="In pixels; default: as trained.")]
-Width = Annotated[int | None, _option("--width", help="In pixels; default: as trained.")]
-Frames = Annotated[int | None, _option("--num-frames", help="Default: as trained.")]
-Steps = Annotated[int | None, _option("--steps", help="Denoising steps; default: the authors'.")]
-Guidance = Annotated[
-    float | None,
-    _option("--guidance-scale", help="1 or less: no guidance. Default: the model's."),
-]
-TrueCfg = Annotated[
-    float | None,
-    _option("--true-cfg-scale", help="HunyuanVideo's guidance away from the negative prompt."),
-]
-GuidanceSteps = Annotated[
-    float,
-    _option("--guidance-steps", help="Share of the steps, from the first, that pay for guidance."),
-]
-DynamicCfg = Annotated[bool, _option("--dynamic-cfg", help="Vary guidance over the run.")]
-FlowShift = Annotated[
-    float | None, _option("--flow-shift", help="Default: the checkpoint's own (flow matching).")
-]
-Image = Annotated[
-    Path | None, _option("--image", help="What the video begins with, for image to video.")
-]
-LastImage = Annotated[
-    Path | None, _option("--last-image", help="What it ends with, for models that take both.")
-]
-Seed = Annotated[int, _option("--seed", help="The same seed gives the same noise anywhere.")]
-Latents = Annotated[
-    Path | None, _option("--latents", help="Initial noise in place of the seed's: .npy or .npz.")
-]
-ImageLatents = Annotated[
-    Path | None,
-    _option("--image-latents", help="Of the first frame, for image to video: .npy or .npz."),
-]
-Density = Annotated[
-    float | None,
-    _option(
-        "--density",
-        help="Share of attention that is computed. Default, as of the next three: the paper's for "
-        "the model and size.",
-    ),
-]
-DenseSteps = Annotated[
-    float | None,
-    _option("--dense-steps", help="Share of the steps, from the first on, that stay dense."),
-]
-DenseLayers = Annotated[
-    float | None,
-    _option("--dense-layers", help="Share of the layers, from the first on, that stay dense."),
-]
-SampledRows = Annotated[
-    int | None, _option("--sampled-rows", help="Query rows from which heads are told apart.")
-]
-DtypeOption = Annotated[
-    Dtype | None,
-    _option("--dtype", help="Of computation; default: bfloat16 on a GPU, float32 on a CPU."),
-]
-Scheduler = Annotated[
-    SamplerName | None, _option("--scheduler", help="Default: the checkpoint's own.")
-]
-Fps = Annotated[
-    float | None, _option("--fps", help="Frames per second of the video; default: as trained.")
-]
-Enlarge = Annotated[int, _option("--enlarge", help="Pixels to show each pixel as, each way.")]
 
 
 @app.command()
