@@ -200,6 +200,10 @@ def test_only_what_is_needed_comes_from_the_hub(hub, tmp_path):
         if path.is_file() and path.name != "README.md"
     }
     assert hub.revisions == ["v1", COMMIT]  # the weights are of the index's commit
+    shutil.rmtree(hub.snapshot)
+    hub.fetched.clear()
+    from_pretrained("owner/tiny", cache_dir=tmp_path / "cache")
+    assert hub.fetched == {"model_index.json"}  # the conversion is there
 
 
 def test_a_variant_where_there_is_one(hub, tmp_path):
@@ -234,6 +238,12 @@ def test_what_does_not_run_is_refused_before_weights_come(hub, tmp_path, changes
     with pytest.raises(ValueError, match=message):
         from_pretrained("owner/tiny", cache_dir=tmp_path)
     assert hub.fetched == {"model_index.json"}
+
+
+def test_a_repository_that_is_no_pipeline(hub, tmp_path):
+    (hub.folder / "model_index.json").unlink()
+    with pytest.raises(ValueError, match=r"owner/tiny: is no pipeline in diffusers' layout"):
+        from_pretrained("owner/tiny", cache_dir=tmp_path)
 
 
 RESPONSE = httpx2.Response(403, request=httpx2.Request("GET", "https://huggingface.co"))

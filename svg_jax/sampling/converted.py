@@ -1,7 +1,7 @@
 """A model in any form to a converted folder; what is not converted yet is so once, into a cache.
 
 The cache has a folder for each state of each source. Any of them may be deleted while no pipeline
-of it is in use.
+of it is in use, and so may a conversion's source in the hub's cache.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from svg_jax.convert import convert_pipeline
 from svg_jax.convert.components import read_pipeline_index
 from svg_jax.convert.manifest import FORMAT_VERSION, NAME
 from svg_jax.convert.progress import Progress
-from svg_jax.sampling.hub import download, is_hub_id
+from svg_jax.sampling.hub import download_components, download_index, is_hub_id
 
 _LOGGER = logging.getLogger(__name__)
 _READ_WHOLE = 2**20  # bytes; larger files are known by size and time
@@ -49,11 +50,10 @@ def converted_folder(
         ValueError: If it is nothing of the kind, cannot be converted, or an argument does not fit.
         OSError: If the hub or the disk refuses.
     """
-    folder = Path(model).expanduser()
+    folder, fetch = Path(model).expanduser(), None
     if not folder.is_dir() and isinstance(model, str) and is_hub_id(model):
-        folder = download(
-            model, revision=revision, variant=variant, cache_dir=cache_dir, check=check
-        )
+        folder = download_index(model, revision=revision, cache_dir=cache_dir)
+        fetch = partial(download_components, model, folder, variant=variant, cache_dir=cache_dir)
     elif revision is not None:
         raise ValueError(f"{model}: revision={revision!r} goes with a hub id alone.")
     elif not folder.is_dir():
@@ -71,15 +71,19 @@ def converted_folder(
         )
     check(folder)
     target = _cache_folder(cache_dir) / f"{_name(folder)}-{_fingerprint(folder, variant)}"
-    return _convert_once(folder, target, variant, progress)
+    if not (target / NAME).is_file():  # a conversion appears as a whole
+        _convert_once(folder, target, variant, progress, fetch)
+    return target
 
 
 def _convert_once(
-    source: Path, target: Path, variant: str | None, progress: Progress | None
-) -> Path:
-    """Converts, unless that was done; of several processes one does and the others wait for it."""
-    if (target / NAME).is_file():  # a conversion appears as a whole
-        return target
+    source: Path,
+    target: Path,
+    variant: str | None,
+    progress: Progress | None,
+    fetch: Callable[[], None] | None,
+) -> None:
+    """Fetches and converts; of several processes one does, and the others wait for it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(target.with_name(f".{target.name}.lock"))
     try:
@@ -89,11 +93,12 @@ def _convert_once(
         lock.acquire()
     try:
         if not (target / NAME).is_file():
+            if fetch is not None:
+                fetch()
             _LOGGER.info("converting %s, once, into %s", source, target)
             convert_pipeline(source, target, variant=variant, progress=progress)
     finally:
         lock.release()
-    return target
 
 
 def _cache_folder(cache_dir: str | Path | None) -> Path:

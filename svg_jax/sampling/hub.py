@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from svg_jax.convert.components import COPIED, read_pipeline_index, select_components
@@ -19,50 +19,59 @@ def is_hub_id(model: str) -> bool:
     return re.fullmatch(f"{_PART}/{_PART}", model) is not None
 
 
-def download(
-    hub_id: str,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    cache_dir: str | Path | None = None,
-    check: Callable[[Path], None] | None = None,
+def download_index(
+    hub_id: str, *, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Path:
-    """Brings a pipeline in diffusers' layout into the hub's cache.
+    """Brings a pipeline's model_index.json into the hub's cache.
 
     Args:
         hub_id: "owner/name".
         revision: A branch, tag or commit; None is the main branch.
-        variant: Which weights where a component has them, e.g. "fp16"; the plain ones elsewhere.
         cache_dir: In place of the hub's own cache ($HF_HUB_CACHE).
-        check: Called with a folder that holds model_index.json alone, before the weights come.
 
     Returns:
-        The snapshot's folder.
+        The snapshot's folder, named by its commit. Of the rest nothing needs to be there.
 
     Raises:
-        ValueError: If the hub has no such repository, revision or variant, or the pipeline is none
-            that is supported.
+        ValueError: If the hub has no such repository or revision, or it is no pipeline.
         PermissionError: If the repository's licence was not accepted.
         ConnectionError: If the hub cannot be reached and the cache does not have it.
     """
     folder = _snapshot(hub_id, ["model_index.json"], revision, cache_dir)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{hub_id}: is no pipeline in diffusers' layout: has no model_index.json.")
+    return folder
+
+
+def download_components(
+    hub_id: str, folder: Path, *, variant: str | None, cache_dir: str | Path | None
+) -> None:
+    """Brings the rest of a pipeline to its model_index.json: what `convert_pipeline` reads.
+
+    Args:
+        hub_id: "owner/name".
+        folder: What `download_index` returned.
+        variant: Which weights where a component has them, e.g. "fp16"; the plain ones elsewhere.
+        cache_dir: As with `download_index`.
+
+    Raises:
+        ValueError: If the pipeline has components that are not ported, or no such variant.
+        OSError: See `download_index`.
+    """
     index = read_pipeline_index(folder)
     components = select_components(index, None, folder)
-    if check is not None:
-        check(folder)
-
-    commit = folder.name  # all of one commit, whatever happens on the hub meanwhile
+    commit = folder.name  # whatever happens on the hub meanwhile
     patterns = [f"{name}/*" for name in COPIED if name in index.classes]
     patterns += [f"{name}/config.json" for name in components]
     patterns += [pattern for name in components for pattern in _weights(name, variant)]
-    folder = _snapshot(hub_id, patterns, commit, cache_dir)
+    _snapshot(hub_id, patterns, commit, cache_dir)
     plain = [name for name in components if not weights_in(folder / name, variant)]
     if variant is None or not plain:
-        return folder
+        return
     if len(plain) == len(components):
         raise ValueError(f"{hub_id}: has no weights of the variant {variant!r}: omit it.")
     patterns = [pattern for name in plain for pattern in _weights(name, None)]
-    return _snapshot(hub_id, patterns, commit, cache_dir)
+    _snapshot(hub_id, patterns, commit, cache_dir)
 
 
 def _weights(component: str, variant: str | None) -> list[str]:
