@@ -49,35 +49,39 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         convert_pipeline(folder, Path(scratch) / "converted")
         pipeline = from_pretrained(Path(scratch) / "converted", dtype="float32")
+        assert isinstance(pipeline, CogVideoXPipeline)
+        assert pipeline.tokenizer is not None
+        input_ids = pipeline.tokenizer(prompts, golden["input_ids"].shape[1])
+        check("input_ids that differ", int((input_ids != golden["input_ids"]).sum()), 0)
+        embeds = np.asarray(pipeline.encode_prompts(prompts))
+        check("max |T5 features - theirs|", np.abs(embeds - golden["prompt_embeds"]).max(), 1e-5)
 
-    assert isinstance(pipeline, CogVideoXPipeline)
-    assert pipeline.tokenizer is not None
-    input_ids = pipeline.tokenizer(prompts, golden["input_ids"].shape[1])
-    check("input_ids that differ", int((input_ids != golden["input_ids"]).sum()), 0)
-    embeds = np.asarray(pipeline.encode_prompts(prompts))
-    check("max |T5 features - theirs|", np.abs(embeds - golden["prompt_embeds"]).max(), 1e-5)
+        def sample(**arguments) -> np.ndarray:
+            started = time.perf_counter()
+            video = pipeline(
+                latents=golden["noise"],
+                num_inference_steps=num_steps,
+                guidance_scale=1,
+                **arguments,
+            )
+            print(f"  {num_steps} steps, {time.perf_counter() - started:.0f} s", flush=True)
+            timesteps = [step.timestep for step in video.info.steps]
+            check("timesteps that differ", int((timesteps != golden["timesteps"]).sum()), 0)
+            return video.latents
 
-    def sample(**arguments) -> np.ndarray:
-        started = time.perf_counter()
-        video = pipeline(
-            latents=golden["noise"], num_inference_steps=num_steps, guidance_scale=1, **arguments
-        )
-        print(f"  {num_steps} steps, {time.perf_counter() - started:.0f} s", flush=True)
-        timesteps = [step.timestep for step in video.info.steps]
-        check("timesteps that differ", int((timesteps != golden["timesteps"]).sum()), 0)
-        return video.latents
+        dense = sample(prompt_embeds=golden["prompt_embeds"])
+        check("dense: max |video - theirs|", np.abs(dense - golden["video"]).max(), 1e-3)
+        dense = sample(prompt=prompts)
+        check("dense, from the prompts", np.abs(dense - golden["video"]).max(), 1e-3)
 
-    dense = sample(prompt_embeds=golden["prompt_embeds"])
-    check("dense: max |video - theirs|", np.abs(dense - golden["video"]).max(), 1e-3)
-    dense = sample(prompt=prompts)
-    check("dense, from the prompts", np.abs(dense - golden["video"]).max(), 1e-3)
-
-    given = {"prompt_embeds": golden["prompt_embeds"], "sparsity": sparsity}
-    sparse = sample(labels=labels, **given)
-    check("SVG, the golden's labels", np.abs(sparse - golden["svg_video"]).max(), 1e-2)
-    for theirs, ours, reference in zip(golden["svg_video"], sparse, golden["video"], strict=True):
-        print(f"  PSNR to dense: theirs {psnr(theirs, reference):.2f} dB", end=", ")
-        print(f"ours {psnr(ours, reference):.2f} dB")
+        given = {"prompt_embeds": golden["prompt_embeds"], "sparsity": sparsity}
+        sparse = sample(labels=labels, **given)
+        check("SVG, the golden's labels", np.abs(sparse - golden["svg_video"]).max(), 1e-2)
+        for theirs, ours, reference in zip(
+            golden["svg_video"], sparse, golden["video"], strict=True
+        ):
+            print(f"  PSNR to dense: theirs {psnr(theirs, reference):.2f} dB", end=", ")
+            print(f"ours {psnr(ours, reference):.2f} dB")
     if failures:
         print(f"{len(failures)} of the figures are over their limits", file=sys.stderr)
     return 1 if failures else 0

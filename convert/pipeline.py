@@ -34,6 +34,7 @@ from svg_jax.convert.reader import (
     read_json,
     read_tensor,
     read_weights,
+    weights_in,
 )
 from svg_jax.convert.rules import ConversionError, Leaf
 from svg_jax.convert.staging import check_destination, staged_folder
@@ -63,6 +64,7 @@ def convert_pipeline(
     *,
     components: Collection[str] | None = None,
     dtype: DTypeLike | None = None,
+    variant: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
@@ -81,6 +83,7 @@ def convert_pipeline(
         dtype: float32, float16 or bfloat16 to cast every weight to. None keeps what is stored,
             tensor by tensor: a component may mix dtypes (T5's `wo` in float32 among float16), the
             layers of one stacked weight may not.
+        variant: Which weights to convert where a component has them, e.g. "fp16".
         overwrite: Whether to replace a checkpoint folder that is at `destination`.
         progress: Called with (bytes done, bytes in all, component).
 
@@ -95,7 +98,9 @@ def convert_pipeline(
     index = read_pipeline_index(source)
     chosen = select_components(index, components, source)
     allowed = _link_targets(source)
-    plan = [_check_component(source / c, index.classes[c], cast, allowed) for c in chosen]
+    if variant is not None and not any(weights_in(source / name, variant) for name in chosen):
+        raise ConversionError(f"{source}: holds no weights of the variant {variant!r}: omit it.")
+    plan = [_check_component(source / c, index.classes[c], cast, allowed, variant) for c in chosen]
     files = _small_files(source, [name for name in COPIED if name in index.classes], allowed)
 
     total = sum(component.nbytes for component in plan)
@@ -153,9 +158,13 @@ def _small_files(source: Path, folders: list[str], allowed: tuple[Path, ...]) ->
 
 
 def _check_component(
-    folder: Path, class_name: str, dtype: np.dtype | None, allowed: tuple[Path, ...]
+    folder: Path,
+    class_name: str,
+    dtype: np.dtype | None,
+    allowed: tuple[Path, ...],
+    variant: str | None,
 ) -> _Component:
-    tensors = read_weights(folder, allowed)
+    tensors = read_weights(folder, allowed, variant)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     leaves = component_leaves(folder, class_name, shapes)
     used = [name for leaf in leaves for names in leaf.names for name in names]

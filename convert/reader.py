@@ -125,24 +125,31 @@ def _tensor(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     return StoredTensor(name, file, DTYPES[dtype], tuple(shape), data_start + begin, nbytes)
 
 
-def read_weights(folder: Path, allowed: Iterable[Path] = ()) -> dict[str, StoredTensor]:
+def weights_in(folder: Path, variant: str | None = None) -> list[Path]:
+    """A component's file of weights, or its index of shards; of a variant as diffusers names it."""
+    mark = "" if variant is None else f".{variant}"
+    names = (f"{mark}.safetensors", f".safetensors.index{mark}.json")
+    paths = [folder / f"{stem}{name}" for stem in STEMS for name in names]
+    return [path for path in paths if os.path.lexists(path)]
+
+
+def read_weights(
+    folder: Path, allowed: Iterable[Path] = (), variant: str | None = None
+) -> dict[str, StoredTensor]:
     """The tensors of one component: one safetensors file, or shards listed by an index.
 
     Args:
         folder: The component's folder.
         allowed: Folders, besides `folder`, that symbolic links may lead to (the hub's cache keeps
             the files in a `blobs` folder of its own).
+        variant: Which weights to read where the folder holds them, e.g. "fp16"; else the plain
+            ones.
 
     Raises:
         ConversionError: If there are no weights, or more than one set of them; if shards and index
             do not fit each other exactly; or a file lies outside the folder.
     """
-    present = [
-        folder / f"{stem}{ending}"
-        for stem in STEMS
-        for ending in (".safetensors", ".safetensors.index.json")
-        if os.path.lexists(folder / f"{stem}{ending}")
-    ]
+    present = weights_in(folder, variant) or weights_in(folder)
     if len(present) > 1:
         names = " and ".join(path.name for path in present)
         raise ConversionError(f"{folder}: holds {names}: remove the one that is not meant.")

@@ -7,15 +7,44 @@ import logging
 import os
 import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from svg_jax.config import SparsityConfig
+from svg_jax.cli_options import (
+    Attention,
+    DenseLayers,
+    DenseSteps,
+    Density,
+    DtypeOption,
+    DynamicCfg,
+    Embeds,
+    Enlarge,
+    FlowShift,
+    Fps,
+    Frames,
+    Guidance,
+    GuidanceSteps,
+    Height,
+    Image,
+    ImageLatents,
+    LastImage,
+    Latents,
+    Model,
+    Negative,
+    PatternName,
+    Prompt,
+    SampledRows,
+    Scheduler,
+    Seed,
+    Steps,
+    StoredDtype,
+    TrueCfg,
+    Width,
+)
+from svg_jax.cli_options import option as _option
 
-_SPARSITY = SparsityConfig()
 _INTERRUPTED = 130  # exit code after Ctrl-C
 # RuntimeError is what JAX raises when memory runs out.
 _EXPECTED = (ValueError, OSError, FloatingPointError, RuntimeError)
@@ -27,119 +56,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Attention(StrEnum):
-    """How generate attends."""
-
-    dense = "dense"
-    svg = "svg"
-
-
-class PatternName(StrEnum):
-    """What compare takes heads for."""
-
-    svg = "svg"
-    spatial = "spatial"
-    temporal = "temporal"
-    random = "random"
-
-
-class SamplerName(StrEnum):
-    """The samplers: the first two are CogVideoX's, the others those of flow matching."""
-
-    ddim = "ddim"
-    dpm = "dpm"
-    euler = "euler"
-    unipc = "unipc"
-
-
-class Dtype(StrEnum):
-    """What matrix products are computed in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class StoredDtype(StrEnum):
-    """What weights are stored in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-def _option(*names: str, help: str):
-    return typer.Option(*names, help=help)
-
-
-Model = Annotated[Path, _option("--model", help="A converted folder (svg-jax convert).")]
-Prompt = Annotated[str | None, _option("--prompt", help="What to show.")]
-Negative = Annotated[str, _option("--negative-prompt", help="What guidance leads away from.")]
-Embeds = Annotated[
-    Path | None,
-    _option(
-        "--prompt-embeds",
-        help="Text features in place of a prompt: .npy, or .npz with prompt_embeds [1, tokens, "
-        "features] and, for guidance, negative_prompt_embeds; HunyuanVideo needs "
-        "pooled_prompt_embeds and prompt_attention_mask beside each.",
-    ),
-]
-Height = Annotated[int | None, _option("--height", help="In pixels; default: as trained.")]
-Width = Annotated[int | None, _option("--width", help="In pixels; default: as trained.")]
-Frames = Annotated[int | None, _option("--num-frames", help="Default: as trained.")]
-Steps = Annotated[int, _option("--steps", help="Denoising steps.")]
-Guidance = Annotated[
-    float | None,
-    _option("--guidance-scale", help="1 or less: no guidance. Default: the model's."),
-]
-TrueCfg = Annotated[
-    float | None,
-    _option("--true-cfg-scale", help="HunyuanVideo's guidance away from the negative prompt."),
-]
-GuidanceSteps = Annotated[
-    float,
-    _option("--guidance-steps", help="Share of the steps, from the first, that pay for guidance."),
-]
-DynamicCfg = Annotated[bool, _option("--dynamic-cfg", help="Vary guidance over the run.")]
-FlowShift = Annotated[
-    float | None, _option("--flow-shift", help="Default: the checkpoint's own (flow matching).")
-]
-Image = Annotated[
-    Path | None, _option("--image", help="What the video begins with, for image to video.")
-]
-LastImage = Annotated[
-    Path | None, _option("--last-image", help="What it ends with, for models that take both.")
-]
-Seed = Annotated[int, _option("--seed", help="The same seed gives the same noise anywhere.")]
-Latents = Annotated[
-    Path | None, _option("--latents", help="Initial noise in place of the seed's: .npy or .npz.")
-]
-ImageLatents = Annotated[
-    Path | None,
-    _option("--image-latents", help="Of the first frame, for image to video: .npy or .npz."),
-]
-Density = Annotated[float, _option("--density", help="Share of attention that is computed.")]
-DenseSteps = Annotated[
-    float, _option("--dense-steps", help="Share of the steps, from the first, that stay dense.")
-]
-DenseLayers = Annotated[
-    float, _option("--dense-layers", help="Share of the layers, from the first, that stay dense.")
-]
-SampledRows = Annotated[
-    int, _option("--sampled-rows", help="Query rows from which heads are told apart.")
-]
-DtypeOption = Annotated[
-    Dtype | None,
-    _option("--dtype", help="Of computation; default: bfloat16 on a GPU, float32 on a CPU."),
-]
-Scheduler = Annotated[
-    SamplerName | None, _option("--scheduler", help="Default: the checkpoint's own.")
-]
-Fps = Annotated[
-    float | None, _option("--fps", help="Frames per second of the video; default: as trained.")
-]
-Enlarge = Annotated[int, _option("--enlarge", help="Pixels to show each pixel as, each way.")]
 
 
 @app.command()
@@ -199,7 +115,7 @@ def generate(
     height: Height = None,
     width: Width = None,
     num_frames: Frames = None,
-    steps: Steps = 50,
+    steps: Steps = None,
     guidance_scale: Guidance = None,
     true_cfg_scale: TrueCfg = None,
     guidance_steps: GuidanceSteps = 1.0,
@@ -212,10 +128,10 @@ def generate(
     attention: Annotated[
         Attention, _option("--attention", help="Dense, or Sparse VideoGen.")
     ] = Attention.svg,
-    density: Density = _SPARSITY.density,
-    dense_steps: DenseSteps = _SPARSITY.dense_steps,
-    dense_layers: DenseLayers = _SPARSITY.dense_layers,
-    sampled_rows: SampledRows = _SPARSITY.sampled_rows,
+    density: Density = None,
+    dense_steps: DenseSteps = None,
+    dense_layers: DenseLayers = None,
+    sampled_rows: SampledRows = None,
     dtype: DtypeOption = None,
     scheduler: Scheduler = None,
     flow_shift: FlowShift = None,
@@ -242,13 +158,11 @@ def generate(
     """
     from svg_jax import commands
 
-    sparsity = None
-    if attention is Attention.svg:
-        sparsity = SparsityConfig(density, dense_steps, dense_layers, sampled_rows)
+    sparsity = _sparsity(density, dense_steps, dense_layers, sampled_rows)
     commands.generate(
         model,
         output,
-        sparsity=sparsity,
+        sparsity=sparsity if attention is Attention.svg else None,
         dtype=dtype,
         fps=fps,
         enlarge=enlarge,
@@ -291,7 +205,7 @@ def compare(
     height: Height = None,
     width: Width = None,
     num_frames: Frames = None,
-    steps: Steps = 50,
+    steps: Steps = None,
     guidance_scale: Guidance = None,
     true_cfg_scale: TrueCfg = None,
     guidance_steps: GuidanceSteps = 1.0,
@@ -304,10 +218,10 @@ def compare(
     pattern: Annotated[
         PatternName, _option("--pattern", help="Profile heads, or take all for one kind.")
     ] = PatternName.svg,
-    density: Density = _SPARSITY.density,
-    dense_steps: DenseSteps = _SPARSITY.dense_steps,
-    dense_layers: DenseLayers = _SPARSITY.dense_layers,
-    sampled_rows: SampledRows = _SPARSITY.sampled_rows,
+    density: Density = None,
+    dense_steps: DenseSteps = None,
+    dense_layers: DenseLayers = None,
+    sampled_rows: SampledRows = None,
     dtype: DtypeOption = None,
     scheduler: Scheduler = None,
     flow_shift: FlowShift = None,
@@ -321,7 +235,7 @@ def compare(
     commands.compare(
         model,
         output,
-        sparsity=SparsityConfig(density, dense_steps, dense_layers, sampled_rows),
+        sparsity=_sparsity(density, dense_steps, dense_layers, sampled_rows),
         pattern=pattern.value,
         dtype=dtype,
         fps=fps,
@@ -370,11 +284,28 @@ def demo(
     commands.demo(prompt, seed=seed, output=output, source=source)
 
 
+def _sparsity(
+    density: float | None,
+    dense_steps: float | None,
+    dense_layers: float | None,
+    sampled_rows: int | None,
+) -> dict[str, float | int]:
+    """What was given of SparsityConfig's fields."""
+    options = {
+        "density": density,
+        "dense_steps": dense_steps,
+        "dense_layers": dense_layers,
+        "sampled_rows": sampled_rows,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def main() -> None:
     """Runs the command line; an error is one sentence, and exit code 1 (2: wrong usage)."""
     warnings.showwarning = _show_warning
     logger = logging.getLogger("svg_jax")
     logger.handlers, logger.propagate = [_Echo()], False  # else absl's handler says it again
+    logger.setLevel(logging.INFO)
     try:
         code = app(standalone_mode=False)
     except Exception as error:

@@ -1,5 +1,6 @@
 """What the commands of the command line do."""
 
+import dataclasses
 import inspect
 import signal
 import tempfile
@@ -67,12 +68,12 @@ def export(source: Path, destination: Path) -> None:
 
 
 def generate(
-    model: Path,
+    model: str,
     output: Path,
     *,
     prompt: str | None,
     prompts: Path | None,
-    sparsity: SparsityConfig | None,
+    sparsity: Mapping[str, Any] | None,
     dtype: str | None,
     fps: float | None,
     enlarge: int,
@@ -97,7 +98,7 @@ def generate(
     _check_folder(labels_out)
     if labels_out is not None and sparsity is None:
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
-    pipeline = from_pretrained(model, dtype=dtype)
+    pipeline = _load(model, dtype)
     fps = pipeline.frame_rate if fps is None else fps
     check_fps(fps)
     _check_enlarge(enlarge)
@@ -107,13 +108,14 @@ def generate(
             "this checkpoint was converted without its VAE: convert it with the VAE, or write "
             "latents (--output latents.npz)"
         )
+    config = None if sparsity is None else _sparsity_of(pipeline, sparsity, arguments)
     jobs = plan_videos(
         pipeline,
         outputs,
         written_as=None if prompts is None else {"fps": fps, "enlarge": enlarge},
         save_every=save_every,
         resume=resume,
-        sparsity=sparsity,
+        sparsity=config,
         **arguments,
     )
     if skipped := len(outputs) - len(jobs):
@@ -140,17 +142,17 @@ def generate(
             jobs,
             write=write,
             keep_record=prompts is not None,
-            sparsity=sparsity,
+            sparsity=config,
             callback_on_step_end=lambda _: advance("denoising"),
             **arguments,
         )
 
 
 def compare(
-    model: Path,
+    model: str,
     output: Path,
     *,
-    sparsity: SparsityConfig,
+    sparsity: Mapping[str, Any],
     pattern: Pattern,
     dtype: str | None,
     fps: float | None,
@@ -163,11 +165,12 @@ def compare(
     for path in (output, json_file):
         _check_folder(path)
     _check_enlarge(enlarge)
-    pipeline = from_pretrained(model, dtype=dtype)
+    pipeline = _load(model, dtype)
     fps = pipeline.frame_rate if fps is None else fps
     check_fps(fps)
     arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
-    comparison = _compare(pipeline, sparsity=sparsity, pattern=pattern, **arguments)
+    config = _sparsity_of(pipeline, sparsity, arguments)
+    comparison = _compare(pipeline, sparsity=config, pattern=pattern, **arguments)
     _write_comparison(comparison, output, fps=fps, factor=enlarge)
     if json_file is not None:
         comparison.report.save(json_file)
@@ -181,16 +184,20 @@ def demo(prompt: str, *, seed: int, output: Path, source: Path | None) -> None:
         converted = Path(scratch) / "model"
         with _bytes_bar() as progress:
             convert_pipeline(source or folder, converted, progress=progress)
-        pipeline = from_pretrained(converted)
-    comparison = _compare(
-        pipeline,
-        prompt=prompt,
-        seed=seed,
-        sparsity=_DEMO_SPARSITY,
-        pattern="svg",
-        **_DEMO_ARGUMENTS,
-    )
+        comparison = _compare(
+            from_pretrained(converted),
+            prompt=prompt,
+            seed=seed,
+            sparsity=_DEMO_SPARSITY,
+            pattern="svg",
+            **_DEMO_ARGUMENTS,
+        )
     _write_comparison(comparison, output, fps=_DEMO_FPS, factor=_DEMO_ENLARGE)
+
+
+def _load(model: str, dtype: str | None) -> VideoPipeline:
+    with _bytes_bar(visible=False) as progress:
+        return from_pretrained(model, dtype=dtype, progress=progress)
 
 
 def _compare(pipeline: VideoPipeline, prompt: str | None = None, **arguments: Any) -> Comparison:
@@ -223,7 +230,7 @@ def _write_comparison(comparison: Comparison, output: Path, *, fps: float, facto
 
 
 def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that were given, images read from their files.
+    """The arguments that were given, images read from their files, and the number of steps.
 
     Raises:
         ValueError: If the model takes no such argument.
@@ -231,7 +238,25 @@ def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict
     given = {name: value for name, value in arguments.items() if value is not None}
     if unknown := given.keys() - inspect.signature(pipeline.prepare).parameters:
         raise ValueError(f"this model takes no {' and no '.join(sorted(unknown))}")
-    return given | {name: open_image(given[name]) for name in _IMAGES & given.keys()}
+    given |= {name: open_image(given[name]) for name in _IMAGES & given.keys()}
+    return {"num_inference_steps": pipeline.default_steps} | given
+
+
+def _sparsity_of(
+    pipeline: VideoPipeline, given: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> SparsityConfig:
+    """What was given and, for the rest, the paper's settings; says which in one line."""
+    size = arguments.get("height"), arguments.get("width")
+    config = dataclasses.replace(pipeline.paper_sparsity(*size), **given)
+    preset = pipeline.paper_preset(*size)
+    whence = "the general default" if preset is None else f"the paper's {preset}"
+    if given:
+        whence += " but for " + ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    print(
+        f"sparsity: density {config.density:g}, dense steps {config.dense_steps:g}, dense layers "
+        f"{config.dense_layers:g}, sampled rows {config.sampled_rows} ({whence})"
+    )
+    return config
 
 
 def _check_enlarge(factor: int) -> None:
@@ -299,9 +324,10 @@ def _steps_bar(total: int) -> Iterator[Any]:
 
 
 @contextmanager
-def _bytes_bar() -> Iterator[Any]:
+def _bytes_bar(*, visible: bool = True) -> Iterator[Any]:
+    """A bar of bytes; if it is not visible, it comes with the first of them."""
     with _bar() as progress:
-        task = progress.add_task("checking", total=None)
+        task = progress.add_task("checking", total=None, visible=visible)
         yield lambda done, total, what: progress.update(
-            task, completed=done, total=total, description=what
+            task, completed=done, total=total, description=what, visible=True
         )

@@ -196,6 +196,18 @@ def test_generate_dense_is_the_pipeline_from_python(run, model):
     save_video(video, "a.gif")
 
 
+def test_what_was_not_asked_for_is_the_default_and_said(run, model):
+    call = ["generate", "--model", model, *PROMPT, "--steps", "2", "--guidance-scale", "1"]
+    result = run(*call, "--density", "0.6", "-o", "a.gif")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.splitlines()[0] == (
+        "sparsity: density 0.6, dense steps 0.2, dense layers 0, sampled rows 64 "
+        "(the general default but for --density)"
+    )
+    result = run(*call, "--attention", "dense", "-o", "b.gif")
+    assert result.out.startswith("wrote b.gif")
+
+
 def test_generate_from_files_and_write_labels(run, model):
     rng = np.random.default_rng(0)
     np.save("noise.npy", rng.normal(size=(1, 3, 3, 8, 12)).astype(np.float32))
@@ -351,12 +363,6 @@ def test_weights_that_overflow_stop_with_step_and_layer(run, source, tmp_path):
 def test_wrong_usage_is_one_sentence_and_code_2(run, arguments):
     result = run(*arguments)
     assert (result.code, is_one_sentence(result.err)) == (2, True)
-
-
-def test_a_folder_that_was_not_converted_says_what_to_do(run, source):
-    result = run("generate", "--model", source, *PROMPT, "-o", "a.gif")
-    assert (result.code, is_one_sentence(result.err)) == (1, True)
-    assert "svg-jax convert" in result.err
 
 
 def test_help_is_quick_because_it_needs_no_jax():

@@ -184,6 +184,19 @@ def test_shards_are_read_as_one(tmp_path):
     np.testing.assert_array_equal(read_tensor(tensors["w2"]), ONE)
 
 
+@pytest.mark.parametrize("name", ["{stem}.fp16-{of}.safetensors", "{stem}-{of}.fp16.safetensors"])
+def test_shards_of_a_variant_beside_the_plain_ones(tmp_path, name):
+    write_shards(tmp_path)
+    name = name.format(stem="diffusion_pytorch_model", of="00001-of-00001")
+    save_file({"w1": 2 * ONE, "w2": ONE}, tmp_path / name)
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": {"w1": name, "w2": name}}))
+    found = read_weights(tmp_path, variant="fp16")
+    np.testing.assert_array_equal(read_tensor(found["w1"]), 2 * ONE)
+    for variant in (None, "ema"):  # of which there is none here
+        assert read_weights(tmp_path, variant=variant)["w1"].file.name == shard(1)
+
+
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [

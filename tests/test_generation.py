@@ -203,19 +203,19 @@ def test_a_pattern_counts_from_zero():
 def watched(pipeline, events):
     """The pipeline with components that say when they are loaded and when they are gone."""
 
-    def lazy(name, module) -> Any:
+    def watch(name, component) -> Any:
         def load():
-            copy = type(module)(module.config, dtype=module.dtype, rngs=nnx.Rngs(0))
+            module = component.load()
             events.append(f"{name} loaded")
-            weakref.finalize(copy, events.append, f"{name} gone")
-            return copy
+            weakref.finalize(module, events.append, f"{name} gone")
+            return module
 
-        return Lazy(module.config, module.dtype, load)
+        return dataclasses.replace(component, load=load)
 
     return dataclasses.replace(
         pipeline,
-        transformer=lazy("transformer", pipeline.transformer),
-        text_encoder=lazy("text encoder", pipeline.text_encoder),
+        transformer=watch("transformer", pipeline.transformer),
+        text_encoder=watch("text encoder", pipeline.text_encoder),
     )
 
 

@@ -1,5 +1,6 @@
 """The CogVideoX pipeline against diffusers' own, from noise to latents, on tiny checkpoints."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_dpm_cogvideox as dpm_module
 
-from svg_jax.config import SparsityConfig
+from svg_jax.config import PAPER_PRESETS, SparsityConfig
 from svg_jax.convert import convert_pipeline
 from svg_jax.models import CogVideoXConfig
 from svg_jax.sampling import from_pretrained
@@ -131,7 +132,9 @@ class ImageVae(torch.nn.Module):
         return SimpleNamespace(latent_dist=distribution)
 
 
-def sample_with_diffusers(variant, transformer, arrays, sampler, monkeypatch, **options):
+def sample_with_diffusers(
+    variant, transformer, arrays, sampler, sampler_noise, monkeypatch, **options
+):
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     image_latents = arrays.get("image_latents")
     tensors.pop("image_latents", None)
@@ -153,7 +156,7 @@ def sample_with_diffusers(variant, transformer, arrays, sampler, monkeypatch, **
     pipe.set_progress_bar_config(disable=True)
 
     def noise_of_step(*_args, **_kwargs):
-        return torch.from_numpy(step_noise(7, scheduler_steps[-1], arrays["latents"].shape))
+        return torch.from_numpy(sampler_noise[scheduler_steps[-1]])
 
     # diffusers draws twice in most steps and uses the last draw: both are the step's noise here.
     scheduler_steps = [0]
@@ -185,7 +188,11 @@ def sample_with_diffusers(variant, transformer, arrays, sampler, monkeypatch, **
 def test_latents_are_those_of_diffusers(checkpoint, sampler, options, monkeypatch):
     variant, transformer, pipeline = checkpoint
     arrays = inputs(variant)
-    expected = sample_with_diffusers(variant, transformer, arrays, sampler, monkeypatch, **options)
+    shape = (NUM_STEPS, *arrays["latents"].shape)
+    noise = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+    expected = sample_with_diffusers(
+        variant, transformer, arrays, sampler, noise, monkeypatch, **options
+    )
     size = {"height": 8 * arrays["latents"].shape[3], "width": 8 * arrays["latents"].shape[4]}
     video = pipeline(
         **arrays,
@@ -193,7 +200,7 @@ def test_latents_are_those_of_diffusers(checkpoint, sampler, options, monkeypatc
         num_frames=9,
         num_inference_steps=NUM_STEPS,
         scheduler=sampler,
-        seed=7,
+        sampler_noise=noise if sampler == "dpm" else None,
         **options,
     )
     padding = expected.shape[1] - 3  # 1.5: nine frames are three latents, padded to four
@@ -251,11 +258,27 @@ def test_several_prompts_and_videos_per_prompt(pipeline):
     assert not np.allclose(both.latents[0], both.latents[1], atol=0.1)  # noise of its own
 
 
+def test_the_seed_draws_the_samplers_noise(pipeline):
+    given = {"prompt_embeds": inputs("5b")["prompt_embeds"], "guidance_scale": 1}
+    given |= {"scheduler": "dpm", "num_inference_steps": 2, "seed": 7}
+    noise = np.stack([step_noise(7, step, (1, 3, 4, 8, 8)) for step in range(2)])
+    np.testing.assert_array_equal(
+        pipeline(**given).latents, pipeline(**given, sampler_noise=noise).latents
+    )
+
+
 def test_sizes_default_to_those_of_training(pipeline):
     video = pipeline(
         prompt_embeds=inputs("5b")["prompt_embeds"], num_inference_steps=1, guidance_scale=1
     )
     assert video.latents.shape == (1, 3, 4, 8, 8)
+
+
+def test_sparsity_defaults_to_the_papers(pipeline):
+    assert pipeline.paper_sparsity() is PAPER_PRESETS["cogvideox1.5-i2v"]
+    of_pixels = dataclasses.replace(pipeline, has_vae=False)
+    assert of_pixels.paper_sparsity() == SparsityConfig()
+    assert of_pixels.paper_preset(480, 720) is None
 
 
 def test_sparse_steps_follow_the_warm_up(pipeline):
@@ -353,6 +376,23 @@ EMBEDS = np.zeros((1, 8, 16), np.float32)
             },
             "text-to-video checkpoint: it takes no image_latents",
         ),
+        (
+            {
+                "prompt_embeds": EMBEDS,
+                "guidance_scale": 1,
+                "sampler_noise": np.zeros((50, 1, 3, 4, 8, 8)),
+            },
+            "the scheduler adds no noise",
+        ),
+        (
+            {
+                "prompt_embeds": EMBEDS,
+                "guidance_scale": 1,
+                "scheduler": "dpm",
+                "sampler_noise": np.zeros((5, 1, 3, 4, 8, 8)),
+            },
+            r"sampler_noise must have the shape \(50, 1, 3, 4, 8, 8\): got \(5, 1",
+        ),
         ({"prompt_embeds": EMBEDS, "num_inference_steps": 0}, "num_inference_steps must be 1"),
     ],
 )
@@ -367,15 +407,7 @@ def test_image_to_video_needs_an_image(checkpoint):
     arrays = inputs(variant)
     image = arrays.pop("image_latents")
     size = {"height": 64, "width": 96, "num_frames": 9}
-    with pytest.raises(ValueError, match="pass the image_latents of its first frame"):
+    with pytest.raises(ValueError, match="pass the image of its first frame"):
         pipeline(**arrays, **size)
     with pytest.raises(ValueError, match=r"image_latents must have the shape \(1, 1, 4, 8, 12\)"):
         pipeline(**arrays, **size, image_latents=image[:, :, :, :4])
-
-
-def test_a_folder_that_was_not_converted(tmp_path):
-    write_checkpoint(tmp_path, "2b")
-    with pytest.raises(ValueError, match="svg-jax convert"):
-        from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is no folder"):
-        from_pretrained(tmp_path / "missing")

@@ -19,7 +19,7 @@ from parity import TOLERANCE, ExactSinusoids, randomised, relative_error
 from real_tokenizers import real_tokenizer
 
 from svg_jax import cli
-from svg_jax.config import SparsityConfig
+from svg_jax.config import PAPER_PRESETS, SparsityConfig
 from svg_jax.convert import convert_pipeline
 from svg_jax.sampling import HunyuanVideoPipeline, from_pretrained
 from svg_jax.sampling.denoise import denoise_step
@@ -291,6 +291,13 @@ def test_settings_default_to_the_papers(checkpoints):
     shifted = pipeline.prepare(**features(), **SIZE, num_inference_steps=2, flow_shift=3)
     np.testing.assert_allclose(shifted.schedule.timesteps, [1000, 750])
     np.testing.assert_allclose(run.schedule.timesteps[25], 875)
+
+
+def test_sparsity_defaults_to_the_papers(checkpoints):
+    _, pipeline = checkpoints("T2V")
+    assert pipeline.paper_sparsity() is PAPER_PRESETS["hunyuanvideo-720p"]
+    assert pipeline.paper_preset(544, 960) == pipeline.paper_preset(480, 832) == "hunyuanvideo-480p"
+    assert pipeline.paper_preset(960, 960) == "hunyuanvideo-720p"
 
 
 def test_weights_that_are_loaded_again_are_not_compiled_again(checkpoints):

@@ -43,6 +43,29 @@ def test_arrays_of_the_right_size_are_kept_as_they_are():
     np.testing.assert_array_equal(as_frame(np.asarray(image), 8, 16), as_frame(image, 8, 16))
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_images_of_every_mode_have_three_colours(mode):
+    image = picture(33, 40, mode)
+    expected = as_frame(image.convert("RGB"), 16, 24)
+    np.testing.assert_array_equal(as_frame(image, 16, 24), expected)
+
+
+def test_transparency_of_a_palette_is_dropped(tmp_path):
+    image = picture(33, 40, "P")
+    image.save(tmp_path / "image.png", transparency=bytes(range(256)))
+    expected = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "image.png")), expected)
+
+
+def test_greys_of_16_bits_keep_their_range(tmp_path):
+    greys = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    PIL.Image.fromarray(greys * 257).save(tmp_path / "image.png")
+    found = np.asarray(open_image(tmp_path / "image.png"))
+    np.testing.assert_array_equal(found, np.stack([greys] * 3, axis=-1))
+    with pytest.raises(ValueError, match="an image of mode F has no known range"):
+        as_frame(PIL.Image.fromarray(np.zeros((4, 4), np.float32)), 8, 8)
+
+
 @pytest.mark.parametrize("pixels", [[[[-0.1] * 3]], [[[1.1] * 3]], [[[np.nan] * 3]]])
 @pytest.mark.parametrize("height", [1, 2])
 def test_arrays_that_are_no_images(pixels, height):

@@ -12,7 +12,7 @@ import transformers
 from flax import nnx
 
 from svg_jax import cli
-from svg_jax.config import SparsityConfig
+from svg_jax.config import PAPER_PRESETS, SparsityConfig
 from svg_jax.convert import convert_pipeline
 from svg_jax.models import WanConfig
 from svg_jax.sampling import WanPipeline, from_pretrained
@@ -216,9 +216,27 @@ def test_the_shift_can_be_chosen(make):
     expected = run_diffusers(theirs, noise(), **given)
     theirs.scheduler = own
     check(ours(latents=noise(), flow_shift=5, **CALL, **given), *expected)
-    euler = ours(latents=noise(), scheduler="euler", **CALL, **given)
-    assert euler.info.steps[0].timestep == 1000
-    assert np.isfinite(euler.latents).all()
+
+
+class EvenSteps(diffusers.FlowMatchEulerDiscreteScheduler):
+    """Euler with the sigmas that HunyuanVideo's pipeline passes; Wan's would leave them to it."""
+
+    def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, **_options):
+        sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist()
+        super().set_timesteps(device=device, sigmas=sigmas)
+
+
+def test_eulers_steps_are_those_of_diffusers(make):
+    theirs, ours, _ = make("T2V")
+    text = {"prompt_embeds": embeds(tokens=5), "negative_prompt_embeds": embeds(tokens=5, seed=3)}
+    own = theirs.scheduler
+    theirs.scheduler = EvenSteps(shift=3.0)
+    expected = run_diffusers(theirs, noise(), **text)
+    theirs.scheduler = own
+    video = ours(latents=noise(), scheduler="euler", **CALL, **text)
+    assert video.info.steps[0].timestep == 1000
+    assert video.info.steps[1].timestep == 900  # of shift 3; not a whole number in general
+    check(video, *expected)
 
 
 def test_images_may_come_encoded(make):
@@ -314,15 +332,15 @@ def pipeline_of(shift=3.0, **changes):
 
 
 @pytest.mark.parametrize(
-    ("shift", "heads", "image", "expected"),
+    ("shift", "heads", "image", "expected", "preset"),
     [
-        (3.0, 2, False, (60, 104)),
-        (3.0, 40, False, (90, 160)),
-        (3.0, 40, True, (60, 104)),
-        (5.0, 40, True, (90, 160)),
+        (3.0, 2, False, (60, 104), "wan-t2v-720p"),
+        (3.0, 40, False, (90, 160), "wan-t2v-720p"),
+        (3.0, 40, True, (60, 104), "wan-i2v-480p"),
+        (5.0, 40, True, (90, 160), "wan-i2v-720p"),
     ],
 )
-def test_sizes_default_to_those_of_training(shift, heads, image, expected):
+def test_settings_default_to_the_authors(shift, heads, image, expected, preset):
     changes: dict[str, Any] = {"rope_max_seq_len": 1024, "num_attention_heads": heads}
     changes["attention_head_dim"] = 128
     given = {}
@@ -333,8 +351,13 @@ def test_sizes_default_to_those_of_training(shift, heads, image, expected):
     ours = pipeline_of(shift, **changes)
     run = ours.prepare(prompt_embeds=embeds(), negative_prompt_embeds=embeds(), **given)
     assert run.state.latents.shape == (1, 4, 21, *expected)
-    assert run.schedule.num_steps == 50
+    assert run.schedule.num_steps == ours.default_steps == (40 if image else 50)
     assert set(run.scales) == {5.0}
+    assert ours.paper_sparsity() is PAPER_PRESETS[preset]
+    if image:
+        assert ours.paper_preset(720, 1280) == "wan-i2v-720p"
+        assert ours.paper_preset(480, 832) == "wan-i2v-480p"
+        assert ours.paper_preset(832, 480) == "wan-i2v-480p"
 
 
 TEXT = {"prompt_embeds": embeds(), "guidance_scale": 1}
@@ -457,7 +480,12 @@ def test_the_command_line_makes_videos_of_an_image(make, tmp_path, monkeypatch, 
     code, printed = run(*options, f"--output={output}")
     assert not code, printed.err
     assert output.stat().st_size > 0
-    assert printed.out.startswith(f"wrote {output}")
+    sparsity, wrote = printed.out.splitlines()
+    assert sparsity == (
+        "sparsity: density 0.6, dense steps 0.5, dense layers 0.03, sampled rows 4 "
+        "(the paper's wan-i2v-480p but for --density, --dense-steps, --sampled-rows)"
+    )
+    assert wrote.startswith(f"wrote {output}")
     code, printed = run(*images, "--dynamic-cfg", f"--output={output}")
     assert code == 1
     assert "takes no use_dynamic_cfg" in printed.err

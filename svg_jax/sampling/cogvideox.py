@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from svg_jax.models import Attend, CogVideoXTransformer, T5Encoder
+from svg_jax.models import Attend, CogVideoXTransformer, CogVideoXVAE, T5Encoder
+from svg_jax.sampling.cogvideox_image import check_image, encode_first_frame
 from svg_jax.sampling.denoise import guidance_scales, guided_velocity
-from svg_jax.sampling.latents import latent_shape, place_image
+from svg_jax.sampling.images import Image
+from svg_jax.sampling.latents import latent_shape
 from svg_jax.sampling.pipeline import (
     Lazy,
     PreparedRun,
@@ -27,7 +29,13 @@ from svg_jax.sampling.pipeline import (
     run_encoder,
     starting_latents,
 )
-from svg_jax.sampling.schedulers import Sampler, SchedulerConfig, initial_state, make_schedule
+from svg_jax.sampling.schedulers import (
+    Sampler,
+    Schedule,
+    SchedulerConfig,
+    initial_state,
+    make_schedule,
+)
 from svg_jax.sampling.text import take_prompts
 from svg_jax.tokenizer import PromptTokenizer
 
@@ -36,6 +44,7 @@ _OFS = 2.0  # the only value that CogVideoX-1.5 image to video was trained with
 # Ranks alone: sizes are checked against each other with errors that say what to do.
 Embeddings = Float[Array | np.ndarray, "_batch _text_tokens _features"]
 Latents = Float[Array | np.ndarray, "_batch _frames _channels _height _width"]
+Noise = Float[Array | np.ndarray, "_steps _batch _frames _channels _height _width"]
 
 
 @jax.tree_util.register_dataclass
@@ -100,6 +109,7 @@ class CogVideoXPipeline(VideoPipeline):
     """
 
     transformer: CogVideoXTransformer | Lazy[CogVideoXTransformer]
+    vae: CogVideoXVAE | Lazy[CogVideoXVAE] | None = None
     scheduler: SchedulerConfig
     text_encoder: T5Encoder | Lazy[T5Encoder] | None = None
     tokenizer: PromptTokenizer | None = None
@@ -109,6 +119,7 @@ class CogVideoXPipeline(VideoPipeline):
         self,
         prompt: str | Sequence[str] | None = None,
         *,
+        image: Image | Sequence[Image] | None = None,
         negative_prompt: str | Sequence[str] = "",
         height: int | None = None,
         width: int | None = None,
@@ -122,14 +133,18 @@ class CogVideoXPipeline(VideoPipeline):
         prompt_embeds: Embeddings | None = None,
         negative_prompt_embeds: Embeddings | None = None,
         image_latents: Latents | None = None,
+        image_noise: Latents | None = None,
+        sampler_noise: Noise | None = None,
         num_videos_per_prompt: int = 1,
         seed: int = 0,
         max_sequence_length: int | None = None,
     ) -> PreparedRun:
-        """The first part of `__call__`: encodes prompts, makes the schedule and the noise.
+        """The first part of `__call__`: encodes prompts and image, makes schedule and noise.
 
         Args:
             prompt: One prompt or several; or pass `prompt_embeds`.
+            image: The first frame: one for all prompts, or one for each; resized without regard to
+                its proportions. Needed by image-to-video checkpoints.
             negative_prompt: What guidance leads away from; one for all prompts, or one for each.
             height: In pixels. Default: what the checkpoint was trained at (768 for 1.5).
             width: In pixels. Default: likewise (1360 for 1.5).
@@ -142,8 +157,12 @@ class CogVideoXPipeline(VideoPipeline):
             latents: Initial noise in place of the seed's, padding frames included.
             prompt_embeds: T5 features [batch, text_tokens, features] in place of prompts.
             negative_prompt_embeds: Likewise for the negative prompt.
-            image_latents: The VAE's latents of the first frame [batch, 1, channels, height, width],
-                scaled as the model expects them; needed by image-to-video checkpoints.
+            image_latents: The VAE's latents of the first frame [1 or prompts, 1, channels, height,
+                width], scaled as the model expects them, in place of an image.
+            image_noise: Standard normal numbers of image_latents' shape, by which the VAE's latents
+                of an image are drawn, in place of the seed's.
+            sampler_noise: What "dpm" adds in its steps, [steps, *shape of the latents], in place of
+                the seed's.
             num_videos_per_prompt: Videos of each prompt, from noise of their own.
             seed: The same seed gives the same noise on every device.
             max_sequence_length: Text tokens, padding included. Default: the model's.
@@ -163,6 +182,12 @@ class CogVideoXPipeline(VideoPipeline):
         frame_shape, padding_frames = latent_shape(
             config, has_vae=self.has_vae, num_frames=num_frames, height=height, width=width
         )
+        given: dict[str, Any] = {
+            "image": image,
+            "image_latents": image_latents,
+            "image_noise": image_noise,
+        }
+        check_image(config, has_encoder=self.vae is not None, **given)
         positive, negative = take_prompts(
             None if self.text_encoder is None else self.encode_prompts,
             prompt,
@@ -177,20 +202,28 @@ class CogVideoXPipeline(VideoPipeline):
         shape = (len(positive), *frame_shape)
         layout = config.layout(shape[1], shape[3], shape[4], positive.shape[1])
         latents = starting_latents(latents, shape, seed)
+        images = encode_first_frame(
+            shape, len(positive) // num_videos_per_prompt, vae=self.vae, seed=seed, **given
+        )
         return PreparedRun(
             schedule=schedule,
             state=initial_state(schedule.sampler, latents),
             conditions=CogVideoXConditions(
                 prompt_embeds=positive,
                 negative_prompt_embeds=negative,
-                image_latents=self._prepare_image(image_latents, shape),
+                image_latents=images,
                 ofs=None if config.ofs_embed_dim is None else np.float32(_OFS),
             ),
             scales=scales,
             seed=seed,
             layout=layout,
             padding_frames=padding_frames,
+            sampler_noise=_checked_noise(sampler_noise, schedule, shape),
         )
+
+    def paper_preset(self, height: int | None = None, width: int | None = None) -> str | None:
+        """See `VideoPipeline.paper_preset`; one for all sizes, none for models of pixels."""
+        return "cogvideox1.5-i2v" if self.has_vae else None
 
     def finished_latents(self, run: PreparedRun) -> Array:
         """See `VideoPipeline.finished_latents`."""
@@ -228,21 +261,16 @@ class CogVideoXPipeline(VideoPipeline):
         with in_memory(self.text_encoder) as encoder:
             return run_encoder(encoder, input_ids)
 
-    def _prepare_image(self, image_latents: Latents | None, shape: tuple[int, ...]) -> Array | None:
-        config = self.transformer.config
-        if config.in_channels == config.out_channels:
-            if image_latents is not None:
-                raise ValueError("this is a text-to-video checkpoint: it takes no image_latents")
-            return None
-        if image_latents is None:
-            raise ValueError(
-                "this is an image-to-video checkpoint: pass the image_latents of its first frame "
-                "(the VAE's encode and normalize_image make them)"
-            )
-        expected = (shape[0], 1, *shape[2:])
-        if image_latents.shape != expected:
-            raise ValueError(
-                f"image_latents must have the shape {expected}: got {image_latents.shape}"
-            )
-        check_finite("image_latents", image_latents)
-        return place_image(image_latents, shape[1])
+
+def _checked_noise(
+    noise: Noise | None, schedule: Schedule, shape: tuple[int, ...]
+) -> Float[np.ndarray, "steps batch frames channels height width"] | None:
+    if noise is None:
+        return None
+    if not schedule.draws_noise:
+        raise ValueError("the scheduler adds no noise: it takes no sampler_noise")
+    expected = (schedule.num_steps, *shape)
+    if noise.shape != expected:
+        raise ValueError(f"sampler_noise must have the shape {expected}: got {noise.shape}")
+    check_finite("sampler_noise", noise)
+    return np.asarray(noise)

@@ -107,6 +107,7 @@ def denoise(
     sparsity: SparsityConfig | None = None,
     labels: Bool[np.ndarray, "..."] | None = None,
     seed: int = 0,
+    sampler_noise: Float[Array | np.ndarray, "..."] | None = None,
     steps: range | None = None,
     save: Callable[[State, StepRecord], None] | None = None,
     callback_on_step_end: Callable[[StepRecord], None] | None = None,
@@ -124,6 +125,8 @@ def denoise(
             or with a leading axis for all steps of the schedule. Entries are those of a guided
             step ([negative, positive]), or the positive ones alone for both.
         seed: Of the rows that profiling samples and of DPM's noise.
+        sampler_noise: What DPM adds, [steps of the schedule, *shape of the latents], in place of
+            the seed's.
         steps: Which steps of the schedule to run; `state` is that before the first of them.
         save: Called with the state after each step and its record, once it is known to be finite.
         callback_on_step_end: Called with the record of each step.
@@ -150,6 +153,8 @@ def denoise(
     def noise_of(step: int) -> Array | None:
         if step not in steps or not schedule.draws_noise:
             return None
+        if sampler_noise is not None:
+            return jnp.asarray(sampler_noise[step], jnp.float32)
         return jnp.asarray(step_noise(seed, step, state.latents.shape))
 
     records: list[StepRecord] = []

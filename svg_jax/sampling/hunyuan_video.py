@@ -25,10 +25,9 @@ from svg_jax.sampling.hunyuan_video_conditions import (
 from svg_jax.sampling.hunyuan_video_text import (
     HunyuanVideoEncoders,
     Texts,
-    images_of_each,
     negative_texts,
 )
-from svg_jax.sampling.images import Image, as_frame
+from svg_jax.sampling.images import Image, as_frame, images_of_each
 from svg_jax.sampling.latents import latent_grid
 from svg_jax.sampling.pipeline import (
     Lazy,
@@ -39,12 +38,14 @@ from svg_jax.sampling.pipeline import (
     check_finite,
     check_videos_per_prompt,
     in_memory,
+    is_480p,
     starting_latents,
 )
 from svg_jax.sampling.record import SamplingInfo
 from svg_jax.sampling.text import list_of_prompts
 
 _VAE_SPATIAL, _VAE_TEMPORAL = 8, 4  # pixels of a latent each way, and frames of a latent frame
+_HEIGHT, _WIDTH = 720, 1280
 _NOISE = np.float32(0.999)  # share of noise in the initial latents where there is an image
 _STRIDES = {"latent_concat": 2, "token_replace": 4}  # every so manieth image feature is kept
 
@@ -83,8 +84,8 @@ class HunyuanVideoPipeline(VideoPipeline):
         *,
         negative_prompt: str | Sequence[str] | None = None,
         image: Image | Sequence[Image] | None = None,
-        height: int = 720,
-        width: int = 1280,
+        height: int = _HEIGHT,
+        width: int = _WIDTH,
         num_frames: int = 129,
         num_inference_steps: int = 50,
         guidance_scale: float | int | None = None,
@@ -190,6 +191,11 @@ class HunyuanVideoPipeline(VideoPipeline):
             seed=seed,
             layout=config.layout(*shape[2:], text.embeds.shape[1]),
         )
+
+    def paper_preset(self, height: int | None = None, width: int | None = None) -> str:
+        """See `VideoPipeline.paper_preset`."""
+        small = is_480p(height or _HEIGHT, width or _WIDTH)
+        return "hunyuanvideo-480p" if small else "hunyuanvideo-720p"
 
     def finished_latents(self, run: PreparedRun) -> Array:
         """See `VideoPipeline.finished_latents`."""

@@ -209,16 +209,6 @@ class HunyuanVideoEncoders:
         return jnp.split(pooled, np.cumsum([len(part.prompts or ()) for part in parts])[:-1])
 
 
-def images_of_each(image: Image | Sequence[Image], prompts: int) -> list[Image]:
-    """The image of each prompt, or one for all of them."""
-    images = [image] if isinstance(image, PIL.Image.Image | np.ndarray) else list(image)
-    if len(images) not in (1, prompts):
-        raise ValueError(
-            f"the images must be one or as many as the prompts: got {len(images)} for {prompts}"
-        )
-    return images
-
-
 def negative_texts(
     prompt: str | Sequence[str] | None,
     features: tuple[Any, Any, Any],

@@ -4,7 +4,7 @@ Resizing is Pillow's throughout, as in diffusers' VideoProcessor and transformer
 CLIPImageProcessor: resizing on a device differs from it by one or two grey levels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,24 @@ def open_image(path: str | Path) -> PIL.Image.Image:
     """Reads an image file, turned as its camera was.
 
     Raises:
-        ValueError: If it is no image.
+        ValueError: If it is no image, or one whose greys have no known range.
         OSError: If it cannot be read.
     """
     try:
         with PIL.Image.open(path) as image:
-            return PIL.ImageOps.exif_transpose(image).convert("RGB")
+            return _as_rgb(PIL.ImageOps.exif_transpose(image))
     except PIL.UnidentifiedImageError as error:
         raise ValueError(f"{path} is no image") from error
+
+
+def images_of_each(image: Image | Sequence[Image], prompts: int) -> list[Image]:
+    """The image of each prompt, or one for all of them; ValueError on another number."""
+    images = [image] if isinstance(image, PIL.Image.Image | np.ndarray) else list(image)
+    if len(images) not in (1, prompts):
+        raise ValueError(
+            f"the images must be one or as many as the prompts: got {len(images)} for {prompts}"
+        )
+    return images
 
 
 def as_frame(image: Image, height: int, width: int) -> Float[np.ndarray, "3 height width"]:
@@ -151,11 +161,23 @@ def _side(key: str, value: Any, names: set[str]) -> Any:
 
 def _as_pillow(image: Image) -> PIL.Image.Image:
     if isinstance(image, PIL.Image.Image):
-        return image.convert("RGB")
+        return _as_rgb(image)
     if image.dtype != np.uint8:
         _check_range(image)
         image = (image * 255).round().astype(np.uint8)
     return PIL.Image.fromarray(image)
+
+
+def _as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Three colours of 8 bits; transparency is dropped, as by diffusers' `load_image`."""
+    if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255
+        greys = np.asarray(image) / 257
+        image = PIL.Image.fromarray(greys.round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"an image of mode {image.mode} has no known range: save it with 8 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # or Pillow warns
+    return image.convert("RGB")
 
 
 def _check_range(pixels: np.ndarray) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, UInt8
 
-from svg_jax.config import SparsityConfig
+from svg_jax.config import PAPER_PRESETS, SparsityConfig
 from svg_jax.models import VideoLayout
 from svg_jax.sampling.checkpoint import RunFile, make_fingerprint, open_run_file, saving
 from svg_jax.sampling.denoise import Conditions, denoise
@@ -114,6 +114,7 @@ class PreparedRun:
         seed: Of all random numbers after the initial noise.
         layout: Where video and text stand in the transformer's sequence.
         padding_frames: Leading latent frames that are dropped at the end (CogVideoX-1.5).
+        sampler_noise: See `denoise`.
     """
 
     schedule: Schedule | FlowSchedule
@@ -123,6 +124,7 @@ class PreparedRun:
     seed: int
     layout: VideoLayout
     padding_frames: int = 0
+    sampler_noise: Float[np.ndarray, "..."] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -225,6 +227,33 @@ class VideoPipeline(ABC):
         )
 
     @abstractmethod
+    def paper_preset(self, height: int | None = None, width: int | None = None) -> str | None:
+        """The paper's setting for this model, by its name in PAPER_PRESETS; None has none.
+
+        Args:
+            height: Of the video, in pixels. Default: as `prepare`'s.
+            width: Likewise.
+        """
+
+    def paper_sparsity(self, height: int | None = None, width: int | None = None) -> SparsityConfig:
+        """The paper's sparsity for this model and size; the general default where it has none.
+
+        As in `pipe(prompt, sparsity=pipe.paper_sparsity())`, or with another density
+        `dataclasses.replace(pipe.paper_sparsity(), density=0.2)`.
+
+        Args:
+            height: Of the video, in pixels. Default: as `prepare`'s.
+            width: Likewise.
+        """
+        name = self.paper_preset(height, width)
+        return SparsityConfig() if name is None else PAPER_PRESETS[name]
+
+    @property
+    def default_steps(self) -> int:
+        """Denoising steps that `prepare` takes unless told, the authors' own."""
+        return 50
+
+    @abstractmethod
     def prepare(self, prompt: str | Sequence[str] | None = None, **arguments: Any) -> PreparedRun:
         """The first part of `__call__`: encodes prompts, makes the schedule and the noise."""
 
@@ -263,6 +292,7 @@ class VideoPipeline(ABC):
                 sparsity=sparsity,
                 labels=labels,
                 seed=run.seed,
+                sampler_noise=run.sampler_noise,
                 steps=steps,
                 save=save,
                 callback_on_step_end=callback_on_step_end,
@@ -298,6 +328,11 @@ class VideoPipeline(ABC):
     @abstractmethod
     def decode_latents(self, latents: Array, *, vae_tiling: bool = False) -> Array:
         """Videos [batch, 3, frames, height, width] of latents, about from −1 to 1."""
+
+
+def is_480p(height: int, width: int) -> bool:
+    """Whether a video is nearer to 480 × 832 pixels than to 720 × 1280, by their number."""
+    return 2 * height * width < 480 * 832 + 720 * 1280
 
 
 def to_frames(

@@ -312,6 +312,12 @@ def step_noise(seed: int, step: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.random.Generator(np.random.Philox(stream)).standard_normal(shape, dtype=np.float32)
 
 
+def image_noise_of(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The noise that an image's latents are drawn with, from a stream of its own."""
+    stream = np.random.SeedSequence(seed, spawn_key=(0, 0))  # the steps' keys are of one number
+    return np.random.Generator(np.random.Philox(stream)).standard_normal(shape, dtype=np.float32)
+
+
 def step_key(seed: int, step: int) -> jax.Array:
     """The PRNG key of a step, from which the sampled query rows are drawn."""
     return jax.random.fold_in(jax.random.key(seed), step)

@@ -26,6 +26,7 @@ from svg_jax.sampling.pipeline import (
     VideoPipeline,
     check_videos_per_prompt,
     in_memory,
+    is_480p,
     repeat_each,
     run_encoder,
     starting_latents,
@@ -125,7 +126,7 @@ class WanPipeline(VideoPipeline):
         height: int | None = None,
         width: int | None = None,
         num_frames: int = _FRAMES,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float | int = 5.0,
         guidance_steps: float | int = 1.0,
         scheduler: FlowSampler | None = None,
@@ -152,7 +153,8 @@ class WanPipeline(VideoPipeline):
                 one; else 720.
             width: In pixels, a multiple of 16. Default: 832 or 1280, likewise.
             num_frames: Frames of the video, 4k + 1.
-            num_inference_steps: Denoising steps.
+            num_inference_steps: Denoising steps. Default, as by Wan's authors: 50; 40 for image to
+                video (diffusers takes 50 there, too).
             guidance_scale: Of classifier-free guidance; at most 1 turns it off and halves the work.
             guidance_steps: Share of the steps, from the first on, that pay for guidance.
             scheduler: "unipc" or "euler", whose steps are HunyuanVideo's. Default: the
@@ -179,6 +181,8 @@ class WanPipeline(VideoPipeline):
         config, sampling = self.transformer.config, self.scheduler
         if flow_shift is not None:
             sampling = replace(sampling, shift=float(flow_shift))
+        if num_inference_steps is None:
+            num_inference_steps = self.default_steps
         schedule = make_flow_schedule(sampling, num_inference_steps, sampler=scheduler)
         scales = guidance_scales(schedule.timesteps, guidance_scale, guidance_steps=guidance_steps)
         default = self._default_size()
@@ -224,6 +228,21 @@ class WanPipeline(VideoPipeline):
             seed=seed,
             layout=layout,
         )
+
+    def paper_preset(self, height: int | None = None, width: int | None = None) -> str:
+        """See `VideoPipeline.paper_preset`; text to video has one for all sizes."""
+        if self.transformer.config.image_dim is None:
+            return "wan-t2v-720p"
+        default = self._default_size()
+        small = is_480p(height or default[0], width or default[1])
+        return "wan-i2v-480p" if small else "wan-i2v-720p"
+
+    @property
+    def default_steps(self) -> int:
+        """See `VideoPipeline.default_steps`."""
+        config = self.transformer.config
+        from_one_image = config.image_dim is not None and config.pos_embed_seq_len is None
+        return 40 if from_one_image else 50
 
     def encode_prompts(
         self, prompts: Sequence[str], max_sequence_length: int | None = None
