@@ -1,4 +1,4 @@
-"""The command line: `svg-jax convert | export | generate | compare | demo`.
+"""The command line: `svg-jax convert | export | verify | generate | compare | demo`.
 
 Commands are imported when they run: `svg-jax --help` needs no jax.
 """
@@ -16,7 +16,10 @@ import typer
 from svg_jax.config import SparsityConfig
 
 _SPARSITY = SparsityConfig()
-_INTERRUPTED = 130  # exit code after Ctrl-C
+# Exit codes: 0 done, 1 the run itself failed (values that are not finite), and
+_BAD_INPUT = 2  # wrong usage, or what was given is not what it must be
+_ENVIRONMENT = 3  # the disk, a right, a lock, the device's memory
+_INTERRUPTED = 130  # Ctrl-C. (DamageError has 4: a folder is not what was converted.)
 # RuntimeError is what JAX raises when memory runs out.
 _EXPECTED = (ValueError, OSError, FloatingPointError, RuntimeError)
 
@@ -171,6 +174,16 @@ def export(
     from svg_jax import commands
 
     commands.export(source, destination)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A converted folder.")],
+) -> None:
+    """Read a converted checkpoint whole and compare every bit with its manifest."""
+    from svg_jax import commands
+
+    commands.verify(folder)
 
 
 @app.command()
@@ -341,7 +354,7 @@ def demo(
 
 
 def main() -> None:
-    """Runs the command line; an error is one sentence, and exit code 1 (2: wrong usage)."""
+    """Runs the command line; an error is one sentence and one of the exit codes above."""
     warnings.showwarning = _show_warning
     logger = logging.getLogger("svg_jax")
     logger.handlers, logger.propagate = [_Echo()], False  # else absl's handler says it again
@@ -350,13 +363,14 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("SVG_JAX_TRACEBACK"):
             raise
-        # Usage errors: typer's own click and click itself have different classes for them.
+        # Usage errors (typer's own click and click itself have different classes for them) and
+        # those of the converter say it themselves.
         code = getattr(error, "exit_code", None)
         if code is None and not isinstance(error, _EXPECTED):
             raise
         if message := _sentence(error):  # without arguments help was printed, and this is empty
             typer.echo(f"svg-jax: {message}", err=True)
-        code = 1 if code is None else code
+        code = _exit_code(error) if code is None else code
     if code == _INTERRUPTED:
         # The temporary files are gone. A step may still be running on other threads, and Python's
         # own way out would take its memory away and crash.
@@ -366,10 +380,20 @@ def main() -> None:
     sys.exit(code)
 
 
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return _BAD_INPUT
+    return _ENVIRONMENT if isinstance(error, OSError) or _is_out_of_memory(error) else 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
-    if "RESOURCE_EXHAUSTED" in str(error):
+    if _is_out_of_memory(error):
         return "the device ran out of memory: ask for fewer frames or a smaller size"
     message = getattr(error, "format_message", error.__str__)()
     return " ".join(message.split())

@@ -10,12 +10,20 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 
 from svg_jax.comparison import Comparison, Pattern
 from svg_jax.comparison import compare as compare_attention
 from svg_jax.config import SparsityConfig
-from svg_jax.convert import convert_pipeline, export_pipeline
+from svg_jax.convert import convert_pipeline, export_pipeline, read_manifest, verify_pipeline
 from svg_jax.files import written_atomically
 from svg_jax.sampling import VideoPipeline, from_pretrained
 from svg_jax.sampling.images import open_image
@@ -61,6 +69,16 @@ def export(source: Path, destination: Path) -> None:
     with _bytes_bar() as progress:
         export_pipeline(source, destination, progress=progress)
     print(f"wrote {destination}")
+
+
+def verify(folder: Path) -> None:
+    """Compares a converted folder with its manifest, with a progress bar."""
+    with _bytes_bar() as progress:
+        verify_pipeline(folder, progress=progress)
+    manifest = read_manifest(folder)
+    tensors = sum(map(len, manifest.components.values()))
+    files = len(manifest.files) + len(manifest.weights)
+    print(f"{folder} is as it was converted: {tensors} tensors in {files} files")
 
 
 def generate(
@@ -249,7 +267,7 @@ def _steps_bar(total: int) -> Iterator[Any]:
 
 @contextmanager
 def _bytes_bar() -> Iterator[Any]:
-    with _bar() as progress:
+    with _bar(DownloadColumn(), TransferSpeedColumn()) as progress:
         task = progress.add_task("checking", total=None)
         yield lambda done, total, what: progress.update(
             task, completed=done, total=total, description=what

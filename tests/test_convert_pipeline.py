@@ -1,5 +1,7 @@
 """Whole pipeline folders: converted, or refused in one sentence where something is off."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -119,6 +121,10 @@ def converted(tmp_path_factory):
     return folder / "out"
 
 
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(folder)): file.read_bytes()
@@ -155,10 +161,25 @@ class TestConvert:
         assert (record.shape, record.dtype, record.stored_dtype) == ((20, 16), "float16", "float16")
         assert str(converted.parent) not in (converted / "manifest.json").read_text()
 
-    def test_the_same_source_gives_the_same_manifest(self, converted, tmp_path):
+    def test_the_same_source_gives_the_same_manifest_but_for_orbaxs_own_names(
+        self, converted, tmp_path
+    ):
         convert_pipeline(converted.parent / "source", tmp_path / "again")
-        again = (tmp_path / "again/manifest.json").read_bytes()
-        assert again == (converted / "manifest.json").read_bytes()
+        again, before = (
+            dataclasses.replace(read_manifest(folder), weights={})
+            for folder in (tmp_path / "again", converted)
+        )
+        assert again == before
+
+    def test_the_manifest_has_the_digest_of_every_file_that_was_read_and_written(self, converted):
+        manifest, source = read_manifest(converted), converted.parent / "source"
+        digests = {name: sha256(content) for name, content in files_of(converted).items()}
+        assert {**manifest.files, **manifest.weights} == {
+            name: found for name, found in digests.items() if name != "manifest.json"
+        }
+        read = [TRANSFORMER_FILE, ENCODER_FILE, "transformer/config.json"]
+        read.append("text_encoder/config.json")
+        assert manifest.sources == {name: sha256((source / name).read_bytes()) for name in read}
 
     def test_progress_counts_every_byte(self, source, tmp_path):
         calls = []
@@ -370,7 +391,7 @@ convert_pipeline(sys.argv[1], sys.argv[2], progress=kill)
     arguments = [sys.executable, "-c", code, str(source), str(tmp_path / "out")]
     assert subprocess.run(arguments).returncode == -signal.SIGKILL
     (half,) = (path for path in tmp_path.iterdir() if path != source)
-    assert half.name.startswith(".out.partial-")
+    assert half.name == ".out.partial"
     with pytest.raises(ConversionError, match=r"cut off|not converted"):
         load_transformer(half)
     convert_pipeline(source, tmp_path / "out")
