@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from svg_jax.convert.contents import Contents, read_contents
     from svg_jax.convert.export import export_pipeline
     from svg_jax.convert.load import (
         load_component,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from svg_jax.convert.verify import verify_pipeline
 
 __all__ = [
+    "Contents",
     "ConversionError",
     "DamageError",
     "Leaf",
@@ -48,12 +50,14 @@ __all__ = [
     "load_vae",
     "match_rules",
     "plan_conversion",
+    "read_contents",
     "read_manifest",
     "restore_state",
     "verify_pipeline",
 ]
 
 _HOME = {
+    "contents": ("Contents", "read_contents"),
     "export": ("export_pipeline",),
     "load": ("load_component", "load_text_encoder", "load_transformer", "load_vae"),
     "manifest": ("Manifest", "TensorRecord", "read_manifest"),

@@ -27,11 +27,11 @@ from svg_jax.convert.reader import (
     weights_files,
 )
 from svg_jax.convert.rules import ConversionError, Leaf
+from svg_jax.convert.writer import checkpoint_overhead
 
 _COPY_LIMIT = 100 * 2**20  # bytes; nothing in COPIED's folders comes near it
-# What orbax writes beside the numbers: measured at 10 to 400 leaves, from which it is 10 % off.
-_BYTES_A_LEAF, _BYTES_A_CHECKPOINT = 600, 2500
-_BYTES_A_RECORD = 290  # of the manifest, beside the tensor's name
+_BYTES_A_RECORD = 330  # of the manifest, beside the tensor's name
+_BYTES_A_FILE = 130  # of the manifest
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,12 @@ class ComponentPlan:
     @property
     def stored_nbytes(self) -> int:
         """Bytes of tensors to write."""
-        return sum(math.prod(leaf.shape) * self.dtypes[leaf.path].itemsize for leaf in self.leaves)
+        return sum(self.stored_leaves)
+
+    @property
+    def stored_leaves(self) -> list[int]:
+        """Bytes of each leaf."""
+        return [math.prod(leaf.shape) * self.dtypes[leaf.path].itemsize for leaf in self.leaves]
 
     def check_unchanged(self) -> None:
         """Compares the files that were read with what they were before.
@@ -136,8 +141,9 @@ class ConversionPlan:
         size = sum(file.stat().st_size for file in self.files.values())
         for component in self.components:
             size += component.stored_nbytes + (component.folder / "config.json").stat().st_size
-            size += _BYTES_A_CHECKPOINT + _BYTES_A_LEAF * len(component.leaves)
+            size += checkpoint_overhead(component.stored_leaves)
             size += sum(_BYTES_A_RECORD + len(name) for name in component.tensors)
+            size += 2 * _BYTES_A_FILE * len(component.leaves)
         return size
 
 
@@ -165,8 +171,8 @@ def plan_conversion(
     cast = None if dtype is None else _weight_dtype(dtype)
     index = read_pipeline_index(source)
     chosen = select_components(index, components, source)
-    variants = _variants(source, chosen, variant)
-    allowed = _link_targets(source)
+    variants = select_variants(source, chosen, variant)
+    allowed = link_targets(source)
     return ConversionPlan(
         source=source,
         index=index,
@@ -190,10 +196,14 @@ def _weight_dtype(dtype: DTypeLike) -> np.dtype:
     return found
 
 
-def _variants(
+def select_variants(
     source: Path, chosen: Collection[str], variant: str | None
 ) -> Mapping[str, str | None]:
-    """Each component's variant: as in diffusers, those that do not have it give what they have."""
+    """Each component's variant: as in diffusers, those that do not have it give what they have.
+
+    Raises:
+        ConversionError: If none has it.
+    """
     if variant is not None and not variant.isalnum():
         raise ConversionError(f"variant={variant!r}: is no name of a variant, such as 'fp16'.")
     found = {name: variant if weights_files(source / name, variant) else None for name in chosen}
@@ -205,7 +215,7 @@ def _variants(
     return found
 
 
-def _link_targets(source: Path) -> tuple[Path, ...]:
+def link_targets(source: Path) -> tuple[Path, ...]:
     """Where links in the source may lead: the hub's cache keeps a snapshot's files in `blobs`."""
     cached = source.resolve().parent.name == "snapshots"
     return (source, source.resolve().parent.parent / "blobs") if cached else (source,)

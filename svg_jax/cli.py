@@ -1,4 +1,4 @@
-"""The command line: `svg-jax convert | export | verify | generate | compare | demo`.
+"""The command line: `svg-jax convert | export | verify | inspect | generate | compare | demo`.
 
 Commands are imported when they run: `svg-jax --help` needs no jax.
 """
@@ -144,6 +144,11 @@ Fps = Annotated[
 ]
 Enlarge = Annotated[int, _option("--enlarge", help="Pixels to show each pixel as, each way.")]
 
+Variant = Annotated[
+    str | None,
+    _option("--variant", help="Weights to take where there are several, e.g. fp16."),
+]
+
 
 @app.command()
 def convert(
@@ -154,15 +159,35 @@ def convert(
         _option("--components", help="Only these, e.g. transformer,text_encoder."),
     ] = None,
     dtype: Annotated[
-        StoredDtype | None, _option("--dtype", help="Cast weights; default: as they are.")
+        StoredDtype | None,
+        _option(
+            "--dtype",
+            help="Cast weights, but those that the model keeps in float32; default: as they are.",
+        ),
     ] = None,
+    variant: Variant = None,
+    allow_nonfinite: Annotated[
+        bool, _option("--allow-nonfinite", help="Take NaN and infinities, and count them.")
+    ] = False,
     overwrite: Annotated[bool, _option("--overwrite", help="Replace the destination.")] = False,
+    dry_run: Annotated[
+        bool, _option("--dry-run", help="Say what would be written, and write nothing.")
+    ] = False,
 ) -> None:
-    """Convert a trained checkpoint."""
+    """Convert a trained checkpoint; the same command again takes up one that was killed."""
     from svg_jax import commands
 
     names = None if components is None else [name.strip() for name in components.split(",")]
-    commands.convert(source, destination, components=names, dtype=dtype, overwrite=overwrite)
+    commands.convert(
+        source,
+        destination,
+        components=names,
+        dtype=dtype,
+        variant=variant,
+        allow_nonfinite=allow_nonfinite,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
 
 
 @app.command()
@@ -184,6 +209,21 @@ def verify(
     from svg_jax import commands
 
     commands.verify(folder)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A converted folder, or one of diffusers.")],
+    stats: Annotated[
+        bool, _option("--stats", help="Read every tensor: min, max, mean, std, not finite.")
+    ] = False,
+    variant: Variant = None,
+    as_json: Annotated[bool, _option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a checkpoint holds: components, configs, parameters, dtypes."""
+    from svg_jax import commands
+
+    commands.inspect_folder(folder, statistics=stats, variant=variant, as_json=as_json)
 
 
 @app.command()

@@ -1,6 +1,8 @@
 """What the commands of the command line do."""
 
 import inspect
+import json
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +25,17 @@ from rich.progress import (
 from svg_jax.comparison import Comparison, Pattern
 from svg_jax.comparison import compare as compare_attention
 from svg_jax.config import SparsityConfig
-from svg_jax.convert import convert_pipeline, export_pipeline, read_manifest, verify_pipeline
+from svg_jax.convert import (
+    convert_pipeline,
+    export_pipeline,
+    plan_conversion,
+    read_contents,
+    read_manifest,
+    verify_pipeline,
+)
+from svg_jax.convert.staging import check_destination
 from svg_jax.files import written_atomically
+from svg_jax.folder_report import contents_tables, contents_values, plan_tables
 from svg_jax.sampling import VideoPipeline, from_pretrained
 from svg_jax.sampling.images import open_image
 from svg_jax.sampling.record import median_seconds
@@ -49,15 +60,25 @@ def convert(
     *,
     components: Sequence[str] | None = None,
     dtype: str | None = None,
+    variant: str | None = None,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
+    dry_run: bool = False,
 ) -> None:
-    """Converts a pipeline folder in diffusers' layout, with a progress bar."""
+    """Converts a pipeline folder in diffusers' layout, or says what that would give."""
+    if dry_run:
+        plan = plan_conversion(source, components=components, dtype=dtype, variant=variant)
+        check_destination(destination, plan.source, plan.written_nbytes, overwrite)
+        _print(*plan_tables(plan))
+        return
     with _bytes_bar() as progress:
         convert_pipeline(
             source,
             destination,
             components=components,
             dtype=dtype,
+            variant=variant,
+            allow_nonfinite=allow_nonfinite,
             overwrite=overwrite,
             progress=progress,
         )
@@ -79,6 +100,23 @@ def verify(folder: Path) -> None:
     tensors = sum(map(len, manifest.components.values()))
     files = len(manifest.files) + len(manifest.weights)
     print(f"{folder} is as it was converted: {tensors} tensors in {files} files")
+
+
+def inspect_folder(folder: Path, *, statistics: bool, variant: str | None, as_json: bool) -> None:
+    """Prints what a folder holds."""
+    with _bytes_bar() as progress:
+        contents = read_contents(folder, statistics=statistics, variant=variant, progress=progress)
+    if as_json:
+        print(json.dumps(contents_values(contents), indent=1))
+    else:
+        _print(*contents_tables(contents))
+
+
+def _print(*parts: Any) -> None:
+    # As wide as a table needs to be where no terminal would break the lines.
+    console = Console(width=None if sys.stdout.isatty() else 10_000)
+    for part in parts:
+        console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
 
 
 def generate(
