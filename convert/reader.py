@@ -28,6 +28,7 @@ DTYPES = {
 }
 STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call the weights
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
+_NAME_LIMIT = 500  # characters; names of 100 are long
 _JSON_LIMIT = 100_000_000  # bytes; the largest index of a released model has 0.1 % of it
 # The exponent bits of each type: all of them set means infinity or no number.
 _EXPONENT = {
@@ -89,6 +90,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         )
     entries = _parse_json(header, file)
     entries.pop("__metadata__", None)
+    if odd := [name for name in entries if not name.isprintable() or len(name) > _NAME_LIMIT]:
+        raise ConversionError(f"{file}: {odd[0]!r:.80} is no name of a tensor: fetch it again.")
     data_start = 8 + length
     tensors = {name: _tensor(file, name, entry, data_start) for name, entry in entries.items()}
 
@@ -183,6 +186,12 @@ def _read_shards(index: Path, roots: Iterable[Path]) -> dict[str, StoredTensor]:
     folder, (stem, _, ending) = index.parent, index.name.partition(".safetensors.index")
     variant = re.escape(ending.removesuffix(".json"))
     shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if shard != Path(shard).name or shard in ("", ".."):
+            raise ConversionError(
+                f"{index}: the shard {shard!r:.80} leads out of its folder: fetch the index again."
+            )
+        check_inside(folder / shard, roots, named_by=index)
     # Both of diffusers' ways to name the shards of a variant.
     pattern = rf"{stem}({variant}-\d+-of-\d+|-\d+-of-\d+{variant})\.safetensors"
     there = {path.name for path in folder.iterdir() if re.fullmatch(pattern, path.name)}
@@ -195,7 +204,6 @@ def _read_shards(index: Path, roots: Iterable[Path]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         file = folder / shard
-        check_inside(file, roots, named_by=index)
         if not os.path.lexists(file):
             raise ConversionError(f"{file}: the index lists this shard, it is missing: fetch it.")
         found = read_header(file)
@@ -228,7 +236,7 @@ def check_inside(file: Path, roots: Iterable[Path], *, named_by: Path | None = N
     Raises:
         ConversionError: If it does not.
     """
-    target = file.resolve()
+    target = Path(os.path.realpath(file))  # unlike resolve, it takes a link to itself
     if not any(target.is_relative_to(root.resolve()) for root in roots):
         raise ConversionError(
             f"{f'{named_by}: ' if named_by else ''}{file} leads out of the checkpoint's folder, to "
