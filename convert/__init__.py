@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from svg_jax.convert.export import export_pipeline, verify_pipeline
+    from svg_jax.convert.contents import Contents, read_contents
+    from svg_jax.convert.export import export_pipeline
     from svg_jax.convert.load import (
         load_component,
         load_text_encoder,
@@ -18,19 +19,26 @@ if TYPE_CHECKING:
     )
     from svg_jax.convert.manifest import Manifest, TensorRecord, read_manifest
     from svg_jax.convert.pipeline import convert_pipeline
+    from svg_jax.convert.plan import plan_conversion
     from svg_jax.convert.rules import (
         ConversionError,
+        DamageError,
         Leaf,
+        RefusedError,
         Rule,
         convert_state,
         match_rules,
         restore_state,
     )
+    from svg_jax.convert.verify import verify_pipeline
 
 __all__ = [
+    "Contents",
     "ConversionError",
+    "DamageError",
     "Leaf",
     "Manifest",
+    "RefusedError",
     "Rule",
     "TensorRecord",
     "convert_pipeline",
@@ -41,17 +49,31 @@ __all__ = [
     "load_transformer",
     "load_vae",
     "match_rules",
+    "plan_conversion",
+    "read_contents",
     "read_manifest",
     "restore_state",
     "verify_pipeline",
 ]
 
 _HOME = {
-    "export": ("export_pipeline", "verify_pipeline"),
+    "contents": ("Contents", "read_contents"),
+    "export": ("export_pipeline",),
     "load": ("load_component", "load_text_encoder", "load_transformer", "load_vae"),
     "manifest": ("Manifest", "TensorRecord", "read_manifest"),
     "pipeline": ("convert_pipeline",),
-    "rules": ("ConversionError", "Leaf", "Rule", "convert_state", "match_rules", "restore_state"),
+    "plan": ("plan_conversion",),
+    "rules": (
+        "ConversionError",
+        "DamageError",
+        "Leaf",
+        "RefusedError",
+        "Rule",
+        "convert_state",
+        "match_rules",
+        "restore_state",
+    ),
+    "verify": ("verify_pipeline",),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `svg-jax convert | export | generate | compare | demo`.
+"""The command line: `svg-jax generate | compare | demo`, and those of `cli_checkpoints.py`.
 
 Commands are imported when they run: `svg-jax --help` needs no jax.
 """
@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from svg_jax.cli_checkpoints import CHECKPOINT_COMMANDS
 from svg_jax.cli_options import (
     Attention,
     DenseLayers,
@@ -39,13 +40,15 @@ from svg_jax.cli_options import (
     Scheduler,
     Seed,
     Steps,
-    StoredDtype,
     TrueCfg,
     Width,
 )
 from svg_jax.cli_options import option as _option
 
-_INTERRUPTED = 130  # exit code after Ctrl-C
+# Exit codes: 0 done, 1 the run itself failed (values that are not finite), and
+_BAD_INPUT = 2  # wrong usage, or what was given is not what it must be
+_ENVIRONMENT = 3  # the disk, a right, a lock, the device's memory
+_INTERRUPTED = 130  # Ctrl-C. (DamageError has 4: a folder is not what was converted.)
 # RuntimeError is what JAX raises when memory runs out.
 _EXPECTED = (ValueError, OSError, FloatingPointError, RuntimeError)
 
@@ -58,35 +61,8 @@ app = typer.Typer(
 )
 
 
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="A pipeline folder in diffusers' layout.")],
-    destination: Annotated[Path, typer.Argument(help="The folder to make.")],
-    components: Annotated[
-        str | None,
-        _option("--components", help="Only these, e.g. transformer,text_encoder."),
-    ] = None,
-    dtype: Annotated[
-        StoredDtype | None, _option("--dtype", help="Cast weights; default: as they are.")
-    ] = None,
-    overwrite: Annotated[bool, _option("--overwrite", help="Replace the destination.")] = False,
-) -> None:
-    """Convert a trained checkpoint."""
-    from svg_jax import commands
-
-    names = None if components is None else [name.strip() for name in components.split(",")]
-    commands.convert(source, destination, components=names, dtype=dtype, overwrite=overwrite)
-
-
-@app.command()
-def export(
-    source: Annotated[Path, typer.Argument(help="A converted folder.")],
-    destination: Annotated[Path, typer.Argument(help="The folder to make.")],
-) -> None:
-    """Write a converted checkpoint back in diffusers' layout, bit for bit."""
-    from svg_jax import commands
-
-    commands.export(source, destination)
+for command in CHECKPOINT_COMMANDS:
+    app.command()(command)
 
 
 @app.command()
@@ -301,7 +277,7 @@ def _sparsity(
 
 
 def main() -> None:
-    """Runs the command line; an error is one sentence, and exit code 1 (2: wrong usage)."""
+    """Runs the command line; an error is one sentence and one of the exit codes above."""
     warnings.showwarning = _show_warning
     logger = logging.getLogger("svg_jax")
     logger.handlers, logger.propagate = [_Echo()], False  # else absl's handler says it again
@@ -311,13 +287,14 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("SVG_JAX_TRACEBACK"):
             raise
-        # Usage errors: typer's own click and click itself have different classes for them.
+        # Usage errors (typer's own click and click itself have different classes for them) and
+        # those of the converter say it themselves.
         code = getattr(error, "exit_code", None)
         if code is None and not isinstance(error, _EXPECTED):
             raise
         if message := _sentence(error):  # without arguments help was printed, and this is empty
             typer.echo(f"svg-jax: {message}", err=True)
-        code = 1 if code is None else code
+        code = _exit_code(error) if code is None else code
     if code == _INTERRUPTED:
         # The temporary files are gone. A step may still be running on other threads, and Python's
         # own way out would take its memory away and crash.
@@ -327,10 +304,21 @@ def main() -> None:
     sys.exit(code)
 
 
+def _exit_code(error: Exception) -> int:
+    of_paths = FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError
+    if isinstance(error, (ValueError, *of_paths)):
+        return _BAD_INPUT
+    return _ENVIRONMENT if isinstance(error, OSError) or _is_out_of_memory(error) else 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
-    if "RESOURCE_EXHAUSTED" in str(error):
+    if _is_out_of_memory(error):
         return "the device ran out of memory: ask for fewer frames or a smaller size"
     message = getattr(error, "format_message", error.__str__)()
     return " ".join(message.split())

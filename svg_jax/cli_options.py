@@ -39,14 +39,6 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
-class StoredDtype(StrEnum):
-    """What weights are stored in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 def option(*names: str, help: str):
     """An option of these names."""
     return typer.Option(*names, help=help)

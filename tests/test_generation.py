@@ -111,7 +111,7 @@ def test_a_list_that_was_stopped_goes_on(generate, expected, monkeypatch):
     assert {".0.npz.json", "0.npz", ".1.npz.state"} == set(os.listdir("out"))
 
     code, _, error = generate()
-    assert code == 1
+    assert code == 2
     assert "out/.1.npz.state holds a run that was not finished: go on with it" in error
     code, out, error = generate("--resume")
     assert (code, out.count("wrote")) == (0, 2)
@@ -124,7 +124,7 @@ def test_a_list_that_was_stopped_goes_on(generate, expected, monkeypatch):
 def test_what_was_made_otherwise_is_not_overwritten(generate):
     Path("out/1.npz").write_bytes(b"of the user")
     code, _, error = generate()
-    assert code == 1
+    assert code == 2
     assert "out/1.npz is there and was not made from a list of prompts: remove it" in error
     Path("out/1.npz").unlink()
     assert generate()[0] == 0
@@ -133,7 +133,7 @@ def test_what_was_made_otherwise_is_not_overwritten(generate):
         (["--fps", 12], "had fps 8.0, this one 12.0"),
     ]:
         code, _, error = generate(*change)
-        assert code == 1
+        assert code == 2
         assert f"out/0.npz is another run's: the saved one {sentence}" in error
     Path("out/.0.npz.json").write_text("{")
     assert "out/.0.npz.json is damaged: remove it and 0.npz" in generate()[2]
@@ -171,7 +171,7 @@ def test_a_bad_file_is_one_sentence(content, sentence, generate):
     if content is not None:
         Path("prompts.txt").write_bytes(content)
     code, _, error = generate()
-    assert (code, sentence in error) == (1, True), error
+    assert (code, sentence in error) == (2, True), error
     assert os.listdir("out") == []
 
 
@@ -192,7 +192,7 @@ def test_a_bad_file_is_one_sentence(content, sentence, generate):
 )
 def test_bad_arguments_are_one_sentence(arguments, output, sentence, generate):
     code, _, error = generate(*arguments, output=output)
-    assert (code, sentence in error) == (1, True), error
+    assert (code, sentence in error) == (2, True), error
     assert os.listdir("out") == []
 
 

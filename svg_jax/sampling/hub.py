@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from svg_jax.convert.components import COPIED, read_pipeline_index, select_components
-from svg_jax.convert.reader import STEMS, weights_in
+from svg_jax.convert.reader import STEMS, weights_files
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _SHARD = "-?????-of-?????"
@@ -65,7 +65,7 @@ def download_components(
     patterns += [f"{name}/config.json" for name in components]
     patterns += [pattern for name in components for pattern in _weights(name, variant)]
     _snapshot(hub_id, patterns, commit, cache_dir)
-    plain = [name for name in components if not weights_in(folder / name, variant)]
+    plain = [name for name in components if not weights_files(folder / name, variant)]
     if variant is None or not plain:
         return
     if len(plain) == len(components):
