@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from svg_jax.convert.manifest import Manifest, TensorRecord, read_manifest
     from svg_jax.convert.pipeline import convert_pipeline
+    from svg_jax.convert.releases import OriginalComponent, find_original, read_original
     from svg_jax.convert.rules import (
         ConversionError,
         Leaf,
@@ -31,17 +32,20 @@ __all__ = [
     "ConversionError",
     "Leaf",
     "Manifest",
+    "OriginalComponent",
     "Rule",
     "TensorRecord",
     "convert_pipeline",
     "convert_state",
     "export_pipeline",
+    "find_original",
     "load_component",
     "load_text_encoder",
     "load_transformer",
     "load_vae",
     "match_rules",
     "read_manifest",
+    "read_original",
     "restore_state",
     "verify_pipeline",
 ]
@@ -51,6 +55,7 @@ _HOME = {
     "load": ("load_component", "load_text_encoder", "load_transformer", "load_vae"),
     "manifest": ("Manifest", "TensorRecord", "read_manifest"),
     "pipeline": ("convert_pipeline",),
+    "releases": ("OriginalComponent", "find_original", "read_original"),
     "rules": ("ConversionError", "Leaf", "Rule", "convert_state", "match_rules", "restore_state"),
 }
 
