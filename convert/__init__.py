@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from svg_jax.convert.export import export_pipeline, verify_pipeline
+    from svg_jax.convert.contents import Contents, read_contents
+    from svg_jax.convert.export import export_pipeline
     from svg_jax.convert.load import (
         load_component,
         load_text_encoder,
@@ -18,21 +19,28 @@ if TYPE_CHECKING:
     )
     from svg_jax.convert.manifest import Manifest, TensorRecord, read_manifest
     from svg_jax.convert.pipeline import convert_pipeline
+    from svg_jax.convert.plan import plan_conversion
     from svg_jax.convert.releases import OriginalComponent, find_original, read_original
     from svg_jax.convert.rules import (
         ConversionError,
+        DamageError,
         Leaf,
+        RefusedError,
         Rule,
         convert_state,
         match_rules,
         restore_state,
     )
+    from svg_jax.convert.verify import verify_pipeline
 
 __all__ = [
+    "Contents",
     "ConversionError",
+    "DamageError",
     "Leaf",
     "Manifest",
     "OriginalComponent",
+    "RefusedError",
     "Rule",
     "TensorRecord",
     "convert_pipeline",
@@ -44,6 +52,8 @@ __all__ = [
     "load_transformer",
     "load_vae",
     "match_rules",
+    "plan_conversion",
+    "read_contents",
     "read_manifest",
     "read_original",
     "restore_state",
@@ -51,12 +61,24 @@ __all__ = [
 ]
 
 _HOME = {
-    "export": ("export_pipeline", "verify_pipeline"),
+    "contents": ("Contents", "read_contents"),
+    "export": ("export_pipeline",),
     "load": ("load_component", "load_text_encoder", "load_transformer", "load_vae"),
     "manifest": ("Manifest", "TensorRecord", "read_manifest"),
     "pipeline": ("convert_pipeline",),
+    "plan": ("plan_conversion",),
     "releases": ("OriginalComponent", "find_original", "read_original"),
-    "rules": ("ConversionError", "Leaf", "Rule", "convert_state", "match_rules", "restore_state"),
+    "rules": (
+        "ConversionError",
+        "DamageError",
+        "Leaf",
+        "RefusedError",
+        "Rule",
+        "convert_state",
+        "match_rules",
+        "restore_state",
+    ),
+    "verify": ("verify_pipeline",),
 }
 
 

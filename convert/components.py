@@ -177,7 +177,14 @@ def component_leaves(
     unused = family.unused
     if unused is not None:
         shapes = {name: shape for name, shape in shapes.items() if not unused.search(name)}
-    return match_rules(shapes, family.rules(config), where=str(folder))
+    rules = family.rules(config)
+    layers = max(rule.layers or 0 for rule in rules)
+    if layers > len(shapes):  # else listing what is missing could take for ever
+        raise ConversionError(
+            f"{folder}: the tensors do not fit the config: it has {layers} layers and there are "
+            f"only {len(shapes)} tensors. Check that config.json belongs to these weights."
+        )
+    return match_rules(shapes, rules, where=str(folder))
 
 
 def read_component_config(folder: Path, class_name: str) -> Any:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import tensorstore as ts
 from flax import nnx
 from jax.typing import DTypeLike
@@ -93,6 +94,21 @@ def load_component(
         )
 
     return _load(folder, name, class_name, make, cast=param_dtype is not None)
+
+
+def param_dtypes(
+    class_name: str, config: Any, param_dtype: DTypeLike
+) -> dict[tuple[str, ...], np.dtype]:
+    """The dtype of each parameter of a model that is made with `param_dtype`, by its path.
+
+    It is `param_dtype` but for those that the model keeps in float32, as the original does.
+    """
+    module = MODULES[class_name]
+    made = nnx.eval_shape(
+        lambda: module(config, dtype=jnp.float32, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    )
+    leaves = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(made)))
+    return {tuple(str(key) for key in path): leaf.dtype for path, leaf in leaves.items()}
 
 
 def load_transformer(

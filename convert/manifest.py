@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from svg_jax.convert.reader import DTYPES, read_json
-from svg_jax.convert.rules import ConversionError
+from svg_jax.convert.rules import RULES_VERSION, ConversionError, DamageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NAME = "manifest.json"
-_VERSIONS_OF = ("svg-jax", "jax", "flax", "orbax-checkpoint", "numpy")
+_OWN_DIGEST = "sha256"  # of everything else in the manifest
+_VERSIONS_OF = ("svg-jax", "jax", "flax", "orbax-checkpoint", "tensorstore", "numpy")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class TensorRecord:
         stored_dtype: Its dtype in the converted folder.
         stored_sha256: Digest of its bytes in that dtype, in the source's layout. It differs from
             `sha256` only where the conversion was asked to cast.
+        nonfinite: How many of its elements are NaN or infinite; more than none only where the
+            conversion was asked to let them pass.
     """
 
     shape: tuple[int, ...]
@@ -37,6 +42,12 @@ class TensorRecord:
     sha256: str
     stored_dtype: str
     stored_sha256: str
+    nonfinite: int = 0
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Size in the converted folder, in bytes."""
+        return math.prod(self.shape) * np.dtype(self.stored_dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -46,20 +57,38 @@ class Manifest:
     Attributes:
         source: Name of the source folder.
         pipeline: The pipeline's class in model_index.json.
+        dtype: What weights were cast to, if they were.
+        variant: Which variant of the weights was taken ("fp16"), if one was asked for.
         components: Per converted component, its tensors' records by the source's names.
         skipped: Components of the source that were left out on request.
-        files: Digests (sha256) of the files that were copied as they are, by relative path.
+        sources: Digests (sha256) of the files that weights and configs were read from, by their
+            path in the source.
+        files: Digests of the files of this folder outside of `weights`, by path.
+        weights: Digests of the files that orbax wrote. Their names and cuts are different in each
+            conversion, what they hold is not.
         versions: Versions of the libraries that wrote the folder.
+        rules_version: Version of the conversion rules.
         format_version: Version of this layout.
     """
 
     source: str
     pipeline: str
+    dtype: str | None
+    variant: str | None
     components: Mapping[str, Mapping[str, TensorRecord]]
     skipped: tuple[str, ...]
+    sources: Mapping[str, str]
     files: Mapping[str, str]
+    weights: Mapping[str, str]
     versions: Mapping[str, str]
+    rules_version: int = RULES_VERSION
     format_version: int = FORMAT_VERSION
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Size of all tensors as they are stored."""
+        records = (record for tensors in self.components.values() for record in tensors.values())
+        return sum(record.stored_nbytes for record in records)
 
 
 def library_versions() -> dict[str, str]:
@@ -73,24 +102,32 @@ def digest(array: np.ndarray) -> str:
     return hashlib.sha256(raw.data).hexdigest()
 
 
-def file_digest(file: Path) -> str:
-    """sha256 of a small file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def manifest_text(manifest: Manifest) -> str:
+    """What stands in the file: the same manifest gives the same text."""
+    return _signed(dataclasses.asdict(manifest))
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes manifest.json: the same manifest gives the same bytes."""
-    text = json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=True) + "\n"
-    (folder / NAME).write_text(text, encoding="utf-8")
+def _signed(values: Mapping[str, Any]) -> str:
+    body = json.dumps(values, indent=1, sort_keys=True)
+    own = hashlib.sha256(body.encode("utf-8")).hexdigest()
+    return json.dumps({**values, _OWN_DIGEST: own}, indent=1, sort_keys=True) + "\n"
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Reads the manifest of a converted folder.
+def write_manifest(folder: Path, manifest: Manifest, name: str = NAME) -> None:
+    """Writes the manifest, whole or not at all."""
+    new = folder / f"{name}.new"
+    new.write_text(manifest_text(manifest), encoding="utf-8")
+    os.replace(new, folder / name)
+
+
+def read_manifest(folder: Path, name: str = NAME) -> Manifest:
+    """Reads the manifest of a converted folder and checks it against its own digest.
 
     Raises:
-        ConversionError: If the folder is not a whole converted one, or of another format version.
+        ConversionError: If the folder is not a converted one, or of another format version.
+        DamageError: If a single bit of the manifest is not as it was written.
     """
-    file = folder / NAME
+    file = folder / name
     if not file.is_file():
         if not folder.is_dir():
             raise ConversionError(f"{folder}: is no folder.")
@@ -103,8 +140,21 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: is no converted pipeline (it has no {NAME}): convert it again if a "
             "conversion was cut off."
         )
-    values: dict[str, Any] = read_json(file)
+    try:
+        values = read_json(file)
+    except ConversionError as error:
+        raise DamageError(str(error)) from error
     version = values.get("format_version")
+    body = {key: value for key, value in values.items() if key != _OWN_DIGEST}
+    if _OWN_DIGEST not in values and version == 1:  # which had none
+        raise ConversionError(
+            f"{file}: is of format 1 and this version reads {FORMAT_VERSION}: convert the source "
+            "again."
+        )
+    if file.read_bytes() != _signed(body).encode("utf-8"):
+        raise DamageError(
+            f"{file}: is damaged (it does not have its own digest): convert the source again."
+        )
     if version != FORMAT_VERSION:
         raise ConversionError(
             f"{file}: is of format {version!r} and this version reads {FORMAT_VERSION}: convert "
@@ -119,18 +169,16 @@ def read_manifest(folder: Path) -> Manifest:
             for component, tensors in values["components"].items()
         }
         skipped = tuple(values["skipped"])
-        manifest = Manifest(**{**values, "components": components, "skipped": skipped})
+        manifest = Manifest(**{**body, "components": components, "skipped": skipped})
         _check_names(manifest)
         return manifest
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ConversionError(
-            f"{file}: is damaged ({error!r}): convert the source again."
-        ) from error
+        raise DamageError(f"{file}: is damaged ({error!r}): convert the source again.") from error
 
 
 def _check_names(manifest: Manifest) -> None:
     """Refuses names that lead out of the folder, for they become paths, and unknown dtypes."""
-    for name in (*manifest.components, *manifest.files):
+    for name in (*manifest.components, *manifest.files, *manifest.weights):
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name:
             raise ValueError(f"{name} leads out of the folder")

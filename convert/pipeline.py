@@ -1,60 +1,46 @@
 """A pipeline folder in diffusers' layout to a converted one, a tensor at a time."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
 
-from svg_jax.convert.components import (
-    COPIED,
-    component_leaves,
-    read_pipeline_index,
-    select_components,
-)
+from svg_jax.convert.digests import file_digest
 from svg_jax.convert.manifest import (
     NAME,
     Manifest,
     TensorRecord,
     digest,
-    file_digest,
     library_versions,
+    read_manifest,
     write_manifest,
 )
+from svg_jax.convert.plan import ComponentPlan, ConversionPlan, plan_conversion
 from svg_jax.convert.progress import Progress, count_bytes
-from svg_jax.convert.reader import (
-    DTYPES,
-    StoredTensor,
-    all_finite,
-    check_inside,
-    read_json,
-    read_tensor,
-    read_weights,
-)
+from svg_jax.convert.reader import StoredTensor, count_nonfinite, read_tensor
 from svg_jax.convert.rules import ConversionError, Leaf
-from svg_jax.convert.staging import check_destination, staged_folder
+from svg_jax.convert.staging import check_destination, clear, staged_folder
 from svg_jax.convert.writer import SLAB_BYTES, LazyArray, write_tree
 
-_COPY_LIMIT = 100 * 2**20  # bytes; nothing in COPIED's folders comes near it
+# The manifest of a folder that is not whole yet: what it lists is, and a later run may rely on it.
+PARTIAL = "manifest.partial.json"
 
 
 @dataclass(frozen=True)
-class _Component:
-    """A component that was checked and can be written."""
+class _Written:
+    """What the manifest says of one component."""
 
-    name: str
-    folder: Path
-    tensors: Mapping[str, StoredTensor]
-    leaves: tuple[Leaf, ...]
-    dtype: np.dtype | None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+    records: Mapping[str, TensorRecord]
+    sources: Mapping[str, str]
+    files: Mapping[str, str]
+    weights: Mapping[str, str]
 
 
 def convert_pipeline(
@@ -63,6 +49,8 @@ def convert_pipeline(
     *,
     components: Collection[str] | None = None,
     dtype: DTypeLike | None = None,
+    variant: str | None = None,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
@@ -72,107 +60,136 @@ def convert_pipeline(
     image processor, and per component `config.json` and `weights/`, an orbax checkpoint of the
     module's pure dict. It appears whole or not at all. At no time more than a few tensors are in
     memory. Tensors that nothing needs (Wan I2V's `norm_added_q`, LLaVA's `lm_head`) are left out.
+    A run that was killed is taken up again by the next one with the same arguments: components that
+    it had finished are read once more, compared with their digests and kept.
 
     Args:
         source: Folder with model_index.json. Weights are safetensors, one file or shards.
         destination: Folder to be made.
         components: Components to convert, e.g. ("transformer", "text_encoder"); the others are
             left out and named in the manifest. None takes all and refuses those not ported yet.
-        dtype: float32, float16 or bfloat16 to cast every weight to. None keeps what is stored,
-            tensor by tensor: a component may mix dtypes (T5's `wo` in float32 among float16), the
-            layers of one stacked weight may not.
+        dtype: float32, float16 or bfloat16 to cast weights to, but those that the model keeps in
+            float32 (Wan's time embedding, modulation and norms; T5's `wo` among float16). None
+            keeps what is stored, tensor by tensor: a component may mix dtypes, the layers of one
+            stacked weight may not.
+        variant: Set of weights to take where a component has several, e.g. "fp16" for
+            `diffusion_pytorch_model.fp16.safetensors`; a component without it gives its only set.
+        allow_nonfinite: Whether to take weights that are NaN or infinite, and to count them in the
+            manifest; otherwise they are an error.
         overwrite: Whether to replace a checkpoint folder that is at `destination`.
         progress: Called with (bytes done, bytes in all, component).
 
     Raises:
         ConversionError: One sentence that says what is wrong with the source or the destination,
             where, and what to do. At `destination` is then what was there before, or nothing.
+        RefusedError: The same of the disk, its rights, or another run for this destination.
     """
-    source, destination = Path(source), Path(destination)
-    if (source / NAME).is_file():
-        raise ConversionError(f"{source}: is converted already: use it as it is.")
-    cast = None if dtype is None else _weight_dtype(dtype)
-    index = read_pipeline_index(source)
-    chosen = select_components(index, components, source)
-    allowed = _link_targets(source)
-    plan = [_check_component(source / c, index.classes[c], cast, allowed) for c in chosen]
-    files = _small_files(source, [name for name in COPIED if name in index.classes], allowed)
-
-    total = sum(component.nbytes for component in plan)
-    largest_growth = 1 if cast is None else cast.itemsize / min(d.itemsize for d in DTYPES.values())
-    check_destination(destination, source, int(total * largest_growth), overwrite)
-    advance = count_bytes(total, progress)
-    records = {}
-    with staged_folder(destination, overwrite=overwrite) as staging:
-        for name, file in files.items():
-            (staging / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, staging / name)
-        for component in plan:
-            records[component.name] = _write_component(component, staging, advance)
-        copied = sorted(files) + [f"{component.name}/config.json" for component in plan]
-        manifest = Manifest(
-            source=source.resolve().name,
-            pipeline=index.pipeline,
-            components=records,
-            skipped=tuple(sorted(index.classes.keys() - set(COPIED) - set(chosen))),
-            files={name: file_digest(staging / name) for name in copied},
+    destination = Path(destination)
+    plan = plan_conversion(source, components=components, dtype=dtype, variant=variant)
+    check_destination(destination, plan.source, plan.written_nbytes, overwrite)
+    advance = count_bytes(plan.nbytes, progress)
+    with staged_folder(destination, overwrite=overwrite, take_over=True) as staging:
+        empty = Manifest(
+            source=plan.source.resolve().name,
+            pipeline=plan.index.pipeline,
+            dtype=None if plan.dtype is None else plan.dtype.name,
+            variant=variant,
+            components={},
+            skipped=plan.skipped,
+            sources={},
+            files={},
+            weights={},
             versions=library_versions(),
         )
-        write_manifest(staging, manifest)
+        written = _take_over(staging, plan, empty, allow_nonfinite)
+        for component in plan.components:
+            if component.name in written:
+                advance(component.nbytes, component.name)
+                continue
+            written[component.name] = _write_component(component, staging, allow_nonfinite, advance)
+            write_manifest(staging, _manifest(empty, written, {}), PARTIAL)
+        files = _copy_files(plan.files, staging)
+        write_manifest(staging, _manifest(empty, written, files), PARTIAL)
+        os.replace(staging / PARTIAL, staging / NAME)
 
 
-def _weight_dtype(dtype: DTypeLike) -> np.dtype:
+def _manifest(
+    empty: Manifest, written: Mapping[str, _Written], files: Mapping[str, str]
+) -> Manifest:
+    parts = written.values()
+    return replace(
+        empty,
+        components={name: part.records for name, part in written.items()},
+        sources={name: sha for part in parts for name, sha in part.sources.items()},
+        files={**files, **{name: sha for part in parts for name, sha in part.files.items()}},
+        weights={name: sha for part in parts for name, sha in part.weights.items()},
+    )
+
+
+def _take_over(
+    staging: Path, plan: ConversionPlan, empty: Manifest, allow_nonfinite: bool
+) -> dict[str, _Written]:
+    """The components that a run which was killed had finished, proven; all else is removed."""
+    name = NAME if (staging / NAME).is_file() else PARTIAL
+    written: dict[str, _Written] = {}
     try:
-        found = np.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or found not in DTYPES.values():
-        raise ConversionError(f"dtype={dtype!r}: must be float32, float16 or bfloat16.")
-    return found
+        before = read_manifest(staging, name)
+    except ConversionError:
+        before = empty
+    if _manifest(before, {}, {}) == empty:
+        for component in plan.components:
+            if (part := _proven(staging, before, component, allow_nonfinite)) is not None:
+                written[component.name] = part
+    write_manifest(staging, _manifest(empty, written, {}), PARTIAL)
+    clear(staging, keep=(PARTIAL, *written))
+    return written
 
 
-def _link_targets(source: Path) -> tuple[Path, ...]:
-    """Where links in the source may lead: the hub's cache keeps a snapshot's files in `blobs`."""
-    cached = source.resolve().parent.name == "snapshots"
-    return (source, source.resolve().parent.parent / "blobs") if cached else (source,)
+def _proven(
+    staging: Path, before: Manifest, component: ComponentPlan, allow_nonfinite: bool
+) -> _Written | None:
+    """What the manifest says of a component, if all its files and its sources' are so now."""
+    prefix = f"{component.name}/"
+    sources, files, weights = (
+        {name: sha for name, sha in part.items() if name.startswith(prefix)}
+        for part in (before.sources, before.files, before.weights)
+    )
+    records = before.components.get(component.name, {})
+    found = {
+        path.relative_to(staging).as_posix()
+        for path in (staging / component.name).rglob("*")
+        if not path.is_dir()
+    }
+    if (
+        records.keys() != component.tensors.keys()
+        or (any(record.nonfinite for record in records.values()) and not allow_nonfinite)
+        or found != files.keys() | weights.keys()
+        or sources != _source_digests(component)
+    ):
+        return None
+    component.check_unchanged()
+    if any(file_digest(staging / name) != sha for name, sha in {**files, **weights}.items()):
+        return None
+    return _Written(records, sources, files, weights)
 
 
-def _small_files(source: Path, folders: list[str], allowed: tuple[Path, ...]) -> dict[str, Path]:
-    """The files that are carried as they are, by their path in the folder."""
-    files = {"model_index.json": source / "model_index.json"}
-    for name in folders:
-        found = sorted(file for file in (source / name).glob("*") if file.is_file())
-        if not found:
-            raise ConversionError(f"{source / name}: model_index.json lists it and it is missing.")
-        for file in found:
-            check_inside(file, allowed)
-            if file.stat().st_size > _COPY_LIMIT:
-                raise ConversionError(f"{file}: is too large for a {name}: remove it.")
-            files[f"{name}/{file.name}"] = file
-    return files
+def _source_digests(component: ComponentPlan) -> dict[str, str]:
+    return {f"{component.name}/{file.name}": file_digest(file) for file in component.states}
 
 
-def _check_component(
-    folder: Path, class_name: str, dtype: np.dtype | None, allowed: tuple[Path, ...]
-) -> _Component:
-    tensors = read_weights(folder, allowed)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    leaves = component_leaves(folder, class_name, shapes)
-    used = [name for leaf in leaves for names in leaf.names for name in names]
-    tensors = {name: tensors[name] for name in used}
-    for leaf in leaves:
-        found = {tensors[name].dtype.name for names in leaf.names for name in names}
-        if dtype is None and len(found) > 1:
-            raise ConversionError(
-                f"{folder}: the layers of {leaf.rule.source} mix {' and '.join(sorted(found))}: "
-                "choose one dtype to cast the weights to."
-            )
-    return _Component(folder.name, folder, tensors, leaves, dtype)
+def _copy_files(files: Mapping[str, Path], staging: Path) -> dict[str, str]:
+    for name, file in files.items():
+        (staging / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, staging / name)
+    return {name: file_digest(staging / name) for name in files}
 
 
 def _write_component(
-    component: _Component, staging: Path, advance: Callable[[int, str], None]
-) -> dict[str, TensorRecord]:
+    component: ComponentPlan,
+    staging: Path,
+    allow_nonfinite: bool,
+    advance: Callable[[int, str], None],
+) -> _Written:
     records: dict[str, TensorRecord] = {}
 
     def part(leaf: Leaf, layer: int) -> np.ndarray:
@@ -181,7 +198,13 @@ def _write_component(
         for name in leaf.names[layer]:
             stored = component.tensors[name]
             tensor = read_tensor(stored)
-            cast = tensor if component.dtype is None else _cast(tensor, component.dtype, stored)
+            nonfinite = count_nonfinite(tensor)
+            if nonfinite and not allow_nonfinite:
+                raise ConversionError(
+                    f"{stored.file}: {name} holds NaN or infinities ({nonfinite} of "
+                    f"{tensor.size}): these weights cannot be used, unless you allow them."
+                )
+            cast = _cast(tensor, component.dtypes[leaf.path], stored, nonfinite)
             sha256 = digest(tensor)
             records[name] = TensorRecord(
                 shape=stored.shape,
@@ -189,6 +212,7 @@ def _write_component(
                 sha256=sha256,
                 stored_dtype=cast.dtype.name,
                 stored_sha256=sha256 if cast.dtype == tensor.dtype else digest(cast),
+                nonfinite=nonfinite,
             )
             if records[name].sha256 != records[leaf.names[layer][0]].sha256:
                 raise ConversionError(
@@ -205,18 +229,26 @@ def _write_component(
         for key in leaf.path[:-1]:
             node = node.setdefault(key, {})
         node[leaf.path[-1]] = _lazy_leaf(leaf, component, part)
-    (staging / component.name).mkdir()
-    _copy_config(component, staging)
-    write_tree(staging / component.name / "weights", tree)
-    return records
+    folder = staging / component.name
+    folder.mkdir()
+    _copy_config(component, folder)
+    with ThreadPoolExecutor(max_workers=1) as pool:  # reads ahead of the conversion
+        sources = pool.submit(_source_digests, component)
+        weights = write_tree(folder / "weights", tree)
+    component.check_unchanged()
+    return _Written(
+        records=records,
+        sources=sources.result(),
+        files={f"{component.name}/config.json": file_digest(folder / "config.json")},
+        weights={f"{component.name}/weights/{name}": sha for name, sha in weights.items()},
+    )
 
 
 def _lazy_leaf(
-    leaf: Leaf, component: _Component, part: Callable[[Leaf, int], np.ndarray]
+    leaf: Leaf, component: ComponentPlan, part: Callable[[Leaf, int], np.ndarray]
 ) -> LazyArray:
     stored = component.tensors[leaf.names[0][0]]
-    dtype = component.dtype or stored.dtype
-    rows = max(1, SLAB_BYTES // stored.nbytes)
+    rows = max(1, SLAB_BYTES // max(1, stored.nbytes))
 
     def slabs() -> Iterator[tuple[Any, np.ndarray]]:
         if not leaf.rule.stacked:
@@ -226,13 +258,15 @@ def _lazy_leaf(
             layers = range(start, min(start + rows, leaf.shape[0]))
             yield slice(start, layers.stop), np.stack([part(leaf, layer) for layer in layers])
 
-    return LazyArray(leaf.shape, dtype, leaf.rule.stacked, slabs)
+    return LazyArray(leaf.shape, component.dtypes[leaf.path], leaf.rule.stacked, slabs)
 
 
-def _cast(tensor: np.ndarray, dtype: np.dtype, stored: StoredTensor) -> np.ndarray:
+def _cast(tensor: np.ndarray, dtype: np.dtype, stored: StoredTensor, nonfinite: int) -> np.ndarray:
+    if tensor.dtype == dtype:
+        return tensor
     with np.errstate(over="ignore"):
         cast = tensor.astype(dtype)
-    if not all_finite(cast):
+    if count_nonfinite(cast) > nonfinite:
         raise ConversionError(
             f"{stored.file}: {stored.name} has values that {dtype.name} cannot hold: choose "
             "another dtype."
@@ -240,14 +274,12 @@ def _cast(tensor: np.ndarray, dtype: np.dtype, stored: StoredTensor) -> np.ndarr
     return cast
 
 
-def _copy_config(component: _Component, staging: Path) -> None:
+def _copy_config(component: ComponentPlan, target: Path) -> None:
     """Carries config.json over as it is; only a dtype that it names follows a cast."""
-    config = component.folder / "config.json"
-    target = staging / component.name / "config.json"
-    values = read_json(config)
+    text = component.config_text
+    values = json.loads(text)
     named = [key for key in ("dtype", "torch_dtype") if key in values]
-    if component.dtype is None or not named:
-        shutil.copyfile(config, target)
-        return
-    values |= dict.fromkeys(named, component.dtype.name)
-    target.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if component.cast is not None and named:
+        values |= dict.fromkeys(named, component.cast.name)
+        text = json.dumps(values, indent=2) + "\n"
+    (target / "config.json").write_text(text, encoding="utf-8", newline="")

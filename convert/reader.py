@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import stat
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,8 @@ DTYPES = {
 }
 STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call the weights
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
+_NAME_LIMIT = 500  # characters; names of 100 are long
+_JSON_LIMIT = 100_000_000  # bytes; the largest index of a released model has 0.1 % of it
 # The exponent bits of each type: all of them set means infinity or no number.
 _EXPONENT = {
     DTYPES["F32"]: np.uint32(0x7F800000),
@@ -72,6 +75,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         ConversionError: If the file is not a whole safetensors file, bytes of the data belong to no
             tensor or to two, a name stands twice, or a tensor is not float32, float16 or bfloat16.
     """
+    check_regular(file)
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -95,6 +99,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         )
     entries = _parse_json(header, file)
     entries.pop("__metadata__", None)
+    if odd := [name for name in entries if not name.isprintable() or len(name) > _NAME_LIMIT]:
+        raise ConversionError(f"{file}: {odd[0]!r:.80} is no name of a tensor: fetch it again.")
     data_start = 8 + length
     tensors = {name: _tensor(file, name, entry, data_start) for name, entry in entries.items()}
 
@@ -134,32 +140,32 @@ def _tensor(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     return StoredTensor(name, file, DTYPES[dtype], tuple(shape), data_start + begin, nbytes)
 
 
-def read_weights(folder: Path, allowed: Iterable[Path] = ()) -> dict[str, StoredTensor]:
+def read_weights(
+    folder: Path, allowed: Iterable[Path] = (), variant: str | None = None
+) -> dict[str, StoredTensor]:
     """The tensors of one component: one safetensors file, or shards listed by an index.
 
     Args:
         folder: The component's folder.
         allowed: Folders, besides `folder`, that symbolic links may lead to (the hub's cache keeps
             the files in a `blobs` folder of its own).
+        variant: Which of several sets of weights, e.g. "fp16"; None is the one without a name.
 
     Raises:
         ConversionError: If there are no weights, or more than one set of them; if shards and index
             do not fit each other exactly; or a file lies outside the folder.
     """
-    present = [
-        folder / f"{stem}{ending}"
-        for stem in STEMS
-        for ending in (".safetensors", ".safetensors.index.json")
-        if os.path.lexists(folder / f"{stem}{ending}")
-    ]
+    present = weights_files(folder, variant)
     if len(present) > 1:
         names = " and ".join(path.name for path in present)
         raise ConversionError(f"{folder}: holds {names}: remove the one that is not meant.")
     if not present:
+        named = "" if variant is None else f".{variant}"
         others = sorted(path.name for path in folder.glob("*") if path.suffix != ".json")
         raise ConversionError(
-            f"{folder}: holds no {STEMS[0]}.safetensors or {STEMS[1]}.safetensors, nor an index of "
-            f"shards (found: {', '.join(others[:5]) or 'nothing'}): fetch the safetensors weights."
+            f"{folder}: holds no {STEMS[0]}{named}.safetensors or {STEMS[1]}{named}.safetensors, "
+            f"nor an index of shards (found: {', '.join(others[:5]) or 'nothing'}): fetch the "
+            "safetensors weights, or choose the variant that is there."
         )
     (weights,) = present
     roots = (folder, *allowed)
@@ -169,19 +175,36 @@ def read_weights(folder: Path, allowed: Iterable[Path] = ()) -> dict[str, Stored
     return _read_shards(weights, roots)
 
 
+def weights_files(folder: Path, variant: str | None) -> list[Path]:
+    """The file of weights, or the index of shards, that a component has of a variant."""
+    named = "" if variant is None else f".{variant}"
+    names = (f"{named}.safetensors", f".safetensors.index{named}.json")
+    paths = [folder / f"{stem}{name}" for stem in STEMS for name in names]
+    return [path for path in paths if os.path.lexists(path)]
+
+
 def _read_shards(index: Path, roots: Iterable[Path]) -> dict[str, StoredTensor]:
     try:
-        weight_map = _parse_json(index.read_bytes(), index)["weight_map"]
-    except (OSError, KeyError) as error:
+        weight_map = read_json(index)["weight_map"]
+    except KeyError as error:
         raise ConversionError(f"{index}: has no weight_map: fetch it again.") from error
     files = weight_map.values() if isinstance(weight_map, dict) else [None]
-    if not all(isinstance(file, str) for file in files):
+    if not all(isinstance(file, str) and file.isprintable() for file in files):
         raise ConversionError(f"{index}: its weight_map maps no tensors to files: fetch it again.")
 
-    folder, stem = index.parent, index.name.removesuffix(".safetensors.index.json")
+    folder, (stem, _, ending) = index.parent, index.name.partition(".safetensors.index")
+    variant = re.escape(ending.removesuffix(".json"))
     shards = sorted(set(weight_map.values()))
-    stray = {path.name for path in folder.glob(f"{stem}-*.safetensors")} - set(shards)
-    stray = {name for name in stray if re.search(r"-\d+-of-\d+\.safetensors$", name)}
+    for shard in shards:
+        if shard != Path(shard).name or shard in ("", ".."):
+            raise ConversionError(
+                f"{index}: the shard {shard!r:.80} leads out of its folder: fetch the index again."
+            )
+        check_inside(folder / shard, roots, named_by=index)
+    # Both of diffusers' ways to name the shards of a variant.
+    pattern = rf"{stem}({variant}-\d+-of-\d+|-\d+-of-\d+{variant})\.safetensors"
+    there = {path.name for path in folder.iterdir() if re.fullmatch(pattern, path.name)}
+    stray = there - set(shards)
     if stray:
         raise ConversionError(
             f"{index}: lists nothing of {', '.join(sorted(stray)[:5])}: remove the shards that "
@@ -190,8 +213,7 @@ def _read_shards(index: Path, roots: Iterable[Path]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         file = folder / shard
-        check_inside(file, roots, named_by=index)
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise ConversionError(f"{file}: the index lists this shard, it is missing: fetch it.")
         found = read_header(file)
         twice = sorted(found.keys() & tensors.keys())
@@ -223,12 +245,27 @@ def check_inside(file: Path, roots: Iterable[Path], *, named_by: Path | None = N
     Raises:
         ConversionError: If it does not.
     """
-    target = file.resolve()
+    target = Path(os.path.realpath(file))  # unlike resolve, it takes a link to itself
     if not any(target.is_relative_to(root.resolve()) for root in roots):
         raise ConversionError(
             f"{f'{named_by}: ' if named_by else ''}{file} leads out of the checkpoint's folder, to "
             f"{target}: copy the file into it."
         )
+
+
+def check_regular(file: Path) -> None:
+    """Refuses what is not a file or a link to one: opening a pipe would wait for ever.
+
+    Raises:
+        ConversionError: If it is not, or is not there.
+    """
+    try:
+        regular = stat.S_ISREG(file.stat().st_mode)
+    except OSError as error:
+        what = "is a link to nothing" if file.is_symlink() else "cannot be read"
+        raise ConversionError(f"{file}: {what} ({error.strerror}): fetch it again.") from error
+    if not regular:
+        raise ConversionError(f"{file}: is no file but a folder, a pipe or a device: remove it.")
 
 
 def _parse_json(text: bytes, file: Path) -> dict[str, Any]:
@@ -257,7 +294,10 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         ConversionError: If there is no such file or it holds anything else.
     """
+    check_regular(file)
     try:
+        if file.stat().st_size > _JSON_LIMIT:
+            raise ConversionError(f"{file}: is larger than {_JSON_LIMIT} bytes: fetch it again.")
         return _parse_json(file.read_bytes(), file)
     except OSError as error:
         raise ConversionError(f"{file}: cannot be read: {error.strerror}.") from error
@@ -267,28 +307,22 @@ def read_tensor(tensor: StoredTensor) -> np.ndarray:
     """Reads one tensor, in its own dtype.
 
     Raises:
-        ConversionError: If it holds NaN or infinities, fails its checksum, or the file has shrunk
-            since it was checked.
+        ConversionError: If the file has shrunk since it was checked, cannot be read, or fails its
+            checksum.
     """
-    array = _read_elements(tensor)
-    if not all_finite(array):
-        raise ConversionError(
-            f"{tensor.file}: {tensor.name} holds NaN or infinities: these weights cannot be used."
-        )
-    return array
-
-
-def _read_elements(tensor: StoredTensor) -> np.ndarray:
     if tensor.parts:
-        rows = np.concatenate([_read_elements(part) for part in tensor.parts])
+        rows = np.concatenate([read_tensor(part) for part in tensor.parts])
         return rows.reshape(tensor.shape)
     reach = tensor.nbytes
     if tensor.strides is not None:
         steps = zip(tensor.shape, tensor.strides, strict=True)
         reach = (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.dtype.itemsize
-    with tensor.file.open("rb") as stream:
-        stream.seek(tensor.start)
-        raw = np.fromfile(stream, np.uint8, reach)
+    try:
+        with tensor.file.open("rb") as stream:
+            stream.seek(tensor.start)
+            raw = np.fromfile(stream, np.uint8, reach)
+    except OSError as error:
+        raise ConversionError(f"{tensor.file}: cannot be read: {error.strerror}.") from error
     if raw.nbytes != reach:
         raise ConversionError(f"{tensor.file}: was cut off while it was read.")
     if tensor.crc32 is not None and zlib.crc32(raw.data) != tensor.crc32:
@@ -307,14 +341,14 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def all_finite(array: np.ndarray) -> bool:
-    """Whether no element is NaN or infinite: by the bits, several times faster than np.isfinite.
+def count_nonfinite(array: np.ndarray) -> int:
+    """How many elements are NaN or infinite: by the bits, several times faster than np.isfinite.
 
-    True for integers.
+    Of integers, none is.
     """
     if array.dtype not in _EXPONENT:
-        return True
+        return 0
     exponent = _EXPONENT[array.dtype]
     bits = np.ascontiguousarray(array).reshape(-1).view(exponent.dtype)
     pieces = (bits[at : at + (1 << 22)] for at in range(0, bits.size, 1 << 22))  # bounds the memory
-    return not any(((piece & exponent) == exponent).any() for piece in pieces)
+    return sum(int(np.count_nonzero((piece & exponent) == exponent)) for piece in pieces)

@@ -13,12 +13,31 @@ from typing import Any, Literal
 
 import numpy as np
 
+# Raised when a table or a transform changes what the same source is converted to.
+RULES_VERSION = 1
 LAYER = "{layer}"
 _NAMED = 5  # how many names of each kind of problem an error spells out
 
 
 class ConversionError(ValueError):
-    """A checkpoint cannot be converted, or is not what it says: what, where, and what to do."""
+    """A checkpoint cannot be converted, or is not what it says: what, where, and what to do.
+
+    `exit_code` is what the command line ends with.
+    """
+
+    exit_code = 2
+
+
+class RefusedError(ConversionError):
+    """The system does not let it be done: no room, no right, another run is at work."""
+
+    exit_code = 3
+
+
+class DamageError(ConversionError):
+    """A converted folder does not hold what was converted."""
+
+    exit_code = 4
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from svg_jax.convert.reader import StoredTensor, row_major
+from svg_jax.convert.reader import StoredTensor, check_regular, row_major
 from svg_jax.convert.rules import ConversionError
 from svg_jax.convert.torch_pickle import SIZE_LIMIT, Inert, StorageRef, TensorRef, unpickle
 
@@ -70,6 +70,7 @@ def read_torch_file(file: Path) -> dict[str, StoredTensor]:
         ConversionError: If the file is of another format, damaged, or not what torch.save writes;
             or the dict holds something other than tensors.
     """
+    check_regular(file)
     try:
         with file.open("rb") as stream:
             _check_format(stream, file)

@@ -1,4 +1,4 @@
-"""The command line: `svg-jax convert | export | generate | compare | demo`.
+"""The command line: `svg-jax convert | export | verify | inspect | generate | compare | demo`.
 
 Commands are imported when they run: `svg-jax --help` needs no jax.
 """
@@ -16,7 +16,10 @@ import typer
 from svg_jax.config import SparsityConfig
 
 _SPARSITY = SparsityConfig()
-_INTERRUPTED = 130  # exit code after Ctrl-C
+# Exit codes: 0 done, 1 the run itself failed (values that are not finite), and
+_BAD_INPUT = 2  # wrong usage, or what was given is not what it must be
+_ENVIRONMENT = 3  # the disk, a right, a lock, the device's memory
+_INTERRUPTED = 130  # Ctrl-C. (DamageError has 4: a folder is not what was converted.)
 # RuntimeError is what JAX raises when memory runs out.
 _EXPECTED = (ValueError, OSError, FloatingPointError, RuntimeError)
 
@@ -141,6 +144,11 @@ Fps = Annotated[
 ]
 Enlarge = Annotated[int, _option("--enlarge", help="Pixels to show each pixel as, each way.")]
 
+Variant = Annotated[
+    str | None,
+    _option("--variant", help="Weights to take where there are several, e.g. fp16."),
+]
+
 
 @app.command()
 def convert(
@@ -151,15 +159,35 @@ def convert(
         _option("--components", help="Only these, e.g. transformer,text_encoder."),
     ] = None,
     dtype: Annotated[
-        StoredDtype | None, _option("--dtype", help="Cast weights; default: as they are.")
+        StoredDtype | None,
+        _option(
+            "--dtype",
+            help="Cast weights, but those that the model keeps in float32; default: as they are.",
+        ),
     ] = None,
+    variant: Variant = None,
+    allow_nonfinite: Annotated[
+        bool, _option("--allow-nonfinite", help="Take NaN and infinities, and count them.")
+    ] = False,
     overwrite: Annotated[bool, _option("--overwrite", help="Replace the destination.")] = False,
+    dry_run: Annotated[
+        bool, _option("--dry-run", help="Say what would be written, and write nothing.")
+    ] = False,
 ) -> None:
-    """Convert a trained checkpoint."""
+    """Convert a trained checkpoint; the same command again takes up one that was killed."""
     from svg_jax import commands
 
     names = None if components is None else [name.strip() for name in components.split(",")]
-    commands.convert(source, destination, components=names, dtype=dtype, overwrite=overwrite)
+    commands.convert(
+        source,
+        destination,
+        components=names,
+        dtype=dtype,
+        variant=variant,
+        allow_nonfinite=allow_nonfinite,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
 
 
 @app.command()
@@ -171,6 +199,31 @@ def export(
     from svg_jax import commands
 
     commands.export(source, destination)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A converted folder.")],
+) -> None:
+    """Read a converted checkpoint whole and compare every bit with its manifest."""
+    from svg_jax import commands
+
+    commands.verify(folder)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A converted folder, or one of diffusers.")],
+    stats: Annotated[
+        bool, _option("--stats", help="Read every tensor: min, max, mean, std, not finite.")
+    ] = False,
+    variant: Variant = None,
+    as_json: Annotated[bool, _option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a checkpoint holds: components, configs, parameters, dtypes."""
+    from svg_jax import commands
+
+    commands.inspect_folder(folder, statistics=stats, variant=variant, as_json=as_json)
 
 
 @app.command()
@@ -341,7 +394,7 @@ def demo(
 
 
 def main() -> None:
-    """Runs the command line; an error is one sentence, and exit code 1 (2: wrong usage)."""
+    """Runs the command line; an error is one sentence and one of the exit codes above."""
     warnings.showwarning = _show_warning
     logger = logging.getLogger("svg_jax")
     logger.handlers, logger.propagate = [_Echo()], False  # else absl's handler says it again
@@ -350,13 +403,14 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("SVG_JAX_TRACEBACK"):
             raise
-        # Usage errors: typer's own click and click itself have different classes for them.
+        # Usage errors (typer's own click and click itself have different classes for them) and
+        # those of the converter say it themselves.
         code = getattr(error, "exit_code", None)
         if code is None and not isinstance(error, _EXPECTED):
             raise
         if message := _sentence(error):  # without arguments help was printed, and this is empty
             typer.echo(f"svg-jax: {message}", err=True)
-        code = 1 if code is None else code
+        code = _exit_code(error) if code is None else code
     if code == _INTERRUPTED:
         # The temporary files are gone. A step may still be running on other threads, and Python's
         # own way out would take its memory away and crash.
@@ -366,10 +420,20 @@ def main() -> None:
     sys.exit(code)
 
 
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return _BAD_INPUT
+    return _ENVIRONMENT if isinstance(error, OSError) or _is_out_of_memory(error) else 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
-    if "RESOURCE_EXHAUSTED" in str(error):
+    if _is_out_of_memory(error):
         return "the device ran out of memory: ask for fewer frames or a smaller size"
     message = getattr(error, "format_message", error.__str__)()
     return " ".join(message.split())

@@ -1,6 +1,8 @@
 """What the commands of the command line do."""
 
 import inspect
+import json
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,13 +12,30 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 
 from svg_jax.comparison import Comparison, Pattern
 from svg_jax.comparison import compare as compare_attention
 from svg_jax.config import SparsityConfig
-from svg_jax.convert import convert_pipeline, export_pipeline
+from svg_jax.convert import (
+    convert_pipeline,
+    export_pipeline,
+    plan_conversion,
+    read_contents,
+    read_manifest,
+    verify_pipeline,
+)
+from svg_jax.convert.staging import check_destination
 from svg_jax.files import written_atomically
+from svg_jax.folder_report import contents_tables, contents_values, plan_tables
 from svg_jax.sampling import VideoPipeline, from_pretrained
 from svg_jax.sampling.images import open_image
 from svg_jax.sampling.record import median_seconds
@@ -41,15 +60,25 @@ def convert(
     *,
     components: Sequence[str] | None = None,
     dtype: str | None = None,
+    variant: str | None = None,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
+    dry_run: bool = False,
 ) -> None:
-    """Converts a pipeline folder in diffusers' layout, with a progress bar."""
+    """Converts a pipeline folder in diffusers' layout, or says what that would give."""
+    if dry_run:
+        plan = plan_conversion(source, components=components, dtype=dtype, variant=variant)
+        check_destination(destination, plan.source, plan.written_nbytes, overwrite)
+        _print(*plan_tables(plan))
+        return
     with _bytes_bar() as progress:
         convert_pipeline(
             source,
             destination,
             components=components,
             dtype=dtype,
+            variant=variant,
+            allow_nonfinite=allow_nonfinite,
             overwrite=overwrite,
             progress=progress,
         )
@@ -61,6 +90,33 @@ def export(source: Path, destination: Path) -> None:
     with _bytes_bar() as progress:
         export_pipeline(source, destination, progress=progress)
     print(f"wrote {destination}")
+
+
+def verify(folder: Path) -> None:
+    """Compares a converted folder with its manifest, with a progress bar."""
+    with _bytes_bar() as progress:
+        verify_pipeline(folder, progress=progress)
+    manifest = read_manifest(folder)
+    tensors = sum(map(len, manifest.components.values()))
+    files = len(manifest.files) + len(manifest.weights)
+    print(f"{folder} is as it was converted: {tensors} tensors in {files} files")
+
+
+def inspect_folder(folder: Path, *, statistics: bool, variant: str | None, as_json: bool) -> None:
+    """Prints what a folder holds."""
+    with _bytes_bar() as progress:
+        contents = read_contents(folder, statistics=statistics, variant=variant, progress=progress)
+    if as_json:
+        print(json.dumps(contents_values(contents), indent=1))
+    else:
+        _print(*contents_tables(contents))
+
+
+def _print(*parts: Any) -> None:
+    # As wide as a table needs to be where no terminal would break the lines.
+    console = Console(width=None if sys.stdout.isatty() else 10_000)
+    for part in parts:
+        console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
 
 
 def generate(
@@ -249,7 +305,7 @@ def _steps_bar(total: int) -> Iterator[Any]:
 
 @contextmanager
 def _bytes_bar() -> Iterator[Any]:
-    with _bar() as progress:
+    with _bar(DownloadColumn(), TransferSpeedColumn()) as progress:
         task = progress.add_task("checking", total=None)
         yield lambda done, total, what: progress.update(
             task, completed=done, total=total, description=what

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from svg_jax import cli
+from svg_jax import cli, commands
+from svg_jax.convert import DamageError, RefusedError
 from svg_jax.video import save_video
 
 TRANSFORMER = {
@@ -155,6 +157,39 @@ def test_convert_and_export_are_inverse(run, source, tmp_path):
         assert all(before[k].tobytes() == after[k].tobytes() for k in before)
 
 
+def test_verify_tells_a_sound_folder_from_a_harmed_one(run, model, tmp_path):
+    result = run("verify", model)
+    assert (result.code, result.err) == (0, "")
+    assert "model is as it was converted: " in result.out
+    shutil.copytree(model, tmp_path / "copy")
+    (tmp_path / "copy/tokenizer/tokenizer.json").write_text("{}")
+    result = run("verify", "copy")
+    assert (result.code, is_one_sentence(result.err)) == (4, True)
+    assert "tokenizer/tokenizer.json is not as converted" in result.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("a: is wrong"), 2),
+        (FileNotFoundError(2, "No such file", "a"), 2),
+        (PermissionError(13, "Permission denied", "a"), 3),
+        (OSError(28, "No space left on device", "a"), 3),
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), 3),
+        (RefusedError("a: another run is writing this folder"), 3),
+        (DamageError("a: is damaged"), 4),
+        (FloatingPointError("not finite"), 1),
+    ],
+)
+def test_each_kind_of_error_has_its_exit_code(run, monkeypatch, error, code):
+    def fail(folder):
+        raise error
+
+    monkeypatch.setattr(commands, "verify", fail)
+    result = run("verify", "a")
+    assert (result.code, is_one_sentence(result.err)) == (code, True)
+
+
 def test_convert_only_some_components_in_another_dtype(run, source):
     result = run("convert", source, "out", "--components", "transformer", "--dtype", "bfloat16")
     assert result.code == 0
@@ -262,7 +297,7 @@ def test_a_checkpoint_with_a_vae_gives_latents(run, model_with_vae, tmp_path):
     np.save("embeds.npy", np.ones((1, 8, 16), np.float32))
     call = ["generate", "--model", model_with_vae, "--prompt-embeds", "embeds.npy", *QUICK]
     result = run(*call, "-o", "a.mp4")
-    assert (result.code, is_one_sentence(result.err)) == (1, True)
+    assert (result.code, is_one_sentence(result.err)) == (2, True)
     assert "(--output latents.npz)" in result.err
     dense = ["--attention", "dense", "--height", "32", "--width", "32"]
     result = run(*call, *dense, "-o", "latents.npz")
@@ -299,7 +334,7 @@ def test_a_checkpoint_with_a_vae_gives_latents(run, model_with_vae, tmp_path):
 )
 def test_errors_are_one_sentence_and_leave_nothing(run, model, arguments, sentence, tmp_path):
     result = run("generate", "--model", model, *QUICK, *arguments)
-    assert result.code == 1
+    assert result.code == 2
     assert is_one_sentence(result.err), result.err
     assert sentence in result.err
     assert list(tmp_path.iterdir()) == []
@@ -315,7 +350,7 @@ def test_errors_are_one_sentence_and_leave_nothing(run, model, arguments, senten
 def test_files_that_hold_no_arrays(run, model, content, sentence):
     Path("noise.npy").write_bytes(content)
     result = run("generate", "--model", model, *PROMPT, "--latents", "noise.npy", "-o", "a.gif")
-    assert (result.code, is_one_sentence(result.err)) == (1, True)
+    assert (result.code, is_one_sentence(result.err)) == (2, True)
     assert sentence in result.err
 
 
@@ -352,7 +387,7 @@ def test_wrong_usage_is_one_sentence_and_code_2(run, arguments):
 
 def test_a_folder_that_was_not_converted_says_what_to_do(run, source):
     result = run("generate", "--model", source, *PROMPT, "-o", "a.gif")
-    assert (result.code, is_one_sentence(result.err)) == (1, True)
+    assert (result.code, is_one_sentence(result.err)) == (2, True)
     assert "svg-jax convert" in result.err
 
 

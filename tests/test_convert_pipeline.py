@@ -1,5 +1,6 @@
 """Whole pipeline folders: converted, or refused in one sentence where something is off."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,103 +8,36 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from safetensors.numpy import load_file, save_file
+from tiny_source import (
+    ENCODER_FILE,
+    INDEX,
+    RULES,
+    TRANSFORMER_FILE,
+    WITH_VAE,
+    change_tensors,
+    files_of,
+    random_state,
+    sha256,
+    write_json,
+    write_source,
+)
 
 from svg_jax.convert import (
     ConversionError,
-    cogvideox,
     convert_pipeline,
     convert_state,
     export_pipeline,
     load_text_encoder,
     load_transformer,
     read_manifest,
-    t5,
     verify_pipeline,
 )
-from svg_jax.models import CogVideoXConfig, T5Config
-
-TRANSFORMER = {
-    "_class_name": "CogVideoXTransformer3DModel",
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "time_embed_dim": 16,
-    "text_embed_dim": 16,
-    "num_layers": 2,
-    "sample_width": 8,
-    "sample_height": 8,
-    "sample_frames": 9,
-    "max_text_seq_length": 8,
-    "use_rotary_positional_embeddings": True,
-}
-TEXT_ENCODER = {
-    "model_type": "t5",
-    "dtype": "float16",
-    "d_model": 16,
-    "d_ff": 32,
-    "d_kv": 8,
-    "num_heads": 2,
-    "num_layers": 2,
-    "vocab_size": 20,
-    "feed_forward_proj": "gated-gelu",
-}
-INDEX = {
-    "_class_name": "CogVideoXPipeline",
-    "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
-    "text_encoder": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "T5Tokenizer"],
-    "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
-    "vae": [None, None],
-}
-WITH_VAE = {"vae": ["diffusers", "AnotherVAE"]}
-TRANSFORMER_FILE = "transformer/diffusion_pytorch_model.safetensors"
-ENCODER_FILE = "text_encoder/model.safetensors"
-RULES = {
-    "transformer": cogvideox.rules(CogVideoXConfig.from_dict(TRANSFORMER)),
-    "text_encoder": t5.rules(T5Config.from_dict(TEXT_ENCODER)),
-}
-
-
-def random_state(component, dtype):
-    """What the component's table asks for, of two layers, by the sources' names."""
-    random = np.random.default_rng(0)
-    shapes = {
-        rule.source.replace("{layer}", str(layer)): rule.source_shape
-        for rule in RULES[component]
-        for layer in range(2 if rule.stacked else 1)
-    }
-    return {name: random.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
-
-
-def write_json(file: Path, values: object) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(values, indent=2))
-
-
-def write_source(folder: Path) -> Path:
-    write_json(folder / "model_index.json", INDEX)
-    write_json(folder / "transformer/config.json", TRANSFORMER)
-    write_json(folder / "text_encoder/config.json", TEXT_ENCODER)
-    write_json(folder / "scheduler/scheduler_config.json", {"beta_end": 0.012})
-    write_json(folder / "tokenizer/tokenizer.json", {})
-    save_file(random_state("transformer", ml_dtypes.bfloat16), folder / TRANSFORMER_FILE)
-    save_file(random_state("text_encoder", np.float16), folder / ENCODER_FILE)
-    return folder
-
-
-def change_tensors(file: Path, change) -> None:
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
 
 
 @pytest.fixture
@@ -117,14 +51,6 @@ def converted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted")
     convert_pipeline(write_source(folder / "source"), folder / "out")
     return folder / "out"
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
 
 
 class TestConvert:
@@ -155,10 +81,25 @@ class TestConvert:
         assert (record.shape, record.dtype, record.stored_dtype) == ((20, 16), "float16", "float16")
         assert str(converted.parent) not in (converted / "manifest.json").read_text()
 
-    def test_the_same_source_gives_the_same_manifest(self, converted, tmp_path):
+    def test_the_same_source_gives_the_same_manifest_but_for_orbaxs_own_names(
+        self, converted, tmp_path
+    ):
         convert_pipeline(converted.parent / "source", tmp_path / "again")
-        again = (tmp_path / "again/manifest.json").read_bytes()
-        assert again == (converted / "manifest.json").read_bytes()
+        again, before = (
+            dataclasses.replace(read_manifest(folder), weights={})
+            for folder in (tmp_path / "again", converted)
+        )
+        assert again == before
+
+    def test_the_manifest_has_the_digest_of_every_file_that_was_read_and_written(self, converted):
+        manifest, source = read_manifest(converted), converted.parent / "source"
+        digests = {name: sha256(content) for name, content in files_of(converted).items()}
+        assert {**manifest.files, **manifest.weights} == {
+            name: found for name, found in digests.items() if name != "manifest.json"
+        }
+        read = [TRANSFORMER_FILE, ENCODER_FILE, "transformer/config.json"]
+        read.append("text_encoder/config.json")
+        assert manifest.sources == {name: sha256((source / name).read_bytes()) for name in read}
 
     def test_progress_counts_every_byte(self, source, tmp_path):
         calls = []
@@ -370,7 +311,7 @@ convert_pipeline(sys.argv[1], sys.argv[2], progress=kill)
     arguments = [sys.executable, "-c", code, str(source), str(tmp_path / "out")]
     assert subprocess.run(arguments).returncode == -signal.SIGKILL
     (half,) = (path for path in tmp_path.iterdir() if path != source)
-    assert half.name.startswith(".out.partial-")
+    assert half.name == ".out.partial"
     with pytest.raises(ConversionError, match=r"cut off|not converted"):
         load_transformer(half)
     convert_pipeline(source, tmp_path / "out")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save, save_file
 
 from svg_jax.convert import ConversionError
-from svg_jax.convert.reader import all_finite, read_header, read_tensor, read_weights
+from svg_jax.convert.reader import count_nonfinite, read_header, read_tensor, read_weights
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 ONE = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -140,19 +140,10 @@ def test_whatever_the_reference_refuses_is_refused(tmp_path_factory, cut, flip):
             }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, dtype, bad):
-    weights = np.zeros((3, 5), dtype)
-    weights[1, 4] = bad
-    save_file({"fine": np.ones(2, dtype), "blocks.3.to_q": weights}, tmp_path / SINGLE)
-    refused(tmp_path, "blocks.3.to_q holds NaN or infinities")
-
-
 @given(bits=st.binary(min_size=4, max_size=64), dtype=st.sampled_from(DTYPES))
-def test_all_finite_is_numpys_isfinite(bits, dtype):
+def test_count_nonfinite_is_numpys_isfinite(bits, dtype):
     array = np.frombuffer(bits[: len(bits) // 4 * 4], dtype)
-    assert all_finite(array) == np.isfinite(array.astype(np.float32)).all()
+    assert count_nonfinite(array) == (~np.isfinite(array.astype(np.float32))).sum()
 
 
 def test_a_missing_folder_or_weights_in_another_format_are_refused(tmp_path):

@@ -8,6 +8,7 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +16,16 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from svg_jax.convert import ConversionError, convert_state
+from svg_jax.convert import (
+    ConversionError,
+    convert_pipeline,
+    convert_state,
+    export_pipeline,
+    load_transformer,
+    verify_pipeline,
+)
 from svg_jax.convert.components import FAMILIES
 from svg_jax.convert.original import rename_tensors
 from svg_jax.convert.reader import StoredTensor, read_header, read_tensor
@@ -336,3 +344,30 @@ def test_original_shards_have_the_names_of_diffusers_files(tmp_path):
     found = find_original(tmp_path, "UMT5EncoderModel")
     assert found is not None
     assert found.config["num_layers"] == 24
+
+
+def test_a_pipeline_with_an_original_file_converts_and_is_exported_as_diffusers(tmp_path):
+    source, class_name = tmp_path / "source", "HunyuanVideoTransformer3DModel"
+    (source / "transformer").mkdir(parents=True)
+    index = {
+        "_class_name": "HunyuanVideoPipeline",
+        "transformer": ["diffusers", class_name],
+    }
+    (source / "model_index.json").write_text(json.dumps(index))
+    said = {"_class_name": class_name, **TASK}
+    (source / "transformer/config.json").write_text(json.dumps(said))
+    torch.save({"module": small_hunyuan_video()}, source / "transformer/mp_rank_00.pt")
+    convert_pipeline(source, tmp_path / "out")
+    verify_pipeline(tmp_path / "out")
+    found = find_original(source / "transformer", class_name)
+    assert found is not None
+    tensors = {name: read_tensor(tensor) for name, tensor in found.tensors.items()}
+    model = load_transformer(tmp_path / "out", dtype=jnp.bfloat16)
+    expected = convert_state(tensors, FAMILIES[class_name].rules(model.config))
+    loaded = nnx.to_pure_dict(nnx.state(model))
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+    export_pipeline(tmp_path / "out", tmp_path / "back")
+    exported = load_file(tmp_path / "back/transformer/diffusion_pytorch_model.safetensors")
+    assert exported.keys() == tensors.keys()
+    assert all(exported[name].tobytes() == tensor.tobytes() for name, tensor in tensors.items())
+    diffusers.HunyuanVideoTransformer3DModel.from_pretrained(tmp_path / "back/transformer")

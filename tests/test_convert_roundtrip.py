@@ -1,5 +1,6 @@
 """Folders that diffusers and transformers wrote: converted, loaded, verified, and given back."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from svg_jax.convert import (
     ConversionError,
+    DamageError,
     cogvideox,
     convert_pipeline,
     convert_state,
@@ -25,7 +27,6 @@ from svg_jax.convert import (
     load_transformer,
     read_manifest,
     t5,
-    verify_pipeline,
 )
 from svg_jax.models import CogVideoXConfig, T5Config
 
@@ -142,6 +143,23 @@ def small_files(folder: Path) -> dict[str, bytes]:
     }
 
 
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def edit_manifest(folder: Path, edit) -> None:
+    """Changes the manifest and gives it the right digest, as somebody of ill will would."""
+    file = folder / "manifest.json"
+    values = json.loads(file.read_text())
+    edit(values)
+    values.pop("sha256")
+    body = json.dumps(values, indent=1, sort_keys=True)
+    values["sha256"] = hashlib.sha256(body.encode()).hexdigest()
+    file.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+
 def largest_data_file(weights: Path) -> Path:
     return max(weights.rglob("d/*"), key=lambda file: file.stat().st_size)
 
@@ -235,33 +253,17 @@ class TestDtypes:
             convert_pipeline(one / "source", tmp_path / "out", dtype=dtype)
 
 
-class TestVerify:
-    def test_a_sound_folder_passes_and_every_byte_is_counted(self, one):
-        calls = []
-        verify_pipeline(one / "out", progress=lambda *call: calls.append(call))
-        done, total, _ = calls[-1]
-        sizes = [
-            tensor.nbytes
-            for component in ("transformer", "text_encoder")
-            for tensor in tensors_of(one / "source" / component).values()
-        ]
-        assert done == total == sum(sizes)
-
-    def test_a_flipped_bit_is_found_by_verify_and_export(self, own_copy, tmp_path):
-        file = largest_data_file(own_copy / "transformer/weights")
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-        with pytest.raises(ConversionError, match=r"transformer: .* is not what was converted"):
-            verify_pipeline(own_copy)
-        with pytest.raises(ConversionError, match=r"transformer: .* is not what was converted"):
+class TestExportOfDamage:
+    def test_a_flipped_bit_is_found_on_the_way(self, own_copy, tmp_path):
+        flip_a_bit(largest_data_file(own_copy / "transformer/weights"))
+        with pytest.raises(DamageError, match=r"transformer: .* is not what was converted"):
             export_pipeline(own_copy, tmp_path / "back")
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
-    def test_a_changed_small_file_is_found(self, own_copy):
+    def test_a_changed_small_file_is_found(self, own_copy, tmp_path):
         (own_copy / "tokenizer/tokenizer.json").write_text("{ }")
-        with pytest.raises(ConversionError, match=r"tokenizer.json: is not the file"):
-            verify_pipeline(own_copy)
+        with pytest.raises(DamageError, match=r"tokenizer.json: is not the file"):
+            export_pipeline(own_copy, tmp_path / "back")
 
 
 class TestLoad:
@@ -300,7 +302,11 @@ class TestLoad:
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [("{", "no whole JSON"), ("{}", "is of format None"), ('{"format_version": 1}', "damaged")],
+        [
+            ("{", "no whole JSON"),
+            ("{}", "is damaged"),
+            ('{"format_version": 1}', "is of format 1 and this version reads 2"),
+        ],
     )
     def test_a_damaged_manifest_is_told(self, own_copy, content, message):
         (own_copy / "manifest.json").write_text(content)
@@ -312,23 +318,28 @@ class TestLoad:
         [
             {"files": {"../outside": "0"}},
             {"files": {"/etc/hostname": "0"}},
+            {"weights": {"../outside": "0"}},
             {"components": {"../outside": {}}},
             {"components": {"transformer": {"w": {"shape": [1], "dtype": "float32"}}}},
             {"unknown": 1},
         ],
     )
     def test_a_manifest_of_somebody_elses_making_is_refused(self, own_copy, change):
-        file = own_copy / "manifest.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | change))
-        with pytest.raises(ConversionError, match=r"manifest.json: is damaged"):
+        edit_manifest(own_copy, lambda values: values.update(change))
+        with pytest.raises(DamageError, match=r"manifest.json: is damaged"):
+            load_transformer(own_copy)
+
+    def test_a_manifest_of_another_format_is_told(self, own_copy):
+        edit_manifest(own_copy, lambda values: values.update(format_version=3))
+        with pytest.raises(ConversionError, match=r"is of format 3 and this version reads 2"):
             load_transformer(own_copy)
 
     def test_a_manifest_with_a_dtype_of_its_own_is_refused(self, own_copy):
-        file = own_copy / "manifest.json"
-        values = json.loads(file.read_text())
-        values["components"]["text_encoder"]["shared.weight"]["stored_dtype"] = "int32"
-        file.write_text(json.dumps(values))
-        with pytest.raises(ConversionError, match=r"manifest.json: .*shared.weight is int32"):
+        def change(values):
+            values["components"]["text_encoder"]["shared.weight"]["stored_dtype"] = "int32"
+
+        edit_manifest(own_copy, change)
+        with pytest.raises(DamageError, match=r"manifest.json: .*shared.weight is int32"):
             load_transformer(own_copy)
 
     def test_weights_of_another_config_are_refused(self, own_copy):

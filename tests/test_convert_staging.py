@@ -10,7 +10,7 @@ from collections import namedtuple
 
 import pytest
 
-from svg_jax.convert import ConversionError
+from svg_jax.convert import ConversionError, RefusedError
 from svg_jax.convert.staging import check_destination, staged_folder
 
 
@@ -61,27 +61,43 @@ def test_an_error_or_ctrl_c_leaves_nothing(tmp_path, error):
 def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_run_cleans_up(tmp_path):
     killed = in_another_process(KILLED, tmp_path / "out")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    (leftover,) = names(tmp_path)
-    assert leftover.startswith(".out.partial-")
+    assert names(tmp_path) == [".out.partial"]
     make(tmp_path / "other")  # a run for another destination does not touch it
-    assert names(tmp_path) == [leftover, "other"]
+    assert names(tmp_path) == [".out.partial", "other"]
     make(tmp_path / "out")
     assert names(tmp_path) == ["other", "out"]
+    assert names(tmp_path / "out") == ["manifest.json"]
     assert (tmp_path / "out" / "manifest.json").read_text() == "new"
 
 
-def test_a_run_at_work_is_left_alone_and_the_second_to_end_is_refused(tmp_path):
+def test_a_run_may_take_over_what_a_killed_one_left(tmp_path):
+    in_another_process(KILLED, tmp_path / "out")
+    with staged_folder(tmp_path / "out", take_over=True) as staging:
+        assert (staging / "manifest.json").read_text() == "half"
+
+
+def test_a_second_run_for_the_same_folder_is_refused_and_harms_nothing(tmp_path):
+    destination = tmp_path / "out"
+    with staged_folder(destination) as staging:
+        (staging / "manifest.json").write_text("first")
+        with pytest.raises(RefusedError, match=r"out: another run is writing this folder"):
+            make(destination, "second")
+    assert (destination / "manifest.json").read_text() == "first"
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_somebody_else_puts_there_meanwhile_is_left_alone(tmp_path):
     destination = tmp_path / "out"
 
     def first():
         with staged_folder(destination) as staging:
-            make(destination, "second")
-            assert staging.is_dir()
             (staging / "manifest.json").write_text("first")
+            destination.mkdir()
+            (destination / "theirs").touch()
 
-    with pytest.raises(ConversionError, match=r"out: cannot be written \(Directory not empty\)"):
+    with pytest.raises(RefusedError, match=r"out: cannot be written \(Directory not empty\)"):
         first()
-    assert (destination / "manifest.json").read_text() == "second"
+    assert names(destination) == ["theirs"]
     assert names(tmp_path) == ["out"]
 
 
@@ -102,10 +118,10 @@ def test_overwriting_that_fails_leaves_the_old_folder(tmp_path):
 
 
 def test_an_old_folder_that_a_kill_left_aside_stays_until_a_new_one_is_there(tmp_path):
-    (tmp_path / ".out.replaced-12345678").mkdir()
+    (tmp_path / ".out.replaced").mkdir()
     with pytest.raises(RuntimeError), staged_folder(tmp_path / "out"):
         raise RuntimeError
-    assert names(tmp_path) == [".out.replaced-12345678"]
+    assert names(tmp_path) == [".out.replaced"]
     make(tmp_path / "out")
     make(tmp_path / "out", overwrite=True)
     assert names(tmp_path) == ["out"]
@@ -120,7 +136,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_place_is_named(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(ConversionError, match=r"out: cannot be written \(Permission denied"):
+    with pytest.raises(RefusedError, match=r"out: cannot be written \(Permission denied"):
         make(tmp_path / "out")
 
 
@@ -143,8 +159,8 @@ class TestCheckDestination:
         (tmp_path / "source").mkdir()
         return tmp_path / "source"
 
-    def refused(self, message, *arguments):
-        with pytest.raises(ConversionError, match=message):
+    def refused(self, message, *arguments, error=ConversionError):
+        with pytest.raises(error, match=message):
             check_destination(*arguments)
 
     def test_a_new_place_is_fine(self, tmp_path, source):
@@ -176,4 +192,4 @@ class TestCheckDestination:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**10, 0, 2 * 10**9))
         check_destination(tmp_path / "out", source, 2 * 10**9, False)
         message = r"needs 3\.00 GB and the disk has 2\.00 GB free"
-        self.refused(message, tmp_path / "out", source, 3 * 10**9, False)
+        self.refused(message, tmp_path / "out", source, 3 * 10**9, False, error=RefusedError)

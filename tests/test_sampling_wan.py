@@ -459,8 +459,8 @@ def test_the_command_line_makes_videos_of_an_image(make, tmp_path, monkeypatch, 
     assert output.stat().st_size > 0
     assert printed.out.startswith(f"wrote {output}")
     code, printed = run(*images, "--dynamic-cfg", f"--output={output}")
-    assert code == 1
+    assert code == 2
     assert "takes no use_dynamic_cfg" in printed.err
     code, printed = run(f"--image={folder / 'model_index.json'}", f"--output={output}")
-    assert code == 1
+    assert code == 2
     assert "is no image" in printed.err

@@ -1,0 +1,230 @@
+"""What a pipeline folder holds, converted or in diffusers' layout, and its tensors' statistics."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from svg_jax.convert.components import COPIED, read_pipeline_index
+from svg_jax.convert.manifest import NAME, read_manifest
+from svg_jax.convert.plan import link_targets, select_variants
+from svg_jax.convert.progress import Progress, count_bytes
+from svg_jax.convert.reader import check_inside, read_json, read_tensor, read_weights
+from svg_jax.convert.tensors import open_tensors, read_checked
+
+_PIECE = 1 << 22  # elements that are taken at once
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the finite elements of a tensor; None where there are none."""
+
+    minimum: float | None
+    maximum: float | None
+    mean: float | None
+    std: float | None
+    nonfinite: int
+
+
+@dataclass(frozen=True)
+class TensorContents:
+    """One tensor by its name in diffusers' layout.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape.
+        dtype: Its dtype, as stored.
+        statistics: If they were asked for.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    statistics: Statistics | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ComponentContents:
+    """A component with weights.
+
+    Attributes:
+        name: Its name.
+        class_name: Its class in model_index.json.
+        config: Its config.json.
+        tensors: Its tensors.
+    """
+
+    name: str
+    class_name: str
+    config: Mapping[str, Any]
+    tensors: tuple[TensorContents, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(tensor.size for tensor in self.tensors)
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Elements of each dtype."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors:
+            sizes[tensor.dtype] += tensor.size
+        return dict(sizes.most_common())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(size * np.dtype(dtype).itemsize for dtype, size in self.dtypes.items())
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A pipeline folder.
+
+    Attributes:
+        pipeline: Its class.
+        converted: Whether it is a converted one; else it is in diffusers' layout.
+        components: Those with weights.
+        others: Class of each of the others, by name.
+        skipped: Components that were left out when it was converted.
+    """
+
+    pipeline: str
+    converted: bool
+    components: tuple[ComponentContents, ...]
+    others: Mapping[str, str]
+    skipped: tuple[str, ...]
+
+
+# A tensor's name, shape and dtype, and what reads it.
+_Readable = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
+
+
+def read_contents(
+    folder: str | Path,
+    *,
+    statistics: bool = False,
+    variant: str | None = None,
+    progress: Progress | None = None,
+) -> Contents:
+    """Reads what a folder holds: headers only, or every tensor for its statistics.
+
+    Args:
+        folder: A converted folder, or one in diffusers' layout (any component, ported or not).
+        statistics: Whether to read the tensors, one at a time.
+        variant: See `convert_pipeline`.
+        progress: Called with (bytes done, bytes in all, component).
+
+    Raises:
+        ConversionError: If it is no such folder, or something in it cannot be read.
+    """
+    folder = Path(folder)
+    index = read_pipeline_index(folder)
+    converted = (folder / NAME).is_file()
+    skipped: tuple[str, ...] = ()
+    if converted:
+        skipped = read_manifest(folder).skipped
+        readable = _converted_tensors(folder)
+    else:
+        readable = _stored_tensors(folder, sorted(index.classes.keys() - {*COPIED}), variant)
+    total = sum(
+        math.prod(shape) * np.dtype(dtype).itemsize
+        for tensors in readable.values()
+        for _, shape, dtype, _ in tensors
+    )
+    advance = count_bytes(total, progress if statistics else None)
+
+    def measure(component: str, tensor: _Readable) -> TensorContents:
+        name, shape, dtype, read = tensor
+        if not statistics:
+            return TensorContents(name, shape, dtype)
+        array = read()
+        advance(array.nbytes, component)
+        return TensorContents(name, shape, dtype, tensor_statistics(array))
+
+    return Contents(
+        pipeline=index.pipeline,
+        converted=converted,
+        components=tuple(
+            ComponentContents(
+                name=name,
+                class_name=index.classes[name],
+                config=read_json(folder / name / "config.json"),
+                tensors=tuple(measure(name, tensor) for tensor in tensors),
+            )
+            for name, tensors in readable.items()
+        ),
+        others={
+            name: of
+            for name, of in index.classes.items()
+            if name not in readable and name not in skipped
+        },
+        skipped=skipped,
+    )
+
+
+def _converted_tensors(folder: Path) -> dict[str, list[_Readable]]:
+    return {
+        component: [
+            (
+                name,
+                of.record.shape,
+                of.record.stored_dtype,
+                partial(read_checked, component, name, of),
+            )
+            for name, of in sorted(tensors.items())
+        ]
+        for component, tensors in open_tensors(folder, read_manifest(folder)).items()
+    }
+
+
+def _stored_tensors(
+    folder: Path, components: list[str], variant: str | None
+) -> dict[str, list[_Readable]]:
+    allowed = link_targets(folder)
+    found = {}
+    for component, chosen in select_variants(folder, components, variant).items():
+        check_inside(folder / component / "config.json", allowed)
+        tensors = read_weights(folder / component, allowed, chosen)
+        found[component] = [
+            (name, of.shape, of.dtype.name, partial(read_tensor, of))
+            for name, of in sorted(tensors.items())
+        ]
+    return found
+
+
+def tensor_statistics(array: np.ndarray) -> Statistics:
+    """Statistics of an array of any float dtype, in float64."""
+    count, mean, squares, nonfinite = 0, 0.0, 0.0, 0
+    low, high = math.inf, -math.inf
+    for piece in _pieces(array):
+        finite = piece[np.isfinite(piece)]
+        nonfinite += piece.size - finite.size
+        if not finite.size:
+            continue
+        # Chan et al., "Algorithms for computing the sample variance" (1983): parts are merged.
+        shift, total = float(finite.mean()) - mean, count + finite.size
+        squares += float(finite.var()) * finite.size + shift**2 * count * finite.size / total
+        mean += shift * finite.size / total
+        count = total
+        low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    if not count:
+        return Statistics(None, None, None, None, nonfinite)
+    return Statistics(low, high, mean, math.sqrt(squares / count), nonfinite)
+
+
+def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _PIECE):
+        yield flat[start : start + _PIECE].astype(np.float64)

@@ -1,0 +1,312 @@
+"""What a conversion will do: everything is checked and counted before anything is written."""
+
+import json
+import math
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from svg_jax.convert.components import (
+    COPIED,
+    FAMILIES,
+    PipelineIndex,
+    component_leaves,
+    read_component_config,
+    read_pipeline_index,
+    select_components,
+)
+from svg_jax.convert.manifest import NAME
+from svg_jax.convert.reader import (
+    DTYPES,
+    StoredTensor,
+    check_inside,
+    check_regular,
+    read_weights,
+    weights_files,
+)
+from svg_jax.convert.releases import find_original
+from svg_jax.convert.rules import ConversionError, Leaf
+from svg_jax.convert.writer import checkpoint_overhead
+
+_COPY_LIMIT = 100 * 2**20  # bytes; nothing in COPIED's folders comes near it
+_BYTES_A_RECORD = 330  # of the manifest, beside the tensor's name
+_BYTES_A_FILE = 130  # of the manifest
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What changes when a file is written to or replaced."""
+
+    inode: int
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, file: Path) -> "FileState":
+        """The file's state now, links followed."""
+        found = os.stat(file)
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """A component that was checked and can be written.
+
+    Attributes:
+        name: Its name and its folder's.
+        class_name: Its class in model_index.json.
+        folder: Where it is read from.
+        tensors: The tensors that it is made of, by name.
+        leaves: What it is made into.
+        dtypes: What each leaf is stored in, by its path.
+        cast: What it is cast to, but for what the model keeps in float32; None keeps all.
+        unused: Names of tensors that are there and that nothing needs.
+        states: The files that are read, config.json among them, as they were before the check.
+        config: What config.json will hold, where the weights are an original release's; None where
+            the source's own is carried over.
+    """
+
+    name: str
+    class_name: str
+    folder: Path
+    tensors: Mapping[str, StoredTensor]
+    leaves: tuple[Leaf, ...]
+    dtypes: Mapping[tuple[str, ...], np.dtype]
+    cast: np.dtype | None
+    unused: tuple[str, ...]
+    states: Mapping[Path, FileState]
+    config: Mapping[str, Any] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors to read."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of tensors to write."""
+        return sum(self.stored_leaves)
+
+    @property
+    def stored_leaves(self) -> list[int]:
+        """Bytes of each leaf."""
+        return [math.prod(leaf.shape) * self.dtypes[leaf.path].itemsize for leaf in self.leaves]
+
+    @property
+    def config_text(self) -> str:
+        """What config.json will hold, but for a dtype that it names."""
+        if self.config is None:
+            return (self.folder / "config.json").read_text(encoding="utf-8")
+        return json.dumps(self.config, indent=2) + "\n"
+
+    def check_unchanged(self) -> None:
+        """Compares the files that were read with what they were before.
+
+        Raises:
+            ConversionError: If one was written to or replaced meanwhile.
+        """
+        for file, state in self.states.items():
+            if not file.exists() or FileState.of(file) != state:
+                raise ConversionError(
+                    f"{file}: was changed while it was read: wait until it is whole, and convert "
+                    "again."
+                )
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What will be read and written.
+
+    Attributes:
+        source: The pipeline folder.
+        index: What its model_index.json says.
+        components: The components to convert, sorted by name.
+        files: The files that are carried as they are, by their path in the folder.
+        dtype: What weights are cast to; None keeps what is stored.
+        variant: Which set of weights was asked for.
+    """
+
+    source: Path
+    index: PipelineIndex
+    components: tuple[ComponentPlan, ...]
+    files: Mapping[str, Path]
+    dtype: np.dtype | None
+    variant: str | None
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Components of the source that are left out."""
+        chosen = {component.name for component in self.components}
+        return tuple(sorted(self.index.classes.keys() - set(COPIED) - chosen))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors to read."""
+        return sum(component.nbytes for component in self.components)
+
+    @property
+    def written_nbytes(self) -> int:
+        """Bytes of the folder that will be there, manifest and all, within 1 % from 10 MB on."""
+        size = sum(file.stat().st_size for file in self.files.values())
+        for component in self.components:
+            size += component.stored_nbytes + len(component.config_text.encode())
+            size += checkpoint_overhead(component.stored_leaves)
+            size += sum(_BYTES_A_RECORD + len(name) for name in component.tensors)
+            size += 2 * _BYTES_A_FILE * len(component.leaves)
+        return size
+
+
+def plan_conversion(
+    source: str | Path,
+    *,
+    components: Collection[str] | None = None,
+    dtype: DTypeLike | None = None,
+    variant: str | None = None,
+) -> ConversionPlan:
+    """Checks a source as far as that is possible without reading its weights; writes nothing.
+
+    Args:
+        source: See `convert_pipeline`.
+        components: See `convert_pipeline`.
+        dtype: See `convert_pipeline`.
+        variant: See `convert_pipeline`.
+
+    Raises:
+        ConversionError: One sentence that says what is wrong with the source.
+    """
+    source = Path(source)
+    if (source / NAME).is_file():
+        raise ConversionError(f"{source}: is converted already: use it as it is.")
+    cast = None if dtype is None else _weight_dtype(dtype)
+    index = read_pipeline_index(source)
+    chosen = select_components(index, components, source)
+    variants = select_variants(source, chosen, variant)
+    allowed = link_targets(source)
+    return ConversionPlan(
+        source=source,
+        index=index,
+        components=tuple(
+            _plan_component(source / name, index.classes[name], cast, allowed, variants[name])
+            for name in chosen
+        ),
+        files=_small_files(source, [name for name in COPIED if name in index.classes], allowed),
+        dtype=cast,
+        variant=variant,
+    )
+
+
+def _weight_dtype(dtype: DTypeLike) -> np.dtype:
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found not in DTYPES.values():
+        raise ConversionError(f"dtype={dtype!r}: must be float32, float16 or bfloat16.")
+    return found
+
+
+def select_variants(
+    source: Path, chosen: Collection[str], variant: str | None
+) -> Mapping[str, str | None]:
+    """Each component's variant: as in diffusers, those that do not have it give what they have.
+
+    Raises:
+        ConversionError: If none has it.
+    """
+    if variant is not None and not variant.isalnum():
+        raise ConversionError(f"variant={variant!r}: is no name of a variant, such as 'fp16'.")
+    found = {name: variant if weights_files(source / name, variant) else None for name in chosen}
+    if variant is not None and not any(found.values()):
+        raise ConversionError(
+            f"{source}: no component has weights of the variant {variant!r}: choose another, or "
+            "none."
+        )
+    return found
+
+
+def link_targets(source: Path) -> tuple[Path, ...]:
+    """Where links in the source may lead: the hub's cache keeps a snapshot's files in `blobs`."""
+    cached = source.resolve().parent.name == "snapshots"
+    return (source, source.resolve().parent.parent / "blobs") if cached else (source,)
+
+
+def _small_files(source: Path, folders: list[str], allowed: tuple[Path, ...]) -> dict[str, Path]:
+    """The files that are carried as they are, by their path in the folder."""
+    files = {"model_index.json": source / "model_index.json"}
+    for name in folders:
+        found = sorted(file for file in (source / name).glob("*") if not file.is_dir())
+        if not found:
+            raise ConversionError(f"{source / name}: model_index.json lists it and it is missing.")
+        for file in found:
+            check_inside(file, allowed)
+            check_regular(file)
+            if file.stat().st_size > _COPY_LIMIT:
+                raise ConversionError(f"{file}: is too large for a {name}: remove it.")
+            files[f"{name}/{file.name}"] = file
+    return files
+
+
+def _plan_component(
+    folder: Path,
+    class_name: str,
+    cast: np.dtype | None,
+    allowed: tuple[Path, ...],
+    variant: str | None,
+) -> ComponentPlan:
+    states = {file: FileState.of(file) for file in folder.glob("*") if file.exists()}
+    check_inside(folder / "config.json", (folder, *allowed))
+    original = find_original(folder, class_name, allowed) if variant is None else None
+    if original is not None:
+        tensors, leaves = original.tensors, original.leaves
+        config = FAMILIES[class_name].read_config(original.config)
+    else:
+        tensors = read_weights(folder, allowed, variant)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        leaves = component_leaves(folder, class_name, shapes)
+        config = read_component_config(folder, class_name)
+    used = {name for leaf in leaves for names in leaf.names for name in names}
+    read = {folder / "config.json", *weights_files(folder, variant)}
+    read |= {tensors[name].file for name in used}
+    return ComponentPlan(
+        name=folder.name,
+        class_name=class_name,
+        folder=folder,
+        tensors={name: tensors[name] for name in tensors if name in used},
+        leaves=leaves,
+        dtypes=_leaf_dtypes(folder, class_name, config, tensors, leaves, cast),
+        cast=cast,
+        unused=tuple(sorted(tensors.keys() - used)),
+        states={file: state for file, state in states.items() if file in read},
+        config=None if original is None else original.config,
+    )
+
+
+def _leaf_dtypes(
+    folder: Path,
+    class_name: str,
+    config: Any,
+    tensors: Mapping[str, StoredTensor],
+    leaves: Collection[Leaf],
+    cast: np.dtype | None,
+) -> dict[tuple[str, ...], np.dtype]:
+    if cast is not None:
+        from svg_jax.convert.load import param_dtypes  # flax and all the models
+
+        # The modules know what the originals keep in float32.
+        return param_dtypes(class_name, config, cast)
+    dtypes = {}
+    for leaf in leaves:
+        found = {tensors[name].dtype for names in leaf.names for name in names}
+        if len(found) > 1:
+            named = " and ".join(sorted(dtype.name for dtype in found))
+            raise ConversionError(
+                f"{folder}: the layers of {leaf.rule.source} mix {named}: choose one dtype to "
+                "cast the weights to."
+            )
+        (dtypes[leaf.path],) = found
+    return dtypes

@@ -1,0 +1,88 @@
+"""The source's tensors in a converted folder: where each lies, and its bytes as they were."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tensorstore as ts
+
+from svg_jax.convert.components import component_leaves, read_pipeline_index
+from svg_jax.convert.digests import file_digest
+from svg_jax.convert.manifest import Manifest, TensorRecord, digest
+from svg_jax.convert.rules import DamageError, Leaf
+from svg_jax.convert.writer import open_leaves, readable
+
+
+@dataclass(frozen=True)
+class ConvertedTensor:
+    """Where one source tensor lies in the converted folder.
+
+    Attributes:
+        leaf: The leaf that it is in.
+        layer: Which layer of it, if the leaf is stacked.
+        store: The leaf on disk.
+        record: What the manifest says of the tensor.
+    """
+
+    leaf: Leaf
+    layer: int
+    store: ts.TensorStore
+    record: TensorRecord
+
+    def read(self) -> np.ndarray:
+        """The tensor in the source's layout."""
+        part = self.store[self.layer] if self.leaf.rule.stacked else self.store
+        return np.ascontiguousarray(self.leaf.rule.inverse(part.read().result()))
+
+
+def open_tensors(folder: Path, manifest: Manifest) -> dict[str, dict[str, ConvertedTensor]]:
+    """Per component, every source tensor's place in its orbax checkpoint.
+
+    Raises:
+        ConversionError: If a config or a checkpoint cannot be read.
+        DamageError: If a small file was changed, or a checkpoint is not what the manifest says.
+    """
+    for name, sha256 in manifest.files.items():
+        if not (folder / name).is_file() or file_digest(folder / name) != sha256:
+            raise DamageError(f"{folder / name}: is not the file that was converted.")
+    classes = read_pipeline_index(folder).classes
+    sources = {}
+    for component, records in manifest.components.items():
+        if component not in classes:
+            raise DamageError(f"{folder}: model_index.json lacks the converted {component}.")
+        shapes = {name: record.shape for name, record in records.items()}
+        leaves = component_leaves(folder / component, classes[component], shapes)
+        weights = folder / component / "weights"
+        stores = open_leaves(weights)
+        if wrong := sorted(
+            leaf.rule.target
+            for leaf in leaves
+            if leaf.path not in stores or stores[leaf.path].shape != leaf.shape
+        ):
+            raise DamageError(
+                f"{weights}: {len(wrong)} parameters are missing or misshapen, first {wrong[0]}: "
+                "convert the source again."
+            )
+        sources[component] = {
+            name: ConvertedTensor(leaf, layer, stores[leaf.path], records[name])
+            for leaf in leaves
+            for layer, names in enumerate(leaf.names)
+            for name in names
+        }
+    return sources
+
+
+def read_checked(component: str, name: str, tensor: ConvertedTensor) -> np.ndarray:
+    """Reads a tensor and compares it with the manifest's digest.
+
+    Raises:
+        DamageError: If it differs.
+    """
+    with readable(f"{component}: {name}"):
+        array = tensor.read()
+    if digest(array) != tensor.record.stored_sha256:
+        raise DamageError(
+            f"{component}: {name} is not what was converted: the disk or someone changed it; "
+            "convert the source again."
+        )
+    return array

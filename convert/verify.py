@@ -1,0 +1,63 @@
+"""The check that a converted folder holds what was converted, to the last bit."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from svg_jax.convert.digests import file_digest
+from svg_jax.convert.manifest import NAME, read_manifest
+from svg_jax.convert.progress import Progress, count_bytes
+from svg_jax.convert.rules import DamageError
+from svg_jax.convert.tensors import open_tensors, read_checked
+
+_NAMED = 5  # how many files an error spells out
+
+
+def verify_pipeline(source: str | Path, *, progress: Progress | None = None) -> None:
+    """Reads a converted folder whole and compares every file and every tensor with the manifest.
+
+    The files show whether anything has changed since the conversion; the tensors, read through
+    orbax and turned back into the source's layout, show that the conversion itself was right.
+
+    Args:
+        source: What `convert_pipeline` made.
+        progress: Called with (bytes done, bytes in all, what); the bytes are read twice.
+
+    Raises:
+        ConversionError: If the folder is no converted one.
+        DamageError: Naming what is changed, missing, or was not put there by the conversion.
+    """
+    source = Path(source)
+    manifest = read_manifest(source)
+    expected = {**manifest.files, **manifest.weights}
+    there = {
+        path.relative_to(source).as_posix(): path
+        for path in source.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+    if missing := sorted(name for name in expected if name not in there):
+        raise DamageError(f"{source}: {_list(missing)} missing: convert the source again.")
+    if extra := sorted(there.keys() - expected.keys() - {NAME}):
+        raise DamageError(f"{source}: {_list(extra)} not put there by the conversion: remove it.")
+    sizes = {name: there[name].stat().st_size for name in expected if there[name].exists()}
+    advance = count_bytes(sum(sizes.values()) + manifest.tensor_bytes, progress)
+    changed = []
+    for name, sha256 in expected.items():
+        if not there[name].is_file() or file_digest(there[name]) != sha256:
+            changed.append(name)
+        advance(sizes.get(name, 0), "files")
+    if changed:
+        raise DamageError(
+            f"{source}: {_list(changed)} not as converted: the disk or someone changed it; "
+            "convert the source again."
+        )
+    for component, tensors in open_tensors(source, manifest).items():
+        for name, tensor in tensors.items():
+            read_checked(component, name, tensor)
+            advance(tensor.record.stored_nbytes, component)
+
+
+def _list(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"{names[0]} is"
+    more = "" if len(names) <= _NAMED else f" and {len(names) - _NAMED} more"
+    return f"{len(names)} files ({', '.join(names[:_NAMED])}{more}) are"
