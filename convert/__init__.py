@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from svg_jax.convert.manifest import Manifest, TensorRecord, read_manifest
     from svg_jax.convert.pipeline import convert_pipeline
     from svg_jax.convert.plan import plan_conversion
+    from svg_jax.convert.releases import OriginalComponent, find_original, read_original
     from svg_jax.convert.rules import (
         ConversionError,
         DamageError,
@@ -38,12 +39,14 @@ __all__ = [
     "DamageError",
     "Leaf",
     "Manifest",
+    "OriginalComponent",
     "RefusedError",
     "Rule",
     "TensorRecord",
     "convert_pipeline",
     "convert_state",
     "export_pipeline",
+    "find_original",
     "load_component",
     "load_text_encoder",
     "load_transformer",
@@ -52,6 +55,7 @@ __all__ = [
     "plan_conversion",
     "read_contents",
     "read_manifest",
+    "read_original",
     "restore_state",
     "verify_pipeline",
 ]
@@ -63,6 +67,7 @@ _HOME = {
     "manifest": ("Manifest", "TensorRecord", "read_manifest"),
     "pipeline": ("convert_pipeline",),
     "plan": ("plan_conversion",),
+    "releases": ("OriginalComponent", "find_original", "read_original"),
     "rules": (
         "ConversionError",
         "DamageError",

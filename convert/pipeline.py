@@ -24,7 +24,7 @@ from svg_jax.convert.manifest import (
 )
 from svg_jax.convert.plan import ComponentPlan, ConversionPlan, plan_conversion
 from svg_jax.convert.progress import Progress, count_bytes
-from svg_jax.convert.reader import StoredTensor, count_nonfinite, read_json, read_tensor
+from svg_jax.convert.reader import StoredTensor, count_nonfinite, read_tensor
 from svg_jax.convert.rules import ConversionError, Leaf
 from svg_jax.convert.staging import check_destination, clear, staged_folder
 from svg_jax.convert.writer import SLAB_BYTES, LazyArray, write_tree
@@ -287,12 +287,10 @@ def _cast(tensor: np.ndarray, dtype: np.dtype, stored: StoredTensor, nonfinite: 
 
 def _copy_config(component: ComponentPlan, target: Path) -> None:
     """Carries config.json over as it is; only a dtype that it names follows a cast."""
-    config = component.folder / "config.json"
-    values = read_json(config)
+    text = component.config_text
+    values = json.loads(text)
     named = [key for key in ("dtype", "torch_dtype") if key in values]
-    if component.cast is None or not named:
-        shutil.copyfile(config, target / "config.json")
-        return
-    values |= dict.fromkeys(named, component.cast.name)
-    text = json.dumps(values, indent=2) + "\n"
-    (target / "config.json").write_text(text, encoding="utf-8")
+    if component.cast is not None and named:
+        values |= dict.fromkeys(named, component.cast.name)
+        text = json.dumps(values, indent=2) + "\n"
+    (target / "config.json").write_text(text, encoding="utf-8", newline="")

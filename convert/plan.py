@@ -1,16 +1,19 @@
 """What a conversion will do: everything is checked and counted before anything is written."""
 
+import json
 import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
 
 from svg_jax.convert.components import (
     COPIED,
+    FAMILIES,
     PipelineIndex,
     component_leaves,
     read_component_config,
@@ -26,6 +29,7 @@ from svg_jax.convert.reader import (
     read_weights,
     weights_files,
 )
+from svg_jax.convert.releases import find_original
 from svg_jax.convert.rules import ConversionError, Leaf
 from svg_jax.convert.writer import checkpoint_overhead
 
@@ -63,6 +67,8 @@ class ComponentPlan:
         cast: What it is cast to, but for what the model keeps in float32; None keeps all.
         unused: Names of tensors that are there and that nothing needs.
         states: The files that are read, config.json among them, as they were before the check.
+        config: What config.json will hold, where the weights are an original release's; None where
+            the source's own is carried over.
     """
 
     name: str
@@ -74,6 +80,7 @@ class ComponentPlan:
     cast: np.dtype | None
     unused: tuple[str, ...]
     states: Mapping[Path, FileState]
+    config: Mapping[str, Any] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -89,6 +96,13 @@ class ComponentPlan:
     def stored_leaves(self) -> list[int]:
         """Bytes of each leaf."""
         return [math.prod(leaf.shape) * self.dtypes[leaf.path].itemsize for leaf in self.leaves]
+
+    @property
+    def config_text(self) -> str:
+        """What config.json will hold, but for a dtype that it names."""
+        if self.config is None:
+            return (self.folder / "config.json").read_text(encoding="utf-8")
+        return json.dumps(self.config, indent=2) + "\n"
 
     def check_unchanged(self) -> None:
         """Compares the files that were read with what they were before.
@@ -140,7 +154,7 @@ class ConversionPlan:
         """Bytes of the folder that will be there, manifest and all, within 1 % from 10 MB on."""
         size = sum(file.stat().st_size for file in self.files.values())
         for component in self.components:
-            size += component.stored_nbytes + (component.folder / "config.json").stat().st_size
+            size += component.stored_nbytes + len(component.config_text.encode())
             size += checkpoint_overhead(component.stored_leaves)
             size += sum(_BYTES_A_RECORD + len(name) for name in component.tensors)
             size += 2 * _BYTES_A_FILE * len(component.leaves)
@@ -246,9 +260,15 @@ def _plan_component(
 ) -> ComponentPlan:
     states = {file: FileState.of(file) for file in folder.glob("*") if file.exists()}
     check_inside(folder / "config.json", (folder, *allowed))
-    tensors = read_weights(folder, allowed, variant)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    leaves = component_leaves(folder, class_name, shapes)
+    original = find_original(folder, class_name, allowed) if variant is None else None
+    if original is not None:
+        tensors, leaves = original.tensors, original.leaves
+        config = FAMILIES[class_name].read_config(original.config)
+    else:
+        tensors = read_weights(folder, allowed, variant)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        leaves = component_leaves(folder, class_name, shapes)
+        config = read_component_config(folder, class_name)
     used = {name for leaf in leaves for names in leaf.names for name in names}
     read = {folder / "config.json", *weights_files(folder, variant)}
     read |= {tensors[name].file for name in used}
@@ -258,16 +278,18 @@ def _plan_component(
         folder=folder,
         tensors={name: tensors[name] for name in tensors if name in used},
         leaves=leaves,
-        dtypes=_leaf_dtypes(folder, class_name, tensors, leaves, cast),
+        dtypes=_leaf_dtypes(folder, class_name, config, tensors, leaves, cast),
         cast=cast,
         unused=tuple(sorted(tensors.keys() - used)),
         states={file: state for file, state in states.items() if file in read},
+        config=None if original is None else original.config,
     )
 
 
 def _leaf_dtypes(
     folder: Path,
     class_name: str,
+    config: Any,
     tensors: Mapping[str, StoredTensor],
     leaves: Collection[Leaf],
     cast: np.dtype | None,
@@ -276,7 +298,7 @@ def _leaf_dtypes(
         from svg_jax.convert.load import param_dtypes  # flax and all the models
 
         # The modules know what the originals keep in float32.
-        return param_dtypes(class_name, read_component_config(folder, class_name), cast)
+        return param_dtypes(class_name, config, cast)
     dtypes = {}
     for leaf in leaves:
         found = {tensors[name].dtype for names in leaf.names for name in names}

@@ -11,7 +11,8 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _EXPONENT = {
     DTYPES["F32"]: np.uint32(0x7F800000),
     DTYPES["F16"]: np.uint16(0x7C00),
     DTYPES["BF16"]: np.uint16(0x7F80),
+    np.dtype(np.float64): np.uint64(0x7FF0000000000000),
 }
 
 
@@ -44,11 +46,15 @@ class StoredTensor:
 
     Attributes:
         name: Its name in the header.
-        file: The safetensors file.
-        dtype: float32, float16 or bfloat16.
+        file: The safetensors file, or one of torch.save.
+        dtype: float32, float16 or bfloat16; from torch.save any, integers and float64 included.
         shape: Its shape.
         start: Offset of its first byte in the file.
         nbytes: Its size in bytes.
+        strides: Distance, in elements, of neighbours along each axis; None is row-major order.
+        crc32: Checksum of its bytes, where the file has one of just these.
+        parts: The tensors whose rows it is made of, one after the other, instead of lying at
+            `start`. (Fused weights are taken apart so, and put together in another order.)
     """
 
     name: str
@@ -57,6 +63,9 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    strides: tuple[int, ...] | None = None
+    crc32: int | None = None
+    parts: tuple["StoredTensor", ...] = ()
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -298,21 +307,47 @@ def read_tensor(tensor: StoredTensor) -> np.ndarray:
     """Reads one tensor, in its own dtype.
 
     Raises:
-        ConversionError: If the file has shrunk since it was checked, or cannot be read.
+        ConversionError: If the file has shrunk since it was checked, cannot be read, or fails its
+            checksum.
     """
+    if tensor.parts:
+        rows = np.concatenate([read_tensor(part) for part in tensor.parts])
+        return rows.reshape(tensor.shape)
+    reach = tensor.nbytes
+    if tensor.strides is not None:
+        steps = zip(tensor.shape, tensor.strides, strict=True)
+        reach = (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.dtype.itemsize
     try:
         with tensor.file.open("rb") as stream:
             stream.seek(tensor.start)
-            raw = np.fromfile(stream, np.uint8, tensor.nbytes)
+            raw = np.fromfile(stream, np.uint8, reach)
     except OSError as error:
         raise ConversionError(f"{tensor.file}: cannot be read: {error.strerror}.") from error
-    if raw.nbytes != tensor.nbytes:
+    if raw.nbytes != reach:
         raise ConversionError(f"{tensor.file}: was cut off while it was read.")
-    return raw.view(tensor.dtype).reshape(tensor.shape)
+    if tensor.crc32 is not None and zlib.crc32(raw.data) != tensor.crc32:
+        raise ConversionError(
+            f"{tensor.file}: {tensor.name} fails its checksum, the file is damaged: fetch it again."
+        )
+    elements = raw.view(tensor.dtype)
+    if tensor.strides is None:
+        return elements.reshape(tensor.shape)
+    steps = tuple(stride * tensor.dtype.itemsize for stride in tensor.strides)
+    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(elements, tensor.shape, steps))
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of an array in row-major order."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def count_nonfinite(array: np.ndarray) -> int:
-    """How many elements are NaN or infinite: by the bits, several times faster than np.isfinite."""
+    """How many elements are NaN or infinite: by the bits, several times faster than np.isfinite.
+
+    Of integers, none is.
+    """
+    if array.dtype not in _EXPONENT:
+        return 0
     exponent = _EXPONENT[array.dtype]
     bits = np.ascontiguousarray(array).reshape(-1).view(exponent.dtype)
     pieces = (bits[at : at + (1 << 22)] for at in range(0, bits.size, 1 << 22))  # bounds the memory
