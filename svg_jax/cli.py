@@ -166,6 +166,14 @@ def convert(
         ),
     ] = None,
     variant: Variant = None,
+    lora: Annotated[
+        list[Path] | None,
+        _option("--lora", help="A LoRA to merge (file or folder); may be given several times."),
+    ] = None,
+    lora_scale: Annotated[
+        list[float] | None,
+        _option("--lora-scale", help="Its strength: one for all, or one for each; default: 1."),
+    ] = None,
     allow_nonfinite: Annotated[
         bool, _option("--allow-nonfinite", help="Take NaN and infinities, and count them.")
     ] = False,
@@ -184,6 +192,8 @@ def convert(
         components=names,
         dtype=dtype,
         variant=variant,
+        lora=lora or (),
+        lora_scale=lora_scale or (1.0,),
         allow_nonfinite=allow_nonfinite,
         overwrite=overwrite,
         dry_run=dry_run,
