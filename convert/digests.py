@@ -41,11 +41,12 @@ class WrittenDigests:
         for file in sorted(self._folder.rglob("*")):
             if file.is_dir():
                 continue
-            taken = self._taken.get(_state(file))
-            # It may have been renamed before its turn came.
-            known = taken is not None and taken.exception() is None
             name = file.relative_to(self._folder).as_posix()
-            digests[name] = taken.result() if known else file_digest(file)
+            taken = self._taken.get(_state(file))
+            if taken is None or taken.exception() is not None:  # renamed before its turn came
+                digests[name] = file_digest(file)
+            else:
+                digests[name] = taken.result()
         return digests
 
     def close(self) -> None:

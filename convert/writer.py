@@ -23,7 +23,8 @@ import tensorstore as ts
 from svg_jax.convert.digests import WrittenDigests
 from svg_jax.convert.rules import ConversionError
 
-# Stacked leaves above this many bytes are stored a layer a chunk and written some layers at a time.
+# Leaves above this many bytes are stored in chunks (stacked ones a layer a chunk) and written some
+# chunks at a time.
 SLAB_BYTES = 64 * 2**20
 _INLINED_BYTES = 1024  # orbax's setting
 _BYTES_A_LEAF, _BYTES_A_KEY = 1200, 13  # measured at 10 to 200 leaves
@@ -66,16 +67,36 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         async with self._turn:
             if self.failure is not None:
                 return
+            pending = None  # a write that goes on while the next slab is read
             try:
                 spec = ts.Spec(tspec)
                 array = await ts.open(spec, create=True, open=True, context=ts_context)
-                for part, slab in value.slabs():
+                rows = array.chunk_layout.write_chunk.shape[0] if array.rank else 1
+                for part, slab in _row_by_row(value, rows):
+                    if pending is not None:
+                        await pending
                     if self.failure is not None:
                         return
-                    await array[part].write(slab)
                     self._digests.take()
+                    pending = array[part].write(slab)
             except Exception as error:  # raised here, orbax would log it from two of its threads
                 self.failure = error
+            finally:
+                try:
+                    if pending is not None:
+                        await pending
+                except Exception as error:
+                    self.failure = self.failure or error
+
+
+def _row_by_row(value: LazyArray, rows: int) -> Iterator[tuple[slice | EllipsisType, np.ndarray]]:
+    """The slabs, those that are a whole array cut into rows of chunks: each write takes a copy."""
+    for part, slab in value.slabs():
+        if part is not ... or slab.ndim == 0:
+            yield part, slab
+            continue
+        for start in range(0, len(slab), rows):
+            yield slice(start, min(start + rows, len(slab))), slab[start : start + rows]
 
 
 def write_tree(folder: Path, tree: Mapping[str, Any]) -> dict[str, str]:
@@ -140,8 +161,11 @@ def _run_to_end(save: Callable[[], None], arrays: _LazyHandler) -> None:
 
 
 def _save_args(array: LazyArray) -> ocp.SaveArgs:
-    large = array.size * array.dtype.itemsize > SLAB_BYTES
-    return ocp.SaveArgs(shard_axes=(0,)) if array.stacked and large else ocp.SaveArgs()
+    if array.size * array.dtype.itemsize <= SLAB_BYTES:
+        return ocp.SaveArgs()
+    if array.stacked:
+        return ocp.SaveArgs(shard_axes=(0,))
+    return ocp.SaveArgs(chunk_byte_size=SLAB_BYTES)
 
 
 def checkpoint_overhead(leaves: Sequence[int]) -> int:

@@ -142,8 +142,8 @@ def test_what_a_killed_conversion_left_is_no_part_of_an_export(source, half, tmp
 
 def kill_at_a_random_moment(source: Path, destination: Path, most: float) -> int:
     arguments = [sys.executable, "-c", KILLED_AFTER, str(source), str(destination)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(arguments, cwd=source.parent, **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(arguments, cwd=source.parent, stdin=pipe, stdout=pipe) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"

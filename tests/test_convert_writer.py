@@ -45,7 +45,7 @@ def lazy(tree):
     return jax.tree.map(lambda a: layer_by_layer(a) if a.ndim == 3 else whole(a), tree)
 
 
-@pytest.mark.parametrize("slab_bytes", [1, 10**9])
+@pytest.mark.parametrize("slab_bytes", [16, 10**9])
 @pytest.mark.parametrize("checkpointer", [ocp.StandardCheckpointer, ocp.PyTreeCheckpointer])
 def test_plain_orbax_restores_the_same_bits(tmp_path, monkeypatch, slab_bytes, checkpointer):
     monkeypatch.setattr(writer, "SLAB_BYTES", slab_bytes)
@@ -70,6 +70,18 @@ def test_a_large_stacked_leaf_lies_a_layer_a_chunk(tmp_path, monkeypatch):
     np.testing.assert_array_equal(
         leaves["blocks", "kernel"][1].read().result(), arrays()["blocks"]["kernel"][1]
     )
+
+
+def test_a_large_leaf_of_one_layer_lies_in_chunks_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "SLAB_BYTES", 3000)
+    table = np.random.default_rng(0).normal(size=(60, 50)).astype(np.float32)
+    transposed = whole(table.T)
+    write_tree(tmp_path / "weights", {"table": whole(table), "transposed": transposed})
+    leaves = open_leaves(tmp_path / "weights")
+    for leaf in leaves.values():
+        assert np.prod(leaf.chunk_layout.read_chunk.shape) * 4 <= 3000
+    np.testing.assert_array_equal(leaves["table",].read().result(), table)
+    np.testing.assert_array_equal(leaves["transposed",].read().result(), table.T)
 
 
 def test_leaves_are_made_one_after_the_other(tmp_path):
