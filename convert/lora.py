@@ -106,8 +106,8 @@ def _read_lora(path: Path, scale: float, leaves: Mapping[str, Sequence[Leaf]]) -
             found[name] = change
     if not changes:
         raise ConversionError(f"{file}: changes nothing: choose another file.")
-    with_config = config is not None and config.where != file
-    return Lora(path, scale, (file, config.where) if with_config else (file,), changes)
+    files = (file,) if config is None or config.where == file else (file, config.where)
+    return Lora(path, scale, files, changes)
 
 
 def _weights_file(path: Path) -> Path:
@@ -209,9 +209,9 @@ def _changes(
             )
         factor = scale * (strength if config is None else config.scaling(module, rank))
         changes.append((f"{module}.weight", Change(down, up, start, factor)))
-        for kind, by in (("bias", factor), ("plain bias", scale)):
-            if kind in parts:
-                changes.append((f"{module}.bias", Change(None, parts[kind], start, by)))
+        for bias, by in ((parts.get("bias"), factor), (parts.get("plain bias"), scale)):
+            if bias is not None:
+                changes.append((f"{module}.bias", Change(None, bias, start, by)))
         start += shape[0]
     for name, change in changes:
         expected = (start,) if change.down is None else (start, *up.shape[1:])

@@ -47,7 +47,15 @@ WAN = {
     "image_dim": 16,
     "added_kv_proj_dim": 32,
 }
-T5 = {"d_model": 16, "d_ff": 24, "d_kv": 4, "num_heads": 2, "num_layers": 2, "vocab_size": 30}
+T5 = {
+    "d_model": 16,
+    "d_ff": 24,
+    "d_kv": 4,
+    "num_heads": 2,
+    "num_layers": 2,
+    "vocab_size": 30,
+    "feed_forward_proj": "gated-gelu",
+}
 # Pipeline, transformer, its config, modules that a LoRA changes; the last is a convolution.
 FAMILIES = {
     "CogVideoX": (
