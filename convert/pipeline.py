@@ -32,6 +32,7 @@ from svg_jax.convert.writer import SLAB_BYTES, LazyArray, write_tree
 
 # The manifest of a folder that is not whole yet: what it lists is, and a later run may rely on it.
 PARTIAL = "manifest.partial.json"
+_PIECE = 1 << 22  # elements that are cast at once
 
 
 @dataclass(frozen=True)
@@ -186,17 +187,13 @@ def _proven(
         records.keys() != component.tensors.keys()
         or (any(record.nonfinite for record in records.values()) and not allow_nonfinite)
         or found != files.keys() | weights.keys()
-        or sources != _source_digests(component)
+        or sources != {f"{prefix}{file.name}": file_digest(file) for file in component.states}
     ):
         return None
     component.check_unchanged()
     if any(file_digest(staging / name) != sha for name, sha in {**files, **weights}.items()):
         return None
     return _Written(records, sources, files, weights)
-
-
-def _source_digests(component: ComponentPlan) -> dict[str, str]:
-    return {f"{component.name}/{file.name}": file_digest(file) for file in component.states}
 
 
 def _copy_files(files: Mapping[str, Path], staging: Path) -> dict[str, str]:
@@ -226,15 +223,17 @@ def _write_component(
                     f"{stored.file}: {name} holds NaN or infinities ({nonfinite} of "
                     f"{tensor.size}): these weights cannot be used, unless you allow them."
                 )
-            merged = add_changes(tensor, component.changes.get(name, ()))
-            cast = _cast(merged, component.dtypes[leaf.path], stored, nonfinite)
             sha256 = digest(tensor)
+            changes = component.changes.get(name, ())
+            cast = _cast(
+                add_changes(tensor, changes), component.dtypes[leaf.path], stored, nonfinite
+            )
             records[name] = TensorRecord(
                 shape=stored.shape,
-                dtype=tensor.dtype.name,
+                dtype=stored.dtype.name,
                 sha256=sha256,
                 stored_dtype=cast.dtype.name,
-                stored_sha256=sha256 if cast is tensor else digest(cast),
+                stored_sha256=digest(cast) if changes or cast.dtype != stored.dtype else sha256,
                 nonfinite=nonfinite,
             )
             if records[name].sha256 != records[leaf.names[layer][0]].sha256:
@@ -255,13 +254,20 @@ def _write_component(
     folder = staging / component.name
     folder.mkdir()
     _copy_config(component, folder)
-    with ThreadPoolExecutor(max_workers=1) as pool:  # reads ahead of the conversion
-        sources = pool.submit(_source_digests, component)
+    pool = ThreadPoolExecutor(max_workers=1)  # reads ahead of the conversion
+    try:
+        sources = {
+            f"{component.name}/{file.name}": pool.submit(file_digest, file)
+            for file in component.states
+        }
         weights = write_tree(folder / "weights", tree)
+        digests = {name: source.result() for name, source in sources.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
     component.check_unchanged()
     return _Written(
         records=records,
-        sources=sources.result(),
+        sources=digests,
         files={f"{component.name}/config.json": file_digest(folder / "config.json")},
         weights={f"{component.name}/weights/{name}": sha for name, sha in weights.items()},
     )
@@ -285,10 +291,17 @@ def _lazy_leaf(
 
 
 def _cast(tensor: np.ndarray, dtype: np.dtype, stored: StoredTensor, nonfinite: int) -> np.ndarray:
+    """The tensor in another dtype; one that is not wider takes the memory of `tensor` itself."""
     if tensor.dtype == dtype:
         return tensor
+    flat = tensor.reshape(-1)
+    narrows = dtype.itemsize <= tensor.itemsize
+    cast = flat.view(dtype)[: flat.size] if narrows else np.empty(flat.size, dtype)
     with np.errstate(over="ignore"):
-        cast = tensor.astype(dtype)
+        for start in range(0, flat.size, _PIECE):  # which is read before it is overwritten
+            piece = slice(start, start + _PIECE)
+            cast[piece] = flat[piece].astype(dtype)
+    cast = cast.reshape(tensor.shape)
     if count_nonfinite(cast) > nonfinite:
         raise ConversionError(
             f"{stored.file}: {stored.name} has values that {dtype.name} cannot hold: choose "

@@ -71,8 +71,8 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
             try:
                 spec = ts.Spec(tspec)
                 array = await ts.open(spec, create=True, open=True, context=ts_context)
-                rows = array.chunk_layout.write_chunk.shape[0] if array.rank else 1
-                for part, slab in _row_by_row(value, rows):
+                chunk = array.chunk_layout.write_chunk.shape or (1,)
+                for part, slab in _row_by_row(value, chunk[0] or 1):
                     if pending is not None:
                         await pending
                     if self.failure is not None:

@@ -1,4 +1,4 @@
-"""The command line: `svg-jax convert | export | verify | inspect | generate | compare | demo`.
+"""The command line: `svg-jax generate | compare | demo`, and those of `cli_checkpoints.py`.
 
 Commands are imported when they run: `svg-jax --help` needs no jax.
 """
@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from svg_jax.cli_checkpoints import CHECKPOINT_COMMANDS
 from svg_jax.config import SparsityConfig
 
 _SPARSITY = SparsityConfig()
@@ -30,6 +31,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+for command in CHECKPOINT_COMMANDS:
+    app.command()(command)
 
 
 class Attention(StrEnum):
@@ -62,14 +67,6 @@ class Dtype(StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
-
-
-class StoredDtype(StrEnum):
-    """What weights are stored in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def _option(*names: str, help: str):
@@ -143,97 +140,6 @@ Fps = Annotated[
     float | None, _option("--fps", help="Frames per second of the video; default: as trained.")
 ]
 Enlarge = Annotated[int, _option("--enlarge", help="Pixels to show each pixel as, each way.")]
-
-Variant = Annotated[
-    str | None,
-    _option("--variant", help="Weights to take where there are several, e.g. fp16."),
-]
-
-
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="A pipeline folder in diffusers' layout.")],
-    destination: Annotated[Path, typer.Argument(help="The folder to make.")],
-    components: Annotated[
-        str | None,
-        _option("--components", help="Only these, e.g. transformer,text_encoder."),
-    ] = None,
-    dtype: Annotated[
-        StoredDtype | None,
-        _option(
-            "--dtype",
-            help="Cast weights, but those that the model keeps in float32; default: as they are.",
-        ),
-    ] = None,
-    variant: Variant = None,
-    lora: Annotated[
-        list[Path] | None,
-        _option("--lora", help="A LoRA to merge (file or folder); may be given several times."),
-    ] = None,
-    lora_scale: Annotated[
-        list[float] | None,
-        _option("--lora-scale", help="Its strength: one for all, or one for each; default: 1."),
-    ] = None,
-    allow_nonfinite: Annotated[
-        bool, _option("--allow-nonfinite", help="Take NaN and infinities, and count them.")
-    ] = False,
-    overwrite: Annotated[bool, _option("--overwrite", help="Replace the destination.")] = False,
-    dry_run: Annotated[
-        bool, _option("--dry-run", help="Say what would be written, and write nothing.")
-    ] = False,
-) -> None:
-    """Convert a trained checkpoint; the same command again takes up one that was killed."""
-    from svg_jax import commands
-
-    names = None if components is None else [name.strip() for name in components.split(",")]
-    commands.convert(
-        source,
-        destination,
-        components=names,
-        dtype=dtype,
-        variant=variant,
-        lora=lora or (),
-        lora_scale=lora_scale or (1.0,),
-        allow_nonfinite=allow_nonfinite,
-        overwrite=overwrite,
-        dry_run=dry_run,
-    )
-
-
-@app.command()
-def export(
-    source: Annotated[Path, typer.Argument(help="A converted folder.")],
-    destination: Annotated[Path, typer.Argument(help="The folder to make.")],
-) -> None:
-    """Write a converted checkpoint back in diffusers' layout, bit for bit."""
-    from svg_jax import commands
-
-    commands.export(source, destination)
-
-
-@app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(help="A converted folder.")],
-) -> None:
-    """Read a converted checkpoint whole and compare every bit with its manifest."""
-    from svg_jax import commands
-
-    commands.verify(folder)
-
-
-@app.command()
-def inspect(
-    folder: Annotated[Path, typer.Argument(help="A converted folder, or one of diffusers.")],
-    stats: Annotated[
-        bool, _option("--stats", help="Read every tensor: min, max, mean, std, not finite.")
-    ] = False,
-    variant: Variant = None,
-    as_json: Annotated[bool, _option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Say what a checkpoint holds: components, configs, parameters, dtypes."""
-    from svg_jax import commands
-
-    commands.inspect_folder(folder, statistics=stats, variant=variant, as_json=as_json)
 
 
 @app.command()

@@ -199,6 +199,21 @@ def load_tensors(folder: Path) -> dict[str, np.ndarray]:
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_cast_is_numpys_however_it_is_cut(source, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("svg_jax.convert.pipeline._PIECE", 7)
+    convert_pipeline(source, tmp_path / "out", dtype=dtype)
+    export_pipeline(tmp_path / "out", tmp_path / "back")
+    for name in ("text_encoder", "transformer"):
+        back = load_tensors(tmp_path / "back" / name)
+        for tensor, array in load_tensors(source / name).items():
+            # T5's `wo` stays float32 among float16
+            kept = dtype == "float16" and ".wo." in tensor
+            expected = array.astype("float32" if kept else dtype)
+            assert back[tensor].dtype == expected.dtype, tensor
+            assert back[tensor].tobytes() == expected.tobytes()
+
+
 def test_values_that_are_no_numbers_are_counted_where_they_are_allowed(source, tmp_path):
     def poison(tensors):
         tensors["proj_out.bias"][:3] = np.nan

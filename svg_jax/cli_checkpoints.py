@@ -1,0 +1,108 @@
+"""The commands for checkpoints: `svg-jax convert | export | verify | inspect`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class StoredDtype(StrEnum):
+    """What weights are stored in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Variant = Annotated[
+    str | None,
+    typer.Option("--variant", help="Weights to take where there are several, e.g. fp16."),
+]
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A pipeline folder in diffusers' layout.")],
+    destination: Annotated[Path, typer.Argument(help="The folder to make.")],
+    components: Annotated[
+        str | None,
+        typer.Option("--components", help="Only these, e.g. transformer,text_encoder."),
+    ] = None,
+    dtype: Annotated[
+        StoredDtype | None,
+        typer.Option(
+            "--dtype",
+            help="Cast weights, but those that the model keeps in float32; default: as they are.",
+        ),
+    ] = None,
+    variant: Variant = None,
+    lora: Annotated[
+        list[Path] | None,
+        typer.Option("--lora", help="A LoRA to merge (file or folder); may be given repeatedly."),
+    ] = None,
+    lora_scale: Annotated[
+        list[float] | None,
+        typer.Option("--lora-scale", help="Its strength: one for all, or one each; default: 1."),
+    ] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Take NaN and infinities, and count them.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the destination.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")
+    ] = False,
+) -> None:
+    """Convert a trained checkpoint; the same command again takes up one that was killed."""
+    from svg_jax import commands
+
+    names = None if components is None else [name.strip() for name in components.split(",")]
+    commands.convert(
+        source,
+        destination,
+        components=names,
+        dtype=dtype,
+        variant=variant,
+        lora=lora or (),
+        lora_scale=lora_scale or (1.0,),
+        allow_nonfinite=allow_nonfinite,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+
+
+def export(
+    source: Annotated[Path, typer.Argument(help="A converted folder.")],
+    destination: Annotated[Path, typer.Argument(help="The folder to make.")],
+) -> None:
+    """Write a converted checkpoint back in diffusers' layout, bit for bit."""
+    from svg_jax import commands
+
+    commands.export(source, destination)
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A converted folder.")],
+) -> None:
+    """Read a converted checkpoint whole and compare every bit with its manifest."""
+    from svg_jax import commands
+
+    commands.verify(folder)
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A converted folder, or one of diffusers.")],
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Read every tensor: min, max, mean, std, not finite.")
+    ] = False,
+    variant: Variant = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a checkpoint holds: components, configs, parameters, dtypes."""
+    from svg_jax import commands
+
+    commands.inspect_folder(folder, statistics=stats, variant=variant, as_json=as_json)
+
+
+CHECKPOINT_COMMANDS = (convert, export, verify, inspect)
