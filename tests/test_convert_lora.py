@@ -383,6 +383,13 @@ class TestRecord:
             assert tensor.sha256 == sha256(base[name].tobytes())
             assert (tensor.stored_sha256 == tensor.sha256) == (name != f"{Q}.weight")
 
+    def test_what_a_killed_run_wrote_without_it_is_not_kept(self, tmp_path):
+        source = write_source(tmp_path / "source")
+        file = save_lora(tmp_path / "lora.safetensors", random_lora(source, [Q]))
+        convert_pipeline(source, tmp_path / "out")
+        (tmp_path / "out").rename(tmp_path / ".out.partial")
+        assert_merged(merge(source, file), fuse(source, "Wan", file), source)
+
     def test_a_dry_run_counts_it_and_writes_nothing(self, tmp_path):
         source = write_source(tmp_path / "source")
         file = save_lora(tmp_path / "lora.safetensors", random_lora(source, [Q, "proj_out"]))

@@ -113,6 +113,16 @@ class TestRefusals:
         file = save_lora(tmp_path / "lora.safetensors", lora, r=4)
         self.refuse(tmp_path, file, f"{Q}.alpha and lora.safetensors both say its scale")
 
+    def test_a_fused_weight_and_its_part(self, tmp_path):
+        modules = ["transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_out.0"]
+        source = write_source(tmp_path / "source", "HunyuanVideo")
+        lora = random_lora(source, modules)
+        name = "double_blocks.0.img_attn_qkv.lora_A.weight"
+        lora |= {name: np.ones((4, 32), np.float32)}
+        lora |= {name.replace("_A", "_B"): np.ones((96, 4), np.float32)}
+        file = save_lora(tmp_path / "lora.safetensors", lora)
+        self.refuse(tmp_path, file, r"both change transformer_blocks.0.attn.to_k.weight")
+
     def test_peft_without_its_config(self, tmp_path):
         lora = random_lora(write_source(tmp_path / "source"), [Q])
         file = save_lora(tmp_path / "lora.safetensors", lora, "base_model.model.")
