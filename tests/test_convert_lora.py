@@ -331,6 +331,37 @@ class TestNamesOfTheFirstReleases:
         expected = fuse(source, "HunyuanVideo", file)
         assert len(assert_merged(merge(source, file), expected, source)) == len(names) + 6
 
+    def test_kohyas_names_for_hunyuan_video_mean_the_same(self, tmp_path):
+        source = write_source(tmp_path / "source", "HunyuanVideo")
+        lora = {}
+        for module, out in (("double_blocks.1.txt_attn_qkv", 96), ("single_blocks.0.linear2", 32)):
+            width = 32 if out == 96 else 160
+            lora[f"{module}.lora_down.weight"] = np.ones((2, width), ml_dtypes.bfloat16)
+            lora[f"{module}.lora_up.weight"] = np.ones((out, 2), ml_dtypes.bfloat16)
+            lora[f"{module}.alpha"] = np.array(1, ml_dtypes.bfloat16)
+        released = save_lora(tmp_path / "released.safetensors", lora)
+        lora = {
+            "_".join(name.split(".", 3)[:3]) + "." + name.split(".", 3)[3]: tensor
+            for name, tensor in lora.items()
+        }
+        kohya = save_lora(tmp_path / "kohya.safetensors", lora, "lora_unet_")
+        found = []
+        for file in (released, kohya):
+            (plan,) = plan_conversion(source, lora=file, lora_scale=0.5).loras
+            found.append(
+                {
+                    name: (change.start, change.scale, change.up.shape)
+                    for name, change in plan.changes["transformer"].items()
+                }
+            )
+        keys = ("add_q_proj", "add_k_proj", "add_v_proj")
+        attention = {
+            f"transformer_blocks.1.attn.{key}.weight": (32 * number, 0.25, (96, 2))
+            for number, key in enumerate(keys)
+        }
+        output = {"single_transformer_blocks.0.proj_out.weight": (0, 0.25, (32, 2))}
+        assert found == [attention | output] * 2
+
     def test_hunyuan_videos_single_blocks_at_the_only_width_that_diffusers_knows(self, tmp_path):
         config = HunyuanVideoConfig.from_dict({"num_layers": 1, "num_single_layers": 1})
         rules = hunyuan_video.rules(config)
