@@ -285,7 +285,9 @@ def _lazy_leaf(
             return
         for start in range(0, leaf.shape[0], rows):
             layers = range(start, min(start + rows, leaf.shape[0]))
-            yield slice(start, layers.stop), np.stack([part(leaf, layer) for layer in layers])
+            parts = [part(leaf, layer) for layer in layers]
+            slab = np.stack(parts) if len(parts) > 1 else parts[0][None]  # which does not copy
+            yield slice(start, layers.stop), slab
 
     return LazyArray(leaf.shape, component.dtypes[leaf.path], leaf.rule.stacked, slabs)
 
