@@ -32,7 +32,7 @@ class TensorRecord:
         sha256: Digest of its bytes, as in the source.
         stored_dtype: Its dtype in the converted folder.
         stored_sha256: Digest of its bytes in that dtype, in the source's layout. It differs from
-            `sha256` only where the conversion was asked to cast.
+            `sha256` only where the conversion was asked to cast or to merge a LoRA.
         nonfinite: How many of its elements are NaN or infinite; more than none only where the
             conversion was asked to let them pass.
     """
@@ -48,6 +48,21 @@ class TensorRecord:
     def stored_nbytes(self) -> int:
         """Size in the converted folder, in bytes."""
         return math.prod(self.shape) * np.dtype(self.stored_dtype).itemsize
+
+
+@dataclass(frozen=True)
+class LoraRecord:
+    """A LoRA that was merged into the weights.
+
+    Attributes:
+        source: Name of its file or folder.
+        scale: Its strength.
+        files: Digests (sha256) of its files, by name.
+    """
+
+    source: str
+    scale: float
+    files: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,7 @@ class Manifest:
         weights: Digests of the files that orbax wrote. Their names and cuts are different in each
             conversion, what they hold is not.
         versions: Versions of the libraries that wrote the folder.
+        loras: What was merged into the weights, in this order.
         rules_version: Version of the conversion rules.
         format_version: Version of this layout.
     """
@@ -81,6 +97,7 @@ class Manifest:
     files: Mapping[str, str]
     weights: Mapping[str, str]
     versions: Mapping[str, str]
+    loras: tuple[LoraRecord, ...] = ()
     rules_version: int = RULES_VERSION
     format_version: int = FORMAT_VERSION
 
@@ -169,7 +186,9 @@ def read_manifest(folder: Path, name: str = NAME) -> Manifest:
             for component, tensors in values["components"].items()
         }
         skipped = tuple(values["skipped"])
-        manifest = Manifest(**{**body, "components": components, "skipped": skipped})
+        loras = tuple(LoraRecord(**record) for record in body.get("loras", ()))
+        read = {"components": components, "skipped": skipped, "loras": loras}
+        manifest = Manifest(**{**body, **read})
         _check_names(manifest)
         return manifest
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from svg_jax.convert.digests import file_digest
+from svg_jax.convert.lora_change import add_changes
 from svg_jax.convert.manifest import (
     NAME,
     Manifest,
@@ -51,6 +52,8 @@ def convert_pipeline(
     components: Collection[str] | None = None,
     dtype: DTypeLike | None = None,
     variant: str | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
+    lora_scale: float | Sequence[float] = 1.0,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -75,6 +78,12 @@ def convert_pipeline(
             stacked weight may not.
         variant: Set of weights to take where a component has several, e.g. "fp16" for
             `diffusion_pytorch_model.fp16.safetensors`; a component without it gives its only set.
+        lora: LoRAs to merge into the weights, in this order: .safetensors files of diffusers or
+            PEFT, or folders that hold pytorch_lora_weights.safetensors or PEFT's
+            adapter_model.safetensors and adapter_config.json. W becomes
+            W + lora_scale · alpha / rank · B A in float32, and then has its dtype again, as after
+            diffusers' `fuse_lora`.
+        lora_scale: Their strength: one for all, or one for each.
         allow_nonfinite: Whether to take weights that are NaN or infinite, and to count them in the
             manifest; otherwise they are an error.
         overwrite: Whether to replace a checkpoint folder that is at `destination`.
@@ -86,8 +95,16 @@ def convert_pipeline(
         RefusedError: The same of the disk, its rights, or another run for this destination.
     """
     destination = Path(destination)
-    plan = plan_conversion(source, components=components, dtype=dtype, variant=variant)
-    check_destination(destination, plan.source, plan.written_nbytes, overwrite)
+    plan = plan_conversion(
+        source,
+        components=components,
+        dtype=dtype,
+        variant=variant,
+        lora=lora,
+        lora_scale=lora_scale,
+    )
+    for path in plan.sources:
+        check_destination(destination, path, plan.written_nbytes, overwrite)
     advance = count_bytes(plan.nbytes, progress)
     with staged_folder(destination, overwrite=overwrite, take_over=True) as staging:
         empty = Manifest(
@@ -101,6 +118,7 @@ def convert_pipeline(
             files={},
             weights={},
             versions=library_versions(),
+            loras=tuple(part.record() for part in plan.loras),
         )
         written = _take_over(staging, plan, empty, allow_nonfinite)
         for component in plan.components:
@@ -109,6 +127,10 @@ def convert_pipeline(
                 continue
             written[component.name] = _write_component(component, staging, allow_nonfinite, advance)
             write_manifest(staging, _manifest(empty, written, {}), PARTIAL)
+        if empty.loras != tuple(part.record() for part in plan.loras):
+            raise ConversionError(
+                f"{plan.loras[0].path}: a LoRA was changed while it was read: convert again."
+            )
         files = _copy_files(plan.files, staging)
         write_manifest(staging, _manifest(empty, written, files), PARTIAL)
         os.replace(staging / PARTIAL, staging / NAME)
@@ -202,13 +224,16 @@ def _write_component(
                     f"{tensor.size}): these weights cannot be used, unless you allow them."
                 )
             sha256 = digest(tensor)
-            cast = _cast(tensor, component.dtypes[leaf.path], stored, nonfinite)
+            changes = component.changes.get(name, ())
+            cast = _cast(
+                add_changes(tensor, changes), component.dtypes[leaf.path], stored, nonfinite
+            )
             records[name] = TensorRecord(
                 shape=stored.shape,
                 dtype=stored.dtype.name,
                 sha256=sha256,
                 stored_dtype=cast.dtype.name,
-                stored_sha256=sha256 if cast.dtype == stored.dtype else digest(cast),
+                stored_sha256=digest(cast) if changes or cast.dtype != stored.dtype else sha256,
                 nonfinite=nonfinite,
             )
             if records[name].sha256 != records[leaf.names[layer][0]].sha256:
@@ -260,7 +285,9 @@ def _lazy_leaf(
             return
         for start in range(0, leaf.shape[0], rows):
             layers = range(start, min(start + rows, leaf.shape[0]))
-            yield slice(start, layers.stop), np.stack([part(leaf, layer) for layer in layers])
+            parts = [part(leaf, layer) for layer in layers]
+            slab = np.stack(parts) if len(parts) > 1 else parts[0][None]  # which does not copy
+            yield slice(start, layers.stop), slab
 
     return LazyArray(leaf.shape, component.dtypes[leaf.path], leaf.rule.stacked, slabs)
 

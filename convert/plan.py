@@ -3,8 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from svg_jax.convert.components import (
     read_pipeline_index,
     select_components,
 )
+from svg_jax.convert.lora import Lora, changes_of, read_loras
+from svg_jax.convert.lora_change import Change
 from svg_jax.convert.manifest import NAME
 from svg_jax.convert.reader import (
     DTYPES,
@@ -67,6 +69,7 @@ class ComponentPlan:
         cast: What it is cast to, but for what the model keeps in float32; None keeps all.
         unused: Names of tensors that are there and that nothing needs.
         states: The files that are read, config.json among them, as they were before the check.
+        changes: What LoRAs add to tensors, by name, in their order.
         config: What config.json will hold, where the weights are an original release's; None where
             the source's own is carried over.
     """
@@ -80,6 +83,7 @@ class ComponentPlan:
     cast: np.dtype | None
     unused: tuple[str, ...]
     states: Mapping[Path, FileState]
+    changes: Mapping[str, tuple[Change, ...]]
     config: Mapping[str, Any] | None = None
 
     @property
@@ -129,6 +133,7 @@ class ConversionPlan:
         files: The files that are carried as they are, by their path in the folder.
         dtype: What weights are cast to; None keeps what is stored.
         variant: Which set of weights was asked for.
+        loras: What is merged into the weights.
     """
 
     source: Path
@@ -137,6 +142,12 @@ class ConversionPlan:
     files: Mapping[str, Path]
     dtype: np.dtype | None
     variant: str | None
+    loras: tuple[Lora, ...]
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """The folders and files that the destination must not lie in, or hold."""
+        return (self.source, *(lora.path for lora in self.loras))
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -167,6 +178,8 @@ def plan_conversion(
     components: Collection[str] | None = None,
     dtype: DTypeLike | None = None,
     variant: str | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
+    lora_scale: float | Sequence[float] = 1.0,
 ) -> ConversionPlan:
     """Checks a source as far as that is possible without reading its weights; writes nothing.
 
@@ -175,9 +188,11 @@ def plan_conversion(
         components: See `convert_pipeline`.
         dtype: See `convert_pipeline`.
         variant: See `convert_pipeline`.
+        lora: See `convert_pipeline`.
+        lora_scale: See `convert_pipeline`.
 
     Raises:
-        ConversionError: One sentence that says what is wrong with the source.
+        ConversionError: One sentence that says what is wrong with the source or a LoRA.
     """
     source = Path(source)
     if (source / NAME).is_file():
@@ -187,16 +202,19 @@ def plan_conversion(
     chosen = select_components(index, components, source)
     variants = select_variants(source, chosen, variant)
     allowed = link_targets(source)
+    plans = [
+        _plan_component(source / name, index.classes[name], cast, allowed, variants[name])
+        for name in chosen
+    ]
+    loras = read_loras(lora, lora_scale, {part.name: part.leaves for part in plans})
     return ConversionPlan(
         source=source,
         index=index,
-        components=tuple(
-            _plan_component(source / name, index.classes[name], cast, allowed, variants[name])
-            for name in chosen
-        ),
+        components=tuple(replace(part, changes=changes_of(loras, part.name)) for part in plans),
         files=_small_files(source, [name for name in COPIED if name in index.classes], allowed),
         dtype=cast,
         variant=variant,
+        loras=loras,
     )
 
 
@@ -282,6 +300,7 @@ def _plan_component(
         cast=cast,
         unused=tuple(sorted(tensors.keys() - used)),
         states={file: state for file, state in states.items() if file in read},
+        changes={},
         config=None if original is None else original.config,
     )
 

@@ -36,6 +36,14 @@ def convert(
         ),
     ] = None,
     variant: Variant = None,
+    lora: Annotated[
+        list[Path] | None,
+        typer.Option("--lora", help="A LoRA to merge (file or folder); may be given repeatedly."),
+    ] = None,
+    lora_scale: Annotated[
+        list[float] | None,
+        typer.Option("--lora-scale", help="Its strength: one for all, or one each; default: 1."),
+    ] = None,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Take NaN and infinities, and count them.")
     ] = False,
@@ -56,6 +64,8 @@ def convert(
         components=names,
         dtype=dtype,
         variant=variant,
+        lora=lora or (),
+        lora_scale=lora_scale or (1.0,),
         allow_nonfinite=allow_nonfinite,
         overwrite=overwrite,
         dry_run=dry_run,

@@ -65,14 +65,24 @@ def convert(
     components: Sequence[str] | None = None,
     dtype: str | None = None,
     variant: str | None = None,
+    lora: Sequence[Path] = (),
+    lora_scale: Sequence[float] = (1.0,),
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Converts a pipeline folder in diffusers' layout, or says what that would give."""
     if dry_run:
-        plan = plan_conversion(source, components=components, dtype=dtype, variant=variant)
-        check_destination(destination, plan.source, plan.written_nbytes, overwrite)
+        plan = plan_conversion(
+            source,
+            components=components,
+            dtype=dtype,
+            variant=variant,
+            lora=lora,
+            lora_scale=lora_scale,
+        )
+        for path in plan.sources:
+            check_destination(destination, path, plan.written_nbytes, overwrite)
         _print(*plan_tables(plan))
         return
     with _bytes_bar() as progress:
@@ -82,6 +92,8 @@ def convert(
             components=components,
             dtype=dtype,
             variant=variant,
+            lora=lora,
+            lora_scale=lora_scale,
             allow_nonfinite=allow_nonfinite,
             overwrite=overwrite,
             progress=progress,

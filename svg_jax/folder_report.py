@@ -75,6 +75,10 @@ def plan_tables(plan: ConversionPlan) -> Iterator[Table | str]:
             f"{len(part.unused)}: {unused}" if part.unused else "",
         )
     yield table
+    for lora in plan.loras:
+        changed = sum(map(len, lora.changes.values()))
+        size = _size(sum(file.stat().st_size for file in lora.files))
+        yield f"merges {lora.path} ({size}) at {lora.scale:g} into {changed} tensors"
     if plan.skipped:
         yield f"left out: {', '.join(plan.skipped)}"
     yield (

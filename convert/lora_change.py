@@ -1,0 +1,65 @@
+"""What a LoRA adds to a tensor while it is converted: scale · alpha / rank · B A, in float32."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from svg_jax.convert.reader import StoredTensor, count_nonfinite, read_tensor
+from svg_jax.convert.rules import ConversionError
+
+_ROWS = 1024  # of a weight that are changed at once: bounds the memory
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is added to one tensor of a component.
+
+    Attributes:
+        down: A, [rank, in, *kernel]; None where `up` itself is added, to a bias.
+        up: B, [rows, rank, 1, ...], or [rows].
+        start: First row of `up` that belongs to the tensor.
+        scale: What the product is multiplied with.
+    """
+
+    down: StoredTensor | None
+    up: StoredTensor
+    start: int
+    scale: float
+
+
+def add_changes(tensor: np.ndarray, changes: Sequence[Change]) -> np.ndarray:
+    """A tensor with changes added in float32, one after the other; itself if there are none.
+
+    Raises:
+        ConversionError: If a change, or the sum, is NaN or infinite.
+    """
+    if not changes:
+        return tensor
+    total = tensor.astype(np.float32)
+    rows = total.reshape(len(total), -1)  # a view
+    for change in changes:
+        up = _read_finite(change.up).reshape(change.up.shape[0], -1)
+        up = up[change.start : change.start + len(total)]
+        down = None if change.down is None else _read_finite(change.down)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for at in range(0, len(total), _ROWS):
+                part = up[at : at + _ROWS]
+                part = part if down is None else part @ down.reshape(len(down), -1)
+                rows[at : at + _ROWS] += part * np.float32(change.scale)
+        if count_nonfinite(total) > count_nonfinite(tensor):
+            raise ConversionError(
+                f"{change.up.file}: {change.up.name} makes values that float32 cannot hold: choose "
+                "a smaller scale."
+            )
+    return total
+
+
+def _read_finite(stored: StoredTensor) -> np.ndarray:
+    tensor = read_tensor(stored)
+    if count := count_nonfinite(tensor):
+        raise ConversionError(
+            f"{stored.file}: {stored.name} holds NaN or infinities ({count} of {tensor.size}): "
+            "this LoRA cannot be used."
+        )
+    return tensor.astype(np.float32)

@@ -1,0 +1,185 @@
+"""LoRAs that cannot be merged are refused in one sentence that names the tensor."""
+
+import numpy as np
+import pytest
+from tiny_lora import Q, random_lora, save_lora, write_source
+
+from svg_jax.convert import ConversionError, convert_pipeline
+
+
+def without(*names):
+    return lambda lora: [lora.pop(name) for name in names]
+
+
+def with_tensor(name, tensor):
+    return lambda lora: lora.update({name: np.asarray(tensor, np.float32)})
+
+
+A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
+WRONG = {
+    "a weight": (with_tensor(f"{Q}.weight", [[1.0]]), f"{Q}.weight is no part of a LoRA"),
+    "another kind of adapter": (with_tensor(f"{Q}.lokr_w1", [[1.0]]), "lokr_w1 is no part of"),
+    "a changed norm": (with_tensor("blocks.0.norm3.diff", [1.0]), "norm3.diff is no part of"),
+    "DoRA": (with_tensor(f"{Q}.lora_magnitude_vector", [1.0]), "vector makes it a DoRA"),
+    "DoRA of kohya": (with_tensor(f"{Q}.dora_scale", [1.0]), "dora_scale makes it a DoRA"),
+    "a block that is not there": (
+        lambda lora: lora.update({key.replace(".0.", ".9.", 1): lora.pop(key) for key in [A, B]}),
+        r"lora_A.weight is \[4, 32\] and blocks.9.attn1.to_q.weight is none that a LoRA can change",
+    ),
+    "a norm": (
+        lambda lora: lora.update({key.replace("to_q", "norm_q"): lora.pop(key) for key in [A, B]}),
+        "blocks.0.attn1.norm_q.weight is none that a LoRA can change",
+    ),
+    "no A": (without(A), f"{B} has no A .down. beside it"),
+    "no B": (without(B), f"{A} has no B .up. beside it"),
+    "only alpha": (with_tensor("proj_out.alpha", 1.0), "proj_out.alpha has no A"),
+    "only a bias": (with_tensor("proj_out.lora_B.bias", [1.0]), "proj_out.lora_B.bias has no A"),
+    "rank 0": (
+        lambda lora: lora.update({A: lora[A][:0], B: lora[B][:, :0]}),
+        r"lora_A.weight is \[0, 32\] and .* no rank in common",
+    ),
+    "two ranks": (lambda lora: lora.update({A: lora[A][:3]}), "no rank in common"),
+    "a scalar": (with_tensor(A, 1.0), "no rank in common"),
+    "another width": (
+        lambda lora: lora.update({A: lora[A][:, :30]}),
+        r"lora_A.weight is \[4, 30\] and blocks.0.attn1.to_q.weight is \[32, 32\]",
+    ),
+    "another height": (
+        lambda lora: lora.update({B: lora[B][:30]}),
+        r"lora_B.weight is \[30, 4\] and does not fit blocks.0.attn1.to_q.weight, \[32, 32\]",
+    ),
+    "another bias": (
+        with_tensor(f"{Q}.lora_B.bias", [1.0]),
+        r"bias is \[1\] and does not fit blocks.0.attn1.to_q.bias, \[32\]",
+    ),
+    "NaN": (lambda lora: lora[A].fill(np.nan), r"lora_A.weight holds NaN .*128 of 128"),
+    "infinity": (lambda lora: lora[B].fill(np.inf), "lora_B.weight holds NaN or infinities"),
+    "too large": (lambda lora: lora[B].fill(3e38), "values that float32 cannot hold"),
+    "alpha not finite": (with_tensor(f"{Q}.alpha", np.nan), "alpha is not one finite number"),
+    "two alphas": (with_tensor(f"{Q}.alpha", [1, 2]), "alpha is not one finite number"),
+    "the same part twice": (
+        lambda lora: lora.update({f"{Q}.lora.down.weight": lora[A]}),
+        "are the same part: keep one",
+    ),
+    "the same weight twice": (
+        lambda lora: lora.update(
+            {key.replace("attn1.to_q", "self_attn.q"): lora[key] for key in [A, B]}
+        ),
+        "are the same part: keep one",
+    ),
+    "nothing": (without(A, B), "changes nothing"),
+}
+WRONG_CONFIGS = {
+    "DoRA": ({"use_dora": True}, "use_dora is True, which is not merged like a LoRA"),
+    "modules beside it": ({"modules_to_save": ["proj_out"]}, "modules_to_save is"),
+    "another method": ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+    "a changed base": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+    "another rank": ({"r": 8}, f"gives {Q} the rank 8 and its tensors have 4"),
+    "another rank by pattern": ({"rank_pattern": {"to_q": 2}}, "the rank 2 and its tensors have 4"),
+    "a word": ({"lora_alpha": "8"}, f"lora_alpha of {Q} is '8', and no number"),
+    "not finite": ({"lora_alpha": float("inf")}, "lora_alpha .* is inf, and no number"),
+    "no object": ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\], and no object"),
+    "no pattern": ({"alpha_pattern": {"(": 1}}, r"'\(' in alpha_pattern is no pattern"),
+    "an endless pattern": ({"alpha_pattern": {"(.*)*x": 1}}, "not one that is quick to match"),
+}
+
+
+class TestRefusals:
+    def refuse(self, tmp_path, lora, message, **options):
+        with pytest.raises(ConversionError, match=message) as caught:
+            convert_pipeline(tmp_path / "source", tmp_path / "out", lora=lora, **options)
+        assert "\n" not in str(caught.value)
+        assert str(tmp_path) in str(caught.value)
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / ".out.partial").exists()
+
+    @pytest.mark.parametrize("wrong", WRONG)
+    def test_tensors_that_do_not_fit(self, tmp_path, wrong):
+        change, message = WRONG[wrong]
+        lora = random_lora(write_source(tmp_path / "source"), [Q])
+        change(lora)
+        self.refuse(tmp_path, save_lora(tmp_path / "lora.safetensors", lora), message)
+
+    @pytest.mark.parametrize("wrong", WRONG_CONFIGS)
+    def test_configs_of_anything_but_a_plain_lora(self, tmp_path, wrong):
+        values, message = WRONG_CONFIGS[wrong]
+        lora = random_lora(write_source(tmp_path / "source"), [Q])
+        file = save_lora(tmp_path / "lora.safetensors", lora, **{"r": 4, "lora_alpha": 4} | values)
+        self.refuse(tmp_path, file, message)
+
+    def test_two_statements_of_one_scale(self, tmp_path):
+        lora = random_lora(write_source(tmp_path / "source"), [Q])
+        lora[f"{Q}.alpha"] = np.array(1, np.float32)
+        file = save_lora(tmp_path / "lora.safetensors", lora, r=4)
+        self.refuse(tmp_path, file, f"{Q}.alpha and lora.safetensors both say its scale")
+
+    def test_a_fused_weight_and_its_part(self, tmp_path):
+        modules = ["transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_out.0"]
+        source = write_source(tmp_path / "source", "HunyuanVideo")
+        lora = random_lora(source, modules)
+        name = "double_blocks.0.img_attn_qkv.lora_A.weight"
+        lora |= {name: np.ones((4, 32), np.float32)}
+        lora |= {name.replace("_A", "_B"): np.ones((96, 4), np.float32)}
+        file = save_lora(tmp_path / "lora.safetensors", lora)
+        self.refuse(tmp_path, file, r"both change transformer_blocks.0.attn.to_k.weight")
+
+    def test_peft_without_its_config(self, tmp_path):
+        lora = random_lora(write_source(tmp_path / "source"), [Q])
+        file = save_lora(tmp_path / "lora.safetensors", lora, "base_model.model.")
+        self.refuse(tmp_path, file, r"is PEFT's, and adapter_config.json, .* is missing")
+
+    def test_a_component_that_is_not_converted(self, tmp_path):
+        lora = random_lora(write_source(tmp_path / "source"), [Q])
+        file = save_lora(tmp_path / "lora.safetensors", lora, "text_encoder.")
+        self.refuse(tmp_path, file, f"text_encoder.{Q}.weight is none that a LoRA can change")
+
+    def test_values_that_the_stored_dtype_cannot_hold(self, tmp_path):
+        source = write_source(tmp_path / "source", dtype=np.float16)
+        file = save_lora(tmp_path / "lora.safetensors", random_lora(source, [Q]))
+        self.refuse(tmp_path, file, f"{Q}.weight has values that float16", lora_scale=1e6)
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda file: None, "lora.safetensors: cannot be read"),
+            (lambda file: file.write_bytes(b"12345678{}"), "claims a header of"),
+            (lambda file: file.mkdir(), "holds neither of pytorch_lora_weights.safetensors and"),
+        ],
+    )
+    def test_what_is_no_lora_file(self, tmp_path, make, message):
+        write_source(tmp_path / "source")
+        make(tmp_path / "lora.safetensors")
+        self.refuse(tmp_path, tmp_path / "lora.safetensors", message)
+
+    def test_files_that_must_be_chosen(self, tmp_path):
+        lora = random_lora(write_source(tmp_path / "source"), [Q])
+        for name in ("pytorch_lora_weights", "adapter_model"):
+            save_lora(tmp_path / "lora" / f"{name}.safetensors", lora)
+        self.refuse(tmp_path, tmp_path / "lora", "holds both of")
+        self.refuse(tmp_path, tmp_path / "lora.bin", "is no .safetensors file and no folder")
+
+    def test_scales(self, tmp_path):
+        source = write_source(tmp_path / "source")
+        file = save_lora(tmp_path / "lora.safetensors", random_lora(source, [Q]))
+        self.refuse(tmp_path, file, "its scale is nan and must be", lora_scale=float("nan"))
+        with pytest.raises(ConversionError, match="2 scales for 1 LoRAs"):
+            convert_pipeline(source, tmp_path / "out", lora=file, lora_scale=[1.0, 2.0])
+
+    def test_a_destination_that_holds_it(self, tmp_path):
+        source = write_source(tmp_path / "source")
+        convert_pipeline(source, tmp_path / "before")
+        file = save_lora(tmp_path / "before/lora.safetensors", random_lora(source, [Q]))
+        with pytest.raises(ConversionError, match=r"lies inside the source, .* or around it"):
+            convert_pipeline(source, tmp_path / "before", lora=file, overwrite=True)
+        assert file.is_file()
+
+    def test_a_file_that_changes_meanwhile(self, tmp_path):
+        source = write_source(tmp_path / "source")
+        file = save_lora(tmp_path / "lora.safetensors", random_lora(source, [Q]))
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+
+        def change(*_):
+            file.write_bytes(content)
+
+        self.refuse(tmp_path, file, "a LoRA was changed while it was read", progress=change)

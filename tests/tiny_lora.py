@@ -1,0 +1,139 @@
+"""Random LoRAs for tiny random transformers of all families, in a pipeline's folder each."""
+
+import json
+
+import diffusers
+import numpy as np
+import torch
+from jax.typing import DTypeLike
+from safetensors.numpy import load_file, save_file
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+COGVIDEOX = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 16,
+    "text_embed_dim": 16,
+    "num_layers": 2,
+    "sample_width": 8,
+    "sample_height": 8,
+    "sample_frames": 9,
+    "max_text_seq_length": 8,
+    "use_rotary_positional_embeddings": True,
+}
+HUNYUAN_VIDEO = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_refiner_layers": 1,
+    "text_embed_dim": 16,
+    "pooled_projection_dim": 8,
+    "rope_axes_dim": (4, 6, 6),
+}
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 48,
+    "num_layers": 2,
+    "image_dim": 16,
+    "added_kv_proj_dim": 32,
+}
+T5 = {
+    "d_model": 16,
+    "d_ff": 24,
+    "d_kv": 4,
+    "num_heads": 2,
+    "num_layers": 2,
+    "vocab_size": 30,
+    "feed_forward_proj": "gated-gelu",
+}
+# Pipeline, transformer, its config, modules that a LoRA changes; the last is a convolution.
+FAMILIES = {
+    "CogVideoX": (
+        diffusers.CogVideoXPipeline,
+        diffusers.CogVideoXTransformer3DModel,
+        COGVIDEOX,
+        (
+            "transformer_blocks.0.attn1.to_q",
+            "transformer_blocks.1.attn1.to_out.0",
+            "transformer_blocks.1.ff.net.0.proj",
+            "transformer_blocks.0.norm1.linear",
+            "proj_out",
+            "patch_embed.proj",
+        ),
+    ),
+    "HunyuanVideo": (
+        diffusers.HunyuanVideoPipeline,
+        diffusers.HunyuanVideoTransformer3DModel,
+        HUNYUAN_VIDEO,
+        (
+            "transformer_blocks.0.attn.to_q",
+            "transformer_blocks.1.attn.add_k_proj",
+            "transformer_blocks.1.ff_context.net.2",
+            "single_transformer_blocks.1.proj_mlp",
+            "context_embedder.token_refiner.refiner_blocks.0.attn.to_v",
+            "x_embedder.proj",
+        ),
+    ),
+    "Wan": (
+        diffusers.WanPipeline,
+        diffusers.WanTransformer3DModel,
+        WAN,
+        (
+            "blocks.0.attn1.to_q",
+            "blocks.1.attn2.to_out.0",
+            "blocks.1.attn2.add_k_proj",
+            "blocks.0.ffn.net.2",
+            "condition_embedder.time_proj",
+            "patch_embedding",
+        ),
+    ),
+}
+Q = "blocks.0.attn1.to_q"  # of Wan
+
+
+def write_source(folder, family="Wan", dtype: DTypeLike = np.float32):
+    """A pipeline's folder with a random transformer."""
+    pipeline, make, config, _ = FAMILIES[family]
+    torch.manual_seed(0)
+    make(**config).save_pretrained(folder / "transformer")
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name: tensor.astype(dtype) for name, tensor in tensors.items()}, folder / WEIGHTS)
+    index = {"_class_name": pipeline.__name__, "transformer": ["diffusers", make.__name__]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def random_lora(source, modules, ranks=(4,), bias=False):
+    """A and B of each module, by diffusers' names, of one rank after the other."""
+    random = np.random.default_rng(1)
+    tensors = load_file(source / WEIGHTS)
+    lora = {}
+    for number, module in enumerate(modules):
+        out, *rest = tensors[f"{module}.weight"].shape
+        rank = ranks[number % len(ranks)]
+        lora[f"{module}.lora_A.weight"] = random.normal(size=(rank, *rest))
+        lora[f"{module}.lora_B.weight"] = random.normal(size=(out, rank, *[1] * (len(rest) - 1)))
+        if bias:
+            lora[f"{module}.lora_B.bias"] = random.normal(size=out)
+    return {name: (0.3 * tensor).astype(np.float32) for name, tensor in lora.items()}
+
+
+def save_lora(file, lora, prefix="transformer.", **config):
+    """Writes a LoRA as diffusers does, its config among the metadata."""
+    metadata = {"format": "pt"}
+    if config:
+        values = {f"{prefix}{key}": value for key, value in config.items()}
+        metadata["lora_adapter_metadata"] = json.dumps(values)
+    file.parent.mkdir(exist_ok=True)
+    save_file({f"{prefix}{name}": tensor for name, tensor in lora.items()}, file, metadata)
+    return file
