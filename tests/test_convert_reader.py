@@ -184,8 +184,9 @@ def test_shards_of_a_variant_beside_the_plain_ones(tmp_path, name):
     index.write_text(json.dumps({"weight_map": {"w1": name, "w2": name}}))
     found = read_weights(tmp_path, variant="fp16")
     np.testing.assert_array_equal(read_tensor(found["w1"]), 2 * ONE)
-    for variant in (None, "ema"):  # of which there is none here
-        assert read_weights(tmp_path, variant=variant)["w1"].file.name == shard(1)
+    assert read_weights(tmp_path)["w1"].file.name == shard(1)
+    with pytest.raises(ConversionError, match="choose the variant that is there"):
+        read_weights(tmp_path, variant="ema")
 
 
 @pytest.mark.parametrize(
