@@ -5,9 +5,11 @@ diffusers 0.42.1, loaders/lora_conversion_utils.py and utils/state_dict_utils.py
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
+
+from svg_jax.convert import original_hunyuan_video, original_wan
 
 Kind = Literal["down", "up", "bias", "plain bias", "alpha"]
 
@@ -87,54 +89,9 @@ def _released_modules(name: str, separator: str) -> tuple[str, ...]:
     return ()
 
 
-def _wan_names() -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Of Wan-Video/Wan2.1, wan/modules/model.py."""
-    embedder = "condition_embedder"
-    for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2")):
-        for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")):
-            yield f"blocks.{{}}.{theirs}.{a}", (f"blocks.{{}}.{ours}.{b}",)
-    for a in "kv":
-        yield f"blocks.{{}}.cross_attn.{a}_img", (f"blocks.{{}}.attn2.add_{a}_proj",)
-    yield "blocks.{}.ffn.0", ("blocks.{}.ffn.net.0.proj",)
-    yield "blocks.{}.ffn.2", ("blocks.{}.ffn.net.2",)
-    for part in ("time", "text"):
-        for a, b in ((0, 1), (2, 2)):
-            yield f"{part}_embedding.{a}", (f"{embedder}.{part}_embedder.linear_{b}",)
-    yield "time_projection.1", (f"{embedder}.time_proj",)
-    yield "img_emb.proj.1", (f"{embedder}.image_embedder.ff.net.0.proj",)
-    yield "img_emb.proj.3", (f"{embedder}.image_embedder.ff.net.2",)
-    yield "head.head", ("proj_out",)
-
-
-def _hunyuan_video_names() -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Of Tencent-Hunyuan/HunyuanVideo, hyvideo/modules/models.py.
-
-    Left out, and so refused: what diffusers takes apart along the rank by mistake (the last
-    modulation, the refiner's attention).
-    """
-    double, single = "transformer_blocks.{}", "single_transformer_blocks.{}"
-    for stream, queries, to_out, norm, block in (
-        ("img", "attn.to_{}", "to_out.0", "norm1", "ff"),
-        ("txt", "attn.add_{}_proj", "to_add_out", "norm1_context", "ff_context"),
-    ):
-        source = f"double_blocks.{{}}.{stream}"
-        yield f"{source}_attn_qkv", tuple(f"{double}.{queries.replace('{}', n)}" for n in "qkv")
-        yield f"{source}_attn_proj", (f"{double}.attn.{to_out}",)
-        yield f"{source}_mod.linear", (f"{double}.{norm}.linear",)
-        yield f"{source}_mlp.fc1", (f"{double}.{block}.net.0.proj",)
-        yield f"{source}_mlp.fc2", (f"{double}.{block}.net.2",)
-    fused = (*(f"{single}.attn.to_{n}" for n in "qkv"), f"{single}.proj_mlp")
-    yield "single_blocks.{}.linear1", fused
-    yield "single_blocks.{}.linear2", (f"{single}.proj_out",)
-    yield "single_blocks.{}.modulation.linear", (f"{single}.norm.linear",)
-    for a, b in (("time_in", "timestep"), ("guidance_in", "guidance")):
-        for layer in (0, 2):
-            target = f"time_text_embed.{b}_embedder.linear_{layer // 2 + 1}"
-            yield f"{a}.mlp.{layer}", (target,)
-    yield "vector_in.in_layer", ("time_text_embed.text_embedder.linear_1",)
-    yield "vector_in.out_layer", ("time_text_embed.text_embedder.linear_2",)
-    yield "img_in.proj", ("x_embedder.proj",)
-    yield "final_layer.linear", ("proj_out",)
-
-
-_RELEASED_NAMES = dict([*_wan_names(), *_hunyuan_video_names()])
+# Left out, and so refused: what diffusers takes apart along the rank by mistake, which is
+# HunyuanVideo's last modulation and its refiner's attention.
+_RELEASED_NAMES = {
+    line.source: tuple(name for name, _ in line.targets)
+    for line in (*original_wan.transformer_table({}), *original_hunyuan_video.block_table())
+}
