@@ -1,7 +1,7 @@
 """A model to a pipeline that can be called."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,54 @@ def from_pretrained(
         progress=progress,
     )
     # Whatever else is wrong, say first that it is no whole converted folder.
-    weights = weights_digest(read_manifest(folder))
-    pipeline = read_pipeline_index(folder).pipeline
+    manifest = read_manifest(folder)
+    index = read_pipeline_index(folder)
     if dtype is None:
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    return replace(_PIPELINES[pipeline](folder, jnp.dtype(dtype)), weights=weights)
+    source = _Source(folder, jnp.dtype(dtype), manifest.components.keys(), index.classes)
+    return replace(_PIPELINES[index.pipeline](source), weights=weights_digest(manifest))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A converted folder, and what was read of it once.
+
+    Attributes:
+        folder: The folder.
+        dtype: Of matrix products, where a family does not ask for another.
+        converted: Names of the components that are there.
+        classes: Class of each component that model_index.json names, there or not.
+    """
+
+    folder: Path
+    dtype: Any
+    converted: Collection[str]
+    classes: Mapping[str, str]
+
+    def lazy(self, name: str, dtype: Any = None) -> Lazy[Any] | None:
+        """A component, or None if the checkpoint was converted without it."""
+        if name not in self.converted:
+            return None
+        dtype = self.dtype if dtype is None else dtype
+        config = read_component_config(self.folder / name, self.classes[name])
+        return Lazy(config, dtype, partial(load_component, self.folder, name, dtype=dtype))
+
+    def shared(self) -> dict[str, Any]:
+        """What every family has: a transformer, and an encoder of prompts with its tokenizer."""
+        transformer, text_encoder = (self.lazy(name) for name in ("transformer", "text_encoder"))
+        if transformer is None:
+            raise ValueError(
+                f"{self.folder}: holds no transformer: convert the source again with it."
+            )
+        return {
+            "transformer": transformer,
+            "text_encoder": text_encoder,
+            "tokenizer": text_encoder and load_tokenizer(self.folder / "tokenizer"),
+        }
+
+    def scheduler_entries(self) -> dict[str, Any]:
+        """What scheduler_config.json says."""
+        return read_json(self.folder / "scheduler" / "scheduler_config.json")
 
 
 def _refuse_wan_2_2(folder: Path) -> None:
@@ -86,38 +129,38 @@ def _refuse_wan_2_2(folder: Path) -> None:
         raise ValueError(f"{folder}: is a Wan 2.2 with times by token, and only Wan 2.1 runs.")
 
 
-def _load_cogvideox(folder: Path, dtype: Any) -> CogVideoXPipeline:
+def _load_cogvideox(source: _Source) -> CogVideoXPipeline:
     return CogVideoXPipeline(
-        **_shared(folder, dtype),
-        vae=_lazy(folder, "vae", dtype),
-        scheduler=SchedulerConfig.from_dict(_scheduler_entries(folder)),
-        has_vae="vae" in read_pipeline_index(folder).classes,
+        **source.shared(),
+        vae=source.lazy("vae"),
+        scheduler=SchedulerConfig.from_dict(source.scheduler_entries()),
+        has_vae="vae" in source.classes,
     )
 
 
-def _load_wan(folder: Path, dtype: Any) -> WanPipeline:
-    _refuse_wan_2_2(folder)
+def _load_wan(source: _Source) -> WanPipeline:
+    _refuse_wan_2_2(source.folder)
     # As diffusers advises: small, and worth float32.
     image_encoder, vae = (
-        _lazy(folder, name, jnp.dtype(jnp.float32)) for name in ("image_encoder", "vae")
+        source.lazy(name, jnp.dtype(jnp.float32)) for name in ("image_encoder", "vae")
     )
     return WanPipeline(
-        **_shared(folder, dtype),
+        **source.shared(),
         vae=vae,
-        scheduler=FlowConfig.from_dict(_scheduler_entries(folder)),
+        scheduler=FlowConfig.from_dict(source.scheduler_entries()),
         image_encoder=image_encoder,
-        image_processor=image_encoder and load_image_processor(folder / "image_processor"),
+        image_processor=image_encoder and load_image_processor(source.folder / "image_processor"),
     )
 
 
-def _load_hunyuan_video(folder: Path, dtype: Any) -> HunyuanVideoPipeline:
-    shared = _shared(folder, dtype)
-    text_encoder_2 = _lazy(folder, "text_encoder_2", dtype)
+def _load_hunyuan_video(source: _Source) -> HunyuanVideoPipeline:
+    folder, shared = source.folder, source.shared()
+    text_encoder_2 = source.lazy("text_encoder_2")
     has_processor = (folder / "image_processor").is_dir()
     return HunyuanVideoPipeline(
         transformer=shared["transformer"],
-        vae=_lazy(folder, "vae", dtype),
-        scheduler=FlowConfig.from_dict(_scheduler_entries(folder)),
+        vae=source.lazy("vae"),
+        scheduler=FlowConfig.from_dict(source.scheduler_entries()),
         encoders=HunyuanVideoEncoders(
             text_encoder=shared["text_encoder"],
             tokenizer=shared["tokenizer"],
@@ -130,33 +173,7 @@ def _load_hunyuan_video(folder: Path, dtype: Any) -> HunyuanVideoPipeline:
     )
 
 
-def _shared(folder: Path, dtype: Any) -> dict[str, Any]:
-    """What every family has: a transformer, and an encoder of prompts with its tokenizer."""
-    transformer, text_encoder = (
-        _lazy(folder, name, dtype) for name in ("transformer", "text_encoder")
-    )
-    if transformer is None:
-        raise ValueError(f"{folder}: holds no transformer: convert the source again with it.")
-    return {
-        "transformer": transformer,
-        "text_encoder": text_encoder,
-        "tokenizer": text_encoder and load_tokenizer(folder / "tokenizer"),
-    }
-
-
-def _lazy(folder: Path, name: str, dtype: Any) -> Lazy[Any] | None:
-    """A component, or None if the checkpoint was converted without it."""
-    if name not in read_manifest(folder).components:
-        return None
-    config = read_component_config(folder / name, read_pipeline_index(folder).classes[name])
-    return Lazy(config, dtype, partial(load_component, folder, name, dtype=dtype))
-
-
-def _scheduler_entries(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "scheduler" / "scheduler_config.json")
-
-
-_PIPELINES: Mapping[str, Callable[[Path, Any], VideoPipeline]] = {
+_PIPELINES: Mapping[str, Callable[[_Source], VideoPipeline]] = {
     "CogVideoXPipeline": _load_cogvideox,
     "CogVideoXImageToVideoPipeline": _load_cogvideox,
     "HunyuanVideoPipeline": _load_hunyuan_video,
