@@ -26,7 +26,7 @@ from rich.progress import (
 
 from svg_jax.comparison import Comparison, Pattern
 from svg_jax.comparison import compare as compare_attention
-from svg_jax.config import SparsityConfig
+from svg_jax.config import SparsityConfig, dense_step_count
 from svg_jax.convert import (
     convert_pipeline,
     export_pipeline,
@@ -36,7 +36,7 @@ from svg_jax.convert import (
     verify_pipeline,
 )
 from svg_jax.convert.staging import check_destination
-from svg_jax.files import written_atomically
+from svg_jax.files import check_folder, written_atomically
 from svg_jax.folder_report import contents_tables, contents_values, plan_tables
 from svg_jax.generation import generate_videos, output_paths, plan_videos, read_prompts
 from svg_jax.sampling import VideoOutput, VideoPipeline, from_pretrained
@@ -162,8 +162,9 @@ def generate(
     for path in outputs:
         if not wants_latents:
             check_video_path(path)
-        _check_folder(path)
-    _check_folder(labels_out)
+        check_folder(path)
+    if labels_out is not None:
+        check_folder(labels_out)
     if labels_out is not None and sparsity is None:
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
     pipeline = _load(model, dtype)
@@ -230,8 +231,9 @@ def compare(
     **arguments: Any,
 ) -> None:
     """Generates a video with dense and with sparse attention; writes both side by side."""
-    for path in (output, json_file):
-        _check_folder(path)
+    check_folder(output)
+    if json_file is not None:
+        check_folder(json_file)
     _check_enlarge(enlarge)
     pipeline = _load(model, dtype)
     fps = pipeline.frame_rate if fps is None else fps
@@ -246,7 +248,7 @@ def compare(
 
 def demo(prompt: str, *, seed: int, output: Path, source: Path | None) -> None:
     """Converts the bundled model into a temporary folder and compares dense with sparse."""
-    _check_folder(output)
+    check_folder(output)
     bundled = files("svg_jax") / "assets" / "tiny_cogvideox"
     with tempfile.TemporaryDirectory() as scratch, as_file(bundled) as folder:
         converted = Path(scratch) / "model"
@@ -269,9 +271,9 @@ def _load(model: str, dtype: str | None) -> VideoPipeline:
 
 
 def _compare(pipeline: VideoPipeline, prompt: str | None = None, **arguments: Any) -> Comparison:
-    num_steps, dense_steps = arguments["num_inference_steps"], arguments["sparsity"].dense_steps
-    total = 2 * num_steps - int(dense_steps * num_steps + 1e-9)
-    with _steps_bar(total) as advance:
+    num_steps = arguments["num_inference_steps"]
+    shared = dense_step_count(arguments["sparsity"], num_steps)
+    with _steps_bar(2 * num_steps - shared) as advance:
         return compare_attention(
             pipeline, prompt, callback_on_step_end=lambda part, _: advance(part), **arguments
         )
@@ -330,12 +332,6 @@ def _sparsity_of(
 def _check_enlarge(factor: int) -> None:
     if factor < 1:
         raise ValueError(f"--enlarge is at least 1: got {factor}")
-
-
-def _check_folder(path: Path | None) -> None:
-    """Before the work, not after it."""
-    if path is not None and not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path.name}: there is no folder {path.parent}")
 
 
 def _read_arrays(paths: Mapping[str, Path | None]) -> dict[str, np.ndarray]:

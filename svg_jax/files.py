@@ -27,6 +27,13 @@ def written_atomically(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_folder(path: str | Path) -> None:
+    """FileNotFoundError if there is no folder to write a file into: before the work, not after."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path.name}: there is no folder {path.parent}")
+
+
 def remove_leftovers(path: str | Path) -> None:
     """Removes the temporary files of processes that were killed while they wrote `path`."""
     path = Path(path)

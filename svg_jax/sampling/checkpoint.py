@@ -29,7 +29,7 @@ import numpy as np
 import PIL.Image
 
 from svg_jax.convert import Manifest
-from svg_jax.files import remove_leftovers, written_atomically
+from svg_jax.files import check_folder, remove_leftovers, written_atomically
 from svg_jax.sampling.flow import FlowState
 from svg_jax.sampling.record import HeadProfile, StepRecord
 from svg_jax.sampling.schedulers import SamplerState
@@ -106,8 +106,7 @@ def open_run_file(
     path = Path(path)
     if save_every < 0:
         raise ValueError(f"save_every (--save-every) is at least 0: got {save_every}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path.name}: there is no folder {path.parent}")
+    check_folder(path)
     remove_leftovers(path)
     if path.exists() and not resume:
         raise FileExistsError(
