@@ -49,14 +49,14 @@ def interleaved_seconds(
         once[name] = _timed([function], wait)
         wanted = math.ceil(least_seconds / once[name]) if least_seconds else 1
         calls[name] = min(max(wanted, 2 if least_seconds else 1), MOST_CALLS)
-    if ahead is not None and ahead in functions:
+    first = None if ahead is None else functions.get(ahead)
+    if ahead is not None and first is not None:
         times = {name: once[ahead] / seconds for name, seconds in once.items()}
         queued = {name: min(int(n), MOST_QUEUED) for name, n in times.items() if n > 10}
     seconds: Seconds = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            if n := queued.get(name):
-                first = functions[ahead or ""]
+            if first is not None and (n := queued.get(name)):
                 alone = _timed([first], wait)
                 seconds[name].append((_timed([first, *[function] * n], wait) - alone) / n)
             else:
