@@ -16,7 +16,8 @@ import torch
 import transformers
 from diffusers.loaders.lora_conversion_utils import _convert_hunyuan_video_lora_to_diffusers
 from safetensors.numpy import load_file, save_file
-from tiny_lora import FAMILIES, T5, WEIGHTS, Q, random_lora, save_lora, write_source
+from tiny_configs import T5
+from tiny_lora import FAMILIES, WEIGHTS, Q, random_lora, save_lora, write_source
 from tiny_source import sha256
 from typer.testing import CliRunner
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
+from tiny_configs import T5, WAN_I2V
 from tiny_source import (
     ENCODER_FILE,
     TRANSFORMER_FILE,
@@ -31,28 +32,6 @@ from svg_jax.convert import (
 )
 
 BUNDLED = Path(str(files("svg_jax"))) / "assets" / "tiny_cogvideox"
-WAN = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 16,
-    "freq_dim": 32,
-    "ffn_dim": 48,
-    "num_layers": 2,
-    "cross_attn_norm": True,
-    "image_dim": 16,
-    "added_kv_proj_dim": 32,
-}
-T5 = {
-    "d_model": 16,
-    "d_ff": 24,
-    "d_kv": 4,
-    "num_heads": 2,
-    "num_layers": 2,
-    "vocab_size": 30,
-    "feed_forward_proj": "gated-gelu",
-}
 
 
 @pytest.fixture
@@ -153,7 +132,8 @@ class TestVariants:
 def released(tmp_path_factory):
     folder = tmp_path_factory.mktemp("released")
     torch.manual_seed(0)
-    diffusers.WanTransformer3DModel(**WAN).save_pretrained(folder / "transformer")
+    transformer = diffusers.WanTransformer3DModel(**WAN_I2V, cross_attn_norm=True)
+    transformer.save_pretrained(folder / "transformer")
     encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(**T5))
     encoder.save_pretrained(folder / "text_encoder")
     index = {

@@ -15,6 +15,7 @@ import torch
 import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from tiny_configs import COGVIDEOX, COGVIDEOX_2B, T5
 
 from svg_jax.convert import (
     ConversionError,
@@ -30,33 +31,10 @@ from svg_jax.convert import (
 )
 from svg_jax.models import CogVideoXConfig, T5Config
 
-SMALL = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "time_embed_dim": 16,
-    "text_embed_dim": 16,
-    "num_layers": 2,
-    "sample_width": 8,
-    "sample_height": 8,
-    "sample_frames": 9,
-    "max_text_seq_length": 8,
-}
-ROTARY = {**SMALL, "use_rotary_positional_embeddings": True}
 VARIANTS = {
-    "2b": SMALL,
-    "5b-I2V": {**ROTARY, "in_channels": 8, "use_learned_positional_embeddings": True},
-    "1.5-5b-I2V": {**ROTARY, "patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 16},
-}
-T5 = {
-    "d_model": 16,
-    "d_ff": 32,
-    "d_kv": 8,
-    "num_heads": 2,
-    "num_layers": 2,
-    "vocab_size": 20,
-    "feed_forward_proj": "gated-gelu",
+    "2b": COGVIDEOX_2B,
+    "5b-I2V": {**COGVIDEOX, "in_channels": 8, "use_learned_positional_embeddings": True},
+    "1.5-5b-I2V": {**COGVIDEOX, "patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 16},
 }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers import scheduling_dpm_cogvideox as dpm_module
+from tiny_configs import COGVIDEOX, COGVIDEOX_2B
 
 from svg_jax.config import PAPER_PRESETS, SparsityConfig
 from svg_jax.convert import convert_pipeline
@@ -19,24 +20,10 @@ from svg_jax.sampling.latents import latent_shape
 from svg_jax.sampling.pipeline import to_frames
 from svg_jax.sampling.schedulers import step_noise
 
-TINY: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "time_embed_dim": 16,
-    "text_embed_dim": 16,
-    "num_layers": 2,
-    "sample_width": 8,
-    "sample_height": 8,
-    "sample_frames": 9,
-    "max_text_seq_length": 8,
-}
-ROTARY = TINY | {"use_rotary_positional_embeddings": True}
-MODEL_1_5 = ROTARY | {"patch_size_t": 2, "patch_bias": False, "sample_height": 300}
+MODEL_1_5 = COGVIDEOX | {"patch_size_t": 2, "patch_bias": False, "sample_height": 300}
 VARIANTS = {
-    "2b": TINY,
-    "5b": ROTARY,
+    "2b": COGVIDEOX_2B,
+    "5b": COGVIDEOX,
     "1.5": MODEL_1_5 | {"sample_width": 300},
     "1.5-I2V": MODEL_1_5 | {"sample_width": 300, "in_channels": 8, "ofs_embed_dim": 16},
 }
@@ -294,7 +281,7 @@ def test_sparse_steps_follow_the_warm_up(pipeline):
 
 
 def config(**changes):
-    return CogVideoXConfig(**TINY | changes)
+    return CogVideoXConfig(**COGVIDEOX_2B | changes)
 
 
 @pytest.mark.parametrize(

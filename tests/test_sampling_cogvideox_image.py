@@ -5,7 +5,6 @@ from typing import Any
 
 import diffusers
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 from diffusers.models.autoencoders import vae as vae_module
@@ -16,21 +15,10 @@ from svg_jax.sampling import from_pretrained
 from svg_jax.sampling.pipeline import Lazy
 from svg_jax.sampling.schedulers import image_noise_of
 from tests.parity import TOLERANCE, randomised, relative_error
+from tests.tiny_configs import COGVIDEOX
+from tests.tiny_pipelines import both_of_each, picture
 
-MODEL: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 8,
-    "out_channels": 4,
-    "time_embed_dim": 16,
-    "text_embed_dim": 16,
-    "num_layers": 2,
-    "sample_width": 12,
-    "sample_height": 8,
-    "sample_frames": 9,
-    "max_text_seq_length": 8,
-    "use_rotary_positional_embeddings": True,
-}
+MODEL = COGVIDEOX | {"in_channels": 8, "sample_width": 12}
 OF_1_5 = {"patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 16}
 MODELS = {
     "5b": MODEL | {"use_learned_positional_embeddings": True},
@@ -86,23 +74,7 @@ def write_checkpoint(folder, variant):
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
     """Both pipelines of a variant, and the converted folder."""
-    made = {}
-
-    def make(variant):
-        if variant not in made:
-            folder = tmp_path_factory.mktemp(variant)
-            theirs = write_checkpoint(folder / "source", variant)
-            convert_pipeline(folder / "source", folder / "out")
-            ours: Any = from_pretrained(folder / "out", dtype="float32")
-            made[variant] = theirs, ours, folder / "out"
-        return made[variant]
-
-    return make
-
-
-def picture(seed=7, height=50, width=71, mode="RGB"):
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3)).astype(np.uint8)
-    return PIL.Image.fromarray(coarse).resize((width, height)).convert(mode)
+    return both_of_each(tmp_path_factory, write_checkpoint)
 
 
 def normal(seed, *shape):

@@ -5,7 +5,6 @@ from typing import Any
 
 import diffusers
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 import transformers
@@ -21,6 +20,7 @@ from svg_jax.sampling.pipeline import Lazy
 from svg_jax.sampling.wan_images import known_frames
 from tests.parity import TOLERANCE, randomised, relative_error
 from tests.real_tokenizers import real_tokenizer
+from tests.tiny_pipelines import both_of_each, picture
 
 TRANSFORMER: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -124,23 +124,7 @@ def write_index(folder, pipeline, modules, **more):
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
     """Both pipelines of a variant, and the converted folder."""
-    made = {}
-
-    def make(variant):
-        if variant not in made:
-            folder = tmp_path_factory.mktemp(variant)
-            theirs = write_checkpoint(folder / "source", variant)
-            convert_pipeline(folder / "source", folder / "out")
-            ours: Any = from_pretrained(folder / "out", dtype="float32")
-            made[variant] = theirs, ours, folder / "out"
-        return made[variant]
-
-    return make
-
-
-def picture(seed, height=50, width=70):
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3)).astype(np.uint8)
-    return PIL.Image.fromarray(coarse).resize((width, height))
+    return both_of_each(tmp_path_factory, write_checkpoint)
 
 
 def noise(batch=1):

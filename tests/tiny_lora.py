@@ -7,55 +7,9 @@ import numpy as np
 import torch
 from jax.typing import DTypeLike
 from safetensors.numpy import load_file, save_file
+from tiny_configs import COGVIDEOX, HUNYUAN_VIDEO, WAN_I2V
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-COGVIDEOX = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "time_embed_dim": 16,
-    "text_embed_dim": 16,
-    "num_layers": 2,
-    "sample_width": 8,
-    "sample_height": 8,
-    "sample_frames": 9,
-    "max_text_seq_length": 8,
-    "use_rotary_positional_embeddings": True,
-}
-HUNYUAN_VIDEO = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "num_refiner_layers": 1,
-    "text_embed_dim": 16,
-    "pooled_projection_dim": 8,
-    "rope_axes_dim": (4, 6, 6),
-}
-WAN = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 16,
-    "freq_dim": 32,
-    "ffn_dim": 48,
-    "num_layers": 2,
-    "image_dim": 16,
-    "added_kv_proj_dim": 32,
-}
-T5 = {
-    "d_model": 16,
-    "d_ff": 24,
-    "d_kv": 4,
-    "num_heads": 2,
-    "num_layers": 2,
-    "vocab_size": 30,
-    "feed_forward_proj": "gated-gelu",
-}
 # Pipeline, transformer, its config, modules that a LoRA changes; the last is a convolution.
 FAMILIES = {
     "CogVideoX": (
@@ -87,7 +41,7 @@ FAMILIES = {
     "Wan": (
         diffusers.WanPipeline,
         diffusers.WanTransformer3DModel,
-        WAN,
+        WAN_I2V,
         (
             "blocks.0.attn1.to_q",
             "blocks.1.attn2.to_out.0",

@@ -7,36 +7,13 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from tiny_configs import COGVIDEOX, T5
 
 from svg_jax.convert import cogvideox, t5
 from svg_jax.models import CogVideoXConfig, T5Config
 
-TRANSFORMER = {
-    "_class_name": "CogVideoXTransformer3DModel",
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "time_embed_dim": 16,
-    "text_embed_dim": 16,
-    "num_layers": 2,
-    "sample_width": 8,
-    "sample_height": 8,
-    "sample_frames": 9,
-    "max_text_seq_length": 8,
-    "use_rotary_positional_embeddings": True,
-}
-TEXT_ENCODER = {
-    "model_type": "t5",
-    "dtype": "float16",
-    "d_model": 16,
-    "d_ff": 32,
-    "d_kv": 8,
-    "num_heads": 2,
-    "num_layers": 2,
-    "vocab_size": 20,
-    "feed_forward_proj": "gated-gelu",
-}
+TRANSFORMER = {"_class_name": "CogVideoXTransformer3DModel", **COGVIDEOX}
+TEXT_ENCODER = {"model_type": "t5", "dtype": "float16", **T5}
 INDEX = {
     "_class_name": "CogVideoXPipeline",
     "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
