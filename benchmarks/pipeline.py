@@ -1,6 +1,6 @@
 """The stages of whole pipelines at full size on a GPU, with random weights: encode, step, decode.
 
-    python benchmarks/pipeline.py --rows decode --json benchmarks/results/pipeline.json
+    python benchmarks/pipeline.py --rows decode step --json benchmarks/results/pipeline.json
 
 Each row runs in a process of its own, so that its peak of memory is its own: weights, made on the
 device, are part of it, and so is what making them takes. Rows that stand in the file are skipped;
@@ -319,7 +319,7 @@ def measure(name: str) -> Row:
 def main() -> int:
     """Parse the command line and measure; 1 if a row failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", default="", help="parts of names of the rows to measure")
+    parser.add_argument("--rows", nargs="+", default=[""], help="parts of names of rows to measure")
     parser.add_argument("--json", type=Path, help="file to put the rows into")
     parser.add_argument("--again", action="store_true", help="measure what the file has, too")
     parser.add_argument("--in-this-process", metavar="ROW", help=argparse.SUPPRESS)
@@ -330,7 +330,7 @@ def main() -> int:
         write_entry(args.json, "pipeline", name, row)
         print(f"{name}\n{json.dumps(row, indent=1)}", flush=True)
         return 0
-    names = [n for n in ROWS if any(p.lower() in n.lower() for p in args.rows.split(","))]
+    names = [n for n in ROWS if any(part.lower() in n.lower() for part in args.rows)]
     if not names:
         parser.error(f"no row has {args.rows!r} in its name; there are {', '.join(ROWS)}")
     if args.json and args.json.exists() and not args.again:

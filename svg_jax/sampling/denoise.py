@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from svg_jax.attention import SparseAttentionInfo, StepState, attend_dense, attend_sparse
+from svg_jax.attention import StepState, attend_dense, attend_sparse
 from svg_jax.config import SparsityConfig, dense_step_count, share_of
 from svg_jax.models import Attend
 from svg_jax.sampling.flow import FlowSchedule, FlowState, flow_step
@@ -150,50 +150,48 @@ def denoise(
             dataclasses.replace(sparsity, dense_steps=0.0), config.num_attention_layers
         )
 
-    def noise_of(step: int) -> Array | None:
-        if step not in steps or not schedule.draws_noise:
-            return None
-        if sampler_noise is not None:
-            return jnp.asarray(sampler_noise[step], jnp.float32)
-        return jnp.asarray(step_noise(seed, step, state.latents.shape))
-
-    records: list[StepRecord] = []
-    kinds = set()
-    noise = noise_of(steps.start)
-    for step in steps:
-        started = time.perf_counter()
+    def inputs_of(step: int) -> tuple[Attend, tuple[Any, ...]]:
+        """The attention of a step, and what else it takes, on the device."""
         is_sparse, guided = step >= dense_steps, bool(scales[step] != 1)
-        attend = sparse if is_sparse else attend_dense
-        step_state = None
+        noise = step_state = None
+        if schedule.draws_noise:
+            noise = step_noise(seed, step, state.latents.shape)
+            if sampler_noise is not None:
+                noise = jnp.asarray(sampler_noise[step], jnp.float32)
         if is_sparse:
             given = None
             if labels is not None:
                 layers = _labels_of_step(labels, step, schedule.num_steps)
                 given = _labels_of_entries(layers, guided, len(state.latents))
             step_state = StepState(step_key(seed, step), given)
-        arguments = (
-            weights,
-            state,
-            schedule.step(step),
-            conditions,
-            np.float32(scales[step]) if guided else None,
-            noise,
-            step_state,
-        )
+        scale = np.float32(scales[step]) if guided else None
+        inputs = (schedule.step(step), conditions, scale, noise, step_state)
+        return sparse if is_sparse else attend_dense, jax.device_put(inputs)
+
+    records: list[StepRecord] = []
+    kinds = set()
+    upcoming = None
+    for step in steps:
+        started = time.perf_counter()
+        attend, inputs = inputs_of(step) if upcoming is None else upcoming
+        arguments = (weights, state, *inputs)
         after, info, is_finite = denoise_step(graphdef, attend, *arguments)
-        noise = noise_of(step + 1)  # drawn on the host while the device is at this step
+        # What the host has to do for the next step, it does while the device is at this one.
+        upcoming = inputs_of(step + 1) if step + 1 in steps else None
+        found = () if attend is attend_dense else (info.labels, info.errors, info.density)
+        found, is_finite = jax.device_get((found, is_finite))
         if not is_finite:
             place = f"step {step} of {schedule.num_steps} (timestep {schedule.timesteps[step]})"
             raise FloatingPointError(_diagnose(place, graphdef, attend, *arguments))
         state = after
-        kind = (is_sparse, guided)
+        kind = (attend, scales[step] != 1)
         record = StepRecord(
             step=step,
             timestep=schedule.timesteps[step].item(),
             guidance_scale=float(scales[step]),
             seconds=time.perf_counter() - started,
             first_of_kind=kind not in kinds,
-            profile=_host_profile(info) if is_sparse else None,
+            profile=HeadProfile(*found) if found else None,
         )
         kinds.add(kind)
         records.append(record)
@@ -250,10 +248,6 @@ def denoise_step(
     else:
         state = dpm_step(state, velocity, coefficients, noise)
     return state, info, jnp.isfinite(state.latents).all()
-
-
-def _host_profile(info: SparseAttentionInfo) -> HeadProfile:
-    return HeadProfile(np.asarray(info.labels), np.asarray(info.errors), np.asarray(info.density))
 
 
 def _labels_of_step(labels: np.ndarray, step: int, num_steps: int) -> np.ndarray:
