@@ -12,6 +12,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import (
@@ -40,6 +41,7 @@ from svg_jax.files import check_folder, written_atomically
 from svg_jax.folder_report import contents_tables, contents_values, plan_tables
 from svg_jax.generation import generate_videos, output_paths, plan_videos, read_prompts
 from svg_jax.sampling import VideoOutput, VideoPipeline, from_pretrained
+from svg_jax.sampling.converted import cache_folder
 from svg_jax.sampling.images import open_image
 from svg_jax.sampling.record import median_seconds
 from svg_jax.video import check_fps, check_video_path, save_video, side_by_side, with_label
@@ -266,8 +268,20 @@ def demo(prompt: str, *, seed: int, output: Path, source: Path | None) -> None:
 
 
 def _load(model: str, dtype: str | None) -> VideoPipeline:
+    keep_programs()
     with _bytes_bar(visible=False) as progress:
         return from_pretrained(model, dtype=dtype, progress=progress)
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs in the cache, unless the user says where or there is no GPU.
+
+    For a GPU XLA chooses algorithms by timing them, and not always the same: a run that is resumed
+    gives the same bytes only with the programs that it began with. Making them takes a minute.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is None and jax.default_backend() != "cpu":
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _compare(pipeline: VideoPipeline, prompt: str | None = None, **arguments: Any) -> Comparison:

@@ -1,5 +1,6 @@
 """The command line on a tiny checkpoint: what it writes, what it prints, and how it fails."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import jax
 import numpy as np
 import pytest
 import torch
@@ -452,6 +454,33 @@ def test_resume_starts_where_there_is_nothing_to_resume(run, model, tmp_path):
     assert (result.code, result.err) == (0, "")
     assert "no run of a.npz was saved: it starts at the first step" in result.out
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "named", "kept"),
+    [("gpu", None, "cache/xla"), ("gpu", "own", "own"), ("cpu", None, None)],
+)
+def test_a_gpu_s_programs_are_kept_for_runs_that_are_resumed(
+    monkeypatch, tmp_path, backend, named, kept
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setenv("SVG_JAX_CACHE", str(tmp_path / "cache"))
+    with (
+        _config("jax_compilation_cache_dir", named and str(tmp_path / named)),
+        _config("jax_persistent_cache_min_compile_time_secs", 1.0),
+    ):
+        commands.keep_programs()
+        assert jax.config.values["jax_compilation_cache_dir"] == (kept and str(tmp_path / kept))
+
+
+@contextlib.contextmanager
+def _config(name, value):
+    before = jax.config.values[name]
+    jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def test_the_bundled_model_knows_the_words_of_the_demo():

@@ -70,7 +70,7 @@ def converted_folder(
             "model_index.json (one in diffusers' layout)."
         )
     check(folder)
-    target = _cache_folder(cache_dir) / f"{_name(folder)}-{_fingerprint(folder, variant)}"
+    target = cache_folder(cache_dir) / f"{_name(folder)}-{_fingerprint(folder, variant)}"
     if not (target / NAME).is_file():  # a conversion appears as a whole
         _convert_once(folder, target, variant, progress, fetch)
     return target
@@ -101,7 +101,8 @@ def _convert_once(
         lock.release()
 
 
-def _cache_folder(cache_dir: str | Path | None) -> Path:
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """What is kept between runs: in `cache_dir`, $SVG_JAX_CACHE, or the user's cache."""
     if cache_dir is not None:
         return Path(cache_dir).expanduser() / "svg-jax"
     if named := os.environ.get("SVG_JAX_CACHE"):

@@ -128,7 +128,8 @@ def denoise(
         sampler_noise: What DPM adds, [steps of the schedule, *shape of the latents], in place of
             the seed's.
         steps: Which steps of the schedule to run; `state` is that before the first of them.
-        save: Called with the state after each step and its record, once it is known to be finite.
+        save: Called with the state after each step and its record, once it is known to be finite
+            and the next step is on its way.
         callback_on_step_end: Called with the record of each step.
 
     Returns:
@@ -170,35 +171,41 @@ def denoise(
 
     records: list[StepRecord] = []
     kinds = set()
-    upcoming = None
-    for step in steps:
-        started = time.perf_counter()
-        attend, inputs = inputs_of(step) if upcoming is None else upcoming
-        arguments = (weights, state, *inputs)
-        after, info, is_finite = denoise_step(graphdef, attend, *arguments)
-        # What the host has to do for the next step, it does while the device is at this one.
-        upcoming = inputs_of(step + 1) if step + 1 in steps else None
-        found = () if attend is attend_dense else (info.labels, info.errors, info.density)
-        found, is_finite = jax.device_get((found, is_finite))
-        if not is_finite:
-            place = f"step {step} of {schedule.num_steps} (timestep {schedule.timesteps[step]})"
-            raise FloatingPointError(_diagnose(place, graphdef, attend, *arguments))
-        state = after
-        kind = (attend, scales[step] != 1)
-        record = StepRecord(
-            step=step,
-            timestep=schedule.timesteps[step].item(),
-            guidance_scale=float(scales[step]),
-            seconds=time.perf_counter() - started,
-            first_of_kind=kind not in kinds,
-            profile=HeadProfile(*found) if found else None,
-        )
-        kinds.add(kind)
-        records.append(record)
-        if save is not None:
-            save(state, record)
-        if callback_on_step_end is not None:
-            callback_on_step_end(record)
+    upcoming = unsaved = None
+    try:
+        for step in steps:
+            started = time.perf_counter()
+            attend, inputs = inputs_of(step) if upcoming is None else upcoming
+            arguments = (weights, state, *inputs)
+            after, info, is_finite = denoise_step(graphdef, attend, *arguments)
+            # The host saves the step before, and readies the next, while the device is at this one.
+            if save is not None and unsaved is not None:
+                save(*unsaved)
+                unsaved = None
+            upcoming = inputs_of(step + 1) if step + 1 in steps else None
+            found = () if attend is attend_dense else (info.labels, info.errors, info.density)
+            found, is_finite = jax.device_get((found, is_finite))
+            if not is_finite:
+                place = f"step {step} of {schedule.num_steps} (timestep {schedule.timesteps[step]})"
+                raise FloatingPointError(_diagnose(place, graphdef, attend, *arguments))
+            state = after
+            kind = (attend, scales[step] != 1)
+            record = StepRecord(
+                step=step,
+                timestep=schedule.timesteps[step].item(),
+                guidance_scale=float(scales[step]),
+                seconds=time.perf_counter() - started,
+                first_of_kind=kind not in kinds,
+                profile=HeadProfile(*found) if found else None,
+            )
+            kinds.add(kind)
+            records.append(record)
+            unsaved = state, record
+            if callback_on_step_end is not None:
+                callback_on_step_end(record)
+    finally:
+        if save is not None and unsaved is not None:
+            save(*unsaved)
     return state, tuple(records)
 
 
