@@ -89,36 +89,39 @@ class Rule:
         return tuple(name.replace(LAYER, str(layer)) for name in (self.source, *self.aliases))
 
     @property
-    def target_shape(self) -> tuple[int, ...]:
-        """Shape of one layer's share of the leaf."""
-        if self.transform == "none":
-            return self.source_shape
+    def seen_shape(self) -> tuple[int, ...]:
+        """The source's shape, with those axes taken together that are one in the leaf."""
         if self.transform == "flatten":
             return (math.prod(self.source_shape),)
-        out, features, *kernel = self.source_shape
+        if self.transform in ("transpose", "patch"):
+            return (self.source_shape[0], math.prod(self.source_shape[1:]))
+        return self.source_shape
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Which axis of `seen_shape` each axis of a layer's share of the leaf is."""
+        rank = len(self.seen_shape)
         if self.transform == "conv":
-            return (*kernel, features, out)
-        return (features * math.prod(kernel), out)
+            return (*range(2, rank), 1, 0)
+        return (1, 0) if self.transform in ("transpose", "patch") else tuple(range(rank))
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """Shape of one layer's share of the leaf."""
+        return tuple(self.seen_shape[axis] for axis in self.axes)
+
+    @property
+    def inverse_axes(self) -> tuple[int, ...]:
+        """Which axis of a layer's share each axis of `seen_shape` is."""
+        return tuple(self.axes.index(axis) for axis in range(len(self.axes)))
 
     def forward(self, tensor: np.ndarray) -> np.ndarray:
         """The stored tensor as it lies in the leaf: a view where numpy can make one."""
-        if self.transform == "none":
-            return tensor
-        if self.transform == "flatten":
-            return tensor.reshape(-1)
-        if self.transform == "conv":
-            return np.moveaxis(tensor, (0, 1), (-1, -2))
-        return tensor.reshape(tensor.shape[0], -1).T
+        return tensor.reshape(self.seen_shape).transpose(self.axes)
 
     def inverse(self, part: np.ndarray) -> np.ndarray:
         """The tensor as it was stored; `inverse(forward(x))` is x, bit for bit."""
-        if self.transform == "none":
-            return part
-        if self.transform == "flatten":
-            return part.reshape(self.source_shape)
-        if self.transform == "conv":
-            return np.moveaxis(part, (-1, -2), (0, 1))
-        return part.T.reshape(self.source_shape)
+        return part.transpose(self.inverse_axes).reshape(self.source_shape)
 
 
 def matrix_rule(source: str, target: str, features: int, out_features: int) -> Rule:
