@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
@@ -209,11 +210,21 @@ def _load(
         for path, leaf in nnx.traversals.flatten_mapping(nnx.to_pure_dict(state)).items()
     }
     with readable(weights):
-        for path, leaf in stored.items():
-            param = jnp.asarray(leaf.read().result())
+        # The largest first: while it is turned, there are two of it.
+        for path in sorted(stored, key=lambda path: -stored[path].size):
+            param = _read(stored[path])
             params[path] = param.astype(dtypes[path]) if cast else param
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(params))
     return nnx.merge(graph, state)
+
+
+def _read(leaf: ts.TensorStore) -> jax.Array:
+    """Reads a leaf in the order in which it lies, and turns its axes on the device."""
+    order = leaf.chunk_layout.inner_order or ()
+    lying = jnp.asarray(leaf.transpose(order).read().result())
+    return (
+        jnp.transpose(lying, np.argsort(order).tolist()) if list(order) != sorted(order) else lying
+    )
 
 
 def _check_shapes(

@@ -16,7 +16,7 @@ import numpy as np
 from svg_jax.convert.reader import DTYPES, read_json
 from svg_jax.convert.rules import RULES_VERSION, ConversionError, DamageError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 NAME = "manifest.json"
 _OWN_DIGEST = "sha256"  # of everything else in the manifest
 _VERSIONS_OF = ("svg-jax", "jax", "flax", "orbax-checkpoint", "tensorstore", "numpy")
@@ -79,8 +79,7 @@ class Manifest:
         sources: Digests (sha256) of the files that weights and configs were read from, by their
             path in the source.
         files: Digests of the files of this folder outside of `weights`, by path.
-        weights: Digests of the files that orbax wrote. Their names and cuts are different in each
-            conversion, what they hold is not.
+        weights: Digests of the files of the checkpoints, by path.
         versions: Versions of the libraries that wrote the folder.
         loras: What was merged into the weights, in this order.
         rules_version: Version of the conversion rules.

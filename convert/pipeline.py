@@ -3,36 +3,29 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from jax.typing import DTypeLike
 
+from svg_jax.convert.copying import copy_weights
 from svg_jax.convert.digests import file_digest
-from svg_jax.convert.lora_change import add_changes
 from svg_jax.convert.manifest import (
     NAME,
     Manifest,
     TensorRecord,
-    digest,
     library_versions,
     read_manifest,
     write_manifest,
 )
 from svg_jax.convert.plan import ComponentPlan, ConversionPlan, plan_conversion
 from svg_jax.convert.progress import Progress, count_bytes
-from svg_jax.convert.reader import StoredTensor, count_nonfinite, read_tensor
-from svg_jax.convert.rules import ConversionError, Leaf
+from svg_jax.convert.rules import ConversionError
 from svg_jax.convert.staging import check_destination, clear, staged_folder
-from svg_jax.convert.writer import SLAB_BYTES, LazyArray, write_tree
 
 # The manifest of a folder that is not whole yet: what it lists is, and a later run may rely on it.
 PARTIAL = "manifest.partial.json"
-_PIECE = 1 << 22  # elements that are cast at once
 
 
 @dataclass(frozen=True)
@@ -209,107 +202,19 @@ def _write_component(
     allow_nonfinite: bool,
     advance: Callable[[int, str], None],
 ) -> _Written:
-    records: dict[str, TensorRecord] = {}
-
-    def part(leaf: Leaf, layer: int) -> np.ndarray:
-        """One layer of a leaf; records the tensors that it was made of."""
-        arrays = []
-        for name in leaf.names[layer]:
-            stored = component.tensors[name]
-            tensor = read_tensor(stored)
-            nonfinite = count_nonfinite(tensor)
-            if nonfinite and not allow_nonfinite:
-                raise ConversionError(
-                    f"{stored.file}: {name} holds NaN or infinities ({nonfinite} of "
-                    f"{tensor.size}): these weights cannot be used, unless you allow them."
-                )
-            sha256 = digest(tensor)
-            changes = component.changes.get(name, ())
-            cast = _cast(
-                add_changes(tensor, changes), component.dtypes[leaf.path], stored, nonfinite
-            )
-            records[name] = TensorRecord(
-                shape=stored.shape,
-                dtype=stored.dtype.name,
-                sha256=sha256,
-                stored_dtype=cast.dtype.name,
-                stored_sha256=digest(cast) if changes or cast.dtype != stored.dtype else sha256,
-                nonfinite=nonfinite,
-            )
-            if records[name].sha256 != records[leaf.names[layer][0]].sha256:
-                raise ConversionError(
-                    f"{stored.file}: {name} and {leaf.names[layer][0]} are one weight of the "
-                    "model and differ: remove the wrong one."
-                )
-            arrays.append(cast)
-            advance(stored.nbytes, component.name)
-        return leaf.rule.forward(arrays[0])
-
-    tree: dict[str, Any] = {}
-    for leaf in component.leaves:
-        node = tree
-        for key in leaf.path[:-1]:
-            node = node.setdefault(key, {})
-        node[leaf.path[-1]] = _lazy_leaf(leaf, component, part)
-    folder = staging / component.name
+    name, folder = component.name, staging / component.name
     folder.mkdir()
     _copy_config(component, folder)
-    pool = ThreadPoolExecutor(max_workers=1)  # reads ahead of the conversion
-    try:
-        sources = {
-            f"{component.name}/{file.name}": pool.submit(file_digest, file)
-            for file in component.states
-        }
-        weights = write_tree(folder / "weights", tree)
-        digests = {name: source.result() for name, source in sources.items()}
-    finally:
-        pool.shutdown(cancel_futures=True)
+    copied = copy_weights(
+        component, folder / "weights", allow_nonfinite=allow_nonfinite, advance=advance
+    )
     component.check_unchanged()
     return _Written(
-        records=records,
-        sources=digests,
-        files={f"{component.name}/config.json": file_digest(folder / "config.json")},
-        weights={f"{component.name}/weights/{name}": sha for name, sha in weights.items()},
+        records=copied.records,
+        sources={f"{name}/{file.name}": sha for file, sha in copied.sources.items()},
+        files={f"{name}/config.json": file_digest(folder / "config.json")},
+        weights={f"{name}/weights/{file}": sha for file, sha in copied.files.items()},
     )
-
-
-def _lazy_leaf(
-    leaf: Leaf, component: ComponentPlan, part: Callable[[Leaf, int], np.ndarray]
-) -> LazyArray:
-    stored = component.tensors[leaf.names[0][0]]
-    rows = max(1, SLAB_BYTES // max(1, stored.nbytes))
-
-    def slabs() -> Iterator[tuple[Any, np.ndarray]]:
-        if not leaf.rule.stacked:
-            yield ..., part(leaf, 0)
-            return
-        for start in range(0, leaf.shape[0], rows):
-            layers = range(start, min(start + rows, leaf.shape[0]))
-            parts = [part(leaf, layer) for layer in layers]
-            slab = np.stack(parts) if len(parts) > 1 else parts[0][None]  # which does not copy
-            yield slice(start, layers.stop), slab
-
-    return LazyArray(leaf.shape, component.dtypes[leaf.path], leaf.rule.stacked, slabs)
-
-
-def _cast(tensor: np.ndarray, dtype: np.dtype, stored: StoredTensor, nonfinite: int) -> np.ndarray:
-    """The tensor in another dtype; one that is not wider takes the memory of `tensor` itself."""
-    if tensor.dtype == dtype:
-        return tensor
-    flat = tensor.reshape(-1)
-    narrows = dtype.itemsize <= tensor.itemsize
-    cast = flat.view(dtype)[: flat.size] if narrows else np.empty(flat.size, dtype)
-    with np.errstate(over="ignore"):
-        for start in range(0, flat.size, _PIECE):  # which is read before it is overwritten
-            piece = slice(start, start + _PIECE)
-            cast[piece] = flat[piece].astype(dtype)
-    cast = cast.reshape(tensor.shape)
-    if count_nonfinite(cast) > nonfinite:
-        raise ConversionError(
-            f"{stored.file}: {stored.name} has values that {dtype.name} cannot hold: choose "
-            "another dtype."
-        )
-    return cast
 
 
 def _copy_config(component: ComponentPlan, target: Path) -> None:

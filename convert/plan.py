@@ -33,7 +33,7 @@ from svg_jax.convert.reader import (
 )
 from svg_jax.convert.releases import find_original
 from svg_jax.convert.rules import ConversionError, Leaf
-from svg_jax.convert.writer import checkpoint_overhead
+from svg_jax.convert.writer import LeafFiles, checkpoint_nbytes
 
 _COPY_LIMIT = 100 * 2**20  # bytes; nothing in COPIED's folders comes near it
 _BYTES_A_RECORD = 330  # of the manifest, beside the tensor's name
@@ -94,12 +94,13 @@ class ComponentPlan:
     @property
     def stored_nbytes(self) -> int:
         """Bytes of tensors to write."""
-        return sum(self.stored_leaves)
+        sizes = (math.prod(leaf.shape) * self.dtypes[leaf.path].itemsize for leaf in self.leaves)
+        return sum(sizes)
 
     @property
-    def stored_leaves(self) -> list[int]:
-        """Bytes of each leaf."""
-        return [math.prod(leaf.shape) * self.dtypes[leaf.path].itemsize for leaf in self.leaves]
+    def leaf_files(self) -> dict[tuple[str, ...], LeafFiles]:
+        """How each leaf will lie in the checkpoint, by its path."""
+        return {leaf.path: LeafFiles.of(leaf, self.dtypes[leaf.path]) for leaf in self.leaves}
 
     @property
     def config_text(self) -> str:
@@ -165,10 +166,10 @@ class ConversionPlan:
         """Bytes of the folder that will be there, manifest and all, within 1 % from 10 MB on."""
         size = sum(file.stat().st_size for file in self.files.values())
         for component in self.components:
-            size += component.stored_nbytes + len(component.config_text.encode())
-            size += checkpoint_overhead(component.stored_leaves)
+            leaves = component.leaf_files
+            size += checkpoint_nbytes(leaves) + len(component.config_text.encode())
             size += sum(_BYTES_A_RECORD + len(name) for name in component.tensors)
-            size += 2 * _BYTES_A_FILE * len(component.leaves)
+            size += _BYTES_A_FILE * sum(1 + leaf.num_chunks for leaf in leaves.values())
         return size
 
 

@@ -31,8 +31,10 @@ class ConvertedTensor:
 
     def read(self) -> np.ndarray:
         """The tensor in the source's layout."""
-        part = self.store[self.layer] if self.leaf.rule.stacked else self.store
-        return np.ascontiguousarray(self.leaf.rule.inverse(part.read().result()))
+        rule = self.leaf.rule
+        part = self.store[self.layer] if rule.stacked else self.store
+        # In the order in which it lies: read so, nothing has to be turned.
+        return part.transpose(rule.inverse_axes).read().result().reshape(rule.source_shape)
 
 
 def open_tensors(folder: Path, manifest: Manifest) -> dict[str, dict[str, ConvertedTensor]]:

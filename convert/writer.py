@@ -1,18 +1,17 @@
-"""Orbax folders written and read a slab at a time, so that no model has to fit into memory.
+"""Orbax folders whose files hold the source's bytes as they are, and how they are opened.
 
-The layout is orbax's standard one (OCDBT, zarr3), which `StandardCheckpointer().restore` reads.
+The layout is orbax's own (zarr3, a folder a leaf), which `StandardCheckpointer().restore` reads.
+Orbax writes its metadata; the numbers are put into the files by `copying.py`. A chunk is one file
+without compression, and zarr's transpose codec turns a kernel's axes when it is read: so nothing
+has to be transposed or held in memory, and a digest of a chunk is one of the source's tensor.
 """
 
-import asyncio
 import contextlib
 import math
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import EllipsisType
 from typing import Any
 
 import jax
@@ -20,167 +19,148 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from svg_jax.convert.digests import WrittenDigests
-from svg_jax.convert.rules import ConversionError
+from svg_jax.convert.rules import ConversionError, Leaf
 
-# Leaves above this many bytes are stored in chunks (stacked ones a layer a chunk) and written some
-# chunks at a time.
-SLAB_BYTES = 64 * 2**20
-_INLINED_BYTES = 1024  # orbax's setting
-_BYTES_A_LEAF, _BYTES_A_KEY = 1200, 13  # measured at 10 to 200 leaves
+# Leaves above this many bytes lie in several chunks: stacked ones a layer a chunk, others by rows.
+CHUNK_BYTES = 64 * 2**20
+_BYTES_A_LEAF, _BYTES_A_CHECKPOINT = 460, 600  # of orbax's and zarr's metadata
 
 
 @dataclass(frozen=True)
-class LazyArray:
-    """An array that is made piece by piece while it is written.
+class LeafFiles:
+    """How a leaf lies in its files: its tensors' bytes, one after the other, in equal chunks.
 
     Attributes:
-        shape: Its shape.
+        path: Keys from the root of the tree.
+        shape: The leaf's shape.
         dtype: Its dtype.
-        stacked: Whether the leading axis counts layers.
-        slabs: Makes the pieces, each with the part of the leading axis that it fills.
+        order: Its axes in the order in which they lie in the files.
+        rows: How much of the first of these a chunk holds; the last chunk may be filled up.
     """
 
+    path: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: np.dtype
-    stacked: bool
-    slabs: Callable[[], Iterator[tuple[slice | EllipsisType, np.ndarray]]]
+    order: tuple[int, ...]
+    rows: int
+
+    @classmethod
+    def of(cls, leaf: Leaf, dtype: np.dtype) -> "LeafFiles":
+        """A leaf's files, in the order of its source tensors."""
+        order, rows = leaf.rule.inverse_axes, 1
+        if leaf.rule.stacked:
+            order = (0, *(1 + axis for axis in order))
+        if order:
+            length, nbytes = leaf.shape[order[0]], math.prod(leaf.shape) * dtype.itemsize
+            if nbytes <= CHUNK_BYTES:
+                rows = length
+            elif not leaf.rule.stacked:
+                rows = max(1, CHUNK_BYTES * length // nbytes)
+        return cls(leaf.path, leaf.shape, dtype, order, rows)
 
     @property
     def size(self) -> int:
         """Number of elements; orbax asks for it."""
         return math.prod(self.shape)
 
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Shape of a chunk, its axes in the leaf's order."""
+        shape = list(self.shape)
+        if self.order:
+            shape[self.order[0]] = self.rows
+        return tuple(shape)
 
-class _LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Writes lazy arrays one after the other, where orbax would take all of them at once."""
+    @property
+    def chunk_nbytes(self) -> int:
+        """Bytes of each chunk's file."""
+        return math.prod(self.chunk_shape) * self.dtype.itemsize
 
-    def __init__(self, digests: WrittenDigests) -> None:
-        super().__init__(deepcopy_host_arrays=False)
-        self._turn = asyncio.Lock()
-        self._digests = digests
-        self.failure: BaseException | None = None  # ends the writing, and is for the caller
+    @property
+    def num_chunks(self) -> int:
+        """How many files the leaf lies in."""
+        return -(-self.shape[self.order[0]] // self.rows) if self.order else 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its files."""
+        return self.num_chunks * self.chunk_nbytes
+
+    def chunk_file(self, folder: Path, chunk: int) -> Path:
+        """The file of a chunk in the checkpoint `folder`."""
+        index = [0] * len(self.shape)
+        if self.order:
+            index[self.order[0]] = chunk
+        return folder.joinpath(".".join(self.path), "c", *map(str, index))
+
+
+class _MetadataHandler(ocp.type_handlers.NumpyHandler):
+    """Writes what zarr has to know about a leaf, and none of its numbers."""
 
     async def _open_and_write(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, value: LazyArray, tspec: dict[str, Any], ts_context: ts.Context
+        self, value: LeafFiles, tspec: dict[str, Any], ts_context: ts.Context
     ) -> None:
-        async with self._turn:
-            if self.failure is not None:
-                return
-            pending = None  # a write that goes on while the next slab is read
-            try:
-                spec = ts.Spec(tspec)
-                array = await ts.open(spec, create=True, open=True, context=ts_context)
-                chunk = array.chunk_layout.write_chunk.shape or (1,)
-                for part, slab in _row_by_row(value, chunk[0] or 1):
-                    if pending is not None:
-                        await pending
-                    if self.failure is not None:
-                        return
-                    self._digests.take()
-                    pending = array[part].write(slab)
-            except Exception as error:  # raised here, orbax would log it from two of its threads
-                self.failure = error
-            finally:
-                try:
-                    if pending is not None:
-                        await pending
-                except Exception as error:
-                    self.failure = self.failure or error
+        transpose = {"name": "transpose", "configuration": {"order": value.order}}
+        as_they_are = {"name": "bytes", "configuration": {"endian": "little"}}
+        grid = {"name": "regular", "configuration": {"chunk_shape": value.chunk_shape}}
+        metadata = {
+            "shape": value.shape,
+            "chunk_grid": grid,
+            "codecs": [transpose, as_they_are] if value.order else [as_they_are],
+        }
+        spec = ts.Spec({**tspec, "metadata": metadata})
+        await ts.open(spec, create=True, open=True, context=ts_context)
 
 
-def _row_by_row(value: LazyArray, rows: int) -> Iterator[tuple[slice | EllipsisType, np.ndarray]]:
-    """The slabs, those that are a whole array cut into rows of chunks: each write takes a copy."""
-    for part, slab in value.slabs():
-        if part is not ... or slab.ndim == 0:
-            yield part, slab
-            continue
-        for start in range(0, len(slab), rows):
-            yield slice(start, min(start + rows, len(slab))), slab[start : start + rows]
+class _TreeHandler(ocp.PyTreeCheckpointHandler):
+    """Orbax's own without its last step, which warns that there are no OCDBT files to merge."""
+
+    def finalize(self, directory: Any) -> None:
+        pass
 
 
-def write_tree(folder: Path, tree: Mapping[str, Any]) -> dict[str, str]:
-    """Writes a nested dict of `LazyArray`s as an orbax checkpoint.
+@ocp.args.register_with_handler(_TreeHandler, for_save=True, for_restore=True)
+class _SaveArgs(ocp.args.PyTreeSave):
+    """Orbax finds the handler by them."""
+
+
+def create_checkpoint(folder: Path, leaves: Mapping[tuple[str, ...], LeafFiles]) -> None:
+    """Makes an orbax checkpoint whose chunks are there and are to be filled.
 
     Args:
         folder: The checkpoint's folder; it must not exist.
-        tree: The arrays. What their `slabs` raise comes out of here.
-
-    Returns:
-        Digests (sha256) of all files, by their path from `folder`.
+        leaves: Its leaves by their path.
 
     Raises:
         OSError: If the system refuses to write: no room, no right.
     """
-    digests = WrittenDigests(folder)
-    arrays = _LazyHandler(digests)
     registry = ocp.type_handlers.create_type_handler_registry(
-        (LazyArray, arrays),
+        (LeafFiles, _MetadataHandler()),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # orbax warns without one
     )
-    pytree_handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=True, use_zarr3=True, use_compression=False, type_handler_registry=registry
+    handler = _TreeHandler(
+        use_ocdbt=False, use_zarr3=True, use_compression=False, type_handler_registry=registry
     )
-    save_args = jax.tree.map(_save_args, tree)
-
-    def save() -> None:
-        with ocp.Checkpointer(pytree_handler) as checkpointer:
-            args = ocp.args.PyTreeSave(dict(tree), save_args=save_args)
-            checkpointer.save(folder.absolute(), args=args)
-
-    try:
-        _run_to_end(save, arrays)
-        if arrays.failure is not None:
-            raise arrays.failure
-        return digests.result()
-    except Exception as failure:
-        # tensorstore makes ValueErrors of the system's errors
-        if code := re.search(r"os_error_code='(\d+)'", str(failure)):
-            number = int(code[1])
-            raise OSError(number, os.strerror(number), str(folder)) from failure
-        raise
-    finally:
-        digests.close()
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder.absolute(), args=_SaveArgs(tree))
+    for leaf in leaves.values():
+        for chunk in range(leaf.num_chunks):
+            file = leaf.chunk_file(folder, chunk)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("xb") as stream:
+                os.truncate(stream.fileno(), leaf.chunk_nbytes)
 
 
-def _run_to_end(save: Callable[[], None], arrays: _LazyHandler) -> None:
-    """Runs orbax in a thread, because Ctrl-C would leave its own threads writing after the return.
-
-    Raises:
-        Exception: What orbax raises, unless it is a consequence of the handler's own failure.
-    """
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        saving = pool.submit(save)
-        try:
-            failure = saving.exception()
-        except KeyboardInterrupt as interrupt:
-            arrays.failure = interrupt
-            raise
-    if failure is not None and arrays.failure is None:
-        raise failure
-
-
-def _save_args(array: LazyArray) -> ocp.SaveArgs:
-    if array.size * array.dtype.itemsize <= SLAB_BYTES:
-        return ocp.SaveArgs()
-    if array.stacked:
-        return ocp.SaveArgs(shard_axes=(0,))
-    return ocp.SaveArgs(chunk_byte_size=SLAB_BYTES)
-
-
-def checkpoint_overhead(leaves: Sequence[int]) -> int:
-    """Bytes that a checkpoint takes beside its numbers, to some 20 %.
-
-    Each write (of a leaf's description, and of each slab) adds a node with all keys up to then and
-    with the arrays that are small enough to stand in it: in the mean half of them.
-
-    Args:
-        leaves: Bytes of each leaf.
-    """
-    writes = sum(1 + max(1, nbytes // SLAB_BYTES) for nbytes in leaves)
-    inlined = sum(nbytes for nbytes in leaves if nbytes <= _INLINED_BYTES)
-    node = _BYTES_A_KEY * len(leaves) + inlined // 2
-    return writes * node + _BYTES_A_LEAF * len(leaves)
+def checkpoint_nbytes(leaves: Mapping[tuple[str, ...], LeafFiles]) -> int:
+    """Bytes that a checkpoint takes: exactly, but for the hundreds of each leaf's metadata."""
+    numbers = sum(leaf.nbytes for leaf in leaves.values())
+    return numbers + _BYTES_A_LEAF * len(leaves) + _BYTES_A_CHECKPOINT
 
 
 def open_leaves(folder: Path) -> dict[tuple[str, ...], ts.TensorStore]:
@@ -189,11 +169,11 @@ def open_leaves(folder: Path) -> dict[tuple[str, ...], ts.TensorStore]:
     Raises:
         ConversionError: If it cannot be read.
     """
-    base = f"file://{folder.absolute()}/"
 
     def spec(path: tuple[str, ...]) -> dict[str, Any]:
-        kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
-        return {"driver": "zarr3", "kvstore": kvstore}
+        kvstore = {"driver": "file", "path": f"{folder.absolute() / '.'.join(path)}/"}
+        # A chunk that is not there would read as zeros.
+        return {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
 
     with readable(folder), ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(folder.absolute()).item_metadata.tree

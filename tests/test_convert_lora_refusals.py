@@ -1,5 +1,7 @@
 """LoRAs that cannot be merged are refused in one sentence that names the tensor."""
 
+import os
+
 import numpy as np
 import pytest
 from tiny_lora import Q, random_lora, save_lora, write_source
@@ -176,10 +178,11 @@ class TestRefusals:
     def test_a_file_that_changes_meanwhile(self, tmp_path):
         source = write_source(tmp_path / "source")
         file = save_lora(tmp_path / "lora.safetensors", random_lora(source, [Q]))
-        content = bytearray(file.read_bytes())
-        content[-1] ^= 1
+        content = file.read_bytes()
 
         def change(*_):
-            file.write_bytes(content)
+            with file.open("r+b") as stream:
+                stream.seek(-1, os.SEEK_END)
+                stream.write(bytes([content[-1] ^ 1]))
 
         self.refuse(tmp_path, file, "a LoRA was changed while it was read", progress=change)

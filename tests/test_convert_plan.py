@@ -181,7 +181,7 @@ def load_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_cast_is_numpys_however_it_is_cut(source, tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("svg_jax.convert.pipeline._PIECE", 7)
+    monkeypatch.setattr("svg_jax.convert.reader._PIECE_BYTES", 28)
     convert_pipeline(source, tmp_path / "out", dtype=dtype)
     export_pipeline(tmp_path / "out", tmp_path / "back")
     for name in ("text_encoder", "transformer"):

@@ -1,5 +1,6 @@
-"""Orbax checkpoints written lazily: what any orbax reads, in little memory."""
+"""Orbax checkpoints whose files hold the source's bytes: what any orbax reads."""
 
+import math
 import subprocess
 import sys
 
@@ -7,113 +8,116 @@ import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+import orbax.checkpoint.experimental.v1 as ocp_v1
 import pytest
 
 from svg_jax.convert import ConversionError, writer
-from svg_jax.convert.writer import LazyArray, open_leaves, write_tree
+from svg_jax.convert.rules import LAYER, Leaf, Rule
+from svg_jax.convert.writer import LeafFiles, checkpoint_nbytes, create_checkpoint, open_leaves
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+RULES = {
+    Rule("a", "kernel", "transpose", (50, 40)): BFLOAT16,
+    Rule(f"{LAYER}.a", "blocks.kernel", "transpose", (50, 40), layers=3): BFLOAT16,
+    Rule(f"{LAYER}.b", "blocks.bias", "none", (50,), layers=3): np.dtype(np.float16),
+    Rule("c", "conv", "conv", (4, 5, 1, 2, 3)): np.dtype(np.float32),
+    Rule(f"{LAYER}.c", "blocks.conv", "conv", (4, 5, 2, 3), layers=2): np.dtype(np.float32),
+    Rule("p", "patch", "patch", (4, 5, 1, 2, 2)): np.dtype(np.float32),
+    Rule("t", "table", "none", (61, 50)): np.dtype(np.float32),
+    Rule("f", "flat", "flatten", (5, 1, 1)): np.dtype(np.float32),
+    Rule("s", "scalar", "none", ()): np.dtype(np.float32),
+    Rule("z", "zeros", "none", (2, 2)): np.dtype(np.float32),
+}
 
 
-def whole(array):
-    return LazyArray(array.shape, array.dtype, False, lambda: iter([(..., array)]))
-
-
-def layer_by_layer(array, alive=None):
-    """A stacked leaf that is made a layer at a time; `alive` records how many are asked for."""
-
-    def slabs():
-        for layer in range(len(array)):
-            if alive is not None:
-                alive.append(layer)
-            yield slice(layer, layer + 1), array[layer : layer + 1]
-
-    return LazyArray(array.shape, array.dtype, True, slabs)
-
-
-def arrays():
+def write(folder):
+    """A checkpoint of random numbers; returns its leaves and what must be read from it."""
     random = np.random.default_rng(0)
-    return {
-        "blocks": {
-            "kernel": random.normal(size=(3, 40, 50)).astype(ml_dtypes.bfloat16),
-            "bias": random.normal(size=(3, 50)).astype(np.float16),
-        },
-        "table": random.normal(size=(7,)).astype(np.float32),
-        "zeros": np.zeros((2, 2), np.float32),  # equal to what an unwritten chunk reads as
-    }
+    leaves, expected = {}, {}
+    for rule, dtype in RULES.items():
+        stack = () if rule.layers is None else (rule.layers,)
+        leaf = Leaf(rule, (), (*stack, *rule.target_shape))
+        layers = [
+            np.array(random.normal(size=rule.source_shape) * (rule.source != "z")).astype(dtype)
+            for _ in range(rule.layers or 1)
+        ]
+        parts = [rule.forward(layer) for layer in layers]
+        leaves[leaf.path] = LeafFiles.of(leaf, dtype)
+        expected[leaf.path] = np.stack(parts) if rule.stacked else parts[0]
+    create_checkpoint(folder, leaves)
+    for rule in RULES:
+        files = leaves[tuple(rule.target.split("."))]
+        lying = expected[files.path].transpose(files.order).tobytes()
+        for chunk in range(files.num_chunks):
+            part = lying[chunk * files.chunk_nbytes : (chunk + 1) * files.chunk_nbytes]
+            with files.chunk_file(folder, chunk).open("r+b") as stream:
+                stream.write(part)
+    return leaves, expected
 
 
-def lazy(tree):
-    return jax.tree.map(lambda a: layer_by_layer(a) if a.ndim == 3 else whole(a), tree)
+def nested(leaves):
+    tree = {path[-1]: array for path, array in leaves.items() if len(path) == 1}
+    return tree | {"blocks": {path[1]: array for path, array in leaves.items() if len(path) == 2}}
 
 
-@pytest.mark.parametrize("slab_bytes", [16, 10**9])
-@pytest.mark.parametrize("checkpointer", [ocp.StandardCheckpointer, ocp.PyTreeCheckpointer])
-def test_plain_orbax_restores_the_same_bits(tmp_path, monkeypatch, slab_bytes, checkpointer):
-    monkeypatch.setattr(writer, "SLAB_BYTES", slab_bytes)
-    write_tree(tmp_path / "weights", lazy(arrays()))
-    with checkpointer() as reader:
-        restored = reader.restore(tmp_path / "weights")
-    expected, structure = jax.tree.flatten(arrays())
+def old(folder):
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore(folder)
+
+
+@pytest.mark.parametrize("chunk_bytes", [16, 3000, 10**9])
+@pytest.mark.parametrize("restore", [old, ocp_v1.load])
+def test_plain_orbax_restores_the_same_bits(tmp_path, monkeypatch, chunk_bytes, restore):
+    monkeypatch.setattr(writer, "CHUNK_BYTES", chunk_bytes)
+    _, expected = write(tmp_path / "weights")
+    restored = restore(tmp_path / "weights")
+    wanted, structure = jax.tree.flatten(nested(expected))
     assert jax.tree.structure(restored) == structure
-    for leaf, array in zip(jax.tree.leaves(restored), expected, strict=True):
+    for leaf, array in zip(jax.tree.leaves(restored), wanted, strict=True):
         assert leaf.dtype == array.dtype
         assert leaf.shape == array.shape
         assert np.asarray(leaf).tobytes() == array.tobytes()
 
 
-def test_a_large_stacked_leaf_lies_a_layer_a_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "SLAB_BYTES", 3000)
-    write_tree(tmp_path / "weights", lazy(arrays()))
+def test_a_large_stacked_leaf_lies_a_layer_a_chunk_and_others_by_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "CHUNK_BYTES", 3000)
+    files, expected = write(tmp_path / "weights")
     leaves = open_leaves(tmp_path / "weights")
     chunks = {path: leaf.chunk_layout.read_chunk.shape for path, leaf in leaves.items()}
     assert chunks["blocks", "kernel"] == (1, 40, 50)
     assert chunks["blocks", "bias"] == (3, 50)
-    np.testing.assert_array_equal(
-        leaves["blocks", "kernel"][1].read().result(), arrays()["blocks"]["kernel"][1]
-    )
+    assert chunks["kernel",] == (40, 37)  # rows of the source are columns of the leaf
+    assert chunks["table",] == (15, 50)
+    assert files["table",].num_chunks == 5
+    part = leaves["blocks", "kernel"][1].read().result()
+    np.testing.assert_array_equal(part, expected["blocks", "kernel"][1])
 
 
-def test_a_large_leaf_of_one_layer_lies_in_chunks_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "SLAB_BYTES", 3000)
-    table = np.random.default_rng(0).normal(size=(60, 50)).astype(np.float32)
-    transposed = whole(table.T)
-    write_tree(tmp_path / "weights", {"table": whole(table), "transposed": transposed})
-    leaves = open_leaves(tmp_path / "weights")
-    for leaf in leaves.values():
-        rows, columns = leaf.chunk_layout.read_chunk.shape or (0, 0)
-        assert 0 < (rows or 0) * (columns or 0) * 4 <= 3000
-    np.testing.assert_array_equal(leaves["table",].read().result(), table)
-    np.testing.assert_array_equal(leaves["transposed",].read().result(), table.T)
+@pytest.mark.parametrize("chunk_bytes", [3000, 10**9])
+def test_the_bytes_of_a_checkpoint_are_known_before(tmp_path, monkeypatch, chunk_bytes):
+    monkeypatch.setattr(writer, "CHUNK_BYTES", chunk_bytes)
+    leaves, expected = write(tmp_path / "weights")
+    found = sum(file.stat().st_size for file in (tmp_path / "weights").rglob("*") if file.is_file())
+    numbers = sum(math.prod(array.shape) * array.itemsize for array in expected.values())
+    assert abs(checkpoint_nbytes(leaves) - found) < 0.2 * (found - numbers)
 
 
-def test_leaves_are_made_one_after_the_other(tmp_path):
-    alive = []
-    array = np.ones((4, 2), np.float32)
-    tree = {str(leaf): layer_by_layer(array, alive) for leaf in range(3)}
-    write_tree(tmp_path / "weights", tree)
-    assert alive == [0, 1, 2, 3] * 3
-
-
-def test_what_a_leaf_raises_comes_out_and_orbax_logs_nothing(tmp_path, capfd):
-    def slabs():
-        yield slice(0, 1), np.ones((1, 2), np.float32)
-        raise ConversionError("w: is not finite")
-
-    bad = LazyArray((2, 2), np.dtype(np.float32), True, slabs)
-    with pytest.raises(ConversionError, match=r"^w: is not finite$"):
-        write_tree(tmp_path / "weights", {"bad": bad, **lazy(arrays())})
-    assert capfd.readouterr().err == ""
+def test_a_chunk_that_is_missing_is_an_error_and_not_zeros(tmp_path):
+    leaves, _ = write(tmp_path / "weights")
+    leaves["table",].chunk_file(tmp_path / "weights", 0).unlink()
+    with pytest.raises(ValueError, match="missing"):
+        open_leaves(tmp_path / "weights")["table",].read().result()
 
 
 def test_a_full_disk_is_an_error_of_the_system_and_nothing_else_is_printed(tmp_path):
     code = """
 import resource, sys, numpy as np
 from pathlib import Path
-from svg_jax.convert.writer import LazyArray, write_tree
+from svg_jax.convert.writer import LeafFiles, create_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-array = np.ones((100, 1000), np.float32)
-lazy = lambda: LazyArray(array.shape, array.dtype, False, lambda: iter([(..., array)]))
+leaf = LeafFiles(("a",), (100, 1000), np.dtype(np.float32), (0, 1), 100)
 try:
-    write_tree(Path(sys.argv[1]), {"a": lazy(), "b": lazy()})
+    create_checkpoint(Path(sys.argv[1]), {("a",): leaf})
 except OSError as error:
     print(error.strerror)
 """

@@ -1,0 +1,285 @@
+"""The tensors of a component, from their files into the checkpoint's, a piece at a time.
+
+All that has to be done to a piece (digest, the check for NaN, the cast) is done while it lies in
+the processor's cache. Several threads do so, each for a tensor, in the order of the source's files.
+"""
+
+import hashlib
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from svg_jax.convert.digests import file_digest
+from svg_jax.convert.lora_change import Change, add_changes
+from svg_jax.convert.manifest import TensorRecord
+from svg_jax.convert.plan import ComponentPlan
+from svg_jax.convert.reader import StoredTensor, count_nonfinite, read_pieces, read_tensor
+from svg_jax.convert.rules import ConversionError
+from svg_jax.convert.writer import LeafFiles, create_checkpoint
+
+_MOST_WORKERS = 8  # more do not read a disk faster
+_SYNCED_BYTES = 2**20  # from here on a file is brought to the disk when it is written
+_PIECE = 1 << 20  # elements of a changed tensor that are cast at once
+
+
+@dataclass(frozen=True)
+class CopiedWeights:
+    """What was copied.
+
+    Attributes:
+        records: Of each tensor, by its name in the source.
+        sources: Digests (sha256) of the component's files, by file.
+        files: Digests of all files of the checkpoint, by path in it.
+    """
+
+    records: Mapping[str, TensorRecord]
+    sources: Mapping[Path, str]
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor goes: into the files of a leaf, from a byte on.
+
+    Attributes:
+        leaf: The leaf.
+        start: The byte, counted through all its files.
+        nbytes: How many bytes the tensor takes there.
+        is_first: Whether it is written; of tied tensors the others are only compared with it.
+    """
+
+    leaf: LeafFiles
+    start: int
+    nbytes: int
+    is_first: bool
+
+
+def copy_weights(
+    component: ComponentPlan,
+    folder: Path,
+    *,
+    allow_nonfinite: bool,
+    advance: Callable[[int, str], None],
+) -> CopiedWeights:
+    """Makes the orbax checkpoint of a component.
+
+    Args:
+        component: What is to be copied.
+        folder: The checkpoint's folder; it must not exist.
+        allow_nonfinite: Whether NaN and infinities pass.
+        advance: Called with the bytes of each tensor that was read.
+
+    Raises:
+        ConversionError: If a tensor cannot be read, holds what it must not, or tied ones differ.
+        OSError: If the system refuses to write.
+    """
+    leaves = component.leaf_files
+    create_checkpoint(folder, leaves)
+    places = _places(component, leaves)
+    stopped, memory = threading.Event(), threading.Lock()
+    synced: list[Future[None]] = []
+
+    def copy(name: str) -> TensorRecord:
+        stored, place = component.tensors[name], places[name]
+        changes = component.changes.get(name, ())
+        takes_memory = bool(changes) or stored.strides is not None
+        with (
+            memory if takes_memory else nullcontext(),
+            _writing(folder, place, close) if place.is_first else nullcontext(_drop) as write,
+        ):
+            return _copy_tensor(
+                stored, changes, place.leaf.dtype, write, stopped, allow_nonfinite=allow_nonfinite
+            )
+
+    def close(file: int, nbytes: int) -> None:
+        if nbytes < _SYNCED_BYTES:
+            os.close(file)
+        else:  # so that the disk is at work before all is written
+            synced.append(syncing.submit(_sync_and_close, file))
+
+    workers = min(_MOST_WORKERS, 1 + (os.cpu_count() or 1))
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="svg-jax-sync") as syncing,
+        ThreadPoolExecutor(workers, thread_name_prefix="svg-jax-copy") as pool,
+    ):
+        try:
+            digests: dict[Path, Future[str]] = {}
+            copies: dict[str, Future[TensorRecord]] = {}
+            for name in sorted(places, key=lambda name: _position(component.tensors[name])):
+                file = component.tensors[name].file
+                if (
+                    file not in digests
+                ):  # read twice at about the same time, it comes once from disk
+                    digests[file] = pool.submit(_source_digest, file)
+                copies[name] = pool.submit(copy, name)
+            records = {}
+            for name, future in copies.items():
+                records[name] = future.result()
+                advance(component.tensors[name].nbytes, component.name)
+            _check_tied(component, records)
+            for file in component.states.keys() - digests.keys():
+                digests[file] = pool.submit(_source_digest, file)
+            known = {
+                place.leaf.chunk_file(folder, place.start // place.nbytes): records[name]
+                for name, place in places.items()
+                if place.is_first and place.nbytes == place.leaf.chunk_nbytes
+            }
+            others = [file for file in folder.rglob("*") if file.is_file() and file not in known]
+            files = {file: record.stored_sha256 for file, record in known.items()}
+            files |= dict(zip(others, pool.map(file_digest, others), strict=True))
+            for future in synced:
+                future.result()
+            return CopiedWeights(
+                records={name: records[name] for name in places},
+                sources={file: digests[file].result() for file in component.states},
+                files={f.relative_to(folder).as_posix(): files[f] for f in sorted(files)},
+            )
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _places(
+    component: ComponentPlan, leaves: Mapping[tuple[str, ...], LeafFiles]
+) -> dict[str, _Place]:
+    places = {}
+    for leaf in component.leaves:
+        files = leaves[leaf.path]
+        nbytes = math.prod(leaf.rule.source_shape) * files.dtype.itemsize
+        for layer, names in enumerate(leaf.names):
+            for name in names:
+                places[name] = _Place(files, layer * nbytes, nbytes, name == names[0])
+    return places
+
+
+def _position(stored: StoredTensor) -> tuple[str, int]:
+    return str(stored.file), (stored.parts[0] if stored.parts else stored).start
+
+
+def _source_digest(file: Path) -> str:
+    try:
+        return file_digest(file)
+    except OSError as error:
+        raise ConversionError(f"{file}: cannot be read: {error.strerror}.") from error
+
+
+def _drop(piece: np.ndarray) -> None:
+    del piece
+
+
+def _sync_and_close(file: int) -> None:
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def _writing(
+    folder: Path, place: _Place, close: Callable[[int, int], None]
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Gives what writes a tensor's pieces, one after the other, into the chunks' files.
+
+    Args:
+        folder: The checkpoint.
+        place: Where the tensor goes.
+        close: Is given each file's descriptor when all is written, and how much that was.
+    """
+    at, chunk, file, begun = place.start, -1, -1, 0
+
+    def write(piece: np.ndarray) -> None:
+        nonlocal at, chunk, file, begun
+        left = piece.view(np.uint8).data
+        while left:
+            wanted, offset = divmod(at, place.leaf.chunk_nbytes)
+            if wanted != chunk:
+                finish()
+                file = os.open(place.leaf.chunk_file(folder, wanted), os.O_WRONLY)
+                chunk, begun = wanted, at
+            count = os.pwrite(file, left[: place.leaf.chunk_nbytes - offset], offset)
+            at, left = at + count, left[count:]
+
+    def finish() -> None:
+        if file >= 0:
+            close(file, at - begun)
+
+    try:
+        yield write
+    finally:
+        finish()
+
+
+def _copy_tensor(
+    stored: StoredTensor,
+    changes: Sequence[Change],
+    dtype: np.dtype,
+    write: Callable[[np.ndarray], None],
+    stopped: threading.Event,
+    *,
+    allow_nonfinite: bool,
+) -> TensorRecord:
+    """Reads a tensor and writes it as `dtype`, with changes; says what it was and what it is."""
+    read, written = hashlib.sha256(), hashlib.sha256()
+    is_kept = not changes and stored.dtype == dtype
+    nonfinite = 0
+    for piece in read_pieces(stored):
+        if stopped.is_set():
+            raise ConversionError(f"{stored.file}: {stored.name} was not read to its end.")
+        read.update(piece.view(np.uint8).data)
+        found = count_nonfinite(piece)
+        nonfinite += found
+        if is_kept:
+            write(piece)
+        elif not changes:
+            cast = _cast(piece, dtype, stored, found)
+            written.update(cast.view(np.uint8).data)
+            write(cast)
+    if nonfinite and not allow_nonfinite:
+        raise ConversionError(
+            f"{stored.file}: {stored.name} holds NaN or infinities ({nonfinite} of "
+            f"{math.prod(stored.shape)}): these weights cannot be used, unless you allow them."
+        )
+    if changes:
+        changed = add_changes(read_tensor(stored), changes).reshape(-1)
+        for at in range(0, changed.size, _PIECE):
+            piece = changed[at : at + _PIECE]
+            cast = _cast(piece, dtype, stored, count_nonfinite(piece))
+            written.update(cast.view(np.uint8).data)
+            write(cast)
+    return TensorRecord(
+        shape=stored.shape,
+        dtype=stored.dtype.name,
+        sha256=read.hexdigest(),
+        stored_dtype=dtype.name,
+        stored_sha256=(read if is_kept else written).hexdigest(),
+        nonfinite=nonfinite,
+    )
+
+
+def _cast(piece: np.ndarray, dtype: np.dtype, stored: StoredTensor, nonfinite: int) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = piece.astype(dtype)
+    if count_nonfinite(cast) > nonfinite:
+        raise ConversionError(
+            f"{stored.file}: {stored.name} has values that {dtype.name} cannot hold: choose "
+            "another dtype."
+        )
+    return cast
+
+
+def _check_tied(component: ComponentPlan, records: Mapping[str, TensorRecord]) -> None:
+    for leaf in component.leaves:
+        for first, *tied in leaf.names:
+            for name in tied:
+                if records[name].sha256 != records[first].sha256:
+                    raise ConversionError(
+                        f"{component.tensors[name].file}: {name} and {first} are one weight of the "
+                        "model and differ: remove the wrong one."
+                    )
