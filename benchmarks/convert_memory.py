@@ -7,7 +7,7 @@ and as much again for each copy). Memory must not grow with the number of layers
 the conversion is timed against `cp -r` and `sync` of the same folder, in turn.
 
     python benchmarks/convert_memory.py --layers 6 --folder /tmp/convert_memory
-    python benchmarks/convert_memory.py --model wan --layers 12 --rounds 3
+    python benchmarks/convert_memory.py --model wan --layers 40 --rounds 3 --steps verify
 """
 
 import argparse
@@ -49,8 +49,16 @@ MODELS: Mapping[str, dict[str, tuple[str, dict[str, Any]]]] = {
             {"model_type": "umt5", "feed_forward_proj": "gated-gelu", "vocab_size": 256384},
         ),
     },
+    "wan-1.3b": {
+        "transformer": ("WanTransformer3DModel", {"num_attention_heads": 12, "ffn_dim": 8960}),
+    },
 }
-PIPELINES = {"cogvideox": "CogVideoXPipeline", "wan": "WanPipeline"}
+PIPELINES = {
+    "cogvideox": "CogVideoXPipeline",
+    "wan": "WanPipeline",
+    "wan-1.3b": "WanPipeline",
+}
+STEPS = ("verify", "export", "load")
 STEP = r"""
 import json, re, sys, time
 from svg_jax.convert import convert_pipeline, export_pipeline, load_transformer, verify_pipeline
@@ -148,6 +156,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=0, help="of timing against cp")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--output", type=Path, help="file for the JSON (default: print it only)")
+    parser.add_argument(
+        "--steps",
+        nargs="*",
+        choices=STEPS,
+        default=STEPS,
+        help="after converting (loading takes the model's memory)",
+    )
+    parser.add_argument("--keep", type=Path, help="where to leave the converted folder")
     arguments = parser.parse_args()
 
     work = Path(tempfile.mkdtemp(dir=arguments.folder))
@@ -157,8 +173,10 @@ def main() -> None:
         timing = time_against_copies(work / "source", work, arguments.rounds)
         steps = {"convert": run_step("convert", work / "source", work / "converted")}
         shutil.rmtree(work / "source")
-        for step in ("verify", "export", "load"):
+        for step in arguments.steps:
             steps[step] = run_step(step, work / "converted", work / "exported")
+        if arguments.keep:
+            shutil.move(work / "converted", arguments.keep)
     finally:
         shutil.rmtree(work)
     versions = {n: importlib.metadata.version(n) for n in ("jax", "orbax-checkpoint", "numpy")}
@@ -176,7 +194,7 @@ def main() -> None:
     if arguments.output:
         arguments.output.write_text(text + "\n")
     largest = max(component["largest_tensor_bytes"] for component in sizes.values())
-    for step in ("convert", "verify", "export"):
+    for step in steps.keys() - {"load"}:
         if steps[step]["peak_bytes"] > 2e9 + largest:
             raise SystemExit(f"{step}: more than 2 GB + the largest tensor")
     if timing and timing["speed_to_cp"] < 0.6:
