@@ -56,8 +56,9 @@ def fuse(source, *loras, scale=1.0):
         )
         for name in BOTH
     }
-    others: dict[str, Any] = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
-    pipe = diffusers.WanPipeline(**others | models, boundary_ratio=0.875)
+    parts: dict[str, Any] = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
+    parts.update(models, boundary_ratio=0.875)
+    pipe = diffusers.WanPipeline(**parts)
     for number, (file, name) in enumerate(loras):
         second = name == "transformer_2"
         pipe.load_lora_weights(file, adapter_name=str(number), load_into_transformer_2=second)

@@ -138,6 +138,13 @@ def test_cogvideox_is_renamed_and_cut_as_by_its_authors(name):
     assert {key: source_of(found[key], stored) for key in COGVIDEOX[name]} == COGVIDEOX[name]
 
 
+def test_the_vae_of_wan_22_is_renamed_as_by_diffusers():
+    stored = places(expand(load("original", "wan2.2-ti2v-5b-vae")["tensors"]))
+    found = renamed("wan2.2-ti2v-5b-vae", stored)
+    names = {key: source_of(tensor, stored) for key, tensor in found.items()}
+    assert names == load("original", "wan22_vae_renames")["targets"]
+
+
 def weights(shapes) -> dict[str, torch.Tensor]:
     """Numbers that every generator of goldens makes alike: seeded by the tensors' names."""
     made = {}

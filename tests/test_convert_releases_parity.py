@@ -135,6 +135,8 @@ COGVIDEOX_VAE = {
     "norm_num_groups": 4,
     "scaling_factor": 0.7,
 }
+RELEASED = load("inventory", "wan2.2-ti2v-5b-vae")["config"]
+WAN_22_VAE = RELEASED | {"base_dim": 4, "decoder_base_dim": 6}
 CASES = {
     # The width tells it from 5B.
     "CogVideoX 2B": lambda: cogvideox_case(
@@ -211,6 +213,14 @@ CASES = {
         origins("wan2.1-vae"),
         (5, 16, 24),
         file=("Wan2.1_VAE.pth",),
+    ),
+    "Wan 2.2's VAE": lambda: Case(
+        diffusers.AutoencoderKLWan,
+        WAN_22_VAE,
+        WanVAE,
+        load("original", "wan22_vae_renames")["targets"],
+        (5, 32, 48),
+        file=("Wan2.2_VAE.pth",),
     ),
 }
 
