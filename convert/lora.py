@@ -15,7 +15,7 @@ import numpy as np
 from svg_jax.convert.digests import file_digest
 from svg_jax.convert.lora_change import Change
 from svg_jax.convert.lora_config import PEFT_CONFIG, PEFT_FILE, LoraConfig, read_lora_config
-from svg_jax.convert.lora_names import Kind, is_peft_name, read_name
+from svg_jax.convert.lora_names import TRANSFORMER, Kind, is_peft_name, read_name
 from svg_jax.convert.manifest import LoraRecord
 from svg_jax.convert.reader import StoredTensor, count_nonfinite, read_header, read_tensor
 from svg_jax.convert.rules import ConversionError, Leaf
@@ -33,12 +33,14 @@ class Lora:
     Attributes:
         path: The file or folder that was given.
         scale: Its strength.
+        into: The component that its names of the transformer mean.
         files: The files that are read.
         changes: Per component, the change of each tensor.
     """
 
     path: Path
     scale: float
+    into: str
     files: tuple[Path, ...]
     changes: Mapping[str, Mapping[str, Change]]
 
@@ -47,6 +49,7 @@ class Lora:
         return LoraRecord(
             source=self.path.resolve().name,
             scale=self.scale,
+            into=self.into,
             files={file.name: file_digest(file) for file in self.files},
         )
 
@@ -55,6 +58,7 @@ def read_loras(
     paths: str | Path | Sequence[str | Path],
     scales: float | Sequence[float],
     leaves: Mapping[str, Sequence[Leaf]],
+    into: str | Sequence[str] = TRANSFORMER,
 ) -> tuple[Lora, ...]:
     """Reads what LoRAs change, but not their weights.
 
@@ -62,19 +66,24 @@ def read_loras(
         paths: Files or folders, see `convert_pipeline`.
         scales: One for all, or one for each.
         leaves: Of each component that is converted.
+        into: The component that names of the transformer mean: one for all, or one for each.
 
     Raises:
         ConversionError: If a part of one fits nothing, is missing, or needs another kind of merge.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     scales = list(scales) if isinstance(scales, Sequence) else [scales]
-    scales = scales * len(paths) if len(scales) == 1 else scales
-    if len(scales) != len(paths):
-        raise ConversionError(
-            f"{len(scales)} scales for {len(paths)} LoRAs: give one for all, or one for each."
-        )
+    components = [into] if isinstance(into, str) else list(into)
+    for what, given in (("scales", scales), ("components", components)):
+        if len(given) == 1:
+            given *= len(paths)
+        if len(given) != len(paths):
+            raise ConversionError(
+                f"{len(given)} {what} for {len(paths)} LoRAs: give one for all, or one for each."
+            )
     return tuple(
-        _read_lora(Path(path), scale, leaves) for path, scale in zip(paths, scales, strict=True)
+        _read_lora(Path(path), scale, component, leaves)
+        for path, scale, component in zip(paths, scales, components, strict=True)
     )
 
 
@@ -87,15 +96,21 @@ def changes_of(loras: Sequence[Lora], component: str) -> dict[str, tuple[Change,
     return changes
 
 
-def _read_lora(path: Path, scale: float, leaves: Mapping[str, Sequence[Leaf]]) -> Lora:
+def _read_lora(path: Path, scale: float, into: str, leaves: Mapping[str, Sequence[Leaf]]) -> Lora:
+    if into not in {TRANSFORMER, *leaves}:
+        raise ConversionError(
+            f"{path}: is meant for the component {into!r} and those that are converted are "
+            f"{', '.join(sorted(leaves))}: choose one of them."
+        )
     if not math.isfinite(scale):
         raise ConversionError(f"{path}: its scale is {scale} and must be a finite number.")
     file = _weights_file(path)
     tensors = read_header(file)
     config = read_lora_config(file)
     changes: dict[str, dict[str, Change]] = {}
-    for (component, modules), parts in _sort(file, tensors, leaves, config).items():
-        own = None if config is None else config.of(component)
+    for (component, modules), parts in _sort(file, tensors, leaves, into, config).items():
+        meant = (component, TRANSFORMER) if component == into else (component,)
+        own = None if config is None else config.of(*meant)
         found = changes.setdefault(component, {})
         for name, change in _changes(modules, parts, scale, own, _shapes(leaves[component])):
             if name in found:
@@ -107,7 +122,7 @@ def _read_lora(path: Path, scale: float, leaves: Mapping[str, Sequence[Leaf]]) -
     if not changes:
         raise ConversionError(f"{file}: changes nothing: choose another file.")
     files = (file,) if config is None or config.where == file else (file, config.where)
-    return Lora(path, scale, files, changes)
+    return Lora(path, scale, into, files, changes)
 
 
 def _weights_file(path: Path) -> Path:
@@ -130,6 +145,7 @@ def _sort(
     file: Path,
     tensors: Mapping[str, StoredTensor],
     components: Collection[str],
+    into: str,
     config: LoraConfig | None,
 ) -> Mapping[tuple[str, tuple[str, ...]], Parts]:
     """The tensors by component and modules."""
@@ -148,7 +164,7 @@ def _sort(
         # Some trainers write zeros for all norms and biases.
         if key.endswith((".diff", ".diff_b")) and not np.any(read_tensor(tensor)):
             continue
-        part = read_name(key, components)
+        part = read_name(key, components, into)
         if part is None or part.component not in components:
             raise ConversionError(
                 f"{file}: {key} is no part of a LoRA that can be merged into "

@@ -51,19 +51,22 @@ class LoraConfig:
     values: Mapping[str, Any]
     is_peft: bool
 
-    def of(self, component: str) -> "LoraConfig":
-        """The part for a component.
+    def of(self, *components: str) -> "LoraConfig":
+        """The part for the first of some components that has one; all if none has.
 
         Raises:
             ConversionError: If it asks for anything but a plain LoRA.
         """
-        prefix = f"{component}."
-        own = {
-            key.removeprefix(prefix): value
-            for key, value in self.values.items()
-            if key.startswith(prefix)
-        }
-        part = LoraConfig(self.where, own or self.values, self.is_peft)
+        parts = (
+            {
+                key.removeprefix(f"{component}."): value
+                for key, value in self.values.items()
+                if key.startswith(f"{component}.")
+            }
+            for component in components
+        )
+        own = next(filter(None, parts), self.values)
+        part = LoraConfig(self.where, own, self.is_peft)
         values = part.values
         kind = str(values.get("peft_type") or "LORA").removeprefix("PeftType.")
         start = values.get("init_lora_weights", True)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from svg_jax.convert import original_hunyuan_video, original_wan
 
+TRANSFORMER = "transformer"  # what names without a component's belong to
 Kind = Literal["down", "up", "bias", "plain bias", "alpha"]
 
 # "down" is A [rank, in], "up" is B [out, rank]. A "plain bias" is not scaled by alpha.
@@ -47,12 +48,13 @@ class Part:
     kind: Kind
 
 
-def read_name(key: str, components: Collection[str]) -> Part | None:
+def read_name(key: str, components: Collection[str], into: str = TRANSFORMER) -> Part | None:
     """Reads the name of one tensor; None if no LoRA that can be merged has such a name.
 
     Args:
         key: The name.
         components: Components that a name may begin with; others belong to the transformer.
+        into: The component that is meant by the transformer.
     """
     key = _OLD_PROCESSOR.sub(_new_processor, key)
     suffix = next((suffix for suffix in _KINDS if key.endswith(suffix)), None)
@@ -61,12 +63,14 @@ def read_name(key: str, components: Collection[str]) -> Part | None:
     module, kind = key.removesuffix(suffix), _KINDS[suffix]
     if module.startswith(_KOHYA):
         modules = _released_modules(module.removeprefix(_KOHYA), "_")
-        return Part("transformer", modules, kind) if modules else None
+        return Part(into, modules, kind) if modules else None
     component, _, rest = module.partition(".")
-    if component in components:
+    if component == TRANSFORMER:
+        component, module = into, rest
+    elif component in components:
         module = rest
     else:
-        component = "transformer"
+        component = into
         module = module.removeprefix(_RELEASED).removeprefix(_PEFT)
     return Part(component, _released_modules(module, ".") or (module,), kind)
 

@@ -58,11 +58,13 @@ class LoraRecord:
         source: Name of its file or folder.
         scale: Its strength.
         files: Digests (sha256) of its files, by name.
+        into: The component that its names of the transformer mean.
     """
 
     source: str
     scale: float
     files: Mapping[str, str]
+    into: str = "transformer"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The layouts in which Wan-AI released Wan 2.1 and 2.2, and the configs that their shapes tell.
 
-Names of the modules: Wan-Video/Wan2.1, wan/modules/{model,vae,t5,clip}.py.
+Names of the modules: Wan-Video/Wan2.1, wan/modules/{model,vae,t5,clip}.py, and Wan-Video/Wan2.2,
+wan/modules/vae2_2.py.
 """
 
 import math
@@ -13,6 +14,23 @@ from svg_jax.convert.original import Origin, Shapes, count_layers, rename, take_
 CLIP_UNUSED = re.compile(r"textual\..*|log_scale|visual\.head")
 _HEAD_DIM = 128  # of all transformers released
 _CLIP_HEAD_DIM = 80
+# Of the 48 latent channels of 2.2 (wan/modules/vae2_2.py there).
+_RESIDUAL_MEAN = (
+    *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557),
+    *(-0.1382, 0.0542, 0.2813, 0.0891, 0.157, -0.0098, 0.0375, -0.1825),
+    *(-0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
+    *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.123),
+    *(-0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.052, 0.3748),
+    *(0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+)
+_RESIDUAL_STD = (
+    *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.499, 0.4818, 0.5013),
+    *(0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978),
+    *(0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
+    *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093),
+    *(0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887),
+    *(0.3971, 1.06, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+)
 
 
 def transformer_table(_: Shapes) -> list[Origin]:
@@ -68,8 +86,8 @@ def transformer_config(shapes: Shapes, _: Any) -> dict[str, Any]:
     }
 
 
-def vae_table(_: Shapes) -> list[Origin]:
-    """`Wan2.1_VAE.pth`: sizes of the encoder and the decoder lie in one list of layers each."""
+def _vae_names() -> dict[str, str]:
+    """What both VAEs have: all but the layers between one size and the next."""
     names = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
     for coder in ("encoder", "decoder"):
         middle = f"{coder}.mid_block"
@@ -83,6 +101,12 @@ def vae_table(_: Shapes) -> list[Origin]:
             f"{coder}.middle.1.to_qkv": f"{middle}.attentions.0.to_qkv",
             f"{coder}.middle.1.proj": f"{middle}.attentions.0.proj",
         }
+    return names
+
+
+def vae_table(_: Shapes) -> list[Origin]:
+    """`Wan2.1_VAE.pth`: sizes of the encoder and the decoder lie in one list of layers each."""
+    names = _vae_names()
     names |= _residual("encoder.downsamples.{}", "encoder.down_blocks.{}")
     names |= _resample("encoder.downsamples.{}", "encoder.down_blocks.{}")
     for level in range(4):
@@ -93,6 +117,16 @@ def vae_table(_: Shapes) -> list[Origin]:
                 names |= _residual(source, f"{target}.resnets.{layer}")
             else:
                 names |= _resample(source, f"{target}.upsamplers.0")
+    return rename(names)
+
+
+def residual_vae_table(_: Shapes) -> list[Origin]:
+    """`Wan2.2_VAE.pth`: a list of layers each size, of which the last one resizes."""
+    names = _vae_names()
+    for coder, way, last in (("encoder", "down", 2), ("decoder", "up", 3)):
+        source, target = f"{coder}.{way}samples.{{}}", f"{coder}.{way}_blocks.{{}}"
+        names |= _residual(f"{source}.{way}samples.{{}}", f"{target}.resnets.{{}}")
+        names |= _resample(f"{source}.{way}samples.{last}", f"{target}.{way}sampler")
     return rename(names)
 
 
@@ -115,6 +149,22 @@ def vae_config(shapes: Shapes, _: Any) -> dict[str, Any]:
     return {
         "base_dim": shapes["encoder.conv1.weight"][0],
         "z_dim": shapes["conv2.weight"][0],
+    }
+
+
+def residual_vae_config(shapes: Shapes, _: Any) -> dict[str, Any]:
+    """The config of the VAE of 2.2's TI2V-5B; the latents' statistics are those of the release."""
+    return {
+        "base_dim": shapes["encoder.conv1.weight"][0],
+        "decoder_base_dim": shapes["decoder.head.0.gamma"][0],
+        "z_dim": shapes["conv2.weight"][0],
+        "is_residual": True,
+        "in_channels": shapes["encoder.conv1.weight"][1],
+        "out_channels": shapes["decoder.head.2.weight"][0],
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": _RESIDUAL_MEAN,
+        "latents_std": _RESIDUAL_STD,
     }
 
 

@@ -47,6 +47,7 @@ def convert_pipeline(
     variant: str | None = None,
     lora: str | Path | Sequence[str | Path] = (),
     lora_scale: float | Sequence[float] = 1.0,
+    lora_into: str | Sequence[str] = "transformer",
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -77,6 +78,8 @@ def convert_pipeline(
             W + lora_scale · alpha / rank · B A in float32, and then has its dtype again, as after
             diffusers' `fuse_lora`.
         lora_scale: Their strength: one for all, or one for each.
+        lora_into: The component that their names of the transformer mean: one for all, or one for
+            each. Wan 2.2 has a "transformer_2", for which diffusers has `load_into_transformer_2`.
         allow_nonfinite: Whether to take weights that are NaN or infinite, and to count them in the
             manifest; otherwise they are an error.
         overwrite: Whether to replace a checkpoint folder that is at `destination`.
@@ -95,6 +98,7 @@ def convert_pipeline(
         variant=variant,
         lora=lora,
         lora_scale=lora_scale,
+        lora_into=lora_into,
     )
     for path in plan.sources:
         check_destination(destination, path, plan.written_nbytes, overwrite)

@@ -181,6 +181,7 @@ def plan_conversion(
     variant: str | None = None,
     lora: str | Path | Sequence[str | Path] = (),
     lora_scale: float | Sequence[float] = 1.0,
+    lora_into: str | Sequence[str] = "transformer",
 ) -> ConversionPlan:
     """Checks a source as far as that is possible without reading its weights; writes nothing.
 
@@ -191,6 +192,7 @@ def plan_conversion(
         variant: See `convert_pipeline`.
         lora: See `convert_pipeline`.
         lora_scale: See `convert_pipeline`.
+        lora_into: See `convert_pipeline`.
 
     Raises:
         ConversionError: One sentence that says what is wrong with the source or a LoRA.
@@ -207,7 +209,8 @@ def plan_conversion(
         _plan_component(source / name, index.classes[name], cast, allowed, variants[name])
         for name in chosen
     ]
-    loras = read_loras(lora, lora_scale, {part.name: part.leaves for part in plans})
+    leaves = {part.name: part.leaves for part in plans}
+    loras = read_loras(lora, lora_scale, leaves, lora_into)
     return ConversionPlan(
         source=source,
         index=index,

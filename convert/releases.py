@@ -77,6 +77,13 @@ RELEASES = (
         original_wan.vae_config,
     ),
     Release(
+        "Wan 2.2's VAE",
+        "AutoencoderKLWan",
+        "decoder.upsamples.0.upsamples.0.residual.0.gamma",
+        original_wan.residual_vae_table,
+        original_wan.residual_vae_config,
+    ),
+    Release(
         "Wan's text encoder",
         "UMT5EncoderModel",
         "blocks.0.pos_embedding.embedding.weight",

@@ -44,6 +44,13 @@ def convert(
         list[float] | None,
         typer.Option("--lora-scale", help="Its strength: one for all, or one each; default: 1."),
     ] = None,
+    lora_into: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora-into",
+            help="Which transformer it is for: one for all, or one each; default: transformer.",
+        ),
+    ] = None,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Take NaN and infinities, and count them.")
     ] = False,
@@ -66,6 +73,7 @@ def convert(
         variant=variant,
         lora=lora or (),
         lora_scale=lora_scale or (1.0,),
+        lora_into=lora_into or ("transformer",),
         allow_nonfinite=allow_nonfinite,
         overwrite=overwrite,
         dry_run=dry_run,

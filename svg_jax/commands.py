@@ -69,6 +69,7 @@ def convert(
     variant: str | None = None,
     lora: Sequence[Path] = (),
     lora_scale: Sequence[float] = (1.0,),
+    lora_into: Sequence[str] = ("transformer",),
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -82,6 +83,7 @@ def convert(
             variant=variant,
             lora=lora,
             lora_scale=lora_scale,
+            lora_into=lora_into,
         )
         for path in plan.sources:
             check_destination(destination, path, plan.written_nbytes, overwrite)
@@ -96,6 +98,7 @@ def convert(
             variant=variant,
             lora=lora,
             lora_scale=lora_scale,
+            lora_into=lora_into,
             allow_nonfinite=allow_nonfinite,
             overwrite=overwrite,
             progress=progress,

@@ -78,7 +78,8 @@ def plan_tables(plan: ConversionPlan) -> Iterator[Table | str]:
     for lora in plan.loras:
         changed = sum(map(len, lora.changes.values()))
         size = _size(sum(file.stat().st_size for file in lora.files))
-        yield f"merges {lora.path} ({size}) at {lora.scale:g} into {changed} tensors"
+        where = " and ".join(sorted(lora.changes))
+        yield f"merges {lora.path} ({size}) at {lora.scale:g} into {changed} tensors of {where}"
     if plan.skipped:
         yield f"left out: {', '.join(plan.skipped)}"
     yield (

@@ -1,6 +1,5 @@
 """Original releases: recognised, renamed as the libraries' own conversions do it, and converted."""
 
-import itertools
 import json
 import math
 import re
@@ -16,6 +15,7 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 from flax import nnx
+from originals import CONVERSIONS, DATA, converted, expand, load
 from safetensors.numpy import load_file, save_file
 
 from svg_jax.convert import (
@@ -32,7 +32,6 @@ from svg_jax.convert.reader import StoredTensor, read_header, read_tensor
 from svg_jax.convert.releases import RELEASES, find_original, read_original, recognise
 from svg_jax.models import CLIPVisionEncoder, T5Encoder
 
-DATA = Path(__file__).parent / "data"
 TASK = {"image_condition_type": None}
 SCALE = {"scaling_factor": 0.7}
 # What must be said of a release beside its weights.
@@ -41,22 +40,6 @@ GIVEN = {
     "cogvideox-5b-vae": SCALE,
 }
 NAMES = sorted(file.stem for file in (DATA / "original").glob("*-*.json"))
-
-
-def expand(tensors) -> dict[str, tuple[int, ...]]:
-    """Shapes by name; {a..b} in a name stands for every number from a to b."""
-    shapes = {}
-    for pattern, shape in tensors.items():
-        ranges = [range(int(a), int(b) + 1) for a, b in re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)]
-        for numbers in itertools.product(*ranges):
-            filled = iter(numbers)
-            name = re.sub(r"\{.*?\}", lambda _, filled=filled: str(next(filled)), pattern)
-            shapes[name] = tuple(shape)
-    return shapes
-
-
-def load(kind, name):
-    return json.loads((DATA / kind / f"{name}.json").read_text())
 
 
 def places(shapes) -> dict[str, StoredTensor]:
@@ -111,15 +94,6 @@ def narrow(name, layers=2) -> dict[str, torch.Tensor]:
     return tensors
 
 
-CONVERSIONS = {
-    "hunyuanvideo-t2v-transformer": "convert_hunyuan_video_transformer_to_diffusers",
-    "hunyuanvideo-i2v-33ch-transformer": "convert_hunyuan_video_transformer_to_diffusers",
-    "wan2.1-t2v-1.3b-transformer": "convert_wan_transformer_to_diffusers",
-    "wan2.1-i2v-14b-transformer": "convert_wan_transformer_to_diffusers",
-    "wan2.1-vae": "convert_wan_vae_to_diffusers",
-}
-
-
 def renamed(name, stored):
     """A release's tensors under their new names, whatever their shapes."""
     of = load("original", name)["class"]
@@ -164,6 +138,13 @@ def test_cogvideox_is_renamed_and_cut_as_by_its_authors(name):
     assert {key: source_of(found[key], stored) for key in COGVIDEOX[name]} == COGVIDEOX[name]
 
 
+def test_the_vae_of_wan_22_is_renamed_as_by_diffusers():
+    stored = places(expand(load("original", "wan2.2-ti2v-5b-vae")["tensors"]))
+    found = renamed("wan2.2-ti2v-5b-vae", stored)
+    names = {key: source_of(tensor, stored) for key, tensor in found.items()}
+    assert names == load("original", "wan22_vae_renames")["targets"]
+
+
 def weights(shapes) -> dict[str, torch.Tensor]:
     """Numbers that every generator of goldens makes alike: seeded by the tensors' names."""
     made = {}
@@ -175,18 +156,6 @@ def weights(shapes) -> dict[str, torch.Tensor]:
             values = 0.3 * values + ("norm" in name and name.endswith("weight"))
         made[name] = torch.tensor(values, dtype=torch.float32)
     return made
-
-
-def converted(file: Path, make):
-    """Our module with the weights of an original file."""
-    component = read_original(file)
-    family = FAMILIES[component.class_name]
-    config = family.read_config(component.config)
-    tensors = {name: read_tensor(tensor) for name, tensor in component.tensors.items()}
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0))))
-    tree = jax.tree.map(jnp.asarray, convert_state(tensors, family.rules(config)))
-    nnx.replace_by_pure_dict(state, tree)
-    return nnx.merge(graph, state)
 
 
 GOLDENS = json.loads((DATA / "original" / "wan_encoders.json").read_text())
