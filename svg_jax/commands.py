@@ -73,7 +73,7 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Converts a pipeline folder in diffusers' layout, or says what that would give."""
+    """Converts a pipeline or a component in diffusers' layout, or says what that would give."""
     if dry_run:
         plan = plan_conversion(
             source,
@@ -120,10 +120,10 @@ def verify(folder: Path) -> None:
     print(f"{folder} is as it was converted: {tensors} tensors in {files} files")
 
 
-def inspect_folder(folder: Path, *, statistics: bool, variant: str | None, as_json: bool) -> None:
-    """Prints what a folder holds."""
+def inspect_source(source: Path, *, statistics: bool, variant: str | None, as_json: bool) -> None:
+    """Prints what a folder or file holds."""
     with _bytes_bar() as progress:
-        contents = read_contents(folder, statistics=statistics, variant=variant, progress=progress)
+        contents = read_contents(source, statistics=statistics, variant=variant, progress=progress)
     if as_json:
         print(json.dumps(contents_values(contents), indent=1))
     else:

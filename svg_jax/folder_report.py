@@ -13,7 +13,7 @@ from svg_jax.convert.plan import ConversionPlan
 def contents_tables(contents: Contents) -> Iterator[Table | str]:
     """A table of the components, their configs, and the tensors if they were measured."""
     layout = "converted" if contents.converted else "in diffusers' layout"
-    yield f"{contents.pipeline}, {layout}"
+    yield f"{contents.pipeline or 'a component alone'}, {layout}"
     table = _table("component", "class", "parameters", "size", "dtypes")
     for part in contents.components:
         row = (part.name, part.class_name, f"{part.parameters:,}", _size(part.nbytes))
