@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from svg_jax.convert.components import COPIED, read_pipeline_index
-from svg_jax.convert.manifest import NAME, Manifest, read_manifest
+from svg_jax.convert.manifest import NAME, LoraRecord, Manifest, read_manifest
 from svg_jax.convert.progress import Progress, count_bytes
 from svg_jax.convert.reader import read_json, read_tensor
 from svg_jax.convert.source import Source, open_source, select_variants
@@ -62,12 +62,15 @@ class ComponentContents:
         class_name: Its class in model_index.json.
         config: Its config.json.
         tensors: Its tensors.
+        release: What it is called if it is in its authors' own layout; names and config are then
+            those that its class gives them.
     """
 
     name: str
     class_name: str
     config: Mapping[str, Any]
     tensors: tuple[TensorContents, ...]
+    release: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -98,6 +101,7 @@ class Contents:
         components: Those with weights.
         others: Class of each of the others, by name.
         skipped: Components that were left out when it was converted.
+        loras: What was merged into its weights then.
     """
 
     pipeline: str | None
@@ -105,6 +109,7 @@ class Contents:
     components: tuple[ComponentContents, ...]
     others: Mapping[str, str]
     skipped: tuple[str, ...]
+    loras: tuple[LoraRecord, ...] = ()
 
 
 # A tensor's name, shape and dtype, and what reads it.
@@ -115,6 +120,7 @@ _Readable = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
 class _Part:
     config: Mapping[str, Any]
     tensors: Sequence[_Readable]
+    release: str | None = None
 
 
 def read_contents(
@@ -140,11 +146,11 @@ def read_contents(
     converted = (source / NAME).is_file()
     if converted:
         manifest = read_manifest(source)
-        index, skipped = read_pipeline_index(source), manifest.skipped
+        index, skipped, loras = read_pipeline_index(source), manifest.skipped, manifest.loras
         parts = _converted_parts(source, manifest)
     else:
         opened = open_source(source, variant)
-        index, skipped = opened.index, ()
+        index, skipped, loras = opened.index, (), ()
         parts = _stored_parts(opened, variant)
     total = sum(
         math.prod(shape) * np.dtype(dtype).itemsize
@@ -170,6 +176,7 @@ def read_contents(
                 class_name=index.classes[name],
                 config=part.config,
                 tensors=tuple(measure(name, tensor) for tensor in part.tensors),
+                release=part.release,
             )
             for name, part in parts.items()
         ),
@@ -179,6 +186,7 @@ def read_contents(
             if name not in parts and name not in skipped
         },
         skipped=skipped,
+        loras=loras,
     )
 
 
@@ -212,6 +220,7 @@ def _stored_parts(source: Source, variant: str | None) -> dict[str, _Part]:
                 (name, of.shape, of.dtype.name, partial(read_tensor, of))
                 for name, of in sorted(tensors.items())
             ],
+            None if original is None else original.release,
         )
     return found
 

@@ -120,6 +120,7 @@ class OriginalComponent:
     """A component of an original release, as diffusers or transformers would have saved it.
 
     Attributes:
+        release: What the release is called.
         class_name: Its class in model_index.json.
         config: Its config.json.
         tensors: Its tensors by the names that class gives them, not read yet: they are places in
@@ -127,6 +128,7 @@ class OriginalComponent:
         leaves: What they are converted to.
     """
 
+    release: str
     class_name: str
     config: dict[str, Any]
     tensors: Mapping[str, StoredTensor]
@@ -184,7 +186,7 @@ def recognise(
                 "bfloat16: fetch the unquantised weights."
             )
     written = {"_class_name": release.class_name, **made.to_dict()}
-    return OriginalComponent(release.class_name, written, tensors, leaves)
+    return OriginalComponent(release.name, release.class_name, written, tensors, leaves)
 
 
 def find_original(
