@@ -144,6 +144,8 @@ def generate(
     prompt: str | None,
     prompts: Path | None,
     sparsity: Mapping[str, Any] | None,
+    revision: str | None,
+    variant: str | None,
     dtype: str | None,
     fps: float | None,
     enlarge: int,
@@ -169,7 +171,7 @@ def generate(
         check_folder(labels_out)
     if labels_out is not None and sparsity is None:
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
-    pipeline = _load(model, dtype)
+    pipeline = _load(model, revision=revision, variant=variant, dtype=dtype)
     fps = pipeline.frame_rate if fps is None else fps
     check_fps(fps)
     _check_enlarge(enlarge)
@@ -225,6 +227,8 @@ def compare(
     *,
     sparsity: Mapping[str, Any],
     pattern: Pattern,
+    revision: str | None,
+    variant: str | None,
     dtype: str | None,
     fps: float | None,
     enlarge: int,
@@ -237,7 +241,7 @@ def compare(
     if json_file is not None:
         check_folder(json_file)
     _check_enlarge(enlarge)
-    pipeline = _load(model, dtype)
+    pipeline = _load(model, revision=revision, variant=variant, dtype=dtype)
     fps = pipeline.frame_rate if fps is None else fps
     check_fps(fps)
     arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
@@ -267,10 +271,10 @@ def demo(prompt: str, *, seed: int, output: Path, source: Path | None) -> None:
     _write_comparison(comparison, output, fps=_DEMO_FPS, factor=_DEMO_ENLARGE)
 
 
-def _load(model: str, dtype: str | None) -> VideoPipeline:
+def _load(model: str, **options: str | None) -> VideoPipeline:
     keep_programs()
     with _bytes_bar(visible=False) as progress:
-        return from_pretrained(model, dtype=dtype, progress=progress)
+        return from_pretrained(model, progress=progress, **options)
 
 
 def keep_programs() -> None:
