@@ -19,7 +19,7 @@ from svg_jax.convert import (
     wan,
     wan_vae,
 )
-from svg_jax.convert.reader import read_json
+from svg_jax.convert.reader import STEMS, read_json
 from svg_jax.convert.rules import ConversionError, Leaf, Rule, match_rules
 from svg_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from svg_jax.models.cogvideox_config import CogVideoXConfig
@@ -41,6 +41,7 @@ PIPELINES = (
     "WanImageToVideoPipeline",
 )
 COPIED = ("scheduler", "tokenizer", "tokenizer_2", "image_processor")  # small, carried as they are
+_DIFFUSERS, _TRANSFORMERS = STEMS
 
 
 @dataclass(frozen=True)
@@ -51,42 +52,59 @@ class Family:
         read_config: Makes the config from a parsed config.json, strictly.
         rules: The family's conversion table for a config.
         stem: What its library calls the weights' file.
+        role: The component that it is in the pipelines that have it.
         unused: Names of tensors that released files hold and that no output of the port needs.
     """
 
     read_config: Callable[[Mapping[str, Any]], Any]
     rules: Callable[[Any], tuple[Rule, ...]]
     stem: str
+    role: str
     unused: re.Pattern[str] | None = None
 
+    @property
+    def library(self) -> str:
+        """Where the class is from."""
+        return "diffusers" if self.stem == _DIFFUSERS else "transformers"
 
-_CLIP_VISION = Family(CLIPVisionConfig.from_dict, clip.vision_rules, "model", clip.UNUSED)
+
+_CLIP_VISION = Family(
+    CLIPVisionConfig.from_dict, clip.vision_rules, _TRANSFORMERS, "image_encoder", clip.UNUSED
+)
 
 FAMILIES: Mapping[str, Family] = {
-    "AutoencoderKLHunyuanVideo": Family(
-        HunyuanVideoVAEConfig.from_dict, hunyuan_video_vae.rules, "diffusion_pytorch_model"
+    "AutoencoderKLCogVideoX": Family(
+        CogVideoXVAEConfig.from_dict, cogvideox_vae.rules, _DIFFUSERS, "vae"
     ),
-    "CLIPTextModel": Family(CLIPTextConfig.from_dict, clip.text_rules, "model"),
+    "AutoencoderKLHunyuanVideo": Family(
+        HunyuanVideoVAEConfig.from_dict, hunyuan_video_vae.rules, _DIFFUSERS, "vae"
+    ),
+    "AutoencoderKLWan": Family(WanVAEConfig.from_dict, wan_vae.rules, _DIFFUSERS, "vae"),
+    "CLIPTextModel": Family(
+        CLIPTextConfig.from_dict, clip.text_rules, _TRANSFORMERS, "text_encoder_2"
+    ),
     "CLIPVisionModel": _CLIP_VISION,
     "CLIPVisionModelWithProjection": _CLIP_VISION,
-    "AutoencoderKLCogVideoX": Family(
-        CogVideoXVAEConfig.from_dict, cogvideox_vae.rules, "diffusion_pytorch_model"
-    ),
-    "AutoencoderKLWan": Family(WanVAEConfig.from_dict, wan_vae.rules, "diffusion_pytorch_model"),
     "CogVideoXTransformer3DModel": Family(
-        CogVideoXConfig.from_dict, cogvideox.rules, "diffusion_pytorch_model"
+        CogVideoXConfig.from_dict, cogvideox.rules, _DIFFUSERS, "transformer"
     ),
     "HunyuanVideoTransformer3DModel": Family(
-        HunyuanVideoConfig.from_dict, hunyuan_video.rules, "diffusion_pytorch_model"
+        HunyuanVideoConfig.from_dict, hunyuan_video.rules, _DIFFUSERS, "transformer"
     ),
-    "LlamaModel": Family(LlamaConfig.from_dict, llama.rules, "model", llama.UNUSED),
+    "LlamaModel": Family(
+        LlamaConfig.from_dict, llama.rules, _TRANSFORMERS, "text_encoder", llama.UNUSED
+    ),
     "LlavaForConditionalGeneration": Family(
-        LlavaConfig.from_dict, llava.rules, "model", llama.UNUSED
+        LlavaConfig.from_dict, llava.rules, _TRANSFORMERS, "text_encoder", llama.UNUSED
     ),
-    "T5EncoderModel": Family(partial(T5Config.from_dict, model_type="t5"), t5.rules, "model"),
-    "UMT5EncoderModel": Family(partial(T5Config.from_dict, model_type="umt5"), t5.rules, "model"),
+    "T5EncoderModel": Family(
+        partial(T5Config.from_dict, model_type="t5"), t5.rules, _TRANSFORMERS, "text_encoder"
+    ),
+    "UMT5EncoderModel": Family(
+        partial(T5Config.from_dict, model_type="umt5"), t5.rules, _TRANSFORMERS, "text_encoder"
+    ),
     "WanTransformer3DModel": Family(
-        WanConfig.from_dict, wan.rules, "diffusion_pytorch_model", wan.UNUSED
+        WanConfig.from_dict, wan.rules, _DIFFUSERS, "transformer", wan.UNUSED
     ),
 }
 
@@ -96,11 +114,11 @@ class PipelineIndex:
     """What model_index.json says.
 
     Attributes:
-        pipeline: The pipeline's class.
+        pipeline: The pipeline's class; None of a component without one.
         classes: Class of each component that is there; null ones are left out.
     """
 
-    pipeline: str
+    pipeline: str | None
     classes: Mapping[str, str]
 
 
@@ -115,8 +133,8 @@ def read_pipeline_index(folder: Path) -> PipelineIndex:
         what = "holds no model_index.json" if folder.is_dir() else "is no folder"
         raise ConversionError(f"{folder}: {what}: give a pipeline's folder in diffusers' layout.")
     values = read_json(file)
-    pipeline = values.get("_class_name")
-    if pipeline not in PIPELINES:
+    pipeline = values.get("_class_name", "")  # null is what a component converted alone has
+    if pipeline not in (*PIPELINES, None):
         raise ConversionError(
             f"{file}: the pipeline is {pipeline!r} and only {', '.join(PIPELINES)} are supported."
         )
@@ -160,6 +178,12 @@ def select_components(
     if not wanted:
         raise ConversionError(f"{where}: there is no component to convert.")
     return tuple(wanted)
+
+
+def named_class(config: Mapping[str, Any]) -> str | None:
+    """The class that a config.json is of: diffusers says it, transformers in a list."""
+    found = config.get("_class_name") or config.get("architectures")
+    return str(found[0] if isinstance(found, list) else found) if found else None
 
 
 def component_leaves(

@@ -1,8 +1,8 @@
-"""What a pipeline folder holds, converted or in diffusers' layout, and its tensors' statistics."""
+"""What a folder or file holds, converted or not, and its tensors' statistics."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from svg_jax.convert.components import COPIED, read_pipeline_index
-from svg_jax.convert.manifest import NAME, read_manifest
-from svg_jax.convert.plan import link_targets, select_variants
+from svg_jax.convert.manifest import NAME, LoraRecord, Manifest, read_manifest
 from svg_jax.convert.progress import Progress, count_bytes
-from svg_jax.convert.reader import check_inside, read_json, read_tensor, read_weights
+from svg_jax.convert.reader import read_json, read_tensor
+from svg_jax.convert.source import Source, open_source, select_variants
 from svg_jax.convert.tensors import open_tensors, read_checked
 
 _PIECE = 1 << 22  # elements that are taken at once
@@ -62,12 +62,15 @@ class ComponentContents:
         class_name: Its class in model_index.json.
         config: Its config.json.
         tensors: Its tensors.
+        release: What it is called if it is in its authors' own layout; names and config are then
+            those that its class gives them.
     """
 
     name: str
     class_name: str
     config: Mapping[str, Any]
     tensors: tuple[TensorContents, ...]
+    release: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -90,58 +93,69 @@ class ComponentContents:
 
 @dataclass(frozen=True)
 class Contents:
-    """A pipeline folder.
+    """A pipeline, or a component alone.
 
     Attributes:
-        pipeline: Its class.
-        converted: Whether it is a converted one; else it is in diffusers' layout.
+        pipeline: Its class; None of a component alone.
+        converted: Whether it is converted; else it is in diffusers' or an original layout.
         components: Those with weights.
         others: Class of each of the others, by name.
         skipped: Components that were left out when it was converted.
+        loras: What was merged into its weights then.
     """
 
-    pipeline: str
+    pipeline: str | None
     converted: bool
     components: tuple[ComponentContents, ...]
     others: Mapping[str, str]
     skipped: tuple[str, ...]
+    loras: tuple[LoraRecord, ...] = ()
 
 
 # A tensor's name, shape and dtype, and what reads it.
 _Readable = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
 
 
+@dataclass(frozen=True)
+class _Part:
+    config: Mapping[str, Any]
+    tensors: Sequence[_Readable]
+    release: str | None = None
+
+
 def read_contents(
-    folder: str | Path,
+    source: str | Path,
     *,
     statistics: bool = False,
     variant: str | None = None,
     progress: Progress | None = None,
 ) -> Contents:
-    """Reads what a folder holds: headers only, or every tensor for its statistics.
+    """Reads what a folder or file holds: headers only, or every tensor for its statistics.
 
     Args:
-        folder: A converted folder, or one in diffusers' layout (any component, ported or not).
+        source: A converted folder, or what `convert_pipeline` takes; of a pipeline also components
+            that are not ported.
         statistics: Whether to read the tensors, one at a time.
         variant: See `convert_pipeline`.
         progress: Called with (bytes done, bytes in all, component).
 
     Raises:
-        ConversionError: If it is no such folder, or something in it cannot be read.
+        ConversionError: If it is nothing of the kind, or something in it cannot be read.
     """
-    folder = Path(folder)
-    index = read_pipeline_index(folder)
-    converted = (folder / NAME).is_file()
-    skipped: tuple[str, ...] = ()
+    source = Path(source)
+    converted = (source / NAME).is_file()
     if converted:
-        skipped = read_manifest(folder).skipped
-        readable = _converted_tensors(folder)
+        manifest = read_manifest(source)
+        index, skipped, loras = read_pipeline_index(source), manifest.skipped, manifest.loras
+        parts = _converted_parts(source, manifest)
     else:
-        readable = _stored_tensors(folder, sorted(index.classes.keys() - {*COPIED}), variant)
+        opened = open_source(source, variant)
+        index, skipped, loras = opened.index, (), ()
+        parts = _stored_parts(opened, variant)
     total = sum(
         math.prod(shape) * np.dtype(dtype).itemsize
-        for tensors in readable.values()
-        for _, shape, dtype, _ in tensors
+        for part in parts.values()
+        for _, shape, dtype, _ in part.tensors
     )
     advance = count_bytes(total, progress if statistics else None)
 
@@ -160,47 +174,54 @@ def read_contents(
             ComponentContents(
                 name=name,
                 class_name=index.classes[name],
-                config=read_json(folder / name / "config.json"),
-                tensors=tuple(measure(name, tensor) for tensor in tensors),
+                config=part.config,
+                tensors=tuple(measure(name, tensor) for tensor in part.tensors),
+                release=part.release,
             )
-            for name, tensors in readable.items()
+            for name, part in parts.items()
         ),
         others={
             name: of
             for name, of in index.classes.items()
-            if name not in readable and name not in skipped
+            if name not in parts and name not in skipped
         },
         skipped=skipped,
+        loras=loras,
     )
 
 
-def _converted_tensors(folder: Path) -> dict[str, list[_Readable]]:
+def _converted_parts(folder: Path, manifest: Manifest) -> dict[str, _Part]:
     return {
-        component: [
-            (
-                name,
-                of.record.shape,
-                of.record.stored_dtype,
-                partial(read_checked, component, name, of),
-            )
-            for name, of in sorted(tensors.items())
-        ]
-        for component, tensors in open_tensors(folder, read_manifest(folder)).items()
+        component: _Part(
+            read_json(folder / component / "config.json"),
+            [
+                (
+                    name,
+                    of.record.shape,
+                    of.record.stored_dtype,
+                    partial(read_checked, component, name, of),
+                )
+                for name, of in sorted(tensors.items())
+            ],
+        )
+        for component, tensors in open_tensors(folder, manifest).items()
     }
 
 
-def _stored_tensors(
-    folder: Path, components: list[str], variant: str | None
-) -> dict[str, list[_Readable]]:
-    allowed = link_targets(folder)
+def _stored_parts(source: Source, variant: str | None) -> dict[str, _Part]:
+    components = sorted(source.index.classes.keys() - {*COPIED})
     found = {}
-    for component, chosen in select_variants(folder, components, variant).items():
-        check_inside(folder / component / "config.json", allowed)
-        tensors = read_weights(folder / component, allowed, chosen)
-        found[component] = [
-            (name, of.shape, of.dtype.name, partial(read_tensor, of))
-            for name, of in sorted(tensors.items())
-        ]
+    for component, chosen in select_variants(source, components, variant).items():
+        tensors, original = source.read(component, chosen)
+        config = source.folder(component) / "config.json"
+        found[component] = _Part(
+            read_json(config) if original is None else original.config,
+            [
+                (name, of.shape, of.dtype.name, partial(read_tensor, of))
+                for name, of in sorted(tensors.items())
+            ],
+            None if original is None else original.release,
+        )
     return found
 
 

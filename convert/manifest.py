@@ -72,14 +72,14 @@ class Manifest:
     """What stands in manifest.json.
 
     Attributes:
-        source: Name of the source folder.
-        pipeline: The pipeline's class in model_index.json.
+        source: Name of the source folder or file.
+        pipeline: The pipeline's class in model_index.json; None of a component converted alone.
         dtype: What weights were cast to, if they were.
         variant: Which variant of the weights was taken ("fp16"), if one was asked for.
         components: Per converted component, its tensors' records by the source's names.
         skipped: Components of the source that were left out on request.
         sources: Digests (sha256) of the files that weights and configs were read from, by their
-            path in the source.
+            component and name.
         files: Digests of the files of this folder outside of `weights`, by path.
         weights: Digests of the files of the checkpoints, by path.
         versions: Versions of the libraries that wrote the folder.
@@ -89,7 +89,7 @@ class Manifest:
     """
 
     source: str
-    pipeline: str
+    pipeline: str | None
     dtype: str | None
     variant: str | None
     components: Mapping[str, Mapping[str, TensorRecord]]

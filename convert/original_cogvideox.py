@@ -141,7 +141,8 @@ def vae_config(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
     if "scaling_factor" not in given:
         raise ConversionError(
             "the weights do not tell the scale of the latents: give scaling_factor, 1.15258426 for "
-            "2B and 0.7 for 5B and 1.5, and for 1.5 also invert_scale_latents, true."
+            "2B and 0.7 for 5B and 1.5, and for 1.5 also invert_scale_latents, true (in "
+            'config.json, beside its "_class_name").'
         )
     first = "encoder.down.{}.block.0.conv1.conv.weight"
     widths = tuple(shapes[first.format(level)][0] for level in range(_LEVELS))

@@ -112,7 +112,7 @@ def transformer_config(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, An
     if channels == out_channels and _CONDITION not in given:
         raise ConversionError(
             f"the weights do not tell text to video from image to video: give {_CONDITION}, None "
-            "or 'token_replace'."
+            "or 'token_replace' (in config.json, beside its \"_class_name\"; None is null there)."
         )
     refiner = "txt_in.individual_token_refiner.blocks.{}.norm1.weight"
     return {

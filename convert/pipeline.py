@@ -1,4 +1,4 @@
-"""A pipeline folder in diffusers' layout to a converted one, a tensor at a time."""
+"""A pipeline or a component in diffusers' layout to a converted folder, a tensor at a time."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def convert_pipeline(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Converts a pipeline folder in diffusers' layout into orbax checkpoints.
+    """Converts a pipeline, or a component alone, in diffusers' layout into orbax checkpoints.
 
     The result holds `model_index.json`, `manifest.json`, the files of scheduler, tokenizers and
     image processor, and per component `config.json` and `weights/`, an orbax checkpoint of the
@@ -62,7 +62,11 @@ def convert_pipeline(
     it had finished are read once more, compared with their digests and kept.
 
     Args:
-        source: Folder with model_index.json. Weights are safetensors, one file or shards.
+        source: Folder with model_index.json; or a component's with config.json, or a file of its
+            weights with config.json beside it: the result then has that component alone, under the
+            name of its role ("transformer", "vae", …), and makes no pipeline. Weights are
+            safetensors, one file or shards, or those of an original release, of which config.json
+            only has to say what they do not tell.
         destination: Folder to be made.
         components: Components to convert, e.g. ("transformer", "text_encoder"); the others are
             left out and named in the manifest. None takes all and refuses those not ported yet.
@@ -105,8 +109,8 @@ def convert_pipeline(
     advance = count_bytes(plan.nbytes, progress)
     with staged_folder(destination, overwrite=overwrite, take_over=True) as staging:
         empty = Manifest(
-            source=plan.source.resolve().name,
-            pipeline=plan.index.pipeline,
+            source=plan.source.name,
+            pipeline=plan.source.index.pipeline,
             dtype=None if plan.dtype is None else plan.dtype.name,
             variant=variant,
             components={},
@@ -128,7 +132,7 @@ def convert_pipeline(
             raise ConversionError(
                 f"{plan.loras[0].path}: a LoRA was changed while it was read: convert again."
             )
-        files = _copy_files(plan.files, staging)
+        files = _write_small_files(plan, staging)
         write_manifest(staging, _manifest(empty, written, files), PARTIAL)
         os.replace(staging / PARTIAL, staging / NAME)
 
@@ -193,11 +197,14 @@ def _proven(
     return _Written(records, sources, files, weights)
 
 
-def _copy_files(files: Mapping[str, Path], staging: Path) -> dict[str, str]:
-    for name, file in files.items():
+def _write_small_files(plan: ConversionPlan, staging: Path) -> dict[str, str]:
+    for name, file in plan.files.items():
         (staging / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, staging / name)
-    return {name: file_digest(staging / name) for name in files}
+    index = "model_index.json"
+    if plan.source.alone:
+        (staging / index).write_text(plan.source.index_text, encoding="utf-8", newline="")
+    return {name: file_digest(staging / name) for name in {index, *plan.files}}
 
 
 def _write_component(

@@ -14,25 +14,16 @@ from jax.typing import DTypeLike
 from svg_jax.convert.components import (
     COPIED,
     FAMILIES,
-    PipelineIndex,
     component_leaves,
     read_component_config,
-    read_pipeline_index,
     select_components,
 )
 from svg_jax.convert.lora import Lora, changes_of, read_loras
 from svg_jax.convert.lora_change import Change
 from svg_jax.convert.manifest import NAME
-from svg_jax.convert.reader import (
-    DTYPES,
-    StoredTensor,
-    check_inside,
-    check_regular,
-    read_weights,
-    weights_files,
-)
-from svg_jax.convert.releases import find_original
+from svg_jax.convert.reader import DTYPES, StoredTensor, check_inside, check_regular
 from svg_jax.convert.rules import ConversionError, Leaf
+from svg_jax.convert.source import Source, open_source, select_variants
 from svg_jax.convert.writer import LeafFiles, checkpoint_nbytes
 
 _COPY_LIMIT = 100 * 2**20  # bytes; nothing in COPIED's folders comes near it
@@ -60,7 +51,7 @@ class ComponentPlan:
     """A component that was checked and can be written.
 
     Attributes:
-        name: Its name and its folder's.
+        name: Its name and that of the folder to be made.
         class_name: Its class in model_index.json.
         folder: Where it is read from.
         tensors: The tensors that it is made of, by name.
@@ -128,8 +119,7 @@ class ConversionPlan:
     """What will be read and written.
 
     Attributes:
-        source: The pipeline folder.
-        index: What its model_index.json says.
+        source: What is read.
         components: The components to convert, sorted by name.
         files: The files that are carried as they are, by their path in the folder.
         dtype: What weights are cast to; None keeps what is stored.
@@ -137,8 +127,7 @@ class ConversionPlan:
         loras: What is merged into the weights.
     """
 
-    source: Path
-    index: PipelineIndex
+    source: Source
     components: tuple[ComponentPlan, ...]
     files: Mapping[str, Path]
     dtype: np.dtype | None
@@ -148,13 +137,13 @@ class ConversionPlan:
     @property
     def sources(self) -> tuple[Path, ...]:
         """The folders and files that the destination must not lie in, or hold."""
-        return (self.source, *(lora.path for lora in self.loras))
+        return (self.source.path, *(lora.path for lora in self.loras))
 
     @property
     def skipped(self) -> tuple[str, ...]:
         """Components of the source that are left out."""
         chosen = {component.name for component in self.components}
-        return tuple(sorted(self.index.classes.keys() - set(COPIED) - chosen))
+        return tuple(sorted(self.source.index.classes.keys() - set(COPIED) - chosen))
 
     @property
     def nbytes(self) -> int:
@@ -197,25 +186,19 @@ def plan_conversion(
     Raises:
         ConversionError: One sentence that says what is wrong with the source or a LoRA.
     """
-    source = Path(source)
-    if (source / NAME).is_file():
+    if (Path(source) / NAME).is_file():
         raise ConversionError(f"{source}: is converted already: use it as it is.")
     cast = None if dtype is None else _weight_dtype(dtype)
-    index = read_pipeline_index(source)
-    chosen = select_components(index, components, source)
-    variants = select_variants(source, chosen, variant)
-    allowed = link_targets(source)
-    plans = [
-        _plan_component(source / name, index.classes[name], cast, allowed, variants[name])
-        for name in chosen
-    ]
+    opened = open_source(Path(source), variant)
+    chosen = select_components(opened.index, components, opened.path)
+    variants = select_variants(opened, chosen, variant)
+    plans = [_plan_component(opened, name, cast, variants[name]) for name in chosen]
     leaves = {part.name: part.leaves for part in plans}
     loras = read_loras(lora, lora_scale, leaves, lora_into)
     return ConversionPlan(
-        source=source,
-        index=index,
+        source=opened,
         components=tuple(replace(part, changes=changes_of(loras, part.name)) for part in plans),
-        files=_small_files(source, [name for name in COPIED if name in index.classes], allowed),
+        files={} if opened.alone else _small_files(opened),
         dtype=cast,
         variant=variant,
         loras=loras,
@@ -232,40 +215,18 @@ def _weight_dtype(dtype: DTypeLike) -> np.dtype:
     return found
 
 
-def select_variants(
-    source: Path, chosen: Collection[str], variant: str | None
-) -> Mapping[str, str | None]:
-    """Each component's variant: as in diffusers, those that do not have it give what they have.
-
-    Raises:
-        ConversionError: If none has it.
-    """
-    if variant is not None and not variant.isalnum():
-        raise ConversionError(f"variant={variant!r}: is no name of a variant, such as 'fp16'.")
-    found = {name: variant if weights_files(source / name, variant) else None for name in chosen}
-    if variant is not None and not any(found.values()):
-        raise ConversionError(
-            f"{source}: no component has weights of the variant {variant!r}: choose another, or "
-            "none."
-        )
-    return found
-
-
-def link_targets(source: Path) -> tuple[Path, ...]:
-    """Where links in the source may lead: the hub's cache keeps a snapshot's files in `blobs`."""
-    cached = source.resolve().parent.name == "snapshots"
-    return (source, source.resolve().parent.parent / "blobs") if cached else (source,)
-
-
-def _small_files(source: Path, folders: list[str], allowed: tuple[Path, ...]) -> dict[str, Path]:
+def _small_files(source: Source) -> dict[str, Path]:
     """The files that are carried as they are, by their path in the folder."""
-    files = {"model_index.json": source / "model_index.json"}
-    for name in folders:
-        found = sorted(file for file in (source / name).glob("*") if not file.is_dir())
+    files = {"model_index.json": source.path / "model_index.json"}
+    for name in COPIED:
+        if name not in source.index.classes:
+            continue
+        folder = source.folder(name)
+        found = sorted(file for file in folder.glob("*") if not file.is_dir())
         if not found:
-            raise ConversionError(f"{source / name}: model_index.json lists it and it is missing.")
+            raise ConversionError(f"{folder}: model_index.json lists it and it is missing.")
         for file in found:
-            check_inside(file, allowed)
+            check_inside(file, source.allowed)
             check_regular(file)
             if file.stat().st_size > _COPY_LIMIT:
                 raise ConversionError(f"{file}: is too large for a {name}: remove it.")
@@ -274,28 +235,22 @@ def _small_files(source: Path, folders: list[str], allowed: tuple[Path, ...]) ->
 
 
 def _plan_component(
-    folder: Path,
-    class_name: str,
-    cast: np.dtype | None,
-    allowed: tuple[Path, ...],
-    variant: str | None,
+    source: Source, name: str, cast: np.dtype | None, variant: str | None
 ) -> ComponentPlan:
+    folder, class_name = source.folder(name), source.index.classes[name]
     states = {file: FileState.of(file) for file in folder.glob("*") if file.exists()}
-    check_inside(folder / "config.json", (folder, *allowed))
-    original = find_original(folder, class_name, allowed) if variant is None else None
+    tensors, original = source.read(name, variant)
     if original is not None:
-        tensors, leaves = original.tensors, original.leaves
-        config = FAMILIES[class_name].read_config(original.config)
+        leaves, config = original.leaves, FAMILIES[class_name].read_config(original.config)
     else:
-        tensors = read_weights(folder, allowed, variant)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         leaves = component_leaves(folder, class_name, shapes)
         config = read_component_config(folder, class_name)
     used = {name for leaf in leaves for names in leaf.names for name in names}
-    read = {folder / "config.json", *weights_files(folder, variant)}
+    read = {folder / "config.json", *source.weights_files(name, variant)}
     read |= {tensors[name].file for name in used}
     return ComponentPlan(
-        name=folder.name,
+        name=name,
         class_name=class_name,
         folder=folder,
         tensors={name: tensors[name] for name in tensors if name in used},

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from svg_jax.convert import original_cogvideox, original_hunyuan_video, original_wan
-from svg_jax.convert.components import FAMILIES
+from svg_jax.convert.components import FAMILIES, named_class
 from svg_jax.convert.original import Origin, Shapes, rename_tensors
 from svg_jax.convert.reader import (
     DTYPES,
@@ -127,6 +127,7 @@ class OriginalComponent:
     """A component of an original release, as diffusers or transformers would have saved it.
 
     Attributes:
+        release: What the release is called.
         class_name: Its class in model_index.json.
         config: Its config.json.
         tensors: Its tensors by the names that class gives them, not read yet: they are places in
@@ -134,6 +135,7 @@ class OriginalComponent:
         leaves: What they are converted to.
     """
 
+    release: str
     class_name: str
     config: dict[str, Any]
     tensors: Mapping[str, StoredTensor]
@@ -191,21 +193,22 @@ def recognise(
                 "bfloat16: fetch the unquantised weights."
             )
     written = {"_class_name": release.class_name, **made.to_dict()}
-    return OriginalComponent(release.class_name, written, tensors, leaves)
+    return OriginalComponent(release.name, release.class_name, written, tensors, leaves)
 
 
 def find_original(
-    folder: Path, class_name: str, allowed: Iterable[Path] = ()
+    source: Path, class_name: str | None, allowed: Iterable[Path] = ()
 ) -> OriginalComponent | None:
-    """What a component's folder holds if that is weights of an original release.
+    """What a component's folder, or a file, holds if that is weights of an original release.
 
-    Either it holds a .pt or .pth file and no safetensors, or the safetensors have an original
-    release's names. What config.json says of the model, if its "_class_name" is this class, counts
-    as `read_original`'s `config`; the authors' own config.json names other classes.
+    Either it is a .pt or .pth file, or a folder with one and no safetensors, or the safetensors
+    have an original release's names. What config.json says of the model, if its "_class_name" is
+    this class, counts as `read_original`'s `config`; the authors' own config.json names other
+    classes.
 
     Args:
-        folder: The component's folder.
-        class_name: Its class in model_index.json.
+        source: The component's folder, or its file of weights, beside which config.json may be.
+        class_name: Its class in model_index.json; None takes any.
         allowed: See `reader.read_weights`.
 
     Returns:
@@ -214,30 +217,38 @@ def find_original(
     Raises:
         ConversionError: See `read_original`; or if the weights are another class's.
     """
-    files = sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES)
-    if any(folder.glob("*.safetensors*")) or not files:
-        stored, source = read_weights(folder, allowed), folder
-        if not any(r.mark in stored or r.prefix + r.mark in stored for r in _RENAMED):
+    is_folder = source.is_dir()
+    config = (source if is_folder else source.parent) / "config.json"
+    said = read_json(config) if config.is_file() else {}
+    file = _torch_file(source, allowed) if is_folder else source
+    where = source if file is None else file
+    stored = read_weights(source, allowed) if file is None else _read(file)
+    if file is None or file.suffix not in SUFFIXES:
+        releases = _RENAMED if named_class(said) in FAMILIES else RELEASES
+        if not any(r.mark in stored or r.prefix + r.mark in stored for r in releases):
             return None
-    elif len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise ConversionError(f"{folder}: holds {names}: remove the ones that are not meant.")
-    else:
-        (source,) = files
-        check_inside(source, (folder, *allowed))
-        stored = read_torch_file(source)
-    release, _ = _find_release(stored, source)
-    if release.class_name != class_name:
+    release, _ = _find_release(stored, where)
+    if release.class_name != (class_name or release.class_name):
         raise ConversionError(
-            f"{source}: is {release.name}, a {release.class_name}, and model_index.json has a "
+            f"{where}: is {release.name}, a {release.class_name}, and model_index.json has a "
             f"{class_name} there."
         )
-    file = folder / "config.json"
-    said = read_json(file) if file.is_file() else {}
-    if said.get("_class_name") != class_name:
+    if said.get("_class_name") != release.class_name:
         said = {}
     given = {key: value for key, value in said.items() if not key.startswith("_")}
-    return recognise(stored, source, config=given)
+    return recognise(stored, where, config=given)
+
+
+def _torch_file(folder: Path, allowed: Iterable[Path]) -> Path | None:
+    """The file of torch.save in a folder without safetensors."""
+    files = sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES)
+    if any(folder.glob("*.safetensors*")) or not files:
+        return None
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ConversionError(f"{folder}: holds {names}: remove the ones that are not meant.")
+    check_inside(files[0], (folder, *allowed))
+    return files[0]
 
 
 def _read(source: Path) -> dict[str, StoredTensor]:

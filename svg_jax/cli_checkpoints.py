@@ -22,7 +22,12 @@ Variant = Annotated[
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A pipeline folder in diffusers' layout.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A pipeline's folder in diffusers' layout; or a component's, or a file of weights."
+        ),
+    ],
     destination: Annotated[Path, typer.Argument(help="The folder to make.")],
     components: Annotated[
         str | None,
@@ -100,7 +105,7 @@ def verify(
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A converted folder, or one of diffusers.")],
+    source: Annotated[Path, typer.Argument(help="A converted folder, or what convert takes.")],
     stats: Annotated[
         bool, typer.Option("--stats", help="Read every tensor: min, max, mean, std, not finite.")
     ] = False,
@@ -110,7 +115,7 @@ def inspect(
     """Say what a checkpoint holds: components, configs, parameters, dtypes."""
     from svg_jax import commands
 
-    commands.inspect_folder(folder, statistics=stats, variant=variant, as_json=as_json)
+    commands.inspect_source(source, statistics=stats, variant=variant, as_json=as_json)
 
 
 CHECKPOINT_COMMANDS = (convert, export, verify, inspect)

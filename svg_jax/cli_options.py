@@ -52,6 +52,11 @@ Model = Annotated[
         "which is converted once into $SVG_JAX_CACHE (~/.cache/svg-jax).",
     ),
 ]
+Revision = Annotated[str | None, option("--revision", help="Of a hub id: a branch, tag or commit.")]
+ModelVariant = Annotated[
+    str | None,
+    option("--variant", help="Of a hub id or a folder of diffusers: weights to take, e.g. fp16."),
+]
 Prompt = Annotated[str | None, option("--prompt", help="What to show.")]
 Negative = Annotated[str, option("--negative-prompt", help="What guidance leads away from.")]
 Embeds = Annotated[

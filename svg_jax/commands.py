@@ -74,7 +74,7 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Converts a pipeline folder in diffusers' layout, or says what that would give."""
+    """Converts a pipeline or a component in diffusers' layout, or says what that would give."""
     if dry_run:
         plan = plan_conversion(
             source,
@@ -123,10 +123,10 @@ def verify(folder: Path) -> None:
     print(f"{folder} is as it was converted: {tensors} tensors in {files} files")
 
 
-def inspect_folder(folder: Path, *, statistics: bool, variant: str | None, as_json: bool) -> None:
-    """Prints what a folder holds."""
+def inspect_source(source: Path, *, statistics: bool, variant: str | None, as_json: bool) -> None:
+    """Prints what a folder or file holds."""
     with _bytes_bar() as progress:
-        contents = read_contents(folder, statistics=statistics, variant=variant, progress=progress)
+        contents = read_contents(source, statistics=statistics, variant=variant, progress=progress)
     if as_json:
         print(json.dumps(contents_values(contents), indent=1))
     else:
@@ -147,6 +147,8 @@ def generate(
     prompt: str | None,
     prompts: Path | None,
     sparsity: Mapping[str, Any] | None,
+    revision: str | None,
+    variant: str | None,
     dtype: str | None,
     fps: float | None,
     enlarge: int,
@@ -172,7 +174,7 @@ def generate(
         check_folder(labels_out)
     if labels_out is not None and sparsity is None:
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
-    pipeline = _load(model, dtype)
+    pipeline = _load(model, revision=revision, variant=variant, dtype=dtype)
     fps = pipeline.frame_rate if fps is None else fps
     check_fps(fps)
     _check_enlarge(enlarge)
@@ -228,6 +230,8 @@ def compare(
     *,
     sparsity: Mapping[str, Any],
     pattern: Pattern,
+    revision: str | None,
+    variant: str | None,
     dtype: str | None,
     fps: float | None,
     enlarge: int,
@@ -240,7 +244,7 @@ def compare(
     if json_file is not None:
         check_folder(json_file)
     _check_enlarge(enlarge)
-    pipeline = _load(model, dtype)
+    pipeline = _load(model, revision=revision, variant=variant, dtype=dtype)
     fps = pipeline.frame_rate if fps is None else fps
     check_fps(fps)
     arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
@@ -270,10 +274,10 @@ def demo(prompt: str, *, seed: int, output: Path, source: Path | None) -> None:
     _write_comparison(comparison, output, fps=_DEMO_FPS, factor=_DEMO_ENLARGE)
 
 
-def _load(model: str, dtype: str | None) -> VideoPipeline:
+def _load(model: str, **options: str | None) -> VideoPipeline:
     keep_programs()
     with _bytes_bar(visible=False) as progress:
-        return from_pretrained(model, dtype=dtype, progress=progress)
+        return from_pretrained(model, progress=progress, **options)
 
 
 def keep_programs() -> None:

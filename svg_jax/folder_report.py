@@ -12,8 +12,11 @@ from svg_jax.convert.plan import ConversionPlan
 
 def contents_tables(contents: Contents) -> Iterator[Table | str]:
     """A table of the components, their configs, and the tensors if they were measured."""
-    layout = "converted" if contents.converted else "in diffusers' layout"
-    yield f"{contents.pipeline}, {layout}"
+    if contents.pipeline is None:
+        yield f"a component alone, {'' if contents.converted else 'not '}converted"
+    else:
+        layout = "converted" if contents.converted else "in diffusers' layout"
+        yield f"{contents.pipeline}, {layout}"
     table = _table("component", "class", "parameters", "size", "dtypes")
     for part in contents.components:
         row = (part.name, part.class_name, f"{part.parameters:,}", _size(part.nbytes))
@@ -23,6 +26,12 @@ def contents_tables(contents: Contents) -> Iterator[Table | str]:
     for name in contents.skipped:
         table.add_row(name, "left out")
     yield table
+    for part in contents.components:
+        if part.release is not None:
+            yield f"{part.name}: {part.release} as released; by the names of {part.class_name}"
+    for lora in contents.loras:
+        digests = ", ".join(f"{name} sha256 {sha256}" for name, sha256 in lora.files.items())
+        yield f"merged: {lora.source} at {lora.scale:g} ({digests})"
     for part in contents.components:
         values = ", ".join(f"{key}={value!r}" for key, value in part.config.items())
         yield f"{part.name}: {values}"

@@ -3,17 +3,22 @@
 import json
 import logging
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny_lora
+import torch
 from safetensors.numpy import load_file
-from tiny_source import ENCODER_FILE, TEXT_ENCODER, TRANSFORMER_FILE, write_source
+from tiny_lora import Q
+from tiny_source import ENCODER_FILE, TEXT_ENCODER, TRANSFORMER_FILE, sha256, write_source
 
 from svg_jax import cli
 from svg_jax.convert import ConversionError, DamageError, convert_pipeline, read_contents
 from svg_jax.convert.contents import Statistics, tensor_statistics
 
+DATA = Path(__file__).parent / "data" / "original"
 TABLE = """\
 CogVideoXPipeline, {layout}
 component     class                        parameters  size      dtypes
@@ -134,6 +139,65 @@ def test_dry_run_says_what_would_be_written(folders, run, tmp_path):
         "transformer CogVideoXTransformer3DModel 64 84.45 kB 168.90 kB float32",
     ]
     assert total.endswith("these weights, 3 small files as they are, and a manifest")
+
+
+UMT5 = """\
+component     class             parameters  size      dtypes
+text_encoder  UMT5EncoderModel  5,920       23.68 kB  float32
+text_encoder: Wan's text encoder as released; by the names of UMT5EncoderModel
+text_encoder: """
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_original_file_is_shown_by_the_names_that_it_will_have(tmp_path, run, alone):
+    shapes = json.loads((DATA / "wan_encoders.json").read_text())["umt5"]["shapes"]
+    random = np.random.default_rng(0)
+    tensors = {name: random.normal(size=shape) for name, shape in shapes.items()}
+    source = tmp_path / "source"
+    file = source / "text_encoder/models_t5.pth"
+    file.parent.mkdir(parents=True)
+    torch.save({name: torch.tensor(of, dtype=torch.float32) for name, of in tensors.items()}, file)
+    index = {"_class_name": "WanPipeline", "text_encoder": ["transformers", "UMT5EncoderModel"]}
+    (source / "model_index.json").write_text(json.dumps(index))
+    printed = run("inspect", file if alone else source)
+    first = "a component alone, not converted" if alone else "WanPipeline, in diffusers' layout"
+    assert printed.startswith(f"{first}\n{UMT5}")
+    assert "d_model=16" in printed
+    (part,) = read_contents(file.parent if alone else source, statistics=True).components
+    measured = {tensor.name: tensor.statistics for tensor in part.tensors}
+    key = "encoder.block.1.layer.1.DenseReluDense.wi_1.weight"
+    found = measured[key]
+    assert found is not None
+    assert found.maximum == tensors["blocks.1.ffn.fc1.weight"].astype(np.float32).max()
+
+    convert_pipeline(file if alone else source, tmp_path / "out")
+    again = run("inspect", tmp_path / "out").splitlines()
+    first = "a component alone, converted" if alone else "WanPipeline, converted"
+    assert again[:3] == [first, *printed.splitlines()[1:3]]
+    (converted,) = read_contents(tmp_path / "out", statistics=True).components
+    assert {tensor.name: tensor.statistics for tensor in converted.tensors} == measured
+
+
+def test_merged_loras_are_shown(tmp_path, run):
+    source = tiny_lora.write_source(tmp_path / "source")
+    loras = [
+        tiny_lora.save_lora(tmp_path / f"loras/{name}", tiny_lora.random_lora(source, [module]))
+        for name, module in (("a.safetensors", Q), ("b.safetensors", "blocks.0.ffn.net.2"))
+    ]
+    convert_pipeline(source, tmp_path / "out", lora=loras, lora_scale=[0.8, 1.0])
+    lines = run("inspect", tmp_path / "out").splitlines()
+    digests = [sha256(lora.read_bytes()) for lora in loras]
+    assert lines[:1] + lines[3:5] == [
+        "WanPipeline, converted",
+        f"merged: a.safetensors at 0.8 (a.safetensors sha256 {digests[0]})",
+        f"merged: b.safetensors at 1 (b.safetensors sha256 {digests[1]})",
+    ]
+    values = json.loads(run("inspect", tmp_path / "out", "--json"))
+    assert values["loras"] == [
+        {"source": "a.safetensors", "scale": 0.8, "files": {"a.safetensors": digests[0]}},
+        {"source": "b.safetensors", "scale": 1.0, "files": {"b.safetensors": digests[1]}},
+    ]
+    assert values["components"][0]["release"] is None
 
 
 def test_what_cannot_be_read_is_told(folders, tmp_path):

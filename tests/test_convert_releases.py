@@ -277,6 +277,7 @@ def test_a_component_of_a_pipeline_may_hold_an_original_file(tmp_path):
     said = {"_class_name": class_name, "image_condition_type": "token_replace"}
     (tmp_path / "config.json").write_text(json.dumps(said))
     found = find_original(tmp_path, class_name)
+    assert found == find_original(tmp_path / "mp_rank_00_model_states.pt", None)
     assert found is not None
     assert found.config["num_layers"] == found.config["num_single_layers"] == 2
     assert found.config["image_condition_type"] == "token_replace"

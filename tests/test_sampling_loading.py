@@ -162,7 +162,8 @@ class Hub:
 
     def snapshot_download(self, _hub_id, *, revision, cache_dir, allow_patterns):
         self.revisions.append(revision)
-        self.snapshot = Path(cache_dir) / "models--owner--tiny" / "snapshots" / COMMIT
+        cache = Path(cache_dir or self.folder.parent / "hub")
+        self.snapshot = cache / "models--owner--tiny" / "snapshots" / COMMIT
         names = [str(file.relative_to(self.folder)) for file in self.folder.rglob("*.*")]
         for name in filter_repo_objects(names, allow_patterns=allow_patterns):
             self.fetched.add(name)
@@ -299,17 +300,24 @@ def test_what_is_no_model(source, tmp_path):
     assert is_hub_id("THUDM/CogVideoX1.5-5B")
 
 
-def test_the_command_line_takes_what_python_takes(source, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Calls the command line in an empty folder, with a cache of its own."""
     monkeypatch.setenv("SVG_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 
-    def run(model):
-        command = ["svg-jax", "generate", f"--model={model}", "--prompt=a red three"]
-        monkeypatch.setattr(sys, "argv", [*command, "--steps=1", "--guidance-scale=1", "-o=a.gif"])
+    def call(model, *options, command="generate"):
+        arguments = ["svg-jax", command, f"--model={model}", "--prompt=a red three", *options]
+        arguments += ["--steps=1", "--guidance-scale=1", "-o=a.gif"]
+        monkeypatch.setattr(sys, "argv", arguments)
         with pytest.raises(SystemExit) as end:
             cli.main()
         return end.value.code or 0, capsys.readouterr().err
 
+    return call
+
+
+def test_the_command_line_takes_what_python_takes(source, run):
     code, said = run("tiny")
     assert code == 0
     assert said.startswith("svg-jax: converting tiny, once, into ")
@@ -318,3 +326,26 @@ def test_the_command_line_takes_what_python_takes(source, tmp_path, monkeypatch,
     assert code == 3
     assert said.startswith("svg-jax: owner/name: is no folder here")
     assert len(said.splitlines()) == 1
+
+
+def test_the_command_line_takes_a_revision_and_a_variant(hub, tmp_path, run):
+    fp16 = hub.folder / "text_encoder" / "model.fp16.safetensors"
+    shutil.copyfile(hub.folder / "text_encoder" / "model.safetensors", fp16)
+    for broken in hub.folder.glob("transformer/*fp16*"):
+        broken.unlink()
+    assert run("owner/tiny", "--revision=v1", "--variant=fp16")[0] == 0
+    assert hub.revisions[0] == "v1"
+    (folder,) = (tmp_path / "cache").glob("tiny-*")
+    assert read_manifest(folder).variant == "fp16"
+
+
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_a_revision_or_a_variant_where_it_has_no_meaning(source, run, tmp_path, command):
+    convert_pipeline(source, tmp_path / "out")
+    for model, option, message in [
+        ("tiny", "--revision=v1", "tiny: revision='v1' goes with a hub id alone"),
+        ("out", "--variant=fp16", "out: is converted, so that variant='fp16' has no meaning"),
+    ]:
+        code, said = run(model, option, command=command)
+        assert (code, said.count("\n")) == (2, 1)
+        assert message in said

@@ -51,11 +51,16 @@ def converted_folder(
         OSError: If the hub or the disk refuses.
     """
     folder, fetch = Path(model).expanduser(), None
-    if not folder.is_dir() and isinstance(model, str) and is_hub_id(model):
+    if not folder.exists() and isinstance(model, str) and is_hub_id(model):
         folder = download_index(model, revision=revision, cache_dir=cache_dir)
         fetch = partial(download_components, model, folder, variant=variant, cache_dir=cache_dir)
     elif revision is not None:
         raise ValueError(f"{model}: revision={revision!r} goes with a hub id alone.")
+    elif folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"{model}: is a file, and a pipeline is a folder: give one that is converted, or in "
+            "diffusers' layout."
+        )
     elif not folder.is_dir():
         raise ValueError(
             f"{model}: is no folder, and no hub id (owner/name) either: check the path."

@@ -66,12 +66,14 @@ def from_pretrained(
         revision=revision,
         variant=variant,
         cache_dir=cache_dir,
-        check=_refuse_wan_2_2,
+        check=_refuse_what_does_not_run,
         progress=progress,
     )
     # Whatever else is wrong, say first that it is no whole converted folder.
     manifest = read_manifest(folder)
+    _refuse_what_does_not_run(folder)
     index = read_pipeline_index(folder)
+    assert index.pipeline is not None
     if dtype is None:
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     source = _Source(folder, jnp.dtype(dtype), manifest.components.keys(), index.classes)
@@ -120,10 +122,15 @@ class _Source:
         return read_json(self.folder / "scheduler" / "scheduler_config.json")
 
 
-def _refuse_wan_2_2(folder: Path) -> None:
+def _refuse_what_does_not_run(folder: Path) -> None:
     entries = read_json(folder / "model_index.json")
-    classes = read_pipeline_index(folder).classes
-    if "transformer_2" in classes or entries.get("boundary_ratio") is not None:
+    index = read_pipeline_index(folder)
+    if index.pipeline is None:
+        raise ValueError(
+            f"{folder}: holds a component alone ({', '.join(index.classes)}), which makes no "
+            "pipeline: load it with load_component, or convert a pipeline's folder."
+        )
+    if "transformer_2" in index.classes or entries.get("boundary_ratio") is not None:
         raise ValueError(f"{folder}: is a Wan 2.2 of two transformers, and only Wan 2.1 runs.")
     if entries.get("expand_timesteps"):
         raise ValueError(f"{folder}: is a Wan 2.2 with times by token, and only Wan 2.1 runs.")
@@ -139,7 +146,6 @@ def _load_cogvideox(source: _Source) -> CogVideoXPipeline:
 
 
 def _load_wan(source: _Source) -> WanPipeline:
-    _refuse_wan_2_2(source.folder)
     # As diffusers advises: small, and worth float32.
     image_encoder, vae = (
         source.lazy(name, jnp.dtype(jnp.float32)) for name in ("image_encoder", "vae")
