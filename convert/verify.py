@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from svg_jax.convert.digests import file_digest
-from svg_jax.convert.manifest import NAME, read_manifest
+from svg_jax.convert.manifest import NAME, Manifest, read_manifest
 from svg_jax.convert.progress import Progress, count_bytes
 from svg_jax.convert.rules import DamageError
 from svg_jax.convert.tensors import open_tensors, read_checked
@@ -12,7 +12,7 @@ from svg_jax.convert.tensors import open_tensors, read_checked
 _NAMED = 5  # how many files an error spells out
 
 
-def verify_pipeline(source: str | Path, *, progress: Progress | None = None) -> None:
+def verify_pipeline(source: str | Path, *, progress: Progress | None = None) -> Manifest:
     """Reads a converted folder whole and compares every file and every tensor with the manifest.
 
     The files show whether anything has changed since the conversion; the tensors, read through
@@ -21,6 +21,9 @@ def verify_pipeline(source: str | Path, *, progress: Progress | None = None) -> 
     Args:
         source: What `convert_pipeline` made.
         progress: Called with (bytes done, bytes in all, what); the bytes are read twice.
+
+    Returns:
+        The manifest, which is true.
 
     Raises:
         ConversionError: If the folder is no converted one.
@@ -54,6 +57,7 @@ def verify_pipeline(source: str | Path, *, progress: Progress | None = None) -> 
         for name, tensor in tensors.items():
             read_checked(component, name, tensor)
             advance(tensor.record.stored_nbytes, component)
+    return manifest
 
 
 def _list(names: Sequence[str]) -> str:

@@ -67,10 +67,10 @@ def convert(
     ] = False,
 ) -> None:
     """Convert a trained checkpoint; the same command again takes up one that was killed."""
-    from svg_jax import commands
+    from svg_jax import commands_checkpoints
 
     names = None if components is None else [name.strip() for name in components.split(",")]
-    commands.convert(
+    commands_checkpoints.convert(
         source,
         destination,
         components=names,
@@ -90,18 +90,18 @@ def export(
     destination: Annotated[Path, typer.Argument(help="The folder to make.")],
 ) -> None:
     """Write a converted checkpoint back in diffusers' layout, bit for bit."""
-    from svg_jax import commands
+    from svg_jax import commands_checkpoints
 
-    commands.export(source, destination)
+    commands_checkpoints.export(source, destination)
 
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="A converted folder.")],
 ) -> None:
     """Read a converted checkpoint whole and compare every bit with its manifest."""
-    from svg_jax import commands
+    from svg_jax import commands_checkpoints
 
-    commands.verify(folder)
+    commands_checkpoints.verify(folder)
 
 
 def inspect(
@@ -113,9 +113,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a checkpoint holds: components, configs, parameters, dtypes."""
-    from svg_jax import commands
+    from svg_jax import commands_checkpoints
 
-    commands.inspect_source(source, statistics=stats, variant=variant, as_json=as_json)
+    commands_checkpoints.inspect_source(source, statistics=stats, variant=variant, as_json=as_json)
 
 
 CHECKPOINT_COMMANDS = (convert, export, verify, inspect)

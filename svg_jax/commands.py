@@ -1,12 +1,10 @@
-"""What the commands of the command line do."""
+"""What the commands for videos do."""
 
 import dataclasses
 import inspect
-import json
 import signal
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -15,30 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
 
 from svg_jax.comparison import Comparison, Pattern
 from svg_jax.comparison import compare as compare_attention
 from svg_jax.config import SparsityConfig, dense_step_count
-from svg_jax.convert import (
-    convert_pipeline,
-    export_pipeline,
-    plan_conversion,
-    read_contents,
-    read_manifest,
-    verify_pipeline,
-)
-from svg_jax.convert.staging import check_destination
+from svg_jax.console import bytes_bar, steps_bar
+from svg_jax.convert import convert_pipeline
 from svg_jax.files import check_folder, written_atomically
-from svg_jax.folder_report import contents_tables, contents_values, plan_tables
 from svg_jax.generation import generate_videos, output_paths, plan_videos, read_prompts
 from svg_jax.sampling import VideoOutput, VideoPipeline, from_pretrained
 from svg_jax.sampling.converted import cache_folder
@@ -58,86 +39,6 @@ _RELATIVES = {"pooled_prompt_embeds", "prompt_attention_mask"}
 _RELATIVES |= {f"negative_{name}" for name in {"prompt_embeds", *_RELATIVES}}
 _DEMO_ENLARGE = 6
 _DEMO_FPS = 8.0
-
-
-def convert(
-    source: Path,
-    destination: Path,
-    *,
-    components: Sequence[str] | None = None,
-    dtype: str | None = None,
-    variant: str | None = None,
-    lora: Sequence[Path] = (),
-    lora_scale: Sequence[float] = (1.0,),
-    lora_into: Sequence[str] = ("transformer",),
-    allow_nonfinite: bool = False,
-    overwrite: bool = False,
-    dry_run: bool = False,
-) -> None:
-    """Converts a pipeline or a component in diffusers' layout, or says what that would give."""
-    if dry_run:
-        plan = plan_conversion(
-            source,
-            components=components,
-            dtype=dtype,
-            variant=variant,
-            lora=lora,
-            lora_scale=lora_scale,
-            lora_into=lora_into,
-        )
-        for path in plan.sources:
-            check_destination(destination, path, plan.written_nbytes, overwrite)
-        _print(*plan_tables(plan))
-        return
-    with _bytes_bar() as progress:
-        convert_pipeline(
-            source,
-            destination,
-            components=components,
-            dtype=dtype,
-            variant=variant,
-            lora=lora,
-            lora_scale=lora_scale,
-            lora_into=lora_into,
-            allow_nonfinite=allow_nonfinite,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    print(f"wrote {destination}")
-
-
-def export(source: Path, destination: Path) -> None:
-    """Writes a converted folder back in diffusers' layout, with a progress bar."""
-    with _bytes_bar() as progress:
-        export_pipeline(source, destination, progress=progress)
-    print(f"wrote {destination}")
-
-
-def verify(folder: Path) -> None:
-    """Compares a converted folder with its manifest, with a progress bar."""
-    with _bytes_bar() as progress:
-        verify_pipeline(folder, progress=progress)
-    manifest = read_manifest(folder)
-    tensors = sum(map(len, manifest.components.values()))
-    files = len(manifest.files) + len(manifest.weights)
-    print(f"{folder} is as it was converted: {tensors} tensors in {files} files")
-
-
-def inspect_source(source: Path, *, statistics: bool, variant: str | None, as_json: bool) -> None:
-    """Prints what a folder or file holds."""
-    with _bytes_bar() as progress:
-        contents = read_contents(source, statistics=statistics, variant=variant, progress=progress)
-    if as_json:
-        print(json.dumps(contents_values(contents), indent=1))
-    else:
-        _print(*contents_tables(contents))
-
-
-def _print(*parts: Any) -> None:
-    # As wide as a table needs to be where no terminal would break the lines.
-    console = Console(width=None if sys.stdout.isatty() else 10_000)
-    for part in parts:
-        console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
 
 
 def generate(
@@ -212,7 +113,7 @@ def generate(
 
     steps = arguments["num_inference_steps"]
     left = sum(steps - len(job.file.records) for job in jobs)
-    with _terminated_as_interrupted(), _steps_bar(left) as advance:
+    with _terminated_as_interrupted(), steps_bar(left) as advance:
         generate_videos(
             pipeline,
             jobs,
@@ -261,7 +162,7 @@ def demo(prompt: str, *, seed: int, output: Path, source: Path | None) -> None:
     bundled = files("svg_jax") / "assets" / "tiny_cogvideox"
     with tempfile.TemporaryDirectory() as scratch, as_file(bundled) as folder:
         converted = Path(scratch) / "model"
-        with _bytes_bar() as progress:
+        with bytes_bar() as progress:
             convert_pipeline(source or folder, converted, progress=progress)
         comparison = _compare(
             from_pretrained(converted),
@@ -276,7 +177,7 @@ def demo(prompt: str, *, seed: int, output: Path, source: Path | None) -> None:
 
 def _load(model: str, **options: str | None) -> VideoPipeline:
     keep_programs()
-    with _bytes_bar(visible=False) as progress:
+    with bytes_bar(visible=False) as progress:
         return from_pretrained(model, progress=progress, **options)
 
 
@@ -294,7 +195,7 @@ def keep_programs() -> None:
 def _compare(pipeline: VideoPipeline, prompt: str | None = None, **arguments: Any) -> Comparison:
     num_steps = arguments["num_inference_steps"]
     shared = dense_step_count(arguments["sparsity"], num_steps)
-    with _steps_bar(2 * num_steps - shared) as advance:
+    with steps_bar(2 * num_steps - shared) as advance:
         return compare_attention(
             pipeline, prompt, callback_on_step_end=lambda part, _: advance(part), **arguments
         )
@@ -390,29 +291,3 @@ def _terminated_as_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _bar(*columns: Any) -> Iterator[Progress]:
-    """A progress bar on the terminal; nothing where there is none."""
-    console = Console(stderr=True)
-    text, bar, time = TextColumn("{task.description:10}"), BarColumn(), TimeElapsedColumn()
-    with Progress(text, bar, *columns, time, console=console, disable=not console.is_terminal) as p:
-        yield p
-
-
-@contextmanager
-def _steps_bar(total: int) -> Iterator[Any]:
-    with _bar(MofNCompleteColumn()) as progress:
-        task = progress.add_task("compiling", total=total)
-        yield lambda what: progress.update(task, advance=1, description=what)
-
-
-@contextmanager
-def _bytes_bar(*, visible: bool = True) -> Iterator[Any]:
-    """A bar of bytes; if it is not visible, it comes with the first of them."""
-    with _bar(DownloadColumn(), TransferSpeedColumn()) as progress:
-        task = progress.add_task("checking", total=None, visible=visible)
-        yield lambda done, total, what: progress.update(
-            task, completed=done, total=total, description=what, visible=True
-        )

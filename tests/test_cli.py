@@ -25,7 +25,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from svg_jax import cli, commands
+from svg_jax import cli, commands, commands_checkpoints
 from svg_jax.convert import DamageError, RefusedError
 from svg_jax.sampling import CogVideoXPipeline
 from svg_jax.video import save_video
@@ -189,7 +189,7 @@ def test_each_kind_of_error_has_its_exit_code(run, monkeypatch, error, code):
     def fail(folder):
         raise error
 
-    monkeypatch.setattr(commands, "verify", fail)
+    monkeypatch.setattr(commands_checkpoints, "verify", fail)
     result = run("verify", "a")
     assert (result.code, is_one_sentence(result.err)) == (code, True)
 

@@ -1,0 +1,88 @@
+"""What the commands for checkpoints do."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from svg_jax.console import bytes_bar, print_parts
+from svg_jax.convert import (
+    convert_pipeline,
+    export_pipeline,
+    plan_conversion,
+    read_contents,
+    verify_pipeline,
+)
+from svg_jax.convert.staging import check_destination
+from svg_jax.folder_report import contents_tables, contents_values, plan_tables
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    *,
+    components: Sequence[str] | None = None,
+    dtype: str | None = None,
+    variant: str | None = None,
+    lora: Sequence[Path] = (),
+    lora_scale: Sequence[float] = (1.0,),
+    lora_into: Sequence[str] = ("transformer",),
+    allow_nonfinite: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Converts a pipeline or a component in diffusers' layout, or says what that would give."""
+    if dry_run:
+        plan = plan_conversion(
+            source,
+            components=components,
+            dtype=dtype,
+            variant=variant,
+            lora=lora,
+            lora_scale=lora_scale,
+            lora_into=lora_into,
+        )
+        for path in plan.sources:
+            check_destination(destination, path, plan.written_nbytes, overwrite)
+        print_parts(*plan_tables(plan))
+        return
+    with bytes_bar() as progress:
+        convert_pipeline(
+            source,
+            destination,
+            components=components,
+            dtype=dtype,
+            variant=variant,
+            lora=lora,
+            lora_scale=lora_scale,
+            lora_into=lora_into,
+            allow_nonfinite=allow_nonfinite,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    print(f"wrote {destination}")
+
+
+def export(source: Path, destination: Path) -> None:
+    """Writes a converted folder back in diffusers' layout, with a progress bar."""
+    with bytes_bar() as progress:
+        export_pipeline(source, destination, progress=progress)
+    print(f"wrote {destination}")
+
+
+def verify(folder: Path) -> None:
+    """Compares a converted folder with its manifest, with a progress bar."""
+    with bytes_bar() as progress:
+        manifest = verify_pipeline(folder, progress=progress)
+    tensors = sum(map(len, manifest.components.values()))
+    files = len(manifest.files) + len(manifest.weights)
+    print(f"{folder} is as it was converted: {tensors} tensors in {files} files")
+
+
+def inspect_source(source: Path, *, statistics: bool, variant: str | None, as_json: bool) -> None:
+    """Prints what a folder or file holds."""
+    with bytes_bar() as progress:
+        contents = read_contents(source, statistics=statistics, variant=variant, progress=progress)
+    if as_json:
+        print(json.dumps(contents_values(contents), indent=1))
+    else:
+        print_parts(*contents_tables(contents))
