@@ -99,7 +99,7 @@ def sample(
         prompts,
         num_inference_steps=NUM_STEPS,
         guidance_scale=GUIDANCE_SCALE,
-        guidance_steps=GUIDANCE_STEPS,
+        guidance_interval=(0, GUIDANCE_STEPS),
         seed=seed,
     )
     warm_up = dense_step_count(SPARSITY, NUM_STEPS)
@@ -264,7 +264,7 @@ def main() -> None:
         "settings": {
             "steps": NUM_STEPS,
             "guidance_scale": GUIDANCE_SCALE,
-            "guidance_steps": GUIDANCE_STEPS,
+            "guidance_interval": (0, GUIDANCE_STEPS),
             "sparsity": dataclasses.asdict(SPARSITY),
             "dtype": "float32",
         },

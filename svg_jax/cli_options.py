@@ -80,9 +80,12 @@ TrueCfg = Annotated[
     float | None,
     option("--true-cfg-scale", help="HunyuanVideo's guidance away from the negative prompt."),
 ]
-GuidanceSteps = Annotated[
-    float,
-    option("--guidance-steps", help="Share of the steps, from the first, that pay for guidance."),
+GuidanceInterval = Annotated[
+    tuple[float, float],
+    option(
+        "--guidance-interval",
+        help="From which to which share of the steps guidance is paid for: 0 0.3, the first 30 %.",
+    ),
 ]
 DynamicCfg = Annotated[bool, option("--dynamic-cfg", help="Vary guidance over the run.")]
 FlowShift = Annotated[

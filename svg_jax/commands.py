@@ -32,7 +32,7 @@ _DEMO_SPARSITY = SparsityConfig(density=0.25, dense_steps=0.3)
 _DEMO_ARGUMENTS: Mapping[str, Any] = {
     "num_inference_steps": 20,
     "guidance_scale": 4.0,
-    "guidance_steps": 0.3,  # guidance is only paid for in the dense steps
+    "guidance_interval": (0.0, 0.3),  # guidance is only paid for in the dense steps
 }
 _IMAGES = {"image", "last_image"}
 _RELATIVES = {"pooled_prompt_embeds", "prompt_attention_mask"}

@@ -336,7 +336,10 @@ def test_a_checkpoint_with_a_vae_gives_latents(run, model_with_vae, tmp_path):
         ([*PROMPT, "-o", "a.gif", "--density", "0.01"], "density"),
         ([*PROMPT, "-o", "a.gif", "--density", "0"], "density"),
         ([*PROMPT, "-o", "a.gif", "--dense-steps", "2"], "dense_steps is a share"),
-        ([*PROMPT, "-o", "a.gif", "--guidance-steps", "2"], "guidance_steps is a share"),
+        (
+            [*PROMPT, "-o", "a.gif", "--guidance-interval", "0", "2"],
+            "guidance_interval is two shares",
+        ),
         ([*PROMPT, "-o", "a.gif", "--steps", "0"], "num_inference_steps must be 1 to 1000"),
         ([*PROMPT, "-o", "a.gif", "--seed", "-1"], "seed must not be negative"),
         ([*PROMPT, "-o", "a.gif", "--latents", "none.npy"], "none.npy: No such file"),

@@ -99,7 +99,7 @@ POOLED: dict[str, Any] = {
 RUNS: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
     "CogVideoX, DDIM, guided": (
         *(CogVideoXPipeline, CogVideoXTransformer(COGVIDEOX, rngs=nnx.Rngs(0)), SchedulerConfig()),
-        BOTH | {"guidance_steps": 0.7},
+        BOTH | {"guidance_interval": (0, 0.7)},
     ),
     "CogVideoX, DPM": (
         *(CogVideoXPipeline, CogVideoXTransformer(COGVIDEOX, rngs=nnx.Rngs(0)), SchedulerConfig()),

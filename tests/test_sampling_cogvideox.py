@@ -354,7 +354,10 @@ EMBEDS = np.zeros((1, 8, 16), np.float32)
             {"prompt_embeds": EMBEDS, "guidance_scale": 1, "num_videos_per_prompt": 0},
             "num_videos_per_prompt is at least 1",
         ),
-        ({"prompt_embeds": EMBEDS, "guidance_steps": 1.5}, "guidance_steps is a share"),
+        (
+            {"prompt_embeds": EMBEDS, "guidance_interval": (0.6, 0.5)},
+            "guidance_interval is two shares",
+        ),
         (
             {
                 "prompt_embeds": EMBEDS,

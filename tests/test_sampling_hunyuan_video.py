@@ -326,7 +326,7 @@ def test_sparse_steps_follow_the_warm_up(checkpoints):
         **features(prefix="negative_"),
         image=picture(),
         true_cfg_scale=2.0,
-        guidance_steps=0.5,
+        guidance_interval=(0, 0.5),
         num_inference_steps=4,
         sparsity=SparsityConfig(density=0.6, dense_steps=0.25, dense_layers=0.0, sampled_rows=4),
         output_type="uint8",

@@ -266,7 +266,7 @@ def test_sparse_steps_follow_the_warm_up(make):
         prompt="a cat",
         image=np.asarray(picture(7)),
         sparsity=SparsityConfig(density=0.6, dense_steps=0.4, sampled_rows=4),
-        guidance_steps=0.75,
+        guidance_interval=(0, 0.75),
         **CALL,
     )
     profiles = video.info.profiles
@@ -367,7 +367,7 @@ LATENTS = np.zeros((1, 4, 3, 4, 6), np.float32)
         ("T2V", TEXT | {"width": 1024}, "exceed the 32 that this model has positions for"),
         ("T2V", TEXT | {"num_inference_steps": 0}, "num_inference_steps must be 1 to 1000"),
         ("T2V", TEXT | {"scheduler": "unipc", "flow_shift": 0}, "shift is over 0"),
-        ("T2V", TEXT | {"guidance_steps": 2}, "guidance_steps is a share"),
+        ("T2V", TEXT | {"guidance_interval": (0, 2)}, "guidance_interval is two shares"),
         ("T2V", TEXT | {"num_videos_per_prompt": 0}, "num_videos_per_prompt is at least 1"),
         ("T2V", TEXT | {"seed": -1}, "seed must not be negative"),
         ("T2V", TEXT | {"latents": LATENTS[:, :3]}, r"latents must have the shape \(1, 4, 3"),

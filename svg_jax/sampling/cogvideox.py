@@ -126,7 +126,7 @@ class CogVideoXPipeline(VideoPipeline):
         num_frames: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float | int = 6.0,
-        guidance_steps: float | int = 1.0,
+        guidance_interval: tuple[float | int, float | int] = (0.0, 1.0),
         use_dynamic_cfg: bool = False,
         scheduler: Sampler | None = None,
         latents: Latents | None = None,
@@ -151,7 +151,8 @@ class CogVideoXPipeline(VideoPipeline):
             num_frames: Frames of the video; with a VAE 4k + 1. Default: as trained.
             num_inference_steps: Denoising steps.
             guidance_scale: Of classifier-free guidance; at most 1 turns it off and halves the work.
-            guidance_steps: Share of the steps, from the first on, that pay for guidance.
+            guidance_interval: From which share of the steps to which guidance is paid for:
+                (0, 0.3) is the first 30 %.
             use_dynamic_cfg: Vary the guidance scale over the run, as diffusers does.
             scheduler: "ddim" or "dpm". Default: the checkpoint's own.
             latents: Initial noise in place of the seed's, padding frames included.
@@ -174,7 +175,7 @@ class CogVideoXPipeline(VideoPipeline):
         scales = guidance_scales(
             schedule.timesteps,
             guidance_scale,
-            guidance_steps=guidance_steps,
+            guidance_interval=guidance_interval,
             use_dynamic_cfg=use_dynamic_cfg,
         )
         check_videos_per_prompt(num_videos_per_prompt)

@@ -69,7 +69,7 @@ def guidance_scales(
     timesteps: np.ndarray,
     guidance_scale: float | int,
     *,
-    guidance_steps: float | int = 1.0,
+    guidance_interval: tuple[float | int, float | int] = (0.0, 1.0),
     use_dynamic_cfg: bool = False,
 ) -> Float[np.ndarray, " steps"]:
     """The guidance scale of every step, float64; 1 means that the step is not guided at all.
@@ -77,15 +77,19 @@ def guidance_scales(
     Args:
         timesteps: Of the schedule.
         guidance_scale: As in diffusers; at most 1 turns guidance off.
-        guidance_steps: Share of the steps, from the first on, that are guided.
+        guidance_interval: From which share of the steps to which they are guided: (0, 0.3) is the
+            first 30 %.
         use_dynamic_cfg: diffusers' formula, literally: it compares the timestep (0 to 999) with the
             number of steps.
 
     Raises:
-        ValueError: If guidance_steps is no share.
+        ValueError: If guidance_interval is no part of 0…1.
     """
-    if not 0 <= guidance_steps <= 1:
-        raise ValueError(f"guidance_steps is a share from 0 to 1: got {guidance_steps}")
+    start, end = guidance_interval
+    if not 0 <= start <= end <= 1:
+        raise ValueError(
+            f"guidance_interval is two shares of the steps, of 0 to 1 in order: got {start}, {end}"
+        )
     num_steps = len(timesteps)
     scales = np.full(num_steps, max(float(guidance_scale), 1.0))
     if use_dynamic_cfg and guidance_scale > 1:
@@ -93,7 +97,7 @@ def guidance_scales(
             # In Python's float64: in float32 the cosine of these large angles is noise.
             angle = math.pi * ((num_steps - timestep) / num_steps) ** 5.0
             scales[step] = 1 + guidance_scale * ((1 - math.cos(angle)) / 2)
-    scales[share_of(guidance_steps, num_steps) :] = 1.0
+    scales[: share_of(start, num_steps)] = scales[share_of(end, num_steps) :] = 1.0
     return scales
 
 

@@ -90,7 +90,7 @@ class HunyuanVideoPipeline(VideoPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float | int | None = None,
         true_cfg_scale: float | int = 1.0,
-        guidance_steps: float | int = 1.0,
+        guidance_interval: tuple[float | int, float | int] = (0.0, 1.0),
         scheduler: FlowSampler | None = None,
         flow_shift: float | int | None = None,
         latents: Latents | None = None,
@@ -120,7 +120,8 @@ class HunyuanVideoPipeline(VideoPipeline):
                 nothing. Default: 6. The 33-channel image model takes none.
             true_cfg_scale: Of classifier-free guidance, which needs a negative prompt and doubles
                 the work; at most 1 turns it off.
-            guidance_steps: Share of the steps, from the first on, that pay for true_cfg_scale.
+            guidance_interval: From which share of the steps to which true_cfg_scale is paid for:
+                (0, 0.3) is the first 30 %.
             scheduler: "euler" or "unipc". Default: the checkpoint's own, Euler.
             flow_shift: Moves the steps towards noise. Default: the checkpoint's own, 7.
             latents: Initial noise in place of the seed's.
@@ -144,7 +145,9 @@ class HunyuanVideoPipeline(VideoPipeline):
         schedule = make_flow_schedule(
             replace(self.scheduler, shift=shift), num_inference_steps, sampler=scheduler
         )
-        scales = guidance_scales(schedule.timesteps, true_cfg_scale, guidance_steps=guidance_steps)
+        scales = guidance_scales(
+            schedule.timesteps, true_cfg_scale, guidance_interval=guidance_interval
+        )
         config = self.transformer.config
         frame_shape = self._latent_shape(num_frames, height, width)
         guidance = embedded_guidance(

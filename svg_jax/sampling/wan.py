@@ -128,7 +128,7 @@ class WanPipeline(VideoPipeline):
         num_frames: int = _FRAMES,
         num_inference_steps: int | None = None,
         guidance_scale: float | int = 5.0,
-        guidance_steps: float | int = 1.0,
+        guidance_interval: tuple[float | int, float | int] = (0.0, 1.0),
         scheduler: FlowSampler | None = None,
         flow_shift: float | int | None = None,
         latents: Latents | None = None,
@@ -156,7 +156,8 @@ class WanPipeline(VideoPipeline):
             num_inference_steps: Denoising steps. Default, as by Wan's authors: 50; 40 for image to
                 video (diffusers takes 50 there, too).
             guidance_scale: Of classifier-free guidance; at most 1 turns it off and halves the work.
-            guidance_steps: Share of the steps, from the first on, that pay for guidance.
+            guidance_interval: From which share of the steps to which guidance is paid for:
+                (0, 0.3) is the first 30 %.
             scheduler: "unipc" or "euler", whose steps are HunyuanVideo's. Default: the
                 checkpoint's own, which is "unipc".
             flow_shift: Of the schedule; by Wan's authors 5 at 720p, 3 at 480p for image to video,
@@ -184,7 +185,9 @@ class WanPipeline(VideoPipeline):
         if num_inference_steps is None:
             num_inference_steps = self.default_steps
         schedule = make_flow_schedule(sampling, num_inference_steps, sampler=scheduler)
-        scales = guidance_scales(schedule.timesteps, guidance_scale, guidance_steps=guidance_steps)
+        scales = guidance_scales(
+            schedule.timesteps, guidance_scale, guidance_interval=guidance_interval
+        )
         default = self._default_size()
         height = default[0] if height is None else height
         width = default[1] if width is None else width
