@@ -9,10 +9,10 @@ from svg_jax.kernels.attention import (
     Implementation,
     block_list_attention,
     block_sparse_attention,
-    dense_attention,
     pick_implementation,
 )
 from svg_jax.kernels.block_mask import BandMask, BlockMap, block_map, kept_pairs
+from svg_jax.kernels.dense import dense_attention
 from svg_jax.kernels.permute import transpose_tokens
 from svg_jax.kernels.profile import sampled_attention
 

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Int
 from svg_jax.kernels import mosaic_attention, mosaic_gpu, reference, xla
 from svg_jax.kernels.batching import vmap_as_batch
 from svg_jax.kernels.block_mask import BandMask
+from svg_jax.kernels.checks import check_arrays, check_integers, check_scale
 
 Implementation = Literal["mosaic_gpu", "xla", "reference"]
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @overload
@@ -78,7 +78,7 @@ def block_sparse_attention(  # pyright: ignore[reportInconsistentOverload]
         ValueError: If shapes, dtypes, masks or arguments do not fit together.
     """
     masks = masks if isinstance(masks, tuple) else (masks,)
-    _check_arrays(query, key, value)
+    check_arrays(query, key, value)
     batch, tokens, heads, _ = query.shape
     if key.shape != query.shape:
         raise ValueError(
@@ -95,14 +95,14 @@ def block_sparse_attention(  # pyright: ignore[reportInconsistentOverload]
         raise ValueError(
             f"{len(masks)} masks are given: mask_of_head must say which head runs which"
         )
-    _check_integers("mask_of_head", mask_of_head, (batch, heads))
-    _check_integers("text_length", text_length, (batch,))
+    check_integers("mask_of_head", mask_of_head, (batch, heads))
+    check_integers("text_length", text_length, (batch,))
     texts = {(mask.text_start, mask.text_tokens) for mask in masks}
     if text_length is not None and not any(tokens for _, tokens in texts):
         raise ValueError("text_length is given but no mask has text_tokens: leave it None")
     if text_length is not None and len(texts) > 1:
         raise ValueError(f"one text_length is given, but the masks place text apart: {masks}")
-    scale = _check_scale(scale, query.shape[-1])
+    scale = check_scale(scale, query.shape[-1])
 
     implementation = pick_implementation(implementation, query.shape[-1], query.dtype)
     run = {"mosaic_gpu": _on_hopper, "xla": _portable, "reference": _reference}[implementation]
@@ -225,12 +225,12 @@ def block_list_attention(
     Raises:
         ValueError: If shapes, dtypes or arguments do not fit together.
     """
-    _check_arrays(query, key, value)
+    check_arrays(query, key, value)
     batch, tokens, heads, _ = query.shape
     num_blocks = -(-tokens // mosaic_attention.BLOCK_Q)
-    _check_integers("counts", counts, (batch, heads, num_blocks))
-    _check_integers("blocks", blocks, (batch, heads, num_blocks, blocks.shape[-1]))
-    scale = _check_scale(scale, query.shape[-1])
+    check_integers("counts", counts, (batch, heads, num_blocks))
+    check_integers("blocks", blocks, (batch, heads, num_blocks, blocks.shape[-1]))
+    scale = check_scale(scale, query.shape[-1])
     implementation = pick_implementation(implementation, query.shape[-1], query.dtype)
     if implementation == "mosaic_gpu":
         return mosaic_attention.block_list_attention(
@@ -247,176 +247,3 @@ def block_list_attention(
     keep = of_blocks.repeat(size, axis=2).repeat(size, axis=3)[..., :tokens, :tokens]
     out, lse = reference.masked_attention(query, key, value, keep, scale=scale)
     return out, lse.astype(jnp.float32)
-
-
-@overload
-def dense_attention(
-    query: Array, key: Array, value: Array, *, return_lse: Literal[True], **options: Any
-) -> tuple[Array, Array]: ...
-
-
-@overload
-def dense_attention(
-    query: Array, key: Array, value: Array, *, return_lse: Literal[False] = False, **options: Any
-) -> Array: ...
-
-
-def dense_attention(  # pyright: ignore[reportInconsistentOverload]
-    query: Float[Array, "batch queries heads head_dim"],
-    key: Float[Array, "batch keys heads head_dim"],
-    value: Float[Array, "batch keys heads head_dim"],
-    *,
-    query_seq_lengths: Int[Array, " batch"] | None = None,
-    key_value_seq_lengths: Int[Array, " batch"] | None = None,
-    scale: float | None = None,
-    implementation: Literal["cudnn", "mosaic_gpu", "xla", "reference"] | None = None,
-    return_lse: bool = False,
-) -> (
-    Float[Array, "batch queries heads head_dim"]
-    | tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch heads queries"]]
-):
-    """Attend to all real keys, by the fastest way of the device.
-
-    Args:
-        query: Queries: float32, bfloat16, float16 or float64; sums are float32 or wider.
-        key: Keys, of the same dtype and head_dim; their number may differ.
-        value: Values, of the keys' shape and dtype.
-        query_seq_lengths: Real queries of each entry, int32; those behind are padding. None: all.
-        key_value_seq_lengths: Real keys of each entry, int32; those behind are padding. None: all.
-        scale: Factor of the logits, positive; None means 1/sqrt(head_dim).
-        implementation: "cudnn" (NVIDIA GPU, bfloat16 or float16, no log-sum-exp), "mosaic_gpu" (the
-            block-sparse kernel with every block; as many keys as queries, all real), "xla" (by
-            blocks of rows, any device), "reference" (builds S×S arrays) or None for the first of
-            cudnn, mosaic_gpu and xla that can run on the default device.
-        return_lse: Whether to return the log-sum-exp too.
-
-    Returns:
-        The output, in the query's dtype; with `return_lse` a pair of it and the natural log-sum-exp
-        of the scaled logits, float32 [batch, heads, queries].
-
-    Raises:
-        ValueError: If shapes, dtypes or arguments do not fit together or cuDNN cannot run them.
-    """
-    _check_arrays(query, key, value)
-    batch, num_queries, _, head_dim = query.shape
-    num_keys = key.shape[1]
-    _check_integers("query_seq_lengths", query_seq_lengths, (batch,))
-    _check_integers("key_value_seq_lengths", key_value_seq_lengths, (batch,))
-    scale = _check_scale(scale, head_dim)
-    why_not_hopper = mosaic_gpu.why_not(head_dim, query.dtype)
-    if key.shape != query.shape or (query_seq_lengths, key_value_seq_lengths) != (None, None):
-        why_not_hopper = why_not_hopper or "it takes as many keys as queries, all of them real"
-    if implementation is None:
-        if not _why_not_cudnn(query, return_lse):
-            implementation = "cudnn"
-        else:
-            implementation = "xla" if why_not_hopper else "mosaic_gpu"
-
-    match implementation:
-        case "cudnn":
-            why_not = _why_not_cudnn(query, return_lse)
-            if why_not:
-                raise ValueError(f"implementation='cudnn' cannot run here: {why_not}")
-            return _cudnn_attention(
-                query, key, value, query_seq_lengths, key_value_seq_lengths, scale
-            )
-        case "mosaic_gpu":
-            if why_not_hopper:
-                raise ValueError(f"implementation='mosaic_gpu' cannot run here: {why_not_hopper}")
-            everything = BandMask(num_queries, num_queries)
-            result: Any = _on_hopper(query, key, value, None, None, (everything,), scale)
-            out, lse = result
-        case "xla":
-            out, lse = xla.dense_attention(
-                query,
-                key,
-                value,
-                query_seq_lengths=query_seq_lengths,
-                key_value_seq_lengths=key_value_seq_lengths,
-                scale=scale,
-            )
-        case "reference":
-            keep = jnp.ones((batch, 1, num_queries, num_keys), bool)
-            if query_seq_lengths is not None:
-                keep &= _below(num_queries, query_seq_lengths)[:, None, :, None]
-            if key_value_seq_lengths is not None:
-                keep &= _below(num_keys, key_value_seq_lengths)[:, None, None, :]
-            out, lse = reference.masked_attention(query, key, value, keep, scale=scale)
-        case _:
-            raise ValueError(
-                "implementation is None, 'cudnn', 'mosaic_gpu', 'xla' or 'reference', not "
-                f"{implementation!r}"
-            )
-    return (out, lse.astype(jnp.float32)) if return_lse else out
-
-
-def _cudnn_attention(query, key, value, query_seq_lengths, key_value_seq_lengths, scale):
-    out = jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        scale=scale,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        implementation="cudnn",
-    )
-    real = None
-    if query_seq_lengths is not None:
-        real = _below(query.shape[1], query_seq_lengths)
-    if key_value_seq_lengths is not None:
-        some = (key_value_seq_lengths > 0)[:, None]
-        real = some if real is None else real & some
-    if real is None:
-        return out
-    return jnp.where(real[:, :, None, None], out, jnp.zeros((), out.dtype))
-
-
-def _why_not_cudnn(query: Array, return_lse: bool) -> str:
-    """Say in a clause why cuDNN cannot run, or nothing where it can."""
-    if jax.default_backend() != "gpu":
-        return f"the default device is {jax.default_backend()}, not an NVIDIA GPU"
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it takes bfloat16 or float16, not {query.dtype}"
-    if query.shape[-1] % 8 or query.shape[-1] > 128:
-        return f"it takes a head_dim that is a multiple of 8 up to 128, not {query.shape[-1]}"
-    if return_lse:
-        return "it returns no log-sum-exp"
-    return ""
-
-
-def _below(size: int, lengths: Int[Array, " batch"]) -> Array:
-    return jnp.arange(size)[None] < lengths[:, None]
-
-
-def _check_arrays(query: Array, key: Array, value: Array) -> None:
-    if key.shape != value.shape:
-        raise ValueError(f"key and value differ in shape: {key.shape} and {value.shape}")
-    if (query.shape[0], *query.shape[2:]) != (key.shape[0], *key.shape[2:]):
-        raise ValueError(
-            f"query {query.shape} and key {key.shape} must agree in batch, heads and head_dim"
-        )
-    if 0 in query.shape or 0 in key.shape:
-        raise ValueError(f"attention over nothing: query is {query.shape}, key {key.shape}")
-    if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(
-            f"query, key and value must share one dtype: {query.dtype}, {key.dtype}, {value.dtype}"
-        )
-    if query.dtype.name not in _DTYPES:
-        raise ValueError(f"attention takes {', '.join(_DTYPES)}, not {query.dtype}")
-
-
-def _check_integers(name: str, array: Array | None, shape: tuple[int, ...]) -> None:
-    if array is None:
-        return
-    if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(
-            f"{name} must be integers of shape {shape}, not {array.dtype}{list(array.shape)}"
-        )
-
-
-def _check_scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return head_dim**-0.5
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, not {scale}")
-    return float(scale)

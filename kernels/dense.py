@@ -1,0 +1,158 @@
+"""Dense attention, by the fastest way of the device: what sparse attention is compared with."""
+
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from svg_jax.kernels import mosaic_gpu, reference, xla
+from svg_jax.kernels.attention import block_sparse_attention
+from svg_jax.kernels.block_mask import BandMask
+from svg_jax.kernels.checks import check_arrays, check_integers, check_scale
+
+
+@overload
+def dense_attention(
+    query: Array, key: Array, value: Array, *, return_lse: Literal[True], **options: Any
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def dense_attention(
+    query: Array, key: Array, value: Array, *, return_lse: Literal[False] = False, **options: Any
+) -> Array: ...
+
+
+def dense_attention(  # pyright: ignore[reportInconsistentOverload]
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys heads head_dim"],
+    value: Float[Array, "batch keys heads head_dim"],
+    *,
+    query_seq_lengths: Int[Array, " batch"] | None = None,
+    key_value_seq_lengths: Int[Array, " batch"] | None = None,
+    scale: float | None = None,
+    implementation: Literal["cudnn", "mosaic_gpu", "xla", "reference"] | None = None,
+    return_lse: bool = False,
+) -> (
+    Float[Array, "batch queries heads head_dim"]
+    | tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch heads queries"]]
+):
+    """Attend to all real keys, by the fastest way of the device.
+
+    Args:
+        query: Queries: float32, bfloat16, float16 or float64; sums are float32 or wider.
+        key: Keys, of the same dtype and head_dim; their number may differ.
+        value: Values, of the keys' shape and dtype.
+        query_seq_lengths: Real queries of each entry, int32; those behind are padding. None: all.
+        key_value_seq_lengths: Real keys of each entry, int32; those behind are padding. None: all.
+        scale: Factor of the logits, positive; None means 1/sqrt(head_dim).
+        implementation: "cudnn" (NVIDIA GPU, bfloat16 or float16, no log-sum-exp), "mosaic_gpu" (the
+            block-sparse kernel with every block; as many keys as queries, all real), "xla" (by
+            blocks of rows, any device), "reference" (builds S×S arrays) or None for the first of
+            cudnn, mosaic_gpu and xla that can run on the default device.
+        return_lse: Whether to return the log-sum-exp too.
+
+    Returns:
+        The output, in the query's dtype; with `return_lse` a pair of it and the natural log-sum-exp
+        of the scaled logits, float32 [batch, heads, queries].
+
+    Raises:
+        ValueError: If shapes, dtypes or arguments do not fit together or cuDNN cannot run them.
+    """
+    check_arrays(query, key, value)
+    batch, num_queries, _, head_dim = query.shape
+    num_keys = key.shape[1]
+    check_integers("query_seq_lengths", query_seq_lengths, (batch,))
+    check_integers("key_value_seq_lengths", key_value_seq_lengths, (batch,))
+    scale = check_scale(scale, head_dim)
+    why_not_hopper = mosaic_gpu.why_not(head_dim, query.dtype)
+    if key.shape != query.shape or (query_seq_lengths, key_value_seq_lengths) != (None, None):
+        why_not_hopper = why_not_hopper or "it takes as many keys as queries, all of them real"
+    if implementation is None:
+        if not _why_not_cudnn(query, return_lse):
+            implementation = "cudnn"
+        else:
+            implementation = "xla" if why_not_hopper else "mosaic_gpu"
+
+    match implementation:
+        case "cudnn":
+            why_not = _why_not_cudnn(query, return_lse)
+            if why_not:
+                raise ValueError(f"implementation='cudnn' cannot run here: {why_not}")
+            return _cudnn_attention(
+                query, key, value, query_seq_lengths, key_value_seq_lengths, scale
+            )
+        case "mosaic_gpu":
+            if why_not_hopper:
+                raise ValueError(f"implementation='mosaic_gpu' cannot run here: {why_not_hopper}")
+            everything = BandMask(num_queries, num_queries)
+            out, lse = block_sparse_attention(
+                query,
+                key,
+                value,
+                masks=(everything,),
+                scale=scale,
+                implementation="mosaic_gpu",
+                return_lse=True,
+            )
+        case "xla":
+            out, lse = xla.dense_attention(
+                query,
+                key,
+                value,
+                query_seq_lengths=query_seq_lengths,
+                key_value_seq_lengths=key_value_seq_lengths,
+                scale=scale,
+            )
+        case "reference":
+            keep = jnp.ones((batch, 1, num_queries, num_keys), bool)
+            if query_seq_lengths is not None:
+                keep &= _below(num_queries, query_seq_lengths)[:, None, :, None]
+            if key_value_seq_lengths is not None:
+                keep &= _below(num_keys, key_value_seq_lengths)[:, None, None, :]
+            out, lse = reference.masked_attention(query, key, value, keep, scale=scale)
+        case _:
+            raise ValueError(
+                "implementation is None, 'cudnn', 'mosaic_gpu', 'xla' or 'reference', not "
+                f"{implementation!r}"
+            )
+    return (out, lse.astype(jnp.float32)) if return_lse else out
+
+
+def _cudnn_attention(query, key, value, query_seq_lengths, key_value_seq_lengths, scale):
+    out = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        scale=scale,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        implementation="cudnn",
+    )
+    real = None
+    if query_seq_lengths is not None:
+        real = _below(query.shape[1], query_seq_lengths)
+    if key_value_seq_lengths is not None:
+        some = (key_value_seq_lengths > 0)[:, None]
+        real = some if real is None else real & some
+    if real is None:
+        return out
+    return jnp.where(real[:, :, None, None], out, jnp.zeros((), out.dtype))
+
+
+def _why_not_cudnn(query: Array, return_lse: bool) -> str:
+    """Say in a clause why cuDNN cannot run, or nothing where it can."""
+    if jax.default_backend() != "gpu":
+        return f"the default device is {jax.default_backend()}, not an NVIDIA GPU"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 or float16, not {query.dtype}"
+    if query.shape[-1] % 8 or query.shape[-1] > 128:
+        return f"it takes a head_dim that is a multiple of 8 up to 128, not {query.shape[-1]}"
+    if return_lse:
+        return "it returns no log-sum-exp"
+    return ""
+
+
+def _below(size: int, lengths: Int[Array, " batch"]) -> Array:
+    return jnp.arange(size)[None] < lengths[:, None]
