@@ -3,8 +3,9 @@
 The devices are four of XLA's on one CPU. Every tensor, put together again, is compared with the
 manifest's digest of what was converted; the exit code is 1 if one differs.
 
+    python benchmarks/convert_memory.py --model wan-1.3b --layers 30 --keep FOLDER
     python benchmarks/sharded_restore.py FOLDER
-    python benchmarks/sharded_restore.py FOLDER --leaf blocks.ffn_out.kernel
+    python benchmarks/sharded_restore.py FOLDER --leaf blocks.feed_forward.input.kernel
 """
 
 import argparse
@@ -60,12 +61,22 @@ def main() -> int:
         else ocp.PLACEHOLDER
         for path, store in leaves.items()
     }
+    restore_args = {
+        path: ocp.RestoreArgs()
+        if target is ocp.PLACEHOLDER
+        else ocp.ArrayRestoreArgs(sharding=target.sharding)
+        for path, target in wanted.items()
+    }
     started = time.perf_counter()
-    with ocp.StandardCheckpointer() as reader:
-        weights = (args.folder / "transformer" / "weights").absolute()
-        restored = traversals.flatten_mapping(
-            reader.restore(weights, traversals.unflatten_mapping(wanted))
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.restore(
+            (args.folder / "transformer" / "weights").absolute(),
+            args=ocp.args.PyTreeRestore(
+                item=traversals.unflatten_mapping(wanted),
+                restore_args=traversals.unflatten_mapping(restore_args),
+            ),
         )
+    restored = traversals.flatten_mapping(tree)
     seconds = time.perf_counter() - started
 
     nbytes, wrong, shards, compared = 0, [], 0, 0
@@ -88,7 +99,8 @@ def main() -> int:
         "s": round(seconds, 1),
         "tensors that differ": len(wrong),
     }
-    row["measured"]["command"] = f"python benchmarks/sharded_restore.py FOLDER --leaf {args.leaf}"
+    one = f" --leaf {args.leaf}" if args.leaf else ""
+    row["measured"]["command"] = f"python benchmarks/sharded_restore.py FOLDER{one}"
     write_entry(args.json, "sharded restore", args.name, row)
     print(json.dumps(row, indent=1))
     return int(bool(wrong) or compared == 0 or shards != 4)
