@@ -43,7 +43,7 @@ class SparsityConfig:
                 raise ValueError(f"{name} is at least 1: got {getattr(self, name)}")
 
 
-def share_of(share: float, count: int) -> int:
+def share_of(share: float | int, count: int) -> int:
     """The first `share` of `count` things, rounded down as the official code does.
 
     The small term keeps .3·10 = 2.999… from losing a step that the user asked for.

@@ -31,7 +31,7 @@ def contents_tables(contents: Contents) -> Iterator[Table | str]:
             yield f"{part.name}: {part.release} as released; by the names of {part.class_name}"
     for lora in contents.loras:
         digests = ", ".join(f"{name} sha256 {sha256}" for name, sha256 in lora.files.items())
-        yield f"merged: {lora.source} at {lora.scale:g} ({digests})"
+        yield f"merged: {lora.source} at {lora.scale:g} into {lora.into} ({digests})"
     for part in contents.components:
         values = ", ".join(f"{key}={value!r}" for key, value in part.config.items())
         yield f"{part.name}: {values}"

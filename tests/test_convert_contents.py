@@ -189,13 +189,15 @@ def test_merged_loras_are_shown(tmp_path, run):
     digests = [sha256(lora.read_bytes()) for lora in loras]
     assert lines[:1] + lines[3:5] == [
         "WanPipeline, converted",
-        f"merged: a.safetensors at 0.8 (a.safetensors sha256 {digests[0]})",
-        f"merged: b.safetensors at 1 (b.safetensors sha256 {digests[1]})",
+        f"merged: a.safetensors at 0.8 into transformer (a.safetensors sha256 {digests[0]})",
+        f"merged: b.safetensors at 1 into transformer (b.safetensors sha256 {digests[1]})",
     ]
     values = json.loads(run("inspect", tmp_path / "out", "--json"))
     assert values["loras"] == [
-        {"source": "a.safetensors", "scale": 0.8, "files": {"a.safetensors": digests[0]}},
-        {"source": "b.safetensors", "scale": 1.0, "files": {"b.safetensors": digests[1]}},
+        {"source": name, "scale": scale, "files": {name: sha}, "into": "transformer"}
+        for name, scale, sha in zip(
+            ("a.safetensors", "b.safetensors"), (0.8, 1.0), digests, strict=True
+        )
     ]
     assert values["components"][0]["release"] is None
 
