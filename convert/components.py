@@ -122,11 +122,10 @@ class PipelineIndex:
     pipeline: str | None
     classes: Mapping[str, str]
 
-    @property
-    def text(self) -> str:
-        """The model_index.json that says it."""
+    def text(self, **settings: Any) -> str:
+        """The model_index.json that says it, and a pipeline's settings."""
         entries = {name: [_library(name, of), of] for name, of in self.classes.items()}
-        return json.dumps({"_class_name": self.pipeline, **entries}, indent=2) + "\n"
+        return json.dumps({"_class_name": self.pipeline, **settings, **entries}, indent=2) + "\n"
 
 
 def _library(component: str, class_name: str) -> str:

@@ -62,7 +62,7 @@ def convert_pipeline(
     it had finished are read once more, compared with their digests and kept.
 
     Args:
-        source: Folder with model_index.json; or one as Wan-AI released Wan 2.1; or a component's
+        source: Folder with model_index.json; or one as Wan-AI released it; or a component's
             with config.json, or a file of its weights with config.json beside it: the result then
             has that component alone, under the name of its role ("transformer", "vae", …), and
             makes no pipeline. Weights are safetensors, one file or shards, or those of an original

@@ -1,19 +1,21 @@
 """The folder of an original release, as the pipeline that diffusers made of it.
 
-Wan-AI's layout (Wan-Video/Wan2.1, wan/configs): the transformer's safetensors and the authors'
-config.json at the top, a file of torch.save for each other part, the tokenizer in a folder. What
-diffusers' release has beside that (model_index.json, the scheduler's and the image processor's
-settings) is written here.
+Wan-AI's layout (Wan-Video/Wan2.1 and Wan2.2, wan/configs): the transformer's safetensors and the
+authors' config.json at the top, or in a folder for each of two; a file of torch.save for each other
+part; the tokenizer in a folder. What diffusers' release has beside that (model_index.json, the
+scheduler's and the image processor's settings) is written here, as by diffusers'
+scripts/convert_wan_to_diffusers.py.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from svg_jax.convert.components import PipelineIndex
-from svg_jax.convert.reader import read_weights
+from svg_jax.convert.reader import StoredTensor, read_weights
 
 # Of each part but the transformer: its class in model_index.json, and where it is.
 _PARTS = {
@@ -25,8 +27,11 @@ _PARTS = {
         "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
     ),
 }
+_TIMES_BY_TOKEN_VAE = "Wan2.2_VAE.pth"  # in place of 2.1's: TI2V-5B
+_EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}  # A14B
 _TRANSFORMER, _SCHEDULER = "WanTransformer3DModel", "UniPCMultistepScheduler"
 _OF_IMAGES, _OF_TWO_IMAGES = "img_emb.proj.1.weight", "img_emb.emb_pos"  # tensors
+_INPUT, _OUTPUT = "patch_embedding.weight", "head.head.weight"
 # As diffusers has it; the authors resize images to a square, whatever their proportions.
 _IMAGE_PROCESSOR: dict[str, Any] = {
     "image_processor_type": "CLIPImageProcessor",
@@ -60,7 +65,7 @@ class Repository:
 
 
 def read_repository(folder: Path, allowed: Iterable[Path] = ()) -> Repository | None:
-    """Recognises a release of Wan 2.1 by its files' names; its transformer tells which it is.
+    """Recognises a release of Wan by its files' names; its transformer tells which it is.
 
     Args:
         folder: The folder.
@@ -72,40 +77,57 @@ def read_repository(folder: Path, allowed: Iterable[Path] = ()) -> Repository | 
     Raises:
         ConversionError: If the transformer is missing or damaged.
     """
-    places = {name: folder / where for name, (_, where) in _PARTS.items()}
-    there = [place.exists() for place in places.values()]
-    if sum([*there, any(folder.glob("diffusion_pytorch_model*.safetensors*"))]) < 2:
+    parts = {name: folder / where for name, (_, where) in _PARTS.items()}
+    by_token = (folder / _TIMES_BY_TOKEN_VAE).exists()
+    if by_token:
+        parts["vae"] = folder / _TIMES_BY_TOKEN_VAE
+    experts = {name: folder / where for name, where in _EXPERTS.items()}
+    two = any(place.is_dir() for place in experts.values())
+    one = any(folder.glob("diffusion_pytorch_model*.safetensors*"))
+    if sum([one or two, *(place.exists() for place in parts.values())]) < 2:
         return None
-    tensors = read_weights(folder, allowed)
+    transformers = experts if two else {"transformer": folder}
+    tensors = read_weights(transformers["transformer"], allowed)
+
     classes = {name: class_name for name, (class_name, _) in _PARTS.items()}
-    classes |= {"transformer": _TRANSFORMER, "scheduler": _SCHEDULER}
+    classes |= {"scheduler": _SCHEDULER, **dict.fromkeys(transformers, _TRANSFORMER)}
     scheduler = {
         "_class_name": _SCHEDULER,
         "num_train_timesteps": 1000,
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,
-        "flow_shift": _flow_shift(tensors, folder),
+        "flow_shift": 5.0 if by_token else _flow_shift(tensors, folder),
     }
-    settings = {"scheduler/scheduler_config.json": scheduler}
+    files = {"scheduler/scheduler_config.json": scheduler}
     if _OF_IMAGES in tensors:
-        pipeline = "WanImageToVideoPipeline"
         classes["image_processor"] = _IMAGE_PROCESSOR["image_processor_type"]
-        settings["image_processor/preprocessor_config.json"] = _IMAGE_PROCESSOR
+        files["image_processor/preprocessor_config.json"] = _IMAGE_PROCESSOR
     else:
-        pipeline = "WanPipeline"
-        del places["image_encoder"], classes["image_encoder"]
+        del parts["image_encoder"], classes["image_encoder"]
+    of_image = _is_of_image(tensors)
+    settings: dict[str, Any] = {"expand_timesteps": True} if by_token else {}
+    if two:
+        settings["boundary_ratio"] = 0.9 if of_image else 0.875
+    pipeline = "WanImageToVideoPipeline" if of_image else "WanPipeline"
     index = PipelineIndex(pipeline, dict(sorted(classes.items())))
-    texts = {name: json.dumps(values, indent=2) + "\n" for name, values in settings.items()}
-    places["transformer"] = folder
-    return Repository(index, places, {"model_index.json": index.text, **texts})
+    texts = {name: json.dumps(values, indent=2) + "\n" for name, values in files.items()}
+    texts["model_index.json"] = index.text(**settings)
+    return Repository(index, {**parts, **transformers}, texts)
+
+
+def _is_of_image(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether a video starts from an image, beside whose latents and mask the noise is."""
+    if not {_INPUT, _OUTPUT} <= tensors.keys():
+        return False  # another model's: refused where it is read
+    _, channels, *patch = tensors[_INPUT].shape
+    return channels * math.prod(patch) > tensors[_OUTPUT].shape[0]
 
 
 def _flow_shift(tensors: Iterable[str], folder: Path) -> float:
     """The schedule's shift, of which no file of a release says anything.
 
-    It is as in diffusers' scripts/convert_wan_to_diffusers.py: 3, and 16 for first and last frame.
-    But image to video of 720p has 5, as by its authors; only the repository's name tells it from
-    that of 480p.
+    As in diffusers' script it is 3, and 16 for first and last frame. But image to video of 720p has
+    5, as by its authors; only the repository's name tells it from that of 480p.
     """
     if _OF_TWO_IMAGES in tensors:
         return 16.0

@@ -142,7 +142,7 @@ def open_source(path: Path, variant: str | None = None) -> Source:
     class_name = _class_of(path, variant)
     role = FAMILIES[class_name].role
     index = PipelineIndex(None, {role: class_name})
-    return Source(path, index, {role: path}, {"model_index.json": index.text})
+    return Source(path, index, {role: path}, {"model_index.json": index.text()})
 
 
 def _check_file(file: Path, variant: str | None) -> None:
