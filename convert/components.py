@@ -1,5 +1,6 @@
 """What a pipeline folder is made of, and which of its components are ported."""
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -120,6 +121,17 @@ class PipelineIndex:
 
     pipeline: str | None
     classes: Mapping[str, str]
+
+    def text(self, **settings: Any) -> str:
+        """The model_index.json that says it, and a pipeline's settings."""
+        entries = {name: [_library(name, of), of] for name, of in self.classes.items()}
+        return json.dumps({"_class_name": self.pipeline, **settings, **entries}, indent=2) + "\n"
+
+
+def _library(component: str, class_name: str) -> str:
+    if class_name in FAMILIES:
+        return FAMILIES[class_name].library
+    return "diffusers" if component == "scheduler" else "transformers"
 
 
 def read_pipeline_index(folder: Path) -> PipelineIndex:

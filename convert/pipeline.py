@@ -62,11 +62,11 @@ def convert_pipeline(
     it had finished are read once more, compared with their digests and kept.
 
     Args:
-        source: Folder with model_index.json; or a component's with config.json, or a file of its
-            weights with config.json beside it: the result then has that component alone, under the
-            name of its role ("transformer", "vae", …), and makes no pipeline. Weights are
-            safetensors, one file or shards, or those of an original release, of which config.json
-            only has to say what they do not tell.
+        source: Folder with model_index.json; or one as Wan-AI released it; or a component's
+            with config.json, or a file of its weights with config.json beside it: the result then
+            has that component alone, under the name of its role ("transformer", "vae", …), and
+            makes no pipeline. Weights are safetensors, one file or shards, or those of an original
+            release, of which config.json only has to say what they do not tell.
         destination: Folder to be made.
         components: Components to convert, e.g. ("transformer", "text_encoder"); the others are
             left out and named in the manifest. None takes all and refuses those not ported yet.
@@ -198,13 +198,14 @@ def _proven(
 
 
 def _write_small_files(plan: ConversionPlan, staging: Path) -> dict[str, str]:
-    for name, file in plan.files.items():
+    names = {*plan.files, *plan.source.texts}
+    for name in names:
         (staging / name).parent.mkdir(exist_ok=True)
+    for name, file in plan.files.items():
         shutil.copyfile(file, staging / name)
-    index = "model_index.json"
-    if plan.source.alone:
-        (staging / index).write_text(plan.source.index_text, encoding="utf-8", newline="")
-    return {name: file_digest(staging / name) for name in {index, *plan.files}}
+    for name, text in plan.source.texts.items():
+        (staging / name).write_text(text, encoding="utf-8", newline="")
+    return {name: file_digest(staging / name) for name in names}
 
 
 def _write_component(

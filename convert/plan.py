@@ -154,6 +154,7 @@ class ConversionPlan:
     def written_nbytes(self) -> int:
         """Bytes of the folder that will be there, manifest and all, within 1 % from 10 MB on."""
         size = sum(file.stat().st_size for file in self.files.values())
+        size += sum(len(text.encode()) for text in self.source.texts.values())
         for component in self.components:
             leaves = component.leaf_files
             size += checkpoint_nbytes(leaves) + len(component.config_text.encode())
@@ -198,7 +199,7 @@ def plan_conversion(
     return ConversionPlan(
         source=opened,
         components=tuple(replace(part, changes=changes_of(loras, part.name)) for part in plans),
-        files={} if opened.alone else _small_files(opened),
+        files=_small_files(opened),
         dtype=cast,
         variant=variant,
         loras=loras,
@@ -217,14 +218,16 @@ def _weight_dtype(dtype: DTypeLike) -> np.dtype:
 
 def _small_files(source: Source) -> dict[str, Path]:
     """The files that are carried as they are, by their path in the folder."""
-    files = {"model_index.json": source.path / "model_index.json"}
+    index = "model_index.json"
+    files = {} if index in source.texts else {index: source.path / index}
+    made = {Path(name).parent.name for name in source.texts}
     for name in COPIED:
-        if name not in source.index.classes:
+        if name not in source.index.classes or name in made:
             continue
         folder = source.folder(name)
         found = sorted(file for file in folder.glob("*") if not file.is_dir())
         if not found:
-            raise ConversionError(f"{folder}: model_index.json lists it and it is missing.")
+            raise ConversionError(f"{folder}: the {name} of this pipeline is missing: fetch it.")
         for file in found:
             check_inside(file, source.allowed)
             check_regular(file)

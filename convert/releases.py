@@ -230,8 +230,8 @@ def find_original(
     release, _ = _find_release(stored, where)
     if release.class_name != (class_name or release.class_name):
         raise ConversionError(
-            f"{where}: is {release.name}, a {release.class_name}, and model_index.json has a "
-            f"{class_name} there."
+            f"{where}: is {release.name}, a {release.class_name}, and in this pipeline it should "
+            f"be a {class_name}: put the right file there."
         )
     if said.get("_class_name") != release.class_name:
         said = {}

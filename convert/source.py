@@ -1,10 +1,9 @@
-"""What is read: a pipeline's folder, a component's without a pipeline, or one file of weights."""
+"""What is read: the folder of a pipeline, a release or a component, or one file of weights."""
 
-import json
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from svg_jax.convert.reader import (
     weights_files,
 )
 from svg_jax.convert.releases import OriginalComponent, find_original
+from svg_jax.convert.repository import read_repository
 from svg_jax.convert.rules import ConversionError
 from svg_jax.convert.torch_file import SUFFIXES
 
@@ -38,48 +38,36 @@ class Source:
 
     Attributes:
         path: The folder, or the file of weights.
-        index: What model_index.json says; of a component alone, what it will say.
-        alone: Whether it is a component without a pipeline: then there is no model_index.json.
+        index: What model_index.json says; or will say, if the source has none.
+        places: The folder or file that a component is in, if that is not the folder of its name.
+        texts: Files that the source lacks and the result has, by their path in it.
     """
 
     path: Path
     index: PipelineIndex
-    alone: bool
-
-    @property
-    def file(self) -> Path | None:
-        """The file of weights, if that was given."""
-        return self.path if self.alone and not self.path.is_dir() else None
+    places: Mapping[str, Path] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """What the source is called; a link to a file in the hub's cache has the better name."""
-        return self.path.absolute().name if self.file else self.path.resolve().name
-
-    @property
-    def index_text(self) -> str:
-        """The model_index.json of a component alone."""
-        entries = {name: [FAMILIES[of].library, of] for name, of in self.index.classes.items()}
-        return json.dumps({"_class_name": None, **entries}, indent=2) + "\n"
+        return self.path.resolve().name if self.path.is_dir() else self.path.absolute().name
 
     @cached_property
     def allowed(self) -> tuple[Path, ...]:
-        """Where links may lead: the hub's cache keeps the files of a snapshot in `blobs`."""
-        folder = self.path if self.file is None else self.path.parent
-        above = folder.resolve().parents[: 2 if self.alone else 1]  # of the snapshot, or in it
-        return (folder, *(at.parent / "blobs" for at in above if at.name == "snapshots"))
+        """Where links may lead."""
+        return _allowed(self.path)
 
     def folder(self, component: str) -> Path:
-        """Where a component's config.json is, and its weights if no file of them was given."""
-        if not self.alone:
-            return self.path / component
-        return self.path if self.file is None else self.path.parent
+        """Where a component's config.json is, and its weights but for a file of their own."""
+        return _folder(self._place(component))
 
     def weights_files(self, component: str, variant: str | None) -> list[Path]:
         """See `reader.weights_files`."""
-        if self.file is not None:
-            return [self.file]
-        return weights_files(self.folder(component), variant)
+        place = self._place(component)
+        if place != _folder(place):
+            return [place] if variant is None else []
+        return weights_files(place, variant)
 
     def read(
         self, component: str, variant: str | None
@@ -87,31 +75,55 @@ class Source:
         """A component's tensors, and what they are if they are of an original release.
 
         Raises:
-            ConversionError: See `reader.read_weights` and `releases.find_original`.
+            ConversionError: If its place is empty; see `reader.read_weights` and
+                `releases.find_original`.
         """
-        folder = self.folder(component)
-        original = self._find_original(folder, self.index.classes[component], variant)
+        place = self._place(component)
+        if component in self.places and place != self.path:
+            if not os.path.lexists(place):
+                raise ConversionError(
+                    f"{place}: is missing, the {component} of this release: fetch it, or leave it "
+                    "out with components=… (--components)."
+                )
+            check_inside(place, self.allowed)
+        original = _find_original(place, self.index.classes[component], variant, self.allowed)
         if original is not None:
             return original.tensors, original
-        if self.file is not None:
-            return read_header(self.file), None
-        return read_weights(folder, self.allowed, variant), None
+        if place != _folder(place):
+            return read_header(place), None
+        return read_weights(place, self.allowed, variant), None
 
-    def _find_original(
-        self, folder: Path, class_name: str | None, variant: str | None
-    ) -> OriginalComponent | None:
-        check_inside(folder / "config.json", (folder, *self.allowed))
-        if variant is not None:
-            return None
-        return find_original(self.file or folder, class_name, self.allowed)
+    def _place(self, component: str) -> Path:
+        return self.places.get(component, self.path / component)
+
+
+def _folder(place: Path) -> Path:
+    """The folder of a component, of which that or a file of weights is given."""
+    return place.parent if place.suffix in _SUFFIXES and not place.is_dir() else place
+
+
+def _allowed(path: Path) -> tuple[Path, ...]:
+    """Where links may lead: the hub's cache keeps the files of a snapshot in `blobs`."""
+    folder = _folder(path)
+    above = folder.resolve().parents[:2]  # of the snapshot, or of a component in it
+    return (folder, *(at.parent / "blobs" for at in above if at.name == "snapshots"))
+
+
+def _find_original(
+    place: Path, class_name: str | None, variant: str | None, allowed: tuple[Path, ...]
+) -> OriginalComponent | None:
+    folder = _folder(place)
+    check_inside(folder / "config.json", (folder, *allowed))
+    return None if variant is not None else find_original(place, class_name, allowed)
 
 
 def open_source(path: Path, variant: str | None = None) -> Source:
     """Recognises what a path leads to; a component alone gets the name of its class's role.
 
     Args:
-        path: A folder with model_index.json; or one with config.json and weights, or with weights
-            of an original release that tell all of it; or a file of such weights.
+        path: A folder with model_index.json; or that of an original release; or one with
+            config.json and weights, or with weights of an original release that tell all of it; or
+            a file of such weights.
         variant: See `convert_pipeline`.
 
     Raises:
@@ -120,14 +132,17 @@ def open_source(path: Path, variant: str | None = None) -> Source:
     if not path.is_dir():
         _check_file(path, variant)
     elif os.path.lexists(path / "model_index.json"):
-        return Source(path, read_pipeline_index(path), alone=False)
+        return Source(path, read_pipeline_index(path))
+    elif (repository := read_repository(path, _allowed(path))) is not None:
+        return Source(path, repository.index, repository.places, repository.texts)
     elif not _holds_component(path):
         raise ConversionError(
             f"{path}: holds no model_index.json, and neither config.json nor weights: {_GIVE}."
         )
-    source = Source(path, PipelineIndex(None, {}), alone=True)
-    class_name = _class_of(source, variant)
-    return replace(source, index=PipelineIndex(None, {FAMILIES[class_name].role: class_name}))
+    class_name = _class_of(path, variant)
+    role = FAMILIES[class_name].role
+    index = PipelineIndex(None, {role: class_name})
+    return Source(path, index, {role: path}, {"model_index.json": index.text()})
 
 
 def _check_file(file: Path, variant: str | None) -> None:
@@ -146,16 +161,16 @@ def _holds_component(folder: Path) -> bool:
     return any(file.name == "config.json" or file.suffix in _SUFFIXES for file in folder.glob("*"))
 
 
-def _class_of(source: Source, variant: str | None) -> str:
+def _class_of(path: Path, variant: str | None) -> str:
     """The class of a component alone: its tensors' if they are an original release's."""
-    folder = source.folder("")
-    original = source._find_original(folder, None, variant)
+    folder = _folder(path)
+    original = _find_original(path, None, variant, _allowed(path))
     if original is not None:
         return original.class_name
     file = folder / "config.json"
     if not os.path.lexists(file):
         raise ConversionError(
-            f"{source.path}: its tensors are of no original release that is known, so that "
+            f"{path}: its tensors are of no original release that is known, so that "
             f"{file} must say what they are: put it there."
         )
     class_name = named_class(read_json(file))

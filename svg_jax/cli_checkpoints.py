@@ -25,7 +25,7 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A pipeline's folder in diffusers' layout; or a component's, or a file of weights."
+            help="A pipeline's folder in diffusers' layout or Wan-AI's; a component's; or a file."
         ),
     ],
     destination: Annotated[Path, typer.Argument(help="The folder to make.")],

@@ -30,7 +30,7 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Converts a pipeline or a component in diffusers' layout, or says what that would give."""
+    """Converts a pipeline or a component, or says what that would give."""
     if dry_run:
         plan = plan_conversion(
             source,

@@ -12,11 +12,8 @@ from svg_jax.convert.plan import ConversionPlan
 
 def contents_tables(contents: Contents) -> Iterator[Table | str]:
     """A table of the components, their configs, and the tensors if they were measured."""
-    if contents.pipeline is None:
-        yield f"a component alone, {'' if contents.converted else 'not '}converted"
-    else:
-        layout = "converted" if contents.converted else "in diffusers' layout"
-        yield f"{contents.pipeline}, {layout}"
+    what = contents.pipeline or "a component alone"
+    yield f"{what}, {'' if contents.converted else 'not '}converted"
     table = _table("component", "class", "parameters", "size", "dtypes")
     for part in contents.components:
         row = (part.name, part.class_name, f"{part.parameters:,}", _size(part.nbytes))

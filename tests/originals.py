@@ -80,6 +80,47 @@ def origins(name, layers=2) -> dict[str, list]:
     return found
 
 
+def umt5_places(layers) -> dict[str, list]:
+    """As `origins`, of transformers' UMT5 encoder in Wan-AI's file (wan/modules/t5.py there)."""
+    places = {"shared": "token_embedding", "encoder.final_layer_norm": "norm"}
+    for layer in range(layers):
+        new, old = f"encoder.block.{layer}.layer", f"blocks.{layer}"
+        places |= {f"{new}.0.SelfAttention.{name}": f"{old}.attn.{name}" for name in "qkvo"}
+        places |= {
+            f"{new}.0.SelfAttention.relative_attention_bias": f"{old}.pos_embedding.embedding",
+            f"{new}.0.layer_norm": f"{old}.norm1",
+            f"{new}.1.layer_norm": f"{old}.norm2",
+            f"{new}.1.DenseReluDense.wi_0": f"{old}.ffn.gate.0",
+            f"{new}.1.DenseReluDense.wi_1": f"{old}.ffn.fc1",
+            f"{new}.1.DenseReluDense.wo": f"{old}.ffn.fc2",
+        }
+    return {f"{new}.weight": [f"{old}.weight"] for new, old in places.items()}
+
+
+def clip_places(layers) -> dict[str, list]:
+    """The same of CLIP's tower of images, without transformers' prefix (wan/modules/clip.py)."""
+    modules: dict[str, list] = {
+        "pre_layrnorm": ["visual.pre_norm"],
+        "post_layernorm": ["visual.post_norm"],
+    }
+    for layer in range(layers):
+        new, old = f"encoder.layers.{layer}", f"visual.transformer.{layer}"
+        for third, part in enumerate("qkv"):
+            modules[f"{new}.self_attn.{part}_proj"] = [f"{old}.attn.to_qkv", [third, third + 1]]
+        modules[f"{new}.self_attn.out_proj"] = [f"{old}.attn.proj"]
+        modules[f"{new}.mlp.fc1"] = [f"{old}.mlp.0"]
+        modules[f"{new}.mlp.fc2"] = [f"{old}.mlp.2"]
+        modules |= {f"{new}.layer_norm{n}": [f"{old}.norm{n}"] for n in (1, 2)}
+    places: dict[str, list] = {
+        "embeddings.class_embedding": ["visual.cls_embedding"],
+        "embeddings.position_embedding.weight": ["visual.pos_embedding"],
+        "embeddings.patch_embedding.weight": ["visual.patch_embedding.weight"],
+    }
+    for new, (old, *runs) in modules.items():
+        places |= {f"{new}.{kind}": [f"{old}.{kind}", *runs] for kind in ("weight", "bias")}
+    return places
+
+
 def as_released(state, places) -> dict[str, torch.Tensor]:
     """diffusers' tensors put together as a release has them, whatever the model's width.
 

@@ -61,7 +61,7 @@ def run(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), [("source", "in diffusers' layout"), ("converted", "converted")]
+    ("name", "layout"), [("source", "not converted"), ("converted", "converted")]
 )
 def test_the_table_of_components(folders, run, name, layout):
     printed = run("inspect", folders / name)
@@ -75,7 +75,7 @@ def test_the_table_of_tensors_follows(folders, run):
     assert lines[8:11] == MEASURED
     assert len(lines) == 8 + 1 + 21 + 1 + 64
     assert printed == run("inspect", folders / "source", "--stats").replace(
-        "in diffusers' layout", "converted"
+        "not converted", "converted"
     )
 
 
@@ -160,7 +160,7 @@ def test_an_original_file_is_shown_by_the_names_that_it_will_have(tmp_path, run,
     index = {"_class_name": "WanPipeline", "text_encoder": ["transformers", "UMT5EncoderModel"]}
     (source / "model_index.json").write_text(json.dumps(index))
     printed = run("inspect", file if alone else source)
-    first = "a component alone, not converted" if alone else "WanPipeline, in diffusers' layout"
+    first = "a component alone, not converted" if alone else "WanPipeline, not converted"
     assert printed.startswith(f"{first}\n{UMT5}")
     assert "d_model=16" in printed
     (part,) = read_contents(file.parent if alone else source, statistics=True).components
