@@ -62,9 +62,9 @@ def main() -> int:
         for path, store in leaves.items()
     }
     restore_args = {
-        path: ocp.RestoreArgs()
-        if target is ocp.PLACEHOLDER
-        else ocp.ArrayRestoreArgs(sharding=target.sharding)
+        path: ocp.ArrayRestoreArgs(sharding=target.sharding)
+        if isinstance(target, jax.ShapeDtypeStruct)
+        else ocp.RestoreArgs()
         for path, target in wanted.items()
     }
     started = time.perf_counter()
