@@ -23,9 +23,10 @@ Variant = Annotated[
 
 def convert(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
-            help="A pipeline's folder in diffusers' layout or Wan-AI's; a component's; or a file."
+            help="A pipeline's folder in diffusers' layout or Wan-AI's, or its hub id; a "
+            "component's folder; or a file of weights."
         ),
     ],
     destination: Annotated[Path, typer.Argument(help="The folder to make.")],
@@ -41,6 +42,9 @@ def convert(
         ),
     ] = None,
     variant: Variant = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Of a hub id: a branch, tag or commit.")
+    ] = None,
     lora: Annotated[
         list[Path] | None,
         typer.Option("--lora", help="A LoRA to merge (file or folder); may be given repeatedly."),
@@ -73,6 +77,7 @@ def convert(
     commands_checkpoints.convert(
         source,
         destination,
+        revision=revision,
         components=names,
         dtype=dtype,
         variant=variant,
@@ -105,7 +110,9 @@ def verify(
 
 
 def inspect(
-    source: Annotated[Path, typer.Argument(help="A converted folder, or what convert takes.")],
+    source: Annotated[
+        Path, typer.Argument(help="A converted folder, or a source's folder or file.")
+    ],
     stats: Annotated[
         bool, typer.Option("--stats", help="Read every tensor: min, max, mean, std, not finite.")
     ] = False,

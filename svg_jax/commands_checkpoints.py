@@ -12,14 +12,16 @@ from svg_jax.convert import (
     read_contents,
     verify_pipeline,
 )
+from svg_jax.convert.hub import download_components, download_index, is_hub_id
 from svg_jax.convert.staging import check_destination
 from svg_jax.folder_report import contents_tables, contents_values, plan_tables
 
 
 def convert(
-    source: Path,
+    source: str,
     destination: Path,
     *,
+    revision: str | None = None,
     components: Sequence[str] | None = None,
     dtype: str | None = None,
     variant: str | None = None,
@@ -31,9 +33,10 @@ def convert(
     dry_run: bool = False,
 ) -> None:
     """Converts a pipeline or a component, or says what that would give."""
+    folder = _here(source, revision=revision, components=components, variant=variant)
     if dry_run:
         plan = plan_conversion(
-            source,
+            folder,
             components=components,
             dtype=dtype,
             variant=variant,
@@ -47,7 +50,7 @@ def convert(
         return
     with bytes_bar() as progress:
         convert_pipeline(
-            source,
+            folder,
             destination,
             components=components,
             dtype=dtype,
@@ -60,6 +63,20 @@ def convert(
             progress=progress,
         )
     print(f"wrote {destination}")
+
+
+def _here(
+    source: str, *, revision: str | None, components: Sequence[str] | None, variant: str | None
+) -> Path:
+    """What is there by that name, or else what the hub has, brought into its cache."""
+    path = Path(source).expanduser()
+    if path.exists() or not is_hub_id(source):
+        if revision is not None:
+            raise ValueError(f"{source}: --revision goes with a hub id alone")
+        return path
+    folder = download_index(source, revision=revision)
+    download_components(source, folder, components=components, variant=variant)
+    return folder
 
 
 def export(source: Path, destination: Path) -> None:

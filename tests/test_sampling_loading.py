@@ -19,8 +19,8 @@ from huggingface_hub.utils import filter_repo_objects
 
 from svg_jax import cli, from_pretrained
 from svg_jax.convert import convert_pipeline, read_manifest
+from svg_jax.convert.hub import is_hub_id
 from svg_jax.sampling import converted
-from svg_jax.sampling.hub import is_hub_id
 
 BUNDLED = Path(str(files("svg_jax"))) / "assets" / "tiny_cogvideox"
 COMMIT = "0123456789" * 4
@@ -205,6 +205,18 @@ def test_only_what_is_needed_comes_from_the_hub(hub, tmp_path):
     hub.fetched.clear()
     from_pretrained("owner/tiny", cache_dir=tmp_path / "cache")
     assert hub.fetched == {"model_index.json"}  # the conversion is there
+
+
+def test_convert_takes_a_hub_id_too(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["svg-jax", "convert", "owner/tiny", "out", "--revision=v1"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--components=transformer"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    assert read_manifest(tmp_path / "out").components.keys() == {"transformer"}
+    assert not any(name.startswith("text_encoder") for name in hub.fetched)
+    assert hub.revisions == ["v1", COMMIT]
 
 
 def test_a_variant_where_there_is_one(hub, tmp_path):

@@ -18,9 +18,9 @@ from filelock import FileLock, Timeout
 
 from svg_jax.convert import convert_pipeline
 from svg_jax.convert.components import read_pipeline_index
+from svg_jax.convert.hub import download_components, download_index, is_hub_id
 from svg_jax.convert.manifest import FORMAT_VERSION, NAME
 from svg_jax.convert.progress import Progress
-from svg_jax.sampling.hub import download_components, download_index, is_hub_id
 
 _LOGGER = logging.getLogger(__name__)
 _READ_WHOLE = 2**20  # bytes; larger files are known by size and time

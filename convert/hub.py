@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from svg_jax.convert.components import COPIED, read_pipeline_index, select_components
@@ -44,13 +44,19 @@ def download_index(
 
 
 def download_components(
-    hub_id: str, folder: Path, *, variant: str | None, cache_dir: str | Path | None
+    hub_id: str,
+    folder: Path,
+    *,
+    components: Collection[str] | None = None,
+    variant: str | None = None,
+    cache_dir: str | Path | None = None,
 ) -> None:
     """Brings the rest of a pipeline to its model_index.json: what `convert_pipeline` reads.
 
     Args:
         hub_id: "owner/name".
         folder: What `download_index` returned.
+        components: See `convert_pipeline`.
         variant: Which weights where a component has them, e.g. "fp16"; the plain ones elsewhere.
         cache_dir: As with `download_index`.
 
@@ -59,16 +65,16 @@ def download_components(
         OSError: See `download_index`.
     """
     index = read_pipeline_index(folder)
-    components = select_components(index, None, folder)
+    chosen = select_components(index, components, folder)
     commit = folder.name  # whatever happens on the hub meanwhile
     patterns = [f"{name}/*" for name in COPIED if name in index.classes]
-    patterns += [f"{name}/config.json" for name in components]
-    patterns += [pattern for name in components for pattern in _weights(name, variant)]
+    patterns += [f"{name}/config.json" for name in chosen]
+    patterns += [pattern for name in chosen for pattern in _weights(name, variant)]
     _snapshot(hub_id, patterns, commit, cache_dir)
-    plain = [name for name in components if not weights_files(folder / name, variant)]
+    plain = [name for name in chosen if not weights_files(folder / name, variant)]
     if variant is None or not plain:
         return
-    if len(plain) == len(components):
+    if len(plain) == len(chosen):
         raise ValueError(f"{hub_id}: has no weights of the variant {variant!r}: omit it.")
     patterns = [pattern for name in plain for pattern in _weights(name, None)]
     _snapshot(hub_id, patterns, commit, cache_dir)
