@@ -161,14 +161,6 @@ def _put(container: Any, pairs: Iterable[tuple[Any, Any]]) -> None:
             container[key] = value
 
 
-def _tuple(length: int) -> Callable[[list[Any], Any], None]:
-    def push(stack: list[Any], _: Any) -> None:
-        items = [stack.pop() for _ in range(length)]
-        stack.append(tuple(reversed(items)))
-
-    return push
-
-
 def _name(stack: list[Any], arg: str) -> None:
     """Pushes a global by its name, which stands in the pickle as "module name"."""
     stack.append(Inert(".".join(arg.split(" ", 1))))
@@ -240,10 +232,10 @@ _OPERATIONS: dict[str, Callable[[list[Any], Any], None]] = {
     "EMPTY_DICT": lambda stack, _: stack.append({}),
     "EMPTY_LIST": lambda stack, _: stack.append([]),
     "EMPTY_SET": lambda stack, _: stack.append([]),
-    "EMPTY_TUPLE": _tuple(0),
-    "TUPLE1": _tuple(1),
-    "TUPLE2": _tuple(2),
-    "TUPLE3": _tuple(3),
+    "EMPTY_TUPLE": lambda stack, _: stack.append(()),
+    "TUPLE1": lambda stack, _: stack.append((stack.pop(),)),
+    "TUPLE2": lambda stack, _: stack.append((stack.pop(-2), stack.pop())),
+    "TUPLE3": lambda stack, _: stack.append((stack.pop(-3), stack.pop(-2), stack.pop())),
     "APPEND": lambda stack, _: _extend(stack[-2], [stack.pop()]),
     "SETITEM": lambda stack, _: _put(stack[-3], [(stack.pop(-2), stack.pop())]),
     "POP": lambda stack, _: stack.pop(),

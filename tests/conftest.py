@@ -6,6 +6,7 @@ shape annotations are checked on every call.
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 # `python -m pytest` puts the root first, where `kernels` would pass for Hugging Face's package of
@@ -14,6 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Nearly all programs run once, on little: XLA's hard work would be half of the suite's time.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if version("jaxlib").startswith("0.10."):  # later ones do not know the flag
+        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Pallas' interpreter holds a thread of XLA's pool for each warpgroup: fewer threads than warpgroups
 # wait for each other for ever. The pool is as large as the machine unless told.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from parity import TOLERANCE, relative_error
 
 from svg_jax.models import CogVideoXVAE, CogVideoXVAEConfig, cogvideox_vae_layers
 from svg_jax.models.cogvideox_vae_layers import Upsample, causal_conv, conv3d
@@ -77,7 +78,7 @@ def test_convolutions_of_too_many_elements_are_computed_by_frames(monkeypatch):
         assert "scan" in jaxpr
         parts = (*causal_conv(conv, x, past), upsample(x))
         for ours, expected in zip(parts, whole, strict=True):
-            np.testing.assert_allclose(ours, expected, atol=1e-6)
+            assert relative_error(ours, expected) <= TOLERANCE
 
 
 def test_gradients_reach_every_parameter():

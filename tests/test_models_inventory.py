@@ -106,6 +106,7 @@ def read(name):
     return inventory["class"], inventory["config"], shapes
 
 
+@cache
 def port(name) -> tuple[Any, tuple[Rule, ...]]:
     """Abstract module and rules of an inventory's config."""
     class_name, config, _ = read(name)
