@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from svg_jax.kernels import mosaic_gpu as mgpu
 from svg_jax.kernels.block_lists import Lists, lists_of_heads, lists_of_masks, starting_order
 from svg_jax.kernels.block_mask import BandMask
+from svg_jax.kernels.mosaic_schedules import alternating, overlapped, pass_turn
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,7 @@ def _body(
             plgpu.barrier_arrive(k_free.at[slot])
             plgpu.barrier_arrive(v_free.at[slot])
         if not tiling.overlap:  # the second warpgroup is half a step behind
-            pl.when(warpgroup == 1)(partial(_pass_turn, turn))
+            pl.when(warpgroup == 1)(partial(pass_turn, turn))
 
         def one_item(number, step):
             batch, head, which, q_block = item(number)
@@ -334,7 +335,7 @@ def _body(
                 return jnp.where(kept & ~is_padding(k), logits, mgpu.MASKED)
 
             plgpu.barrier_wait(q_ready.at[warpgroup])
-            visitor = _overlapped if tiling.overlap else _alternating
+            visitor = overlapped if tiling.overlap else alternating
             acc, top, total = visitor(
                 my_q,
                 (k_smem, k_ready, k_free),
@@ -362,98 +363,4 @@ def _body(
 
         lax.fori_loop(0, num_turns, one_item, jnp.int32(0))
         if not tiling.overlap:
-            pl.when(warpgroup == 0)(partial(_pass_turn, turn))
-
-
-def _pass_turn(turn) -> None:
-    plgpu.barrier_arrive(turn)
-    plgpu.barrier_wait(turn)
-
-
-def _alternating(
-    my_q, keys, values, turn, staging, *, test, slot_of, tested, count, factor, interpret
-):
-    """Visit a list while the other warpgroup is half a step away: one multiplies, one weighs."""
-    (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
-
-    def visit(n, carry, is_tested: bool):
-        acc, top, total = carry
-        slot = slot_of(n)
-        plgpu.barrier_wait(k_ready.at[slot])
-        logits = mgpu.logits(my_q, k_smem.at[slot], staging, partial(_pass_turn, turn))
-        plgpu.barrier_arrive(k_free.at[slot])
-        if is_tested:
-            logits = test(logits, n)
-        weights, shrink, top = mgpu.weigh(logits, top, factor)
-        acc *= mgpu.by_row(shrink, acc.shape)
-        total = total * shrink + weights.sum(axis=1)
-        narrow = weights.astype(my_q.dtype)
-        # All of this is to be done before the other warpgroup gets its turn.
-        acc, total, top, narrow = lax.optimization_barrier((acc, total, top, narrow))
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(v_ready.at[slot])
-        plgpu.barrier_wait(turn)
-        acc = mgpu.product(narrow, v_smem.at[slot], acc, staging)
-        plgpu.barrier_arrive(v_free.at[slot])
-        return acc, top, total
-
-    carry = mgpu.nothing_summed(my_q.shape[-1], interpret)
-    carry = lax.fori_loop(0, tested, partial(visit, is_tested=True), carry)
-    return lax.fori_loop(tested, count, partial(visit, is_tested=False), carry)
-
-
-def _overlapped(
-    my_q, keys, values, turn, staging, *, test, slot_of, tested, count, factor, interpret
-):
-    """Visit a list with the products of one block running under the weighing of the next."""
-    del turn
-    (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
-    acc, top, total = mgpu.nothing_summed(my_q.shape[-1], interpret)
-
-    slot = slot_of(0)
-    plgpu.barrier_wait(k_ready.at[slot])
-    logits = mgpu.logits(my_q, k_smem.at[slot], staging)
-    plgpu.barrier_arrive(k_free.at[slot])
-    # Testing a block that needs no test changes nothing.
-    weights, _, top = mgpu.weigh(test(logits, 0), top, factor)
-    narrow, total = weights.astype(my_q.dtype), weights.sum(axis=1)
-
-    def visit(n, carry, is_tested: bool):
-        acc, narrow, top, total = carry
-        slot, last = slot_of(n), slot_of(n - 1)
-        plgpu.barrier_wait(k_ready.at[slot])
-        plgpu.barrier_wait(v_ready.at[last])
-
-        def weigh(logits):
-            plgpu.barrier_arrive(k_free.at[slot])
-            return mgpu.weigh(test(logits, n) if is_tested else logits, top, factor)
-
-        def multiply_both(acc_ref, logits_ref):
-            acc_ref[...] = acc
-            mgpu.add_logits(logits_ref, my_q, k_smem.at[slot], staging)
-            plgpu.wgmma(acc_ref, narrow, v_smem.at[last])
-            weighed = weigh(plgpu.wgmma_accumulator_load(logits_ref, wait_n=1))
-            return plgpu.wgmma_accumulator_load(acc_ref, wait_n=0), *weighed
-
-        if staging is None:
-            shape = (mgpu.ROWS, k_smem.shape[1])
-            acc, weights, shrink, top = pl.run_scoped(
-                multiply_both, plgpu.ACC(acc.shape, jnp.float32), plgpu.ACC(shape, jnp.float32)
-            )
-        else:
-            acc = mgpu.product(narrow, v_smem.at[last], acc, staging)
-            weights, shrink, top = weigh(mgpu.logits(my_q, k_smem.at[slot], staging))
-        plgpu.barrier_arrive(v_free.at[last])
-        acc *= mgpu.by_row(shrink, acc.shape)
-        total = total * shrink + weights.sum(axis=1)
-        return acc, weights.astype(my_q.dtype), top, total
-
-    carry = (acc, narrow, top, total)
-    carry = lax.fori_loop(1, tested, partial(visit, is_tested=True), carry)
-    carry = lax.fori_loop(jnp.maximum(tested, 1), count, partial(visit, is_tested=False), carry)
-    acc, narrow, top, total = carry
-    slot = slot_of(count - 1)
-    plgpu.barrier_wait(v_ready.at[slot])
-    acc = mgpu.product(narrow, v_smem.at[slot], acc, staging)
-    plgpu.barrier_arrive(v_free.at[slot])
-    return acc, top, total
+            pl.when(warpgroup == 0)(partial(pass_turn, turn))

@@ -1,0 +1,116 @@
+"""In which order a warpgroup of Hopper multiplies and weighs the blocks of its list.
+
+The tensor cores stand still while exponentials are taken. The two schedules of FlashAttention-3
+(arXiv:2407.08608, sections 3.1 and 3.2) fill that time: with the products of the other warpgroup,
+or with those of the warpgroup's own next block.
+
+Both take the queries (rows, head_dim) of a warpgroup, and of keys and of values the slots in shared
+memory with the barriers that say of each when it is ready and free. `test` masks the logits of the
+list's n-th block, which the first `tested` of `count` blocks need; `slot_of` says where it lies.
+They return the weighed sum of values, and of each row the largest logit, times `factor`, and the
+sum of the weights.
+"""
+
+from functools import partial
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from svg_jax.kernels import mosaic_gpu as mgpu
+
+
+def pass_turn(turn) -> None:
+    """Lets the other warpgroup go on, and waits until it does the same."""
+    plgpu.barrier_arrive(turn)
+    plgpu.barrier_wait(turn)
+
+
+def alternating(
+    my_q, keys, values, turn, staging, *, test, slot_of, tested, count, factor, interpret
+):
+    """Visit a list while the other warpgroup is half a step away: one multiplies, one weighs."""
+    (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
+
+    def visit(n, carry, is_tested: bool):
+        acc, top, total = carry
+        slot = slot_of(n)
+        plgpu.barrier_wait(k_ready.at[slot])
+        logits = mgpu.logits(my_q, k_smem.at[slot], staging, partial(pass_turn, turn))
+        plgpu.barrier_arrive(k_free.at[slot])
+        if is_tested:
+            logits = test(logits, n)
+        weights, shrink, top = mgpu.weigh(logits, top, factor)
+        acc *= mgpu.by_row(shrink, acc.shape)
+        total = total * shrink + weights.sum(axis=1)
+        narrow = weights.astype(my_q.dtype)
+        # All of this is to be done before the other warpgroup gets its turn.
+        acc, total, top, narrow = lax.optimization_barrier((acc, total, top, narrow))
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(v_ready.at[slot])
+        plgpu.barrier_wait(turn)
+        acc = mgpu.product(narrow, v_smem.at[slot], acc, staging)
+        plgpu.barrier_arrive(v_free.at[slot])
+        return acc, top, total
+
+    carry = mgpu.nothing_summed(my_q.shape[-1], interpret)
+    carry = lax.fori_loop(0, tested, partial(visit, is_tested=True), carry)
+    return lax.fori_loop(tested, count, partial(visit, is_tested=False), carry)
+
+
+def overlapped(
+    my_q, keys, values, turn, staging, *, test, slot_of, tested, count, factor, interpret
+):
+    """Visit a list with the products of one block running under the weighing of the next."""
+    del turn
+    (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
+    acc, top, total = mgpu.nothing_summed(my_q.shape[-1], interpret)
+
+    slot = slot_of(0)
+    plgpu.barrier_wait(k_ready.at[slot])
+    logits = mgpu.logits(my_q, k_smem.at[slot], staging)
+    plgpu.barrier_arrive(k_free.at[slot])
+    # Testing a block that needs no test changes nothing.
+    weights, _, top = mgpu.weigh(test(logits, 0), top, factor)
+    narrow, total = weights.astype(my_q.dtype), weights.sum(axis=1)
+
+    def visit(n, carry, is_tested: bool):
+        acc, narrow, top, total = carry
+        slot, last = slot_of(n), slot_of(n - 1)
+        plgpu.barrier_wait(k_ready.at[slot])
+        plgpu.barrier_wait(v_ready.at[last])
+
+        def weigh(logits):
+            plgpu.barrier_arrive(k_free.at[slot])
+            return mgpu.weigh(test(logits, n) if is_tested else logits, top, factor)
+
+        def multiply_both(acc_ref, logits_ref):
+            acc_ref[...] = acc
+            mgpu.add_logits(logits_ref, my_q, k_smem.at[slot], staging)
+            plgpu.wgmma(acc_ref, narrow, v_smem.at[last])
+            weighed = weigh(plgpu.wgmma_accumulator_load(logits_ref, wait_n=1))
+            return plgpu.wgmma_accumulator_load(acc_ref, wait_n=0), *weighed
+
+        if staging is None:
+            shape = (mgpu.ROWS, k_smem.shape[1])
+            acc, weights, shrink, top = pl.run_scoped(
+                multiply_both, plgpu.ACC(acc.shape, jnp.float32), plgpu.ACC(shape, jnp.float32)
+            )
+        else:
+            acc = mgpu.product(narrow, v_smem.at[last], acc, staging)
+            weights, shrink, top = weigh(mgpu.logits(my_q, k_smem.at[slot], staging))
+        plgpu.barrier_arrive(v_free.at[last])
+        acc *= mgpu.by_row(shrink, acc.shape)
+        total = total * shrink + weights.sum(axis=1)
+        return acc, weights.astype(my_q.dtype), top, total
+
+    carry = (acc, narrow, top, total)
+    carry = lax.fori_loop(1, tested, partial(visit, is_tested=True), carry)
+    carry = lax.fori_loop(jnp.maximum(tested, 1), count, partial(visit, is_tested=False), carry)
+    acc, narrow, top, total = carry
+    slot = slot_of(count - 1)
+    plgpu.barrier_wait(v_ready.at[slot])
+    acc = mgpu.product(narrow, v_smem.at[slot], acc, staging)
+    plgpu.barrier_arrive(v_free.at[slot])
+    return acc, top, total
