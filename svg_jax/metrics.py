@@ -1,53 +1,64 @@
 """How far one video is from another: PSNR and SSIM, as the paper's comparison uses them.
 
-Both compare the sparse video with the dense one of the same noise, before any encoding, as float
-arrays with pixels in −1…1 (values outside are clipped).
+Both compare the sparse video with the dense one of the same noise, before any encoding. Arrays in
+floating point are from −1 to 1 (values outside are clipped). Bytes and what a pipeline returns say
+their range themselves, and need not be scaled.
 """
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
-Video = Float[np.ndarray, "frames height width channels"]
-Reference = Float[np.ndarray, "..."]
+from svg_jax.frames import AnyVideo, HasFrames, as_frames, stacked_frames
+
+_Signed = Float[np.ndarray, "frames height width 3"]
 SSIM_WINDOW = 11  # pixels a side: σ = 1.5, cut at 3.5σ
 
 
-def _check_same_shape(video: np.ndarray, reference: np.ndarray) -> None:
-    if video.shape != reference.shape:
-        raise ValueError(
-            f"two videos of one shape can be compared: got {video.shape} and {reference.shape}"
-        )
+def psnr(video: AnyVideo, reference: AnyVideo) -> float:
+    """Compute the peak signal-to-noise ratio over a whole video.
 
+    Args:
+        video: Pixels in any form of `as_frames`; in floating point from −1 to 1.
+        reference: Pixels of the same shape and range.
 
-def psnr(video: Video, reference: Reference) -> float:
-    """Peak signal-to-noise ratio over a whole video, 10·log10(4 / MSE) in dB; inf if equal.
+    Returns:
+        10·log10(4 / MSE) in dB; inf if the two are equal.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes or ranges differ, or a pixel is not finite.
     """
-    _check_same_shape(video, reference)
-    difference = np.clip(video, -1, 1).astype(np.float64) - np.clip(reference, -1, 1)
-    error = np.mean(difference**2)
+    video, reference = _both(video, reference)
+    # Frame by frame: in float64 a video in HD is gigabytes.
+    pairs = zip(video, reference, strict=True)
+    error = np.mean([np.mean((a.astype(np.float64) - b) ** 2) for a, b in pairs])
     return float("inf") if error == 0 else float(10 * np.log10(4 / error))
 
 
-def ssim(video: Video, reference: Reference) -> float:
-    """Structural similarity with a Gaussian window of σ = 1.5 (Wang et al. 2004), mean over frames.
+def ssim(video: AnyVideo, reference: AnyVideo) -> float:
+    """Compute the structural similarity with a Gaussian window of σ = 1.5 (Wang et al. 2004).
+
+    Args:
+        video: Pixels in any form of `as_frames`; in floating point from −1 to 1.
+        reference: Pixels of the same shape and range.
+
+    Returns:
+        The mean over all frames.
 
     Raises:
-        ValueError: If the shapes differ, or a frame is smaller than the window of 11 pixels.
+        ValueError: As `psnr`; or if a frame is smaller than the window of 11 pixels.
     """
     from skimage.metrics import structural_similarity
 
-    _check_same_shape(video, reference)
+    video, reference = _both(video, reference)
     if min(video.shape[1:3]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs {SSIM_WINDOW} pixels each way: got {video.shape[1:3]}")
     return float(
         np.mean(
             [
                 structural_similarity(
-                    np.clip(frame, -1, 1).astype(np.float64),
-                    np.clip(reference_frame, -1, 1).astype(np.float64),
+                    frame.astype(np.float64),
+                    reference_frame.astype(np.float64),
                     gaussian_weights=True,
                     sigma=1.5,
                     use_sample_covariance=False,
@@ -58,3 +69,39 @@ def ssim(video: Video, reference: Reference) -> float:
             ]
         )
     )
+
+
+def _both(video: AnyVideo, reference: AnyVideo) -> tuple[_Signed, _Signed]:
+    """Both videos from −1 to 1."""
+    given = {"video": video, "reference": reference}
+    arrays = {name: stacked_frames(each, name) for name, each in given.items()}
+    known = [
+        isinstance(each, HasFrames) or not jax.dtypes.issubdtype(arrays[name].dtype, np.floating)
+        for name, each in given.items()
+    ]
+    if known[0] != known[1]:
+        raise ValueError(
+            "video and reference must be of one range: an array in floating point is taken as -1 "
+            "to 1, while bytes and a pipeline's output have a range of their own"
+        )
+    if arrays["video"].shape != arrays["reference"].shape:
+        raise ValueError(
+            f"two videos of one shape can be compared: got {arrays['video'].shape} and "
+            f"{arrays['reference'].shape}"
+        )
+    scale = _from_known_range if known[0] else _clipped
+    first, second = (scale(array, name) for name, array in arrays.items())
+    return first, second
+
+
+def _from_known_range(array: np.ndarray, name: str) -> _Signed:
+    pixels = as_frames(array, name)
+    highest = 255 if pixels.dtype == np.uint8 else 1
+    return pixels.astype(np.float32) * np.float32(2 / highest) - 1
+
+
+def _clipped(array: np.ndarray, name: str) -> _Signed:
+    pixels = array if array.dtype == np.float64 else array.astype(np.float32)
+    if not np.isfinite(pixels).all():
+        raise ValueError(f"{name} has pixels that are not finite")
+    return np.clip(pixels, -1, 1)
