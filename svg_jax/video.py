@@ -123,12 +123,13 @@ def save_video(video: AnyVideo, path: str | Path, *, fps: float | int | np.numbe
     """
     path = check_video_path(path)
     check_fps(fps, path)
+    fps = float(fps)
     frames = to_uint8(video)
     num_frames, height, width, _ = frames.shape
     check_video_size(path, num_frames, height, width, fps)
     write = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_sheet}[path.suffix.lower()]
     with written_atomically(path) as temporary:
-        write(frames, temporary, float(fps))
+        write(frames, temporary, fps)
 
 
 def to_uint8(video: AnyVideo) -> Bytes:
