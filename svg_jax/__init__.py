@@ -1,7 +1,7 @@
 """Sparse VideoGen in JAX: training-free sparse attention for video diffusion transformers."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from svg_jax.attention import attend_dense, attend_sparse, sparse_attention
@@ -15,6 +15,7 @@ __all__ = [
     "PAPER_PRESETS",
     "SparsityConfig",
     "VideoLayout",
+    "__version__",
     "attend_dense",
     "attend_sparse",
     "classify_heads",
@@ -36,10 +37,20 @@ _HOME = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: `svg-jax --help` needs no jax."""
-    if name not in _HOME:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value = version("svg-jax")
+    elif name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    else:
         raise AttributeError(f"module 'svg_jax' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported yet or not."""
+    return sorted(__all__)

@@ -6,13 +6,16 @@ Commands are imported when they run: `svg-jax --help` needs no jax.
 import logging
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import svg_jax
 from svg_jax.cli_checkpoints import CHECKPOINT_COMMANDS
+from svg_jax.cli_errors import ExitCode, failure_of
 from svg_jax.cli_options import (
     Attention,
     DenseLayers,
@@ -46,13 +49,7 @@ from svg_jax.cli_options import (
     Width,
 )
 from svg_jax.cli_options import option as _option
-
-# Exit codes: 0 done, 1 the run itself failed (values that are not finite), and
-_BAD_INPUT = 2  # wrong usage, or what was given is not what it must be
-_ENVIRONMENT = 3  # the disk, a right, a lock, the device's memory
-_INTERRUPTED = 130  # Ctrl-C. (DamageError has 4: a folder is not what was converted.)
-# RuntimeError is what JAX raises when memory runs out.
-_EXPECTED = (ValueError, OSError, FloatingPointError, RuntimeError)
+from svg_jax.console import forgiving_streams, say, tell, tell_lines
 
 app = typer.Typer(
     help="Sparse VideoGen in JAX: video diffusion transformers with sparse attention.",
@@ -286,62 +283,70 @@ def _sparsity(
     return {name: value for name, value in options.items() if value is not None}
 
 
+def _print_version(wanted: bool) -> bool:
+    """Print the version if it is wanted, and end the command line."""
+    if wanted:
+        say(f"svg-jax {svg_jax.__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool,
+        _option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+    ] = False,
+    debug: Annotated[
+        bool, _option("--debug", help="Print the traceback of an error; anywhere in a command.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command; `main` has read --debug."""
+    del version, debug
+
+
 def main() -> None:
-    """Runs the command line; an error is one sentence and one of the exit codes above."""
-    warnings.showwarning = _show_warning
-    logger = logging.getLogger("svg_jax")
-    logger.handlers, logger.propagate = [_Echo()], False  # else absl's handler says it again
-    logger.setLevel(logging.INFO)
-    try:
-        code = app(standalone_mode=False)
-    except Exception as error:
-        if os.environ.get("SVG_JAX_TRACEBACK"):
-            raise
-        # Usage errors (typer's own click and click itself have different classes for them) and
-        # those of the converter say it themselves.
-        code = getattr(error, "exit_code", None)
-        if code is None and not isinstance(error, _EXPECTED):
-            raise
-        if message := _sentence(error):  # without arguments help was printed, and this is empty
-            typer.echo(f"svg-jax: {message}", err=True)
-        code = _exit_code(error) if code is None else code
-    if code == _INTERRUPTED:
+    """Run the command line; an error is one sentence and an exit code (see `cli_errors`)."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    with forgiving_streams():
+        code = _run(arguments, debug=len(arguments) < len(sys.argv) - 1)
+    if code == ExitCode.INTERRUPTED:
         # The temporary files are gone. A step may still be running on other threads, and Python's
         # own way out would take its memory away and crash.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def _exit_code(error: Exception) -> int:
-    of_paths = FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError
-    if isinstance(error, (ValueError, *of_paths)):
-        return _BAD_INPUT
-    return _ENVIRONMENT if isinstance(error, OSError) or _is_out_of_memory(error) else 1
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return "RESOURCE_EXHAUSTED" in str(error)
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    if _is_out_of_memory(error):
-        return "the device ran out of memory: ask for fewer frames or a smaller size"
-    message = getattr(error, "format_message", error.__str__)()
-    return " ".join(message.split())
+def _run(arguments: list[str], *, debug: bool) -> int:
+    """Run a command; gives the exit code."""
+    warnings.showwarning = _show_warning
+    logger = logging.getLogger("svg_jax")
+    logger.handlers, logger.propagate = [_Echo()], False  # else absl's handler says it again
+    logger.setLevel(logging.INFO)
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("svg-jax", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as end:  # after --help or --version
+        return end.exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            tell_lines(traceback.format_exception(error))
+        failure = failure_of(error)
+        if failure.sentence:
+            tell(failure.sentence)
+        return failure.code
+    return 0
 
 
 class _Echo(logging.Handler):
-    """Says what the package logs."""
+    """Tell what the package logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(f"svg-jax: {record.getMessage()}", err=True)
+        tell(record.getMessage())
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     del filename, lineno, file, line
     if issubclass(category, UserWarning):
-        typer.echo(f"svg-jax: {message}", err=True)
+        tell(str(message))

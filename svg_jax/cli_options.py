@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,9 +39,9 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
-def option(*names: str, help: str):
-    """An option of these names."""
-    return typer.Option(*names, help=help)
+def option(*names: str, help: str, **settings: Any):
+    """An option of these names; `settings` are typer's."""
+    return typer.Option(*names, help=help, **settings)
 
 
 Model = Annotated[

@@ -12,12 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from svg_jax.comparison import Comparison, Pattern
 from svg_jax.comparison import compare as compare_attention
 from svg_jax.config import SparsityConfig, dense_step_count
-from svg_jax.console import bytes_bar, steps_bar
+from svg_jax.console import bytes_bar, print_parts, say, steps_bar
 from svg_jax.convert import convert_pipeline
 from svg_jax.files import check_folder, written_atomically
 from svg_jax.generation import generate_videos, output_paths, plan_videos, read_prompts
@@ -96,9 +95,9 @@ def generate(
         **arguments,
     )
     if skipped := len(outputs) - len(jobs):
-        print(f"{skipped} of {len(outputs)} videos are there already")
+        say(f"{skipped} of {len(outputs)} videos are there already")
     if resume and prompts is None and jobs[0].file.saved is None:
-        print(f"no run of {output} was saved: it starts at the first step")
+        say(f"no run of {output} was saved: it starts at the first step")
 
     def write(video: VideoOutput, path: Path) -> None:
         if wants_latents:
@@ -109,7 +108,7 @@ def generate(
             save_video(enlarge_frames(video.frames[0], enlarge), path, fps=fps)
         if labels_out is not None:
             video.info.save(labels_out)
-        print(f"wrote {path} ({median_seconds(video.info.steps):.2f} s a step)")
+        say(f"wrote {path} ({median_seconds(video.info.steps):.2f} s a step)")
 
     steps = arguments["num_inference_steps"]
     left = sum(steps - len(job.file.records) for job in jobs)
@@ -203,9 +202,9 @@ def _compare(pipeline: VideoPipeline, prompt: str | None = None, **arguments: An
 
 def _write_comparison(comparison: Comparison, output: Path, *, fps: float, factor: int) -> None:
     report, dense, sparse = comparison.report, comparison.dense.frames, comparison.sparse.frames
-    Console().print(report.table())
+    print_parts(report.table())
     if dense is None or sparse is None:
-        print("this checkpoint was converted without its VAE: there are no videos to write")
+        say("this checkpoint was converted without its VAE: there are no videos to write")
         return
     both = side_by_side(
         with_label(enlarge_frames(dense[0], factor), f"dense: {report.dense_seconds:.2f} s a step"),
@@ -218,7 +217,7 @@ def _write_comparison(comparison: Comparison, output: Path, *, fps: float, facto
     for suffix in (".mp4", ".gif"):
         path = output.with_name(output.name + suffix)
         save_video(both, path, fps=fps)
-        print(f"wrote {path}")
+        say(f"wrote {path}")
 
 
 def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,7 +243,7 @@ def _sparsity_of(
     whence = "the general default" if preset is None else f"the paper's {preset}"
     if given:
         whence += " but for " + ", ".join(f"--{name.replace('_', '-')}" for name in given)
-    print(
+    say(
         f"sparsity: density {config.density:g}, dense steps {config.dense_steps:g}, dense layers "
         f"{config.dense_layers:g}, sampled rows {config.sampled_rows} ({whence})"
     )

@@ -4,7 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from svg_jax.console import bytes_bar, print_parts
+from svg_jax.bundled import bundled_or
+from svg_jax.console import bytes_bar, check_printed, print_parts, say
 from svg_jax.convert import (
     convert_pipeline,
     export_pipeline,
@@ -32,7 +33,7 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Converts a pipeline or a component, or says what that would give."""
+    """Convert a pipeline or a component, or say what that would give."""
     folder = _here(source, revision=revision, components=components, variant=variant)
     if dry_run:
         plan = plan_conversion(
@@ -47,6 +48,7 @@ def convert(
         for path in plan.sources:
             check_destination(destination, path, plan.written_nbytes, overwrite)
         print_parts(*plan_tables(plan))
+        check_printed()
         return
     with bytes_bar() as progress:
         convert_pipeline(
@@ -62,13 +64,14 @@ def convert(
             overwrite=overwrite,
             progress=progress,
         )
-    print(f"wrote {destination}")
+    say(f"wrote {destination}")
 
 
 def _here(
     source: str, *, revision: str | None, components: Sequence[str] | None, variant: str | None
 ) -> Path:
-    """What is there by that name, or else what the hub has, brought into its cache."""
+    """Find what is there by that name, or bring what the hub has into its cache."""
+    source = str(bundled_or(source))
     path = Path(source).expanduser()
     if path.exists() or not is_hub_id(source):
         if revision is not None:
@@ -80,26 +83,28 @@ def _here(
 
 
 def export(source: Path, destination: Path) -> None:
-    """Writes a converted folder back in diffusers' layout, with a progress bar."""
+    """Write a converted folder back in diffusers' layout, with a progress bar."""
     with bytes_bar() as progress:
-        export_pipeline(source, destination, progress=progress)
-    print(f"wrote {destination}")
+        export_pipeline(Path(bundled_or(source)), destination, progress=progress)
+    say(f"wrote {destination}")
 
 
 def verify(folder: Path) -> None:
-    """Compares a converted folder with its manifest, with a progress bar."""
+    """Compare a converted folder with its manifest, with a progress bar."""
     with bytes_bar() as progress:
-        manifest = verify_pipeline(folder, progress=progress)
+        manifest = verify_pipeline(Path(bundled_or(folder)), progress=progress)
     tensors = sum(map(len, manifest.components.values()))
     files = len(manifest.files) + len(manifest.weights)
-    print(f"{folder} is as it was converted: {tensors} tensors in {files} files")
+    say(f"{folder} is as it was converted: {tensors} tensors in {files} files")
 
 
 def inspect_source(source: Path, *, statistics: bool, variant: str | None, as_json: bool) -> None:
-    """Prints what a folder or file holds."""
+    """Print what a folder or file holds."""
+    source = Path(bundled_or(source))
     with bytes_bar() as progress:
         contents = read_contents(source, statistics=statistics, variant=variant, progress=progress)
     if as_json:
         print(json.dumps(contents_values(contents), indent=1))
     else:
         print_parts(*contents_tables(contents))
+    check_printed()

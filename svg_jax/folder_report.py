@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from svg_jax.console import add_row
 from svg_jax.convert.contents import ComponentContents, Contents
 from svg_jax.convert.plan import ConversionPlan
 
@@ -17,11 +18,11 @@ def contents_tables(contents: Contents) -> Iterator[Table | str]:
     table = _table("component", "class", "parameters", "size", "dtypes")
     for part in contents.components:
         row = (part.name, part.class_name, f"{part.parameters:,}", _size(part.nbytes))
-        table.add_row(*row, ", ".join(_shares(part)))
+        add_row(table, *row, ", ".join(_shares(part)))
     for name, class_name in contents.others.items():
-        table.add_row(name, class_name)
+        add_row(table, name, class_name)
     for name in contents.skipped:
-        table.add_row(name, "left out")
+        add_row(table, name, "left out")
     yield table
     for part in contents.components:
         if part.release is not None:
@@ -43,7 +44,8 @@ def _tensors_table(part: ComponentContents) -> Table:
         found = tensor.statistics
         assert found is not None
         figures = (found.minimum, found.maximum, found.mean, found.std)
-        table.add_row(
+        add_row(
+            table,
             tensor.name,
             "×".join(map(str, tensor.shape)),
             tensor.dtype,
@@ -71,7 +73,8 @@ def plan_tables(plan: ConversionPlan) -> Iterator[Table | str]:
     for part in plan.components:
         dtypes = sorted({dtype.name for dtype in part.dtypes.values()})
         unused = ", ".join(part.unused[:3]) + (", …" if len(part.unused) > 3 else "")
-        table.add_row(
+        add_row(
+            table,
             part.name,
             part.class_name,
             str(len(part.tensors)),

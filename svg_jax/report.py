@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from svg_jax.console import add_row, printable
 from svg_jax.files import written_atomically
 
 if TYPE_CHECKING:
@@ -79,11 +80,12 @@ class ComparisonReport:
         """For a terminal."""
         from rich.table import Table
 
-        table = Table(title=f"{self.prompt} (seed {self.seed})", show_header=False)
+        title = printable(f"{self.prompt} (seed {self.seed})")
+        table = Table(title=title, show_header=False)
         table.add_column(style="bold")
         table.add_column()
-        for name, value in self._rows():
-            table.add_row(name, value)
+        for row in self._rows():
+            add_row(table, *row)
         return table
 
     def _rows(self) -> list[tuple[str, str]]:

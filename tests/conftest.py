@@ -4,8 +4,10 @@ No silent promotion of dtypes or ranks, warnings are errors (pyproject.toml), an
 shape annotations are checked on every call.
 """
 
+import logging
 import os
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,3 +51,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@dataclass
+class Result:
+    """What a command ended with and printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Call the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    # main sets these, and other tests want them back
+    monkeypatch.setattr(logging.getLogger("svg_jax"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("svg_jax"), "propagate", True)
+
+    from svg_jax import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["svg-jax", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        captured = capsys.readouterr()
+        return Result(exit.value.code or 0, captured.out, captured.err)
+
+    return call

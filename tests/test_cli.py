@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import logging
 import os
 import shutil
 import signal
@@ -25,8 +24,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from svg_jax import cli, commands, commands_checkpoints
-from svg_jax.convert import DamageError, RefusedError
+from svg_jax import cli, commands
 from svg_jax.sampling import CogVideoXPipeline
 from svg_jax.video import save_video
 
@@ -95,29 +93,6 @@ def write_checkpoint(folder: Path, vae: tuple[str | None, str | None] = (None, N
     return folder
 
 
-class Result:
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Calls the command line in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    # main sets these, and other tests want them back
-    monkeypatch.setattr(logging.getLogger("svg_jax"), "handlers", [])
-    monkeypatch.setattr(logging.getLogger("svg_jax"), "propagate", True)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["svg-jax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        captured = capsys.readouterr()
-        return Result(exit.value.code or 0, captured.out, captured.err)
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("cli") / "source")
@@ -170,28 +145,6 @@ def test_verify_tells_a_sound_folder_from_a_harmed_one(run, model, tmp_path):
     result = run("verify", "copy")
     assert (result.code, is_one_sentence(result.err)) == (4, True)
     assert "tokenizer/tokenizer.json is not as converted" in result.err
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (ValueError("a: is wrong"), 2),
-        (FileNotFoundError(2, "No such file", "a"), 2),
-        (PermissionError(13, "Permission denied", "a"), 3),
-        (OSError(28, "No space left on device", "a"), 3),
-        (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), 3),
-        (RefusedError("a: another run is writing this folder"), 3),
-        (DamageError("a: is damaged"), 4),
-        (FloatingPointError("not finite"), 1),
-    ],
-)
-def test_each_kind_of_error_has_its_exit_code(run, monkeypatch, error, code):
-    def fail(folder):
-        raise error
-
-    monkeypatch.setattr(commands_checkpoints, "verify", fail)
-    result = run("verify", "a")
-    assert (result.code, is_one_sentence(result.err)) == (code, True)
 
 
 def test_convert_only_some_components_in_another_dtype(run, source):

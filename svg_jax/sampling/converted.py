@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from svg_jax.bundled import bundled_or
 from svg_jax.convert import convert_pipeline
 from svg_jax.convert.components import read_pipeline_index
 from svg_jax.convert.hub import download_components, download_index, is_hub_id
@@ -38,7 +39,7 @@ def converted_folder(
     """The converted folder of a model, which is downloaded and converted if it has to be.
 
     Args:
-        model: A converted folder, one in diffusers' layout, or a hub id.
+        model: A converted folder, one in diffusers' layout, a hub id, or "tiny".
         revision: Of a hub id: a branch, tag or commit.
         variant: Which weights where a component has them, e.g. "fp16".
         cache_dir: Keeps downloads and, in `svg-jax`, what was converted, in place of the hub's
@@ -50,6 +51,7 @@ def converted_folder(
         ValueError: If it is nothing of the kind, cannot be converted, or an argument does not fit.
         OSError: If the hub or the disk refuses.
     """
+    model = bundled_or(model)
     folder, fetch = Path(model).expanduser(), None
     if not folder.exists() and isinstance(model, str) and is_hub_id(model):
         folder = download_index(model, revision=revision, cache_dir=cache_dir)

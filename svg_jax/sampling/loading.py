@@ -42,8 +42,8 @@ def from_pretrained(
     hub, is converted first: once, bit for bit, into a cache.
 
     Args:
-        model: A converted folder, a folder in diffusers' layout, or a hub id ("owner/name"); what
-            is there as a folder is never looked for on the hub.
+        model: A converted folder, a folder in diffusers' layout, a hub id ("owner/name"), or "tiny"
+            for the bundled model; what is there as a folder is never looked for elsewhere.
         dtype: Of matrix products; parameters stay as they are stored. Default: bfloat16 on an
             accelerator, float32 on a CPU.
         revision: Of a hub id: a branch, tag or commit.

@@ -1,0 +1,24 @@
+"""The model that comes with the package, which is called "tiny" wherever a model is named."""
+
+import logging
+from importlib.resources import files
+from pathlib import Path
+
+NAME = "tiny"
+_LOGGER = logging.getLogger(__name__)
+
+
+def bundled_or(model: str | Path) -> str | Path:
+    """Turn "tiny" into the bundled model's folder, in diffusers' layout; give back all else.
+
+    A folder of that name in the working directory is what was meant: it wins, and a line says so.
+
+    Args:
+        model: Name, path or hub id of a model.
+    """
+    if str(model) != NAME:
+        return model
+    if Path(NAME).exists():
+        _LOGGER.info("./%s is taken for the model, not the bundled one of that name", NAME)
+        return model
+    return Path(str(files("svg_jax"))) / "assets" / "tiny_cogvideox"
