@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class Result:
     """What a command ended with and printed."""
 
-    code: int
+    code: int | str
     out: str
     err: str
 
