@@ -206,14 +206,15 @@ def _write_comparison(comparison: Comparison, output: Path, *, fps: float, facto
     if dense is None or sparse is None:
         say("this checkpoint was converted without its VAE: there are no videos to write")
         return
-    both = side_by_side(
-        with_label(enlarge_frames(dense[0], factor), f"dense: {report.dense_seconds:.2f} s a step"),
-        with_label(
-            enlarge_frames(sparse[0], factor),
-            f"{report.pattern}, density {report.density:.2f}: {report.sparse_seconds:.2f} s a step",
-        ),
-        gap=2 * factor,
+    captions = (
+        f"dense: {report.dense_seconds:.2f} s a step",
+        f"{report.pattern}, density {report.density:.2f}: {report.sparse_seconds:.2f} s a step",
     )
+    labelled = [
+        with_label(enlarge_frames(frames[0], factor), caption, beside=captions)
+        for frames, caption in zip((dense, sparse), captions, strict=True)
+    ]
+    both = side_by_side(*labelled, gap=2 * factor)
     for suffix in (".mp4", ".gif"):
         path = output.with_name(output.name + suffix)
         save_video(both, path, fps=fps)

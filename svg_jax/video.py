@@ -1,14 +1,16 @@
 """Videos as arrays of pixels: put together, labelled, and written to a file."""
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from svg_jax.captions import caption_bar, draw_caption
 from svg_jax.files import written_atomically
 from svg_jax.frames import AnyVideo, Frames, as_frames
 
@@ -20,7 +22,6 @@ NewFrames = (
 SUFFIXES = (".mp4", ".gif", ".png")
 _SHEET_FRAMES = 8  # how many frames a contact sheet shows
 _PALETTE_PIXELS = 500_000
-LABEL_HEIGHT = 22  # rows of with_label's bar
 _SLOWEST, _FASTEST, _FASTEST_GIF = 0.01, 1000, 50  # browsers slow down what is shown under 20 ms
 _MOST_OF_GIF, _MOST_OF_ENCODER = 65535, {"libx264": 16384, "mpeg4": 8190}  # pixels a side
 _GIF_SECONDS = 655  # one still frame's: 16 bits of hundredths
@@ -164,17 +165,26 @@ def enlarge(video: AnyVideo, factor: int) -> NewFrames:
     return as_frames(video).repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def with_label(video: AnyVideo, text: str) -> NewFrames:
-    """Put a white bar with a line of text above the video, at the size that it is drawn at."""
+def with_label(video: AnyVideo, text: str, *, beside: Sequence[str] = ()) -> NewFrames:
+    """Put a white bar with a text above the video, at the size that it is drawn at.
+
+    The text is never cut: it is broken into lines, and a video that is too narrow for them gets
+    white columns on its right.
+
+    Args:
+        video: One video, in any form of `as_frames`.
+        text: Caption of the video.
+        beside: Captions of the videos that it is shown beside, for which room is made, too.
+    """
     frames = as_frames(video)
-    num_frames, _, width, _ = frames.shape
-    font = ImageFont.load_default(size=14)
-    bar = Image.new("RGB", (width, LABEL_HEIGHT), "white")
-    ImageDraw.Draw(bar).text((4, 2), text, fill="black", font=font)
-    pixels = np.asarray(bar)
+    bar = caption_bar(frames.shape[2], [text, *beside])
+    white = _white(frames)
+    columns = (0, bar.width - frames.shape[2])
+    wide = np.pad(frames, ((0, 0), (0, 0), columns, (0, 0)), constant_values=white)
+    pixels = draw_caption(text, bar)
     if frames.dtype != np.uint8:
         pixels = pixels.astype(frames.dtype) / 255
-    return np.concatenate([np.broadcast_to(pixels, (num_frames, *pixels.shape)), frames], axis=1)
+    return np.concatenate([np.broadcast_to(pixels, (len(wide), *pixels.shape)), wide], axis=1)
 
 
 def _white(frames: Frames) -> int:
