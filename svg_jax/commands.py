@@ -18,13 +18,27 @@ from svg_jax.comparison import compare as compare_attention
 from svg_jax.config import SparsityConfig, dense_step_count
 from svg_jax.console import bytes_bar, print_parts, say, steps_bar
 from svg_jax.convert import convert_pipeline
-from svg_jax.files import check_folder, written_atomically
-from svg_jax.generation import generate_videos, output_paths, plan_videos, read_prompts
+from svg_jax.files import written_atomically
+from svg_jax.generation import (
+    generate_videos,
+    output_paths,
+    plan_videos,
+    read_prompts,
+    state_path,
+)
+from svg_jax.outputs import check_outputs
 from svg_jax.sampling import VideoOutput, VideoPipeline, from_pretrained
 from svg_jax.sampling.converted import cache_folder
 from svg_jax.sampling.images import open_image
 from svg_jax.sampling.record import median_seconds
-from svg_jax.video import check_fps, check_video_path, save_video, side_by_side, with_label
+from svg_jax.video import (
+    check_fps,
+    check_video_path,
+    save_video,
+    side_by_side,
+    to_uint8,
+    with_label,
+)
 from svg_jax.video import enlarge as enlarge_frames
 
 _DEMO_SPARSITY = SparsityConfig(density=0.25, dense_steps=0.3)
@@ -65,13 +79,16 @@ def generate(
             raise ValueError("--prompts stands in place of --prompt, and takes no --labels-out")
         texts = read_prompts(prompts)
         outputs = dict(zip(output_paths(output, len(texts)), texts, strict=True))
-    wants_latents = next(iter(outputs)).suffix == ".npz"
+    wants_latents = next(iter(outputs)).suffix.lower() == ".npz"
     for path in outputs:
         if not wants_latents:
             check_video_path(path)
-        check_folder(path)
+    written = [("output", path) for path in outputs]
+    written += [("the saved state", state_path(path)) for path in outputs]
     if labels_out is not None:
-        check_folder(labels_out)
+        written.append(("labels_out", labels_out))
+    images = {name: arguments[name] for name in _IMAGES}
+    check_outputs(written, {"model": model, "prompts": prompts, **images, **files})
     if labels_out is not None and sparsity is None:
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
     pipeline = _load(model, revision=revision, variant=variant, dtype=dtype)
@@ -85,6 +102,12 @@ def generate(
             "latents (--output latents.npz)"
         )
     config = None if sparsity is None else _sparsity_of(pipeline, sparsity, arguments)
+    steps = arguments["num_inference_steps"]
+    if config is not None and labels_out is not None and dense_step_count(config, steps) == steps:
+        raise ValueError(
+            f"labels_out has nothing to hold: dense_steps={config.dense_steps:g} leaves none of "
+            f"{steps} steps to be sparse"
+        )
     jobs = plan_videos(
         pipeline,
         outputs,
@@ -105,12 +128,11 @@ def generate(
                 np.savez_compressed(file, latents=video.latents)
         else:
             assert video.frames is not None
-            save_video(enlarge_frames(video.frames[0], enlarge), path, fps=fps)
+            save_video(enlarge_frames(to_uint8(video), enlarge), path, fps=fps)
         if labels_out is not None:
             video.info.save(labels_out)
         say(f"wrote {path} ({median_seconds(video.info.steps):.2f} s a step)")
 
-    steps = arguments["num_inference_steps"]
     left = sum(steps - len(job.file.records) for job in jobs)
     with _terminated_as_interrupted(), steps_bar(left) as advance:
         generate_videos(
@@ -140,9 +162,10 @@ def compare(
     **arguments: Any,
 ) -> None:
     """Generates a video with dense and with sparse attention; writes both side by side."""
-    check_folder(output)
+    written = [("output", path) for path in _comparison_paths(output)]
     if json_file is not None:
-        check_folder(json_file)
+        written.append(("json_file", json_file))
+    check_outputs(written, {"model": model, **{name: arguments[name] for name in _IMAGES}, **files})
     _check_enlarge(enlarge)
     pipeline = _load(model, revision=revision, variant=variant, dtype=dtype)
     fps = pipeline.frame_rate if fps is None else fps
@@ -157,7 +180,7 @@ def compare(
 
 def demo(prompt: str, *, seed: int, output: Path, source: Path | None) -> None:
     """Converts the bundled model into a temporary folder and compares dense with sparse."""
-    check_folder(output)
+    check_outputs([("output", path) for path in _comparison_paths(output)], {"source": source})
     bundled = files("svg_jax") / "assets" / "tiny_cogvideox"
     with tempfile.TemporaryDirectory() as scratch, as_file(bundled) as folder:
         converted = Path(scratch) / "model"
@@ -211,14 +234,19 @@ def _write_comparison(comparison: Comparison, output: Path, *, fps: float, facto
         f"{report.pattern}, density {report.density:.2f}: {report.sparse_seconds:.2f} s a step",
     )
     labelled = [
-        with_label(enlarge_frames(frames[0], factor), caption, beside=captions)
+        with_label(enlarge_frames(to_uint8(frames), factor), caption, beside=captions)
         for frames, caption in zip((dense, sparse), captions, strict=True)
     ]
     both = side_by_side(*labelled, gap=2 * factor)
-    for suffix in (".mp4", ".gif"):
-        path = output.with_name(output.name + suffix)
+    for path in _comparison_paths(output):
         save_video(both, path, fps=fps)
         say(f"wrote {path}")
+
+
+def _comparison_paths(output: Path) -> list[Path]:
+    if not output.name:
+        raise ValueError(f"output is the beginning of two files' names: got {str(output)!r}")
+    return [output.with_name(output.name + suffix) for suffix in (".mp4", ".gif")]
 
 
 def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,25 +1,29 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and only files."""
 
 import os
 import re
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
+
+_PROBE = bytes(4096)  # a full disk still makes empty files
 
 
 @contextmanager
 def written_atomically(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` (same suffix) to write to, and renames it at the end.
+    """Give a temporary path beside `path` (same suffix) to write to, and rename it at the end.
 
     If the block fails or is interrupted, nothing is left and an older file stays as it was.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
+        IsADirectoryError: If `path` is a folder.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path.name}: there is no folder {path.parent}")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    _check_place(path)
+    temporary = _temporary(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -27,21 +31,101 @@ def written_atomically(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_folder(path: str | Path) -> None:
-    """FileNotFoundError if there is no folder to write a file into: before the work, not after."""
+def check_writable(path: str | Path) -> None:
+    """Check that a file can be written, by doing so beside it: before the work, not after.
+
+    Raises:
+        FileNotFoundError: If there is no folder to write it into.
+        IsADirectoryError: If it is a folder itself.
+        ValueError: If it is a device or a pipe, or its name is none that a file can have.
+        OSError: If the system refuses: a right, a read-only or a full disk.
+    """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path.name}: there is no folder {path.parent}")
+    try:
+        _check_place(path)
+        temporary = _temporary(path)
+        try:
+            with temporary.open("xb") as file:
+                file.write(_PROBE)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _check_replaceable(path)
+    except (FileNotFoundError, IsADirectoryError):
+        raise
+    except OSError as error:
+        name = os.fsencode(path.name)
+        if len(name) > 200:
+            raise ValueError(
+                f"cannot write a file whose name has {len(name)} bytes: choose a shorter one than "
+                f"{path.name[:40]}..."
+            ) from error
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading, if it is one: a pipe could wait and a device give for ever.
+
+    Raises:
+        ValueError: If it is a folder, a pipe or a device, or its name is none that a file can have.
+        OSError: If it is not there, or cannot be read.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except ValueError as error:  # a zero byte
+        raise ValueError(f"{str(path)!r} is no name of a file") from error
+    except OSError as error:
+        # A socket cannot be opened, nor a device without its hardware.
+        with suppress(OSError):
+            _check_regular(path, os.stat(path).st_mode)
+        raise error
+    try:
+        _check_regular(path, os.fstat(number).st_mode)
+    except ValueError:
+        os.close(number)
+        raise
+    return os.fdopen(number, "rb")
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Removes the temporary files of processes that were killed while they wrote `path`."""
+    """Remove the temporary files of processes that were killed while they wrote `path`."""
     path = Path(path)
     name = re.compile(rf"\.{re.escape(path.stem)}\.(\d{{1,9}}){re.escape(path.suffix)}")
     for other in path.parent.iterdir():
         match = name.fullmatch(other.name)
         if match and not _is_running(int(match[1])):
             other.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+
+
+def _check_place(path: Path) -> None:
+    """Check that a path is no folder, device or pipe, and its parent is a folder."""
+    if "\0" in str(path) or not path.name or path.name == "..":
+        raise ValueError(f"{str(path)!r} is no name of a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path.name}: there is no folder {path.parent}")
+    with suppress(FileNotFoundError):
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(f"cannot write {path}: there is a folder of that name")
+        _check_regular(path, mode)
+
+
+def _check_replaceable(path: Path) -> None:
+    """In a folder such as /tmp only its owner and a file's may replace the file."""
+    folder = path.parent.stat()
+    if not (folder.st_mode & stat.S_ISVTX and hasattr(os, "geteuid") and os.path.lexists(path)):
+        return
+    if os.geteuid() not in (0, folder.st_uid, path.lstat().st_uid):
+        raise PermissionError(1, "another user's file is there", str(path))
+
+
+def _check_regular(path: str | Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise ValueError(f"{path} is no file but {what}")
 
 
 def _is_running(process: int) -> bool:

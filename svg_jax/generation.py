@@ -16,13 +16,14 @@ from typing import Any
 import jax
 
 from svg_jax.config import SparsityConfig
-from svg_jax.files import remove_leftovers, written_atomically
+from svg_jax.files import open_regular, remove_leftovers, written_atomically
 from svg_jax.sampling import VideoOutput, VideoPipeline
 from svg_jax.sampling.checkpoint import RunFile, check_same_run, open_run_file
 from svg_jax.sampling.pipeline import PreparedRun, loading_once
 from svg_jax.sampling.record import SamplingInfo, StepRecord
 
 _PROMPTS_AT_ONCE = 16  # encoded together: Wan's 720p waits with 0.1 GB of host memory for each
+_PROMPTS_BYTES = 2**24
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -48,9 +49,12 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is not UTF-8, or holds no prompt.
+        ValueError: If it is no regular file, is not UTF-8, or holds no prompt.
     """
-    content = path.read_bytes()
+    with open_regular(path) as file:
+        content = file.read(_PROMPTS_BYTES + 1)
+    if len(content) > _PROMPTS_BYTES:
+        raise ValueError(f"{path} is no list of prompts: it has over {_PROMPTS_BYTES:,} bytes")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -119,7 +123,7 @@ def plan_videos(
         remove_leftovers(output)
         if written_as is not None and _is_done(output, fingerprint):
             continue
-        file = open_run_file(_state_path(output), settings, save_every=save_every, resume=resume)
+        file = open_run_file(state_path(output), settings, save_every=save_every, resume=resume)
         is_foreign = output.exists() and not _record_path(output).exists()
         if written_as is not None and is_foreign and file.saved is None:
             raise FileExistsError(
@@ -160,7 +164,18 @@ def generate_videos(
     """
 
     def finish(decoder: VideoPipeline, job: VideoJob, run: PreparedRun, info: SamplingInfo) -> None:
-        write(decoder.decode(_moved(run, jax.device_put), info), job.output)
+        video = decoder.decode(_moved(run, jax.device_put), info)
+        try:
+            write(video, job.output)
+        except OSError as error:
+            if not job.file.path.exists():
+                raise
+            reason = error.strerror or error
+            raise OSError(
+                error.errno,
+                f"cannot be written ({reason}): the run is saved; --resume goes on from there",
+                str(job.output),
+            ) from error
         if keep_record:
             _write_record(job)
         job.file.remove()
@@ -213,7 +228,8 @@ def _fits(call: Callable[[], None]) -> bool:
     return True
 
 
-def _state_path(output: Path) -> Path:
+def state_path(output: Path) -> Path:
+    """Where the run's state is saved while an output is made."""
     return output.with_name(f".{output.name}.state")
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import PIL.Image
 
 from svg_jax.convert import Manifest
-from svg_jax.files import check_folder, remove_leftovers, written_atomically
+from svg_jax.files import check_writable, remove_leftovers, written_atomically
 from svg_jax.sampling.flow import FlowState
 from svg_jax.sampling.record import HeadProfile, StepRecord
 from svg_jax.sampling.schedulers import SamplerState
@@ -106,7 +106,7 @@ def open_run_file(
     path = Path(path)
     if save_every < 0:
         raise ValueError(f"save_every (--save-every) is at least 0: got {save_every}")
-    check_folder(path)
+    check_writable(path)
     remove_leftovers(path)
     if path.exists() and not resume:
         raise FileExistsError(
