@@ -5,12 +5,13 @@
 
 import re
 from collections.abc import Collection, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from svg_jax.convert.components import COPIED, read_pipeline_index, select_components
 from svg_jax.convert.reader import STEMS, weights_files
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+LORA_STEMS = ("pytorch_lora_weights", "adapter_model")  # what diffusers and PEFT call the file
 _SHARD = "-?????-of-?????"
 
 
@@ -78,6 +79,68 @@ def download_components(
         raise ValueError(f"{hub_id}: has no weights of the variant {variant!r}: omit it.")
     patterns = [pattern for name in plain for pattern in _weights(name, None)]
     _snapshot(hub_id, patterns, commit, cache_dir)
+
+
+def is_hub_lora(path: str) -> bool:
+    """Whether a string has the form of a LoRA on the hub, "owner/name" or "owner/name/file"."""
+    parts = path.split("/")
+    if len(parts) == 2:
+        return is_hub_id(path) and not _is_weights(path)
+    plain = all(
+        part not in ("", ".", "..") and not re.search(r"[*?\[\]\\]", part) for part in parts
+    )
+    return is_hub_id("/".join(parts[:2])) and plain
+
+
+def download_lora(path: str, *, cache_dir: str | Path | None = None) -> Path:
+    """Bring a LoRA's file into the hub's cache, and PEFT's config if there is one beside it.
+
+    Args:
+        path: "owner/name", whose only .safetensors file is meant, or one of a known name; or
+            "owner/name/file", the file perhaps in a folder.
+        cache_dir: Folder in place of the hub's own cache.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If the hub has no such repository or file, or several and none of a known name.
+        OSError: See `download_index`.
+    """
+    owner, name, *rest = path.split("/", 2)
+    hub_id = f"{owner}/{name}"
+    if rest:
+        (file,) = rest
+    else:
+        folder = _snapshot(hub_id, [f"{stem}.safetensors" for stem in LORA_STEMS], None, cache_dir)
+        found = [f"{stem}.safetensors" for stem in LORA_STEMS]
+        found = [name for name in found if (folder / name).is_file()]
+        found = found or [name for name in _list_files(hub_id, folder) if _is_weights(name)]
+        if len(found) != 1:
+            what = f"holds {', '.join(found[:5])}" if found else "holds no .safetensors file"
+            raise ValueError(f"{hub_id}: {what}: give the file that is meant, {hub_id}/FILE.")
+        (file,) = found
+    config = str(PurePosixPath(file).with_name("adapter_config.json"))
+    local = _snapshot(hub_id, [file, config], None, cache_dir) / file
+    if not local.is_file():
+        raise ValueError(f"{hub_id}: has no file {file}: check its name.")
+    return local
+
+
+def _is_weights(name: str) -> bool:
+    return name.lower().endswith(".safetensors")
+
+
+def _list_files(hub_id: str, folder: Path) -> list[str]:
+    """The files of a repository; without a network those that the cache has."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return sorted(huggingface_hub.list_repo_files(hub_id))
+    except (errors.HTTPError, ConnectionError):
+        files = (file for file in folder.rglob("*") if file.is_file())
+        return sorted(file.relative_to(folder).as_posix() for file in files)
 
 
 def _weights(component: str, variant: str | None) -> list[str]:

@@ -16,16 +16,16 @@ class Change:
     """What is added to one tensor of a component.
 
     Attributes:
-        down: A, [rank, in, *kernel]; None where `up` itself is added, to a bias.
-        up: B, [rows, rank, 1, ...], or [rows].
-        start: First row of `up` that belongs to the tensor.
+        up: B, [rows, rank, 1, ...]; or all that is added, of the tensor's size.
         scale: What the product is multiplied with.
+        down: A, [rank, in, *kernel] or [rank, in * kernel]; None where `up` itself is added.
+        mid: The core of a convolution's LoRA, [rank, rank, *kernel], where A is [rank, in, 1, ...].
     """
 
-    down: StoredTensor | None
     up: StoredTensor
-    start: int
     scale: float
+    down: StoredTensor | None = None
+    mid: StoredTensor | None = None
 
 
 def add_changes(tensor: np.ndarray, changes: Sequence[Change]) -> np.ndarray:
@@ -39,13 +39,12 @@ def add_changes(tensor: np.ndarray, changes: Sequence[Change]) -> np.ndarray:
     total = tensor.astype(np.float32)
     rows = total.reshape(len(total), -1)  # a view
     for change in changes:
-        up = _read_finite(change.up).reshape(change.up.shape[0], -1)
-        up = up[change.start : change.start + len(total)]
-        down = None if change.down is None else _read_finite(change.down)
+        up = _read_finite(change.up).reshape(len(total), -1)
+        down = _read_down(change)
         with np.errstate(over="ignore", invalid="ignore"):
             for at in range(0, len(total), _ROWS):
                 part = up[at : at + _ROWS]
-                part = part if down is None else part @ down.reshape(len(down), -1)
+                part = part if down is None else part @ down
                 rows[at : at + _ROWS] += part * np.float32(change.scale)
         if count_nonfinite(total) > count_nonfinite(tensor):
             raise ConversionError(
@@ -55,11 +54,23 @@ def add_changes(tensor: np.ndarray, changes: Sequence[Change]) -> np.ndarray:
     return total
 
 
+def _read_down(change: Change) -> np.ndarray | None:
+    """A as a matrix, [rank, in * kernel], with the core multiplied in."""
+    if change.down is None:
+        return None
+    down = _read_finite(change.down).reshape(change.down.shape[0], -1)
+    if change.mid is None:
+        return down
+    mid = _read_finite(change.mid).reshape(*change.mid.shape[:2], -1)
+    return np.einsum("abk,bi->aik", mid, down).reshape(len(mid), -1)
+
+
 def _read_finite(stored: StoredTensor) -> np.ndarray:
-    tensor = read_tensor(stored)
+    with np.errstate(over="ignore", invalid="ignore"):
+        tensor = read_tensor(stored).astype(np.float32)
     if count := count_nonfinite(tensor):
         raise ConversionError(
             f"{stored.file}: {stored.name} holds NaN or infinities ({count} of {tensor.size}): "
             "this LoRA cannot be used."
         )
-    return tensor.astype(np.float32)
+    return tensor

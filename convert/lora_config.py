@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from svg_jax.convert.lora_files import is_safetensors
 from svg_jax.convert.reader import read_json
 from svg_jax.convert.rules import ConversionError
 
-PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
+_PEFT_STEM = "adapter_model"
 _METADATA = "lora_adapter_metadata"  # diffusers' name for a config within the file
 _DEFAULT = 8  # PEFT's, of both r and lora_alpha
 # What PEFT merges in another way, or only together with a change of the base weights.
@@ -84,7 +85,7 @@ class LoraConfig:
         """What the product B A of a module is multiplied with.
 
         Args:
-            module: Its name in the component.
+            module: Its name in the LoRA, without a prefix.
             rank: The rank that its tensors have.
 
         Raises:
@@ -124,18 +125,21 @@ class LoraConfig:
         return float(value)
 
 
-def read_lora_config(file: Path) -> LoraConfig | None:
+def read_lora_config(file: Path, *, is_peft: bool) -> LoraConfig | None:
     """The config of a LoRA: PEFT's lies beside the weights, diffusers' in their header.
 
     Args:
-        file: The weights, whose header was checked.
+        file: The weights, which were checked.
+        is_peft: Whether the tensors have PEFT's names.
 
     Raises:
         ConversionError: If there is one and it is damaged.
     """
     beside = file.with_name(PEFT_CONFIG)
-    if file.name == PEFT_FILE and beside.is_file():
+    if (is_peft or file.stem == _PEFT_STEM) and beside.is_file():
         return LoraConfig(beside, read_json(beside), is_peft=True)
+    if not is_safetensors(file):
+        return None
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))

@@ -1,101 +1,205 @@
-"""What the names of a LoRA's tensors mean: which modules they change, and how.
+"""The names that trainers give the tensors of a LoRA, as data: prefixes, suffixes, other methods.
 
-Trainers write diffusers' names (of several ages), PEFT's, or those of the models' first releases.
-diffusers 0.42.1, loaders/lora_conversion_utils.py and utils/state_dict_utils.py, reads the same.
+A name is a prefix, a module's name and a suffix. Modules have diffusers' names or those of a first
+release (convert/lora_targets.py). Dots and underscores are read alike, as many as there are, since
+trainers turn some or all of one into the other. docs/lora.md says who writes what.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
-from svg_jax.convert import original_hunyuan_video, original_wan
-
 TRANSFORMER = "transformer"  # what names without a component's belong to
-Kind = Literal["down", "up", "bias", "plain bias", "alpha"]
+Kind = Literal["down", "mid", "up", "bias", "difference", "bias difference", "alpha"]
 
-# "down" is A [rank, in], "up" is B [out, rank]. A "plain bias" is not scaled by alpha.
-_KINDS: dict[str, Kind] = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_B.bias": "bias",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".diff_b": "plain bias",
-    ".alpha": "alpha",
+# What may stand before a module's name, several of them one after the other, and the component
+# that it means.
+PREFIXES = {
+    "base_model.model.": TRANSFORMER,
+    "model.diffusion_model.": TRANSFORMER,
+    "diffusion_model.": TRANSFORMER,
+    "transformer.": TRANSFORMER,
+    "transformer_1.": TRANSFORMER,
+    "transformer_2.": "transformer_2",
+    "unet.": TRANSFORMER,
+    "pipe.dit.": TRANSFORMER,
+    "pipe.dit2.": "transformer_2",
+    "lora_unet_": TRANSFORMER,
+    "lora_transformer_": TRANSFORMER,
+    "lycoris_": TRANSFORMER,
+    "Hunyuan_video_I2V_lora_": TRANSFORMER,
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoders.": "text_encoder",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
 }
-_OLD_PROCESSOR = re.compile(r"\.(?:processor\.)?to_(q|k|v|out)_lora\.(up|down)\.weight$")
-_PEFT, _KOHYA, _RELEASED = "base_model.model.", "lora_unet_", "diffusion_model."
+PEFT = "base_model.model."
+# Another prefix is passed over if all names of a file have it. It must end in a dot, or in a word
+# that is no part of a module's name (as "transformer_" of "transformer_blocks" is), and name
+# neither a component nor a number.
+_WRAPPER = re.compile(
+    r"(?:.*\.)?(?:|\w*?(?:lora|lycoris|unet|dit|net|model|wan|hunyuan|cogvideox?|video|[it]2v)_+)",
+    re.IGNORECASE,
+)
+_NO_WRAPPER = re.compile(r"(?:^|\.)(?:\d+|(?:transformer|text_encoder|vae|controlnet)\w*)\.")
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """What the end of a tensor's name says of it.
+
+    Attributes:
+        kind: Which part of a change it is. "down" is A [rank, in], "up" is B [out, rank], "mid" the
+            core between them [rank, rank, *kernel]; a "bias" is scaled as B A is, a difference
+            by the strength alone.
+        within: What follows the module's name in the model.
+        alpha: Alpha where the file does not tell it; None is the rank.
+    """
+
+    kind: Kind
+    within: str = ""
+    alpha: float | None = None
+
+
+# {name} is an adapter's name, {n} counts the parts of a fused module.
+SUFFIXES = {
+    ".lora_A.weight": Suffix("down"),
+    ".lora_B.weight": Suffix("up"),
+    ".lora_B.bias": Suffix("bias"),
+    ".lora_A.{name}.weight": Suffix("down"),
+    ".lora_B.{name}.weight": Suffix("up"),
+    ".lora_B.{name}.bias": Suffix("bias"),
+    ".lora_A": Suffix("down"),
+    ".lora_B": Suffix("up"),
+    ".lora_down.weight": Suffix("down"),
+    ".lora_mid.weight": Suffix("mid"),
+    ".lora_up.weight": Suffix("up"),
+    ".lora_linear_layer.down.weight": Suffix("down"),
+    ".lora_linear_layer.up.weight": Suffix("up"),
+    ".matrix_A.{n}": Suffix("down", alpha=1.0),
+    ".matrix_B.{n}": Suffix("up"),
+    ".alpha": Suffix("alpha"),
+    ".lora_alpha": Suffix("alpha"),
+    ".diff": Suffix("difference"),
+    ".w_norm": Suffix("difference"),
+    ".diff_b": Suffix("bias difference"),
+    ".b_norm": Suffix("bias difference"),
+    ".diff_m": Suffix("difference", within=".modulation"),
+}
+# What a name holds that is part of another method, which is told by its name and refused.
+METHODS = {
+    ".dora_scale": "a DoRA",
+    ".lora_magnitude_vector": "a DoRA",
+    ".magnitude": "a DoRA",
+    ".lokr_": "a LoKr",
+    ".hada_": "a LoHa",
+    ".boft_": "a BOFT",
+    ".oft_": "an OFT",
+    ".ia3_": "an IA3",
+    ".on_input": "an IA3",
+    ".vera_": "a VeRA",
+    ".fourierft_": "a FourierFT",
+    ".hra_": "an HRA",
+    ".bone_": "a Bone",
+    ".lora_E": "an AdaLoRA",
+    ".ranknum": "an AdaLoRA",
+    ".lora_embedding_": "a LoRA of an embedding",
+    ".reshape_weight": "a LoRA of a weight that it enlarges",
+    ".set_weight": "a set of weights that replace others",
+    ".a1.weight": "a GLoRA",
+    ".a2.weight": "a GLoRA",
+    ".b1.weight": "a GLoRA",
+    ".b2.weight": "a GLoRA",
+}
+# What ComfyUI calls the modules of HunyuanVideo, in the order in which it renames them.
+COMFYUI = {
+    "t_embedder.mlp.0": "t_embedder.in_layer",
+    "t_embedder.mlp.2": "t_embedder.out_layer",
+    "c_embedder.linear_1": "c_embedder.in_layer",
+    "c_embedder.linear_2": "c_embedder.out_layer",
+    "_mod.linear": "_mod.lin",
+    ".modulation.linear": ".modulation.lin",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
+    "_attn_q_norm": "_attn.norm.query_norm.scale",
+    "_attn_k_norm": "_attn.norm.key_norm.scale",
+    ".q_norm": ".norm.query_norm.scale",
+    ".k_norm": ".norm.key_norm.scale",
+    "_in.mlp.0": "_in.in_layer",
+    "_in.mlp.2": "_in.out_layer",
+}
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one tensor of a LoRA is.
+    """What a name says of its tensor.
 
     Attributes:
-        component: The component that it changes.
-        modules: The modules, by diffusers' names; several are one module in the first releases,
-            and share the rows of "up" in this order.
-        kind: Which part of the change.
+        module: The module's name, prefix and all.
+        suffix: What the end of the name says.
+        number: Which part of a fused module, where the name counts them.
     """
 
-    component: str
-    modules: tuple[str, ...]
-    kind: Kind
+    module: str
+    suffix: Suffix
+    number: int | None
 
 
-def read_name(key: str, components: Collection[str], into: str = TRANSFORMER) -> Part | None:
-    """Reads the name of one tensor; None if no LoRA that can be merged has such a name.
+def read_name(key: str) -> Part | None:
+    """Take a tensor's name apart; None if no LoRA that can be merged has such a name."""
+    for pattern, suffix in _patterns():
+        if match := pattern.fullmatch(key):
+            number = match.groupdict().get("n")
+            module = match["module"] + suffix.within
+            return Part(module, suffix, None if number is None else int(number))
+    return None
+
+
+def name_method(key: str) -> str | None:
+    """Name the other method that a tensor is part of, from "a LoKr" to "a GLoRA"; None if none."""
+    for mark, method in METHODS.items():
+        tail = "" if mark.endswith("_") else r"(?:\.|$)"
+        if re.search(re.escape(mark) + tail, key):
+            return method
+    return None
+
+
+def normal_name(module: str) -> str:
+    """The form of a module's name in which all ways of writing it are the same."""
+    name = re.sub(r"[._]+", "_", module).strip("_")
+    return name.replace("_processor_", "_")  # diffusers' attention, until 2023
+
+
+def readings(module: str, components: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Give each component and name that a module's name may mean: the whole name, then less.
 
     Args:
-        key: The name.
-        components: Components that a name may begin with; others belong to the transformer.
-        into: The component that is meant by the transformer.
+        module: The module's name, with prefixes.
+        components: Components that a name may begin with, besides those in `PREFIXES`.
     """
-    key = _OLD_PROCESSOR.sub(_new_processor, key)
-    suffix = next((suffix for suffix in _KINDS if key.endswith(suffix)), None)
-    if suffix is None:
-        return None
-    module, kind = key.removesuffix(suffix), _KINDS[suffix]
-    if module.startswith(_KOHYA):
-        modules = _released_modules(module.removeprefix(_KOHYA), "_")
-        return Part(into, modules, kind) if modules else None
-    component, _, rest = module.partition(".")
-    if component == TRANSFORMER:
-        component, module = into, rest
-    elif component in components:
-        module = rest
-    else:
-        component = into
-        module = module.removeprefix(_RELEASED).removeprefix(_PEFT)
-    return Part(component, _released_modules(module, ".") or (module,), kind)
+    yield TRANSFORMER, module
+    prefixes = {f"{component}.": component for component in components} | PREFIXES
+    for prefix, component in prefixes.items():
+        if module.startswith(prefix):
+            for within, rest in readings(module.removeprefix(prefix), components):
+                yield (component if within == TRANSFORMER else within), rest
 
 
-def is_peft_name(key: str) -> bool:
-    """Whether PEFT wrote the name, whose scale stands in another file."""
-    return key.startswith(_PEFT)
+def is_wrapper(prefix: str) -> bool:
+    """Whether a prefix that is not known can be one."""
+    return _WRAPPER.fullmatch(prefix) is not None and _NO_WRAPPER.search(prefix) is None
 
 
-def _new_processor(match: re.Match[str]) -> str:
-    layer = "out.0" if match[1] == "out" else match[1]
-    return f".to_{layer}.lora.{match[2]}.weight"
+@cache
+def _patterns() -> tuple[tuple[re.Pattern[str], Suffix], ...]:
+    return tuple((_pattern(template), suffix) for template, suffix in SUFFIXES.items())
 
 
-def _released_modules(name: str, separator: str) -> tuple[str, ...]:
-    for source, targets in _RELEASED_NAMES.items():
-        pattern = re.escape(source.replace(".", separator)).replace(r"\{\}", r"(\d+)")
-        if match := re.fullmatch(pattern, name):
-            return tuple(target.format(*match.groups()) for target in targets)
-    return ()
-
-
-# Left out, and so refused: what diffusers takes apart along the rank by mistake, which is
-# HunyuanVideo's last modulation and its refiner's attention.
-_RELEASED_NAMES = {
-    line.source: tuple(name for name, _ in line.targets)
-    for line in (*original_wan.transformer_table({}), *original_hunyuan_video.block_table())
-}
+def _pattern(template: str) -> re.Pattern[str]:
+    pattern = re.sub(r"[._]", "[._]+", template)
+    pattern = pattern.replace("{name}", "[^.]+?").replace("{n}", r"(?P<n>\d{1,3})")
+    return re.compile(f"(?P<module>.+?){pattern}")

@@ -59,12 +59,14 @@ class LoraRecord:
         scale: Its strength.
         files: Digests (sha256) of its files, by name.
         into: The component that its names of the transformer mean.
+        skipped: Names, with an asterisk for each number, of what the model has no layers for.
     """
 
     source: str
     scale: float
     files: Mapping[str, str]
     into: str = "transformer"
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,10 @@ def read_manifest(folder: Path, name: str = NAME) -> Manifest:
             for component, tensors in values["components"].items()
         }
         skipped = tuple(values["skipped"])
-        loras = tuple(LoraRecord(**record) for record in body.get("loras", ()))
+        loras = tuple(
+            LoraRecord(**{**record, "skipped": tuple(record.get("skipped", ()))})
+            for record in body.get("loras", ())
+        )
         read = {"components": components, "skipped": skipped, "loras": loras}
         manifest = Manifest(**{**body, **read})
         _check_names(manifest)

@@ -104,12 +104,22 @@ def _take(tensor: StoredTensor, pieces: Sequence[int], count: int) -> StoredTens
             runs[-1][1] += step
         else:
             runs.append([piece * step, (piece + 1) * step])
+    return take_rows(tensor, runs)
+
+
+def take_rows(tensor: StoredTensor, runs: Sequence[Sequence[int]]) -> StoredTensor:
+    """Take runs of a tensor's rows, [begin, end), one after the other; nothing is read.
+
+    Args:
+        tensor: A tensor that lies in its file as a whole.
+        runs: The runs, at least one, each of which lies in the tensor.
+    """
     parts = tuple(_rows(tensor, *run) for run in runs)
     if len(parts) == 1:
         return parts[0]
-    shape = (step * len(pieces), *tensor.shape[1:])
+    shape = (sum(part.shape[0] for part in parts), *tensor.shape[1:])
     nbytes = sum(part.nbytes for part in parts)
-    return replace(parts[0], shape=shape, nbytes=nbytes, parts=parts)
+    return replace(parts[0], shape=shape, nbytes=nbytes, strides=None, parts=parts)
 
 
 def _rows(tensor: StoredTensor, begin: int, end: int) -> StoredTensor:

@@ -18,17 +18,15 @@ def transformer_table(shapes: Shapes) -> list[Origin]:
     """`mp_rank_00_model_states.pt`: text to video, and both kinds of image to video."""
     width = shapes["single_blocks.0.linear2.weight"][0]
     pieces = max(4, shapes["single_blocks.0.linear1.weight"][0] // width)  # three, and an MLP's
-    # shift and scale change places
-    modulation = Origin("final_layer.adaLN_modulation.1", (("norm_out.linear", (1, 0)),), 2)
-    return [*block_table(pieces), modulation, *_refiner_table()]
+    return module_table(pieces)
 
 
-def block_table(pieces: int = 7) -> list[Origin]:
-    """All of the transformer but its last modulation and the refiner of its text.
+def module_table(pieces: int = 4) -> list[Origin]:
+    """Where the modules of a transformer of any size go.
 
     Args:
-        pieces: In how many parts, each as wide as the model, the first layer of a single block can
-            be cut: queries, keys, values, and an MLP's.
+        pieces: In how many parts the first layer of a single block is cut: queries, keys, values,
+            and an MLP's; its tensors need parts that are each as wide as the model.
     """
     double, single = "transformer_blocks.{}", "single_transformer_blocks.{}"
     fused = (("attn.to_q", (0,)), ("attn.to_k", (1,)), ("attn.to_v", (2,)))
@@ -69,6 +67,9 @@ def block_table(pieces: int = 7) -> list[Origin]:
             tuple((f"{single}.{name}", rows) for name, rows in fused),
             pieces,
         ),
+        # shift and scale change places
+        Origin("final_layer.adaLN_modulation.1", (("norm_out.linear", (1, 0)),), 2),
+        *_refiner_table(),
     ]
 
 

@@ -48,6 +48,7 @@ def convert_pipeline(
     lora: str | Path | Sequence[str | Path] = (),
     lora_scale: float | Sequence[float] = 1.0,
     lora_into: str | Sequence[str] = "transformer",
+    strict: bool = False,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -76,14 +77,17 @@ def convert_pipeline(
             stacked weight may not.
         variant: Set of weights to take where a component has several, e.g. "fp16" for
             `diffusion_pytorch_model.fp16.safetensors`; a component without it gives its only set.
-        lora: LoRAs to merge into the weights, in this order: .safetensors files of diffusers or
-            PEFT, or folders that hold pytorch_lora_weights.safetensors or PEFT's
-            adapter_model.safetensors and adapter_config.json. W becomes
+        lora: LoRAs to merge into the weights, in this order, as any of the trainers in docs/lora.md
+            writes them: files of safetensors or torch.save, folders with one, or the hub's
+            "owner/name" or "owner/name/file.safetensors". W becomes
             W + lora_scale · alpha / rank · B A in float32, and then has its dtype again, as after
             diffusers' `fuse_lora`.
         lora_scale: Their strength: one for all, or one for each.
         lora_into: The component that their names of the transformer mean: one for all, or one for
             each. Wan 2.2 has a "transformer_2", for which diffusers has `load_into_transformer_2`.
+        strict: Whether parts of a LoRA for layers that the model lacks (the image layers of one for
+            image to video, on text to video) are an error; otherwise they are skipped, and named in
+            the log and the manifest.
         allow_nonfinite: Whether to take weights that are NaN or infinite, and to count them in the
             manifest; otherwise they are an error.
         overwrite: Whether to replace a checkpoint folder that is at `destination`.
@@ -103,6 +107,7 @@ def convert_pipeline(
         lora=lora,
         lora_scale=lora_scale,
         lora_into=lora_into,
+        strict=strict,
     )
     for path in plan.sources:
         check_destination(destination, path, plan.written_nbytes, overwrite)

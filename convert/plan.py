@@ -172,6 +172,7 @@ def plan_conversion(
     lora: str | Path | Sequence[str | Path] = (),
     lora_scale: float | Sequence[float] = 1.0,
     lora_into: str | Sequence[str] = "transformer",
+    strict: bool = False,
 ) -> ConversionPlan:
     """Checks a source as far as that is possible without reading its weights; writes nothing.
 
@@ -183,6 +184,7 @@ def plan_conversion(
         lora: See `convert_pipeline`.
         lora_scale: See `convert_pipeline`.
         lora_into: See `convert_pipeline`.
+        strict: See `convert_pipeline`.
 
     Raises:
         ConversionError: One sentence that says what is wrong with the source or a LoRA.
@@ -195,7 +197,7 @@ def plan_conversion(
     variants = select_variants(opened, chosen, variant)
     plans = [_plan_component(opened, name, cast, variants[name]) for name in chosen]
     leaves = {part.name: part.leaves for part in plans}
-    loras = read_loras(lora, lora_scale, leaves, lora_into)
+    loras = read_loras(lora, lora_scale, leaves, lora_into, strict=strict)
     return ConversionPlan(
         source=opened,
         components=tuple(replace(part, changes=changes_of(loras, part.name)) for part in plans),

@@ -12,7 +12,7 @@ import re
 import stat
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,18 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# What else a safetensors file may hold; a LoRA's does.
+ALL_DTYPES = DTYPES | {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "F64": np.float64,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8},
+        **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
+        "BOOL": np.bool_,
+    }.items()
 }
 STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call the weights
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
@@ -69,12 +81,16 @@ class StoredTensor:
     parts: tuple["StoredTensor", ...] = ()
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str, StoredTensor]:
     """Reads and checks the header of one safetensors file.
+
+    Args:
+        file: The file.
+        dtypes: The dtypes that a tensor may have, by their names in the file.
 
     Raises:
         ConversionError: If the file is not a whole safetensors file, bytes of the data belong to no
-            tensor or to two, a name stands twice, or a tensor is not float32, float16 or bfloat16.
+            tensor or to two, a name stands twice, or a tensor is of another dtype.
     """
     check_regular(file)
     try:
@@ -103,7 +119,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     if odd := [name for name in entries if not name.isprintable() or len(name) > _NAME_LIMIT]:
         raise ConversionError(f"{file}: {odd[0]!r:.80} is no name of a tensor: fetch it again.")
     data_start = 8 + length
-    tensors = {name: _tensor(file, name, entry, data_start) for name, entry in entries.items()}
+    tensors = {
+        name: _tensor(file, name, entry, data_start, dtypes) for name, entry in entries.items()
+    }
 
     end = data_start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.nbytes)):
@@ -117,7 +135,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _tensor(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+def _tensor(
+    file: Path, name: str, entry: Any, data_start: int, dtypes: Mapping[str, np.dtype]
+) -> StoredTensor:
     where = f"{file}: {name}"
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -127,18 +147,18 @@ def _tensor(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
         raise ConversionError(
             f"{where} has a damaged header entry, {entry!r:.80}: fetch it again."
         ) from error
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in dtypes:
         raise ConversionError(
-            f"{where} is {dtype!r:.20}, and a weight must be one of {', '.join(DTYPES)}: save the "
+            f"{where} is {dtype!r:.20}, and a weight must be one of {', '.join(dtypes)}: save the "
             "model unquantised."
         )
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    nbytes = math.prod(shape) * dtypes[dtype].itemsize
     if end - begin != nbytes:
         raise ConversionError(
             f"{where} of shape {shape} takes {nbytes} bytes and its offsets give {end - begin}: "
             "the header is damaged."
         )
-    return StoredTensor(name, file, DTYPES[dtype], tuple(shape), data_start + begin, nbytes)
+    return StoredTensor(name, file, dtypes[dtype], tuple(shape), data_start + begin, nbytes)
 
 
 def read_weights(

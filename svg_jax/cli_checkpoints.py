@@ -46,8 +46,11 @@ def convert(
         str | None, typer.Option("--revision", help="Of a hub id: a branch, tag or commit.")
     ] = None,
     lora: Annotated[
-        list[Path] | None,
-        typer.Option("--lora", help="A LoRA to merge (file or folder); may be given repeatedly."),
+        list[str] | None,
+        typer.Option(
+            "--lora",
+            help="A LoRA to merge (file, folder or hub id, see docs/lora.md); may be repeated.",
+        ),
     ] = None,
     lora_scale: Annotated[
         list[float] | None,
@@ -60,6 +63,10 @@ def convert(
             help="Which transformer it is for: one for all, or one each; default: transformer.",
         ),
     ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse a LoRA with parts for layers that the model lacks."),
+    ] = False,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Take NaN and infinities, and count them.")
     ] = False,
@@ -84,6 +91,7 @@ def convert(
         lora=lora or (),
         lora_scale=lora_scale or (1.0,),
         lora_into=lora_into or ("transformer",),
+        strict=strict,
         allow_nonfinite=allow_nonfinite,
         overwrite=overwrite,
         dry_run=dry_run,

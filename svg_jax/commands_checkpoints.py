@@ -26,9 +26,10 @@ def convert(
     components: Sequence[str] | None = None,
     dtype: str | None = None,
     variant: str | None = None,
-    lora: Sequence[Path] = (),
+    lora: Sequence[str] = (),
     lora_scale: Sequence[float] = (1.0,),
     lora_into: Sequence[str] = ("transformer",),
+    strict: bool = False,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -44,6 +45,7 @@ def convert(
             lora=lora,
             lora_scale=lora_scale,
             lora_into=lora_into,
+            strict=strict,
         )
         for path in plan.sources:
             check_destination(destination, path, plan.written_nbytes, overwrite)
@@ -60,6 +62,7 @@ def convert(
             lora=lora,
             lora_scale=lora_scale,
             lora_into=lora_into,
+            strict=strict,
             allow_nonfinite=allow_nonfinite,
             overwrite=overwrite,
             progress=progress,

@@ -30,6 +30,8 @@ def contents_tables(contents: Contents) -> Iterator[Table | str]:
     for lora in contents.loras:
         digests = ", ".join(f"{name} sha256 {sha256}" for name, sha256 in lora.files.items())
         yield f"merged: {lora.source} at {lora.scale:g} into {lora.into} ({digests})"
+        if lora.skipped:
+            yield f"not merged, for the model lacks it: {', '.join(lora.skipped)}"
     for part in contents.components:
         values = ", ".join(f"{key}={value!r}" for key, value in part.config.items())
         yield f"{part.name}: {values}"
@@ -89,6 +91,8 @@ def plan_tables(plan: ConversionPlan) -> Iterator[Table | str]:
         size = _size(sum(file.stat().st_size for file in lora.files))
         where = " and ".join(sorted(lora.changes))
         yield f"merges {lora.path} ({size}) at {lora.scale:g} into {changed} tensors of {where}"
+        if lora.skipped:
+            yield f"not merged, for the model lacks it: {', '.join(lora.skipped)}"
     if plan.skipped:
         yield f"left out: {', '.join(plan.skipped)}"
     yield (

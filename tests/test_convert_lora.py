@@ -32,6 +32,7 @@ from svg_jax.convert import (
     verify_pipeline,
 )
 from svg_jax.convert.lora import read_loras
+from svg_jax.convert.reader import read_tensor
 from svg_jax.models import HunyuanVideoConfig
 
 
@@ -338,7 +339,8 @@ class TestNamesOfTheFirstReleases:
         for module, out in (("double_blocks.1.txt_attn_qkv", 96), ("single_blocks.0.linear2", 32)):
             width = 32 if out == 96 else 160
             lora[f"{module}.lora_down.weight"] = np.ones((2, width), ml_dtypes.bfloat16)
-            lora[f"{module}.lora_up.weight"] = np.ones((out, 2), ml_dtypes.bfloat16)
+            rows = np.arange(2 * out).reshape(out, 2)
+            lora[f"{module}.lora_up.weight"] = rows.astype(ml_dtypes.bfloat16)
             lora[f"{module}.alpha"] = np.array(1, ml_dtypes.bfloat16)
         released = save_lora(tmp_path / "released.safetensors", lora)
         lora = {
@@ -351,17 +353,23 @@ class TestNamesOfTheFirstReleases:
             (plan,) = plan_conversion(source, lora=file, lora_scale=0.5).loras
             found.append(
                 {
-                    name: (change.start, change.scale, change.up.shape)
-                    for name, change in plan.changes["transformer"].items()
+                    name: (change.scale, read_tensor(change.up))
+                    for name, (change,) in plan.changes["transformer"].items()
                 }
             )
         keys = ("add_q_proj", "add_k_proj", "add_v_proj")
-        attention = {
-            f"transformer_blocks.1.attn.{key}.weight": (32 * number, 0.25, (96, 2))
+        fused = lora["double_blocks_1_txt_attn_qkv.lora_up.weight"]
+        expected = {
+            f"transformer_blocks.1.attn.{key}.weight": fused[32 * number :][:32]
             for number, key in enumerate(keys)
         }
-        output = {"single_transformer_blocks.0.proj_out.weight": (0, 0.25, (32, 2))}
-        assert found == [attention | output] * 2
+        output = lora["single_blocks_0_linear2.lora_up.weight"]
+        expected["single_transformer_blocks.0.proj_out.weight"] = output
+        for changes in found:
+            assert changes.keys() == expected.keys()
+            for name, (scale, up) in changes.items():
+                assert scale == 0.25
+                np.testing.assert_array_equal(up, expected[name])
 
     def test_hunyuan_videos_single_blocks_at_the_only_width_that_diffusers_knows(self, tmp_path):
         config = HunyuanVideoConfig.from_dict({"num_layers": 1, "num_single_layers": 1})
@@ -380,13 +388,12 @@ class TestNamesOfTheFirstReleases:
         file = tmp_path / "single.safetensors"
         save_file({name: tensor.astype(np.float32) for name, tensor in lora.items()}, file)
         (found,) = read_loras(file, 1.0, {"transformer": match_rules(shapes, rules)})
-        up = load_file(file)["single_blocks.0.linear1.lora_B.weight"]
         state = {name: torch.from_numpy(tensor) for name, tensor in load_file(file).items()}
         expected = _convert_hunyuan_video_lora_to_diffusers(state)
         assert len(found.changes["transformer"]) == 4
-        for name, change in found.changes["transformer"].items():
+        for name, (change,) in found.changes["transformer"].items():
             wanted = expected[f"transformer.{name.removesuffix('.weight')}.lora_B.weight"].numpy()
-            np.testing.assert_array_equal(up[change.start :][: shapes[name][0]], wanted)
+            np.testing.assert_array_equal(read_tensor(change.up), wanted)
 
     def test_alpha_beside_diffusers_names_is_as_in_a_config(self, tmp_path):
         source = write_source(tmp_path / "source")

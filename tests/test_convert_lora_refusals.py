@@ -20,13 +20,23 @@ def with_tensor(name, tensor):
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
 WRONG = {
     "a weight": (with_tensor(f"{Q}.weight", [[1.0]]), f"{Q}.weight is no part of a LoRA"),
-    "another kind of adapter": (with_tensor(f"{Q}.lokr_w1", [[1.0]]), "lokr_w1 is no part of"),
-    "a changed norm": (with_tensor("blocks.0.norm3.diff", [1.0]), "norm3.diff is no part of"),
+    "another norm": (
+        with_tensor("blocks.0.norm3.diff", [1.0]),
+        r"norm3.diff is \[1\] and does not fit blocks.0.norm2.weight, \[32\]: the LoRA is of an",
+    ),
     "DoRA": (with_tensor(f"{Q}.lora_magnitude_vector", [1.0]), "vector makes it a DoRA"),
     "DoRA of kohya": (with_tensor(f"{Q}.dora_scale", [1.0]), "dora_scale makes it a DoRA"),
+    "DoRA of ai-toolkit": (with_tensor(f"{Q}.magnitude", [1.0]), "magnitude makes it a DoRA"),
+    "LoKr": (with_tensor(f"{Q}.lokr_w1", [[1.0]]), "lokr_w1 makes it a LoKr, which is not merged"),
+    "LoKr of PEFT": (with_tensor(f"{Q}.lokr_w2_a.default", [[1.0]]), "default makes it a LoKr"),
+    "LoHa": (with_tensor(f"{Q}.hada_w1_a", [[1.0]]), "hada_w1_a makes it a LoHa"),
+    "OFT": (with_tensor(f"{Q}.oft_blocks", [[1.0]]), "oft_blocks makes it an OFT"),
+    "IA3": (with_tensor(f"{Q}.on_input", 1.0), "on_input makes it an IA3"),
+    "GLoRA": (with_tensor(f"{Q}.a1.weight", [[1.0]]), "a1.weight makes it a GLoRA"),
+    "a weight that is replaced": (with_tensor(f"{Q}.set_weight", [[1.0]]), "weights that replace"),
     "a block that is not there": (
         lambda lora: lora.update({key.replace(".0.", ".9.", 1): lora.pop(key) for key in [A, B]}),
-        r"lora_A.weight is \[4, 32\] and blocks.9.attn1.to_q.weight is none that a LoRA can change",
+        r"nothing in it fits transformer, where there is no blocks.\*.attn1.to_q: .* another model",
     ),
     "a norm": (
         lambda lora: lora.update({key.replace("to_q", "norm_q"): lora.pop(key) for key in [A, B]}),
@@ -58,6 +68,18 @@ WRONG = {
     "infinity": (lambda lora: lora[B].fill(np.inf), "lora_B.weight holds NaN or infinities"),
     "too large": (lambda lora: lora[B].fill(3e38), "values that float32 cannot hold"),
     "alpha not finite": (with_tensor(f"{Q}.alpha", np.nan), "alpha is not one finite number"),
+    "a boolean alpha": (
+        lambda lora: lora.update({f"{Q}.alpha": np.array(True)}),
+        r"alpha is not one finite number, but bool \[\]: fetch",
+    ),
+    "whole numbers": (
+        lambda lora: lora.update({A: lora[A].astype(np.int8)}),
+        "lora_A.weight is int8, and must be of a floating-point type",
+    ),
+    "no rank beside a core": (
+        with_tensor(f"{Q}.lora_mid.weight", np.ones((4, 3, 1))),
+        r"lora_mid.weight is \[4, 3, 1\] and .* no rank in common",
+    ),
     "two alphas": (with_tensor(f"{Q}.alpha", [1, 2]), "alpha is not one finite number"),
     "the same part twice": (
         lambda lora: lora.update({f"{Q}.lora.down.weight": lora[A]}),
@@ -125,15 +147,10 @@ class TestRefusals:
         file = save_lora(tmp_path / "lora.safetensors", lora)
         self.refuse(tmp_path, file, r"both change transformer_blocks.0.attn.to_k.weight")
 
-    def test_peft_without_its_config(self, tmp_path):
-        lora = random_lora(write_source(tmp_path / "source"), [Q])
-        file = save_lora(tmp_path / "lora.safetensors", lora, "base_model.model.")
-        self.refuse(tmp_path, file, r"is PEFT's, and adapter_config.json, .* is missing")
-
     def test_a_component_that_is_not_converted(self, tmp_path):
         lora = random_lora(write_source(tmp_path / "source"), [Q])
         file = save_lora(tmp_path / "lora.safetensors", lora, "text_encoder.")
-        self.refuse(tmp_path, file, f"text_encoder.{Q}.weight is none that a LoRA can change")
+        self.refuse(tmp_path, file, r"fits transformer, .* no text_encoder.blocks.\*.attn1.to_q")
 
     def test_values_that_the_stored_dtype_cannot_hold(self, tmp_path):
         source = write_source(tmp_path / "source", dtype=np.float16)
@@ -145,7 +162,7 @@ class TestRefusals:
         [
             (lambda file: None, "lora.safetensors: cannot be read"),
             (lambda file: file.write_bytes(b"12345678{}"), "claims a header of"),
-            (lambda file: file.mkdir(), "holds neither of pytorch_lora_weights.safetensors and"),
+            (lambda file: file.mkdir(), "holds no .safetensors, .* file: give the file"),
         ],
     )
     def test_what_is_no_lora_file(self, tmp_path, make, message):
@@ -157,8 +174,9 @@ class TestRefusals:
         lora = random_lora(write_source(tmp_path / "source"), [Q])
         for name in ("pytorch_lora_weights", "adapter_model"):
             save_lora(tmp_path / "lora" / f"{name}.safetensors", lora)
-        self.refuse(tmp_path, tmp_path / "lora", "holds both of")
-        self.refuse(tmp_path, tmp_path / "lora.bin", "is no .safetensors file and no folder")
+        both = "holds adapter_model.safetensors, pytorch_lora_weights.safetensors: give the file"
+        self.refuse(tmp_path, tmp_path / "lora", both)
+        self.refuse(tmp_path, tmp_path / "lora.gguf", "is no .safetensors, .* file, and no folder")
 
     def test_scales(self, tmp_path):
         source = write_source(tmp_path / "source")

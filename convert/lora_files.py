@@ -1,0 +1,99 @@
+"""Where a LoRA lies (a file, a folder, a repository of the hub), and what is in its file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from svg_jax.convert.hub import LORA_STEMS, download_lora, is_hub_lora
+from svg_jax.convert.reader import ALL_DTYPES, StoredTensor, check_regular, read_header, read_tensor
+from svg_jax.convert.rules import ConversionError
+from svg_jax.convert.torch_file import read_torch_file
+
+_SAFETENSORS, _TORCH = (".safetensors", ".sft"), (".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (*_SAFETENSORS, *_TORCH)
+_FLOATS = {
+    np.dtype(dtype)
+    for dtype in (
+        *(np.float64, np.float32, np.float16, ml_dtypes.bfloat16),
+        *(ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2),
+    )
+}
+
+
+def find_lora(path: str | Path) -> Path:
+    """Find the file that a path or an id of the hub means; the hub's is brought to its cache.
+
+    Args:
+        path: A file, a folder with one, "owner/name" or "owner/name/file.safetensors".
+
+    Raises:
+        ConversionError: If there is none, or there are several and none has a known name.
+        OSError: See `hub.download_index`.
+    """
+    local = Path(path).expanduser()
+    if not local.exists() and is_hub_lora(str(path)) and not Path(local.parts[0]).is_dir():
+        local = download_lora(str(path))
+    if not local.is_dir():
+        if local.suffix.lower() not in SUFFIXES:
+            raise ConversionError(
+                f"{path}: is no {', '.join(SUFFIXES)} file, and no folder with one: give a LoRA's."
+            )
+        return local
+    return _only_file(local)
+
+
+def _only_file(folder: Path) -> Path:
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    known = [file for file in found if file.stem in LORA_STEMS]
+    # PEFT's and diffusers' folders may hold an optimizer's state beside.
+    safe = [file for file in known or found if file.suffix.lower() in _SAFETENSORS]
+    chosen = safe or known or found
+    if len(chosen) != 1:
+        names = ", ".join(file.name for file in chosen[:5])
+        what = f"holds {names}" if chosen else f"holds no {', '.join(SUFFIXES)} file"
+        raise ConversionError(f"{folder}: {what:.300}: give the file that is meant.")
+    return chosen[0]
+
+
+def is_safetensors(file: Path) -> bool:
+    """Whether a LoRA's file is one of safetensors, and not of torch.save."""
+    return file.suffix.lower() in _SAFETENSORS
+
+
+def read_lora_file(file: Path) -> Mapping[str, StoredTensor]:
+    """Find the tensors of a LoRA's file; matrices are not read.
+
+    Raises:
+        ConversionError: If the file is damaged or holds what no LoRA does.
+    """
+    check_regular(file)
+    return read_header(file, ALL_DTYPES) if is_safetensors(file) else read_torch_file(file)
+
+
+def is_float(stored: StoredTensor) -> bool:
+    """Whether a tensor holds floating-point numbers, of 8 to 64 bits."""
+    return stored.dtype in _FLOATS
+
+
+def read_alpha(stored: StoredTensor) -> float:
+    """Read alpha, a number of any type.
+
+    Raises:
+        ConversionError: If it is not one finite number.
+    """
+    is_number = is_float(stored) or stored.dtype.kind in "iu"
+    if is_number and np.prod(stored.shape, dtype=object) == 1:
+        alpha = float(read_tensor(stored).reshape(()))
+        if np.isfinite(alpha):
+            return alpha
+    raise ConversionError(
+        f"{stored.file}: {stored.name} is not one finite number, but {stored.dtype} "
+        f"{list(stored.shape)}: fetch the LoRA again."
+    )
+
+
+def is_zero(stored: StoredTensor) -> bool:
+    """Whether all elements are zero: some trainers write zeros for all norms and biases."""
+    return not np.any(read_tensor(stored))
