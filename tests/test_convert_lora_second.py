@@ -159,7 +159,7 @@ def test_the_second_alone(tmp_path, source):
     plan = plan_conversion(source, lora_into="transformer_2", **options)
     assert plan.loras[0].changes["transformer_2"].keys() == {f"{Q}.weight"}
     with pytest.raises(
-        ConversionError, match="is for the transformer, and .* is transformer_2: choose"
+        ConversionError, match=r"is for the transformer, and .* is transformer_2: choose"
     ):
         plan_conversion(source, **options)
 
