@@ -27,7 +27,7 @@ from flax.nnx import traversals
 from jax.sharding import NamedSharding, PartitionSpec
 from timing import provenance, write_entry
 
-from svg_jax.convert import read_manifest
+from svg_jax.convert.folder import open_folder
 from svg_jax.convert.manifest import digest
 from svg_jax.convert.tensors import open_tensors
 
@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--name", default="transformer", help="of the entry there")
     args = parser.parse_args()
 
-    tensors = open_tensors(args.folder, read_manifest(args.folder))["transformer"]
+    tensors = open_tensors(open_folder(args.folder))["transformer"]
     leaves = {tensor.leaf.path: tensor.store for tensor in tensors.values()}
     mesh = jax.make_mesh((4,), ("devices",))
     wanted = {

@@ -1,6 +1,7 @@
 """What a folder or file holds, converted or not, and its tensors' statistics."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from svg_jax.convert.components import COPIED, read_pipeline_index
-from svg_jax.convert.manifest import NAME, LoraRecord, Manifest, read_manifest
+from svg_jax.convert.components import COPIED, PipelineIndex
+from svg_jax.convert.folder import ConvertedFolder, open_folder
+from svg_jax.convert.manifest import NAME, LoraRecord
+from svg_jax.convert.paths import real_path, usable_path
 from svg_jax.convert.progress import Progress, count_bytes
 from svg_jax.convert.reader import read_json, read_tensor
 from svg_jax.convert.source import Source, open_source, select_variants
+from svg_jax.convert.staging import standing_folder
 from svg_jax.convert.tensors import open_tensors, read_checked
 
 _PIECE = 1 << 22  # elements that are taken at once
@@ -142,12 +146,13 @@ def read_contents(
     Raises:
         ConversionError: If it is nothing of the kind, or something in it cannot be read.
     """
-    source = Path(source)
-    converted = (source / NAME).is_file()
+    source = usable_path(source)
+    converted = os.path.lexists(standing_folder(real_path(source)) / NAME)
     if converted:
-        manifest = read_manifest(source)
-        index, skipped, loras = read_pipeline_index(source), manifest.skipped, manifest.loras
-        parts = _converted_parts(source, manifest)
+        folder = open_folder(source)
+        index = PipelineIndex(folder.pipeline, folder.classes)
+        skipped, loras = folder.manifest.skipped, folder.manifest.loras
+        parts = _converted_parts(folder)
     else:
         opened = open_source(source, variant)
         index, skipped, loras = opened.index, (), ()
@@ -190,10 +195,10 @@ def read_contents(
     )
 
 
-def _converted_parts(folder: Path, manifest: Manifest) -> dict[str, _Part]:
+def _converted_parts(folder: ConvertedFolder) -> dict[str, _Part]:
     return {
         component: _Part(
-            read_json(folder / component / "config.json"),
+            read_json(folder.path / component / "config.json"),
             [
                 (
                     name,
@@ -204,7 +209,7 @@ def _converted_parts(folder: Path, manifest: Manifest) -> dict[str, _Part]:
                 for name, of in sorted(tensors.items())
             ],
         )
-        for component, tensors in open_tensors(folder, manifest).items()
+        for component, tensors in open_tensors(folder).items()
     }
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from svg_jax.convert.components import FAMILIES
-from svg_jax.convert.manifest import read_manifest
+from svg_jax.convert.folder import open_folder
+from svg_jax.convert.paths import real_place
 from svg_jax.convert.progress import Progress, count_bytes
 from svg_jax.convert.reader import DTYPES, read_json
 from svg_jax.convert.staging import check_destination, staged_folder
@@ -43,9 +44,9 @@ def export_pipeline(
     Raises:
         ConversionError: One sentence; at `destination` is then what was there before, or nothing.
     """
-    source, destination = Path(source), Path(destination)
-    manifest = read_manifest(source)
-    sources = open_tensors(source, manifest)
+    folder, destination = open_folder(source), real_place(destination)
+    source, manifest = folder.path, folder.manifest
+    sources = open_tensors(folder)
     total = manifest.tensor_bytes
     check_destination(destination, source, total, overwrite)
     advance = count_bytes(total, progress)

@@ -11,8 +11,15 @@ import tensorstore as ts
 from flax import nnx
 from jax.typing import DTypeLike
 
-from svg_jax.convert.components import read_component_config, read_pipeline_index
-from svg_jax.convert.manifest import read_manifest
+from svg_jax.convert.components import read_component_config
+from svg_jax.convert.folder import (
+    WEIGHTS,
+    ConvertedFolder,
+    check_digests,
+    check_weights,
+    open_folder,
+)
+from svg_jax.convert.progress import Progress
 from svg_jax.convert.rules import ConversionError
 from svg_jax.convert.writer import open_leaves, readable
 from svg_jax.models.clip import CLIPTextEncoder, CLIPVisionEncoder
@@ -62,6 +69,8 @@ def load_component(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
     classes: Collection[str] = MODULES.keys(),
+    verify: bool = False,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Any:
     """Loads a component of a converted folder: a transformer, an encoder or a VAE.
@@ -73,17 +82,24 @@ def load_component(
         param_dtype: Dtype to cast the parameters to, but those that the model keeps in float32 (see
             `WanTransformer`); None keeps each as it is stored.
         classes: Classes that are allowed, by their names in model_index.json.
+        verify: Whether to read the files of its weights first and to compare them with the
+            manifest. Otherwise their names, kinds, sizes and layout are checked, and their numbers
+            are taken as they lie there.
+        progress: Called with (bytes done, bytes in all, component) while files are compared.
         **options: Passed to the module's class.
 
     Returns:
         The module, of the class that MODULES has for the component's.
 
     Raises:
-        ConversionError: If the folder is not a whole converted one, or its weights are not the
-            model that its config describes.
+        ConversionError: If the folder is not a whole converted one, or holds no such component.
+        DamageError: If a file is not as it was converted.
+        RefusedError: If the system does not let it be read.
     """
-    folder = Path(folder)
-    class_name = _class_of(folder, name, classes)
+    opened = open_folder(folder)
+    class_name = _class_of(opened, name, classes)
+    if verify:
+        check_digests(opened, [name], progress)
 
     def make(config: Any) -> nnx.Module:
         return MODULES[class_name](
@@ -94,7 +110,7 @@ def load_component(
             **options,
         )
 
-    return _load(folder, name, class_name, make, cast=param_dtype is not None)
+    return _load(opened, name, class_name, make, cast=param_dtype is not None)
 
 
 def param_dtypes(
@@ -182,26 +198,31 @@ def load_vae(
     return load_component(folder, "vae", dtype=dtype, param_dtype=param_dtype, classes=VAES.keys())
 
 
-def _class_of(folder: Path, name: str, known: Collection[str]) -> str:
-    manifest = read_manifest(folder)
-    found = read_pipeline_index(folder).classes.get(name)
-    if found is None or name not in manifest.components or found not in known:
-        there = ", ".join(sorted(manifest.components))
+def _class_of(folder: ConvertedFolder, name: str, known: Collection[str]) -> str:
+    components = folder.manifest.components
+    found = folder.classes.get(name)
+    if found is None or name not in components or found not in known:
+        there = ", ".join(sorted(components))
         raise ConversionError(
-            f"{folder}: holds no {name} of class {' or '.join(known)} (it holds {there}): convert "
-            "the source again with it."
+            f"{folder.path}: holds no {name} of class {' or '.join(known)} (it holds {there}): "
+            "convert the source again with it."
         )
     return found
 
 
 def _load(
-    folder: Path, name: str, class_name: str, make: Callable[[Any], nnx.Module], *, cast: bool
+    folder: ConvertedFolder,
+    name: str,
+    class_name: str,
+    make: Callable[[Any], nnx.Module],
+    *,
+    cast: bool,
 ) -> nnx.Module:
-    config = read_component_config(folder / name, class_name)
+    config = read_component_config(folder.path / name, class_name)
     graph, state = nnx.split(nnx.eval_shape(lambda: make(config)))
-    weights = folder / name / "weights"
-    stored = open_leaves(weights)
-    _check_shapes(weights, nnx.to_pure_dict(state), stored)
+    weights = folder.path / name / WEIGHTS
+    _, files = check_weights(folder, name)
+    stored = open_leaves(weights, files)
     # Leaf by leaf: orbax would cast to another dtype without a word, and after a leaf that cannot
     # be read it leaves the others' reads running into its closed event loop.
     params = {}
@@ -209,35 +230,20 @@ def _load(
         tuple(str(key) for key in path): leaf.dtype
         for path, leaf in nnx.traversals.flatten_mapping(nnx.to_pure_dict(state)).items()
     }
-    with readable(weights):
-        # The largest first: while it is turned, there are two of it.
-        for path in sorted(stored, key=lambda path: -stored[path].size):
-            param = _read(stored[path])
-            params[path] = param.astype(dtypes[path]) if cast else param
+    # The largest first: while it is turned, there are two of it.
+    for path in sorted(stored, key=lambda path: -stored[path].size):
+        param = _read(weights, path, stored[path])
+        params[path] = param.astype(dtypes[path]) if cast else param
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(params))
     return nnx.merge(graph, state)
 
 
-def _read(leaf: ts.TensorStore) -> jax.Array:
+def _read(weights: Path, path: tuple[str, ...], leaf: ts.TensorStore) -> jax.Array:
     """Reads a leaf in the order in which it lies, and turns its axes on the device."""
     order = leaf.chunk_layout.inner_order or ()
-    lying = jnp.asarray(leaf.transpose(order).read().result())
+    with readable(weights, path):
+        read = leaf.transpose(order).read().result()
+    lying = jnp.asarray(read)
     return (
         jnp.transpose(lying, np.argsort(order).tolist()) if list(order) != sorted(order) else lying
     )
-
-
-def _check_shapes(
-    weights: Path, expected: Mapping[str, Any], stored: Mapping[tuple[str, ...], ts.TensorStore]
-) -> None:
-    wanted = {
-        tuple(str(key) for key in path): leaf.shape
-        for path, leaf in nnx.traversals.flatten_mapping(expected).items()
-    }
-    found = {path: leaf.shape for path, leaf in stored.items()}
-    if wanted != found:
-        differ = sorted({".".join(path) for path, _ in wanted.items() ^ found.items()})
-        raise ConversionError(
-            f"{weights}: is not the model of its config.json ({len(differ)} parameters differ, "
-            f"first {differ[0]}): convert the source again."
-        )

@@ -18,6 +18,7 @@ from svg_jax.convert.rules import RULES_VERSION, ConversionError, DamageError
 
 FORMAT_VERSION = 3
 NAME = "manifest.json"
+SMALL_BYTES = 100 * 2**20  # no file outside of `weights` comes near it
 _OWN_DIGEST = "sha256"  # of everything else in the manifest
 _VERSIONS_OF = ("svg-jax", "jax", "flax", "orbax-checkpoint", "tensorstore", "numpy")
 
@@ -149,6 +150,11 @@ def read_manifest(folder: Path, name: str = NAME) -> Manifest:
     """
     file = folder / name
     if not file.is_file():
+        if os.path.lexists(file):
+            raise DamageError(
+                f"{file}: is no file but a folder, a pipe, a device or a link to nothing: convert "
+                "the source again."
+            )
         if not folder.is_dir():
             raise ConversionError(f"{folder}: is no folder.")
         if (folder / "model_index.json").is_file():
@@ -205,7 +211,7 @@ def _check_names(manifest: Manifest) -> None:
     """Refuses names that lead out of the folder, for they become paths, and unknown dtypes."""
     for name in (*manifest.components, *manifest.files, *manifest.weights):
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name:
+        if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
             raise ValueError(f"{name} leads out of the folder")
     for tensors in manifest.components.values():
         for name, record in tensors.items():

@@ -1,6 +1,7 @@
 """A pipeline or a component in diffusers' layout to a converted folder, a tensor at a time."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,11 +20,20 @@ from svg_jax.convert.manifest import (
     read_manifest,
     write_manifest,
 )
+from svg_jax.convert.paths import real_place
 from svg_jax.convert.plan import ComponentPlan, ConversionPlan, plan_conversion
 from svg_jax.convert.progress import Progress, count_bytes
 from svg_jax.convert.rules import ConversionError
-from svg_jax.convert.staging import check_destination, clear, staged_folder
+from svg_jax.convert.staging import (
+    Terminated,
+    check_destination,
+    clear,
+    describe,
+    partial_folder,
+    staged_folder,
+)
 
+_LOGGER = logging.getLogger(__name__)
 # The manifest of a folder that is not whole yet: what it lists is, and a later run may rely on it.
 PARTIAL = "manifest.partial.json"
 
@@ -59,8 +69,10 @@ def convert_pipeline(
     image processor, and per component `config.json` and `weights/`, an orbax checkpoint of the
     module's pure dict. It appears whole or not at all. At no time more than a few tensors are in
     memory. Tensors that nothing needs (Wan I2V's `norm_added_q`, LLaVA's `lm_head`) are left out.
-    A run that was killed is taken up again by the next one with the same arguments: components that
-    it had finished are read once more, compared with their digests and kept.
+    A run that was killed or terminated is taken up again by the next one with the same arguments:
+    components that it had finished, in the hidden `.NAME.partial` beside the destination, are read
+    once more, compared with their digests and kept. An exception, Ctrl-C among them, leaves nothing
+    there.
 
     Args:
         source: Folder with model_index.json; or one as Wan-AI released it; or a component's
@@ -98,7 +110,7 @@ def convert_pipeline(
             where, and what to do. At `destination` is then what was there before, or nothing.
         RefusedError: The same of the disk, its rights, or another run for this destination.
     """
-    destination = Path(destination)
+    destination = real_place(destination)
     plan = plan_conversion(
         source,
         components=components,
@@ -112,34 +124,65 @@ def convert_pipeline(
     for path in plan.sources:
         check_destination(destination, path, plan.written_nbytes, overwrite)
     advance = count_bytes(plan.nbytes, progress)
-    with staged_folder(destination, overwrite=overwrite, take_over=True) as staging:
-        empty = Manifest(
-            source=plan.source.name,
-            pipeline=plan.source.index.pipeline,
-            dtype=None if plan.dtype is None else plan.dtype.name,
-            variant=variant,
-            components={},
-            skipped=plan.skipped,
-            sources={},
-            files={},
-            weights={},
-            versions=library_versions(),
-            loras=tuple(part.record() for part in plan.loras),
-        )
-        written = _take_over(staging, plan, empty, allow_nonfinite)
+    if overwrite and destination.exists():
+        _LOGGER.info("will delete %s when the new one is whole", describe(destination))
+    try:
+        with staged_folder(destination, overwrite=overwrite, take_over=True) as staging:
+            _write(plan, staging, allow_nonfinite, advance)
+    except Terminated:
+        _LOGGER.info("%s", _what_stands(destination))
+        raise
+
+
+def _write(
+    plan: ConversionPlan,
+    staging: Path,
+    allow_nonfinite: bool,
+    advance: Callable[[int, str], None],
+) -> None:
+    empty = Manifest(
+        source=plan.source.name,
+        pipeline=plan.source.index.pipeline,
+        dtype=None if plan.dtype is None else plan.dtype.name,
+        variant=plan.variant,
+        components={},
+        skipped=plan.skipped,
+        sources={},
+        files={},
+        weights={},
+        versions=library_versions(),
+        loras=tuple(part.record() for part in plan.loras),
+    )
+    written = _take_over(staging, plan, empty, allow_nonfinite)
+    try:
         for component in plan.components:
             if component.name in written:
                 advance(component.nbytes, component.name)
                 continue
             written[component.name] = _write_component(component, staging, allow_nonfinite, advance)
             write_manifest(staging, _manifest(empty, written, {}), PARTIAL)
-        if empty.loras != tuple(part.record() for part in plan.loras):
-            raise ConversionError(
-                f"{plan.loras[0].path}: a LoRA was changed while it was read: convert again."
-            )
-        files = _write_small_files(plan, staging)
-        write_manifest(staging, _manifest(empty, written, files), PARTIAL)
-        os.replace(staging / PARTIAL, staging / NAME)
+    except Terminated:  # what is half written is no use to the next run
+        clear(staging, keep=(PARTIAL, *written) if written else ())
+        raise
+    if empty.loras != tuple(part.record() for part in plan.loras):
+        raise ConversionError(
+            f"{plan.loras[0].path}: a LoRA was changed while it was read: convert again."
+        )
+    files = _write_small_files(plan, staging)
+    write_manifest(staging, _manifest(empty, written, files), PARTIAL)
+    os.replace(staging / PARTIAL, staging / NAME)
+
+
+def _what_stands(destination: Path) -> str:
+    """What a conversion leaves that was told to end."""
+    staging = partial_folder(destination)
+    place = "stands whole" if destination.exists() else "was not made"
+    if not staging.exists():
+        return f"stopped: {destination} {place}, and nothing else was left; convert again"
+    return (
+        f"stopped: {destination} {place}; the components that are done are kept in {staging}, from "
+        "which the same command goes on"
+    )
 
 
 def _manifest(

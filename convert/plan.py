@@ -20,13 +20,13 @@ from svg_jax.convert.components import (
 )
 from svg_jax.convert.lora import Lora, changes_of, read_loras
 from svg_jax.convert.lora_change import Change
-from svg_jax.convert.manifest import NAME
+from svg_jax.convert.manifest import NAME, SMALL_BYTES
+from svg_jax.convert.paths import usable_path
 from svg_jax.convert.reader import DTYPES, StoredTensor, check_inside, check_regular
 from svg_jax.convert.rules import ConversionError, Leaf
 from svg_jax.convert.source import Source, open_source, select_variants
 from svg_jax.convert.writer import LeafFiles, checkpoint_nbytes
 
-_COPY_LIMIT = 100 * 2**20  # bytes; nothing in COPIED's folders comes near it
 _BYTES_A_RECORD = 330  # of the manifest, beside the tensor's name
 _BYTES_A_FILE = 130  # of the manifest
 
@@ -189,10 +189,11 @@ def plan_conversion(
     Raises:
         ConversionError: One sentence that says what is wrong with the source or a LoRA.
     """
-    if (Path(source) / NAME).is_file():
+    source = usable_path(source)
+    if (source / NAME).is_file():
         raise ConversionError(f"{source}: is converted already: use it as it is.")
     cast = None if dtype is None else _weight_dtype(dtype)
-    opened = open_source(Path(source), variant)
+    opened = open_source(source, variant)
     chosen = select_components(opened.index, components, opened.path)
     variants = select_variants(opened, chosen, variant)
     plans = [_plan_component(opened, name, cast, variants[name]) for name in chosen]
@@ -233,7 +234,7 @@ def _small_files(source: Source) -> dict[str, Path]:
         for file in found:
             check_inside(file, source.allowed)
             check_regular(file)
-            if file.stat().st_size > _COPY_LIMIT:
+            if file.stat().st_size > SMALL_BYTES:
                 raise ConversionError(f"{file}: is too large for a {name}: remove it.")
             files[f"{name}/{file.name}"] = file
     return files

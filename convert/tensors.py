@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from svg_jax.convert.components import component_leaves, read_pipeline_index
-from svg_jax.convert.digests import file_digest
-from svg_jax.convert.manifest import Manifest, TensorRecord, digest
+from svg_jax.convert.folder import WEIGHTS, ConvertedFolder, check_weights
+from svg_jax.convert.manifest import TensorRecord, digest
 from svg_jax.convert.rules import DamageError, Leaf
 from svg_jax.convert.writer import open_leaves, readable
 
@@ -37,34 +36,17 @@ class ConvertedTensor:
         return part.transpose(rule.inverse_axes).read().result().reshape(rule.source_shape)
 
 
-def open_tensors(folder: Path, manifest: Manifest) -> dict[str, dict[str, ConvertedTensor]]:
+def open_tensors(folder: ConvertedFolder) -> dict[str, dict[str, ConvertedTensor]]:
     """Per component, every source tensor's place in its orbax checkpoint.
 
     Raises:
-        ConversionError: If a config or a checkpoint cannot be read.
-        DamageError: If a small file was changed, or a checkpoint is not what the manifest says.
+        ConversionError: If a config cannot be read.
+        DamageError: If a checkpoint is not what the manifest says.
     """
-    for name, sha256 in manifest.files.items():
-        if not (folder / name).is_file() or file_digest(folder / name) != sha256:
-            raise DamageError(f"{folder / name}: is not the file that was converted.")
-    classes = read_pipeline_index(folder).classes
     sources = {}
-    for component, records in manifest.components.items():
-        if component not in classes:
-            raise DamageError(f"{folder}: model_index.json lacks the converted {component}.")
-        shapes = {name: record.shape for name, record in records.items()}
-        leaves = component_leaves(folder / component, classes[component], shapes)
-        weights = folder / component / "weights"
-        stores = open_leaves(weights)
-        if wrong := sorted(
-            leaf.rule.target
-            for leaf in leaves
-            if leaf.path not in stores or stores[leaf.path].shape != leaf.shape
-        ):
-            raise DamageError(
-                f"{weights}: {len(wrong)} parameters are missing or misshapen, first {wrong[0]}: "
-                "convert the source again."
-            )
+    for component, records in folder.manifest.components.items():
+        leaves, files = check_weights(folder, component)
+        stores = open_leaves(folder.path / component / WEIGHTS, files)
         sources[component] = {
             name: ConvertedTensor(leaf, layer, stores[leaf.path], records[name])
             for leaf in leaves
@@ -80,7 +62,7 @@ def read_checked(component: str, name: str, tensor: ConvertedTensor) -> np.ndarr
     Raises:
         DamageError: If it differs.
     """
-    with readable(f"{component}: {name}"):
+    with readable(Path(component), tensor.leaf.path):
         array = tensor.read()
     if digest(array) != tensor.record.stored_sha256:
         raise DamageError(

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from svg_jax.convert.digests import file_digest
+from svg_jax.convert.folder import check_file, open_folder
 from svg_jax.convert.manifest import NAME, Manifest, read_manifest
+from svg_jax.convert.paths import real_path
 from svg_jax.convert.progress import Progress, count_bytes
 from svg_jax.convert.rules import DamageError
+from svg_jax.convert.staging import standing_folder
 from svg_jax.convert.tensors import open_tensors, read_checked
 
 _NAMED = 5  # how many files an error spells out
@@ -29,7 +32,7 @@ def verify_pipeline(source: str | Path, *, progress: Progress | None = None) -> 
         ConversionError: If the folder is no converted one.
         DamageError: Naming what is changed, missing, or was not put there by the conversion.
     """
-    source = Path(source)
+    source = standing_folder(real_path(source))
     manifest = read_manifest(source)
     expected = {**manifest.files, **manifest.weights}
     there = {
@@ -41,19 +44,23 @@ def verify_pipeline(source: str | Path, *, progress: Progress | None = None) -> 
         raise DamageError(f"{source}: {_list(missing)} missing: convert the source again.")
     if extra := sorted(there.keys() - expected.keys() - {NAME}):
         raise DamageError(f"{source}: {_list(extra)} not put there by the conversion: remove it.")
-    sizes = {name: there[name].stat().st_size for name in expected if there[name].exists()}
-    advance = count_bytes(sum(sizes.values()) + manifest.tensor_bytes, progress)
-    changed = []
-    for name, sha256 in expected.items():
-        if not there[name].is_file() or file_digest(there[name]) != sha256:
+    sizes, changed = {}, []
+    for name in expected:
+        try:
+            sizes[name] = check_file(source, name)
+        except DamageError:  # a pipe, say, or a link to elsewhere
             changed.append(name)
-        advance(sizes.get(name, 0), "files")
+    advance = count_bytes(sum(sizes.values()) + manifest.tensor_bytes, progress)
+    for name, nbytes in sizes.items():
+        if file_digest(there[name]) != expected[name]:
+            changed.append(name)
+        advance(nbytes, "files")
     if changed:
         raise DamageError(
             f"{source}: {_list(changed)} not as converted: the disk or someone changed it; "
             "convert the source again."
         )
-    for component, tensors in open_tensors(source, manifest).items():
+    for component, tensors in open_tensors(open_folder(source)).items():
         for name, tensor in tensors.items():
             read_checked(component, name, tensor)
             advance(tensor.record.stored_nbytes, component)

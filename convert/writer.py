@@ -19,11 +19,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from svg_jax.convert.rules import ConversionError, Leaf
+from svg_jax.convert.rules import ConversionError, DamageError, Leaf, RefusedError
 
 # Leaves above this many bytes lie in several chunks: stacked ones a layer a chunk, others by rows.
+# A folder of other chunks is one of another FORMAT_VERSION.
 CHUNK_BYTES = 64 * 2**20
 _BYTES_A_LEAF, _BYTES_A_CHECKPOINT = 460, 600  # of orbax's and zarr's metadata
+# How tensorstore names what is no damage: a right, memory, open files, a disk that is away.
+_OF_THE_SYSTEM = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "CANCELLED")
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,24 @@ class LeafFiles:
             index[self.order[0]] = chunk
         return folder.joinpath(".".join(self.path), "c", *map(str, index))
 
+    def files(self, folder: Path) -> Iterator[tuple[Path, int | None]]:
+        """Its files in the checkpoint `folder`, and their bytes; None for what says how it lies."""
+        yield folder / ".".join(self.path) / "zarr.json", None
+        for chunk in range(self.num_chunks):
+            yield self.chunk_file(folder, chunk), self.chunk_nbytes
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What zarr has to know about it: the codecs say that the bytes lie there as they are."""
+        transpose = {"name": "transpose", "configuration": {"order": self.order}}
+        as_they_are = {"name": "bytes", "configuration": {"endian": "little"}}
+        grid = {"name": "regular", "configuration": {"chunk_shape": self.chunk_shape}}
+        return {
+            "shape": self.shape,
+            "chunk_grid": grid,
+            "codecs": [transpose, as_they_are] if self.order else [as_they_are],
+        }
+
 
 class _MetadataHandler(ocp.type_handlers.NumpyHandler):
     """Writes what zarr has to know about a leaf, and none of its numbers."""
@@ -100,15 +121,7 @@ class _MetadataHandler(ocp.type_handlers.NumpyHandler):
     async def _open_and_write(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, value: LeafFiles, tspec: dict[str, Any], ts_context: ts.Context
     ) -> None:
-        transpose = {"name": "transpose", "configuration": {"order": value.order}}
-        as_they_are = {"name": "bytes", "configuration": {"endian": "little"}}
-        grid = {"name": "regular", "configuration": {"chunk_shape": value.chunk_shape}}
-        metadata = {
-            "shape": value.shape,
-            "chunk_grid": grid,
-            "codecs": [transpose, as_they_are] if value.order else [as_they_are],
-        }
-        spec = ts.Spec({**tspec, "metadata": metadata})
+        spec = ts.Spec({**tspec, "metadata": value.metadata})
         await ts.open(spec, create=True, open=True, context=ts_context)
 
 
@@ -128,7 +141,7 @@ def create_checkpoint(folder: Path, leaves: Mapping[tuple[str, ...], LeafFiles])
     """Makes an orbax checkpoint whose chunks are there and are to be filled.
 
     Args:
-        folder: The checkpoint's folder; it must not exist.
+        folder: The checkpoint's folder, a real path; it must not exist.
         leaves: Its leaves by their path.
 
     Raises:
@@ -148,7 +161,7 @@ def create_checkpoint(folder: Path, leaves: Mapping[tuple[str, ...], LeafFiles])
             node = node.setdefault(key, {})
         node[path[-1]] = leaf
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder.absolute(), args=_SaveArgs(tree))
+        checkpointer.save(folder, args=_SaveArgs(tree))
     for leaf in leaves.values():
         for chunk in range(leaf.num_chunks):
             file = leaf.chunk_file(folder, chunk)
@@ -163,38 +176,66 @@ def checkpoint_nbytes(leaves: Mapping[tuple[str, ...], LeafFiles]) -> int:
     return numbers + _BYTES_A_LEAF * len(leaves) + _BYTES_A_CHECKPOINT
 
 
-def open_leaves(folder: Path) -> dict[tuple[str, ...], ts.TensorStore]:
-    """Opens every leaf of an orbax checkpoint without reading it, by its path in the tree.
+def open_leaves(
+    folder: Path, leaves: Mapping[tuple[str, ...], LeafFiles]
+) -> dict[tuple[str, ...], ts.TensorStore]:
+    """Open the leaves of a checkpoint without reading their numbers, by their path in the tree.
+
+    Args:
+        folder: The checkpoint's folder, a real path: tensorstore takes no `..`.
+        leaves: How each leaf must lie there; its files were seen to be regular ones.
 
     Raises:
-        ConversionError: If it cannot be read.
+        DamageError: If zarr's metadata do not say so.
+        RefusedError: If the system does not let them be read.
     """
 
-    def spec(path: tuple[str, ...]) -> dict[str, Any]:
-        kvstore = {"driver": "file", "path": f"{folder.absolute() / '.'.join(path)}/"}
-        # A chunk that is not there would read as zeros.
-        return {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
+    def open_leaf(path: tuple[str, ...], leaf: LeafFiles) -> Any:
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": f"{folder / '.'.join(path)}/"},
+            # What is on disk must say the same, or it is not opened.
+            "metadata": leaf.metadata
+            | {
+                "data_type": leaf.dtype.name,
+                "fill_value": 0.0,
+                "chunk_key_encoding": {"name": "default"},
+            },
+            "fill_missing_data_reads": False,  # a chunk that is not there would read as zeros
+        }
+        return ts.open(spec, open=True, read=True)
 
-    with readable(folder), ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
-        paths = [tuple(key.key for key in path) for path, _ in jax.tree.leaves_with_path(tree)]
-        opened = [ts.open(spec(path), open=True, read=True) for path in paths]
-        return {path: store.result() for path, store in zip(paths, opened, strict=True)}
+    opening = {path: open_leaf(path, leaf) for path, leaf in leaves.items()}
+    opened = {}
+    for path, store in opening.items():
+        with readable(folder, path):
+            opened[path] = store.result()
+    return opened
 
 
 @contextlib.contextmanager
-def readable(what: Path | str) -> Iterator[None]:
-    """Turns whatever orbax and tensorstore raise about a damaged checkpoint into one sentence.
+def readable(folder: Path, path: tuple[str, ...]) -> Iterator[None]:
+    """Turn whatever tensorstore raises about a leaf whose files were checked into one sentence.
 
     Raises:
-        ConversionError: In place of any other error.
+        RefusedError: In place of an error of the system.
+        DamageError: In place of any other.
     """
     try:
         yield
-    except ConversionError:
+    except (ConversionError, MemoryError):
         raise
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise ConversionError(
-            f"{what}: cannot be read as an orbax checkpoint ({reason}): convert the source again."
-        ) from error
+        # Behind the reason tensorstore repeats the request and names lines of its own source.
+        reason = (str(error) or type(error).__name__).split(" [")[0].splitlines()[0][:200]
+        leaf = ".".join(path)
+        if isinstance(error, OSError) or reason.startswith(_OF_THE_SYSTEM):
+            raise RefusedError(f"{folder / leaf}: cannot be read ({reason}).") from error
+        raise unreadable(folder, f"{leaf}: {reason}") from error
+
+
+def unreadable(folder: Path, fault: str) -> DamageError:
+    """The error of a checkpoint that is not what was converted."""
+    return DamageError(
+        f"{folder}: cannot be read as an orbax checkpoint ({fault}): convert the source again."
+    )

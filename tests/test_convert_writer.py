@@ -1,8 +1,12 @@
 """Orbax checkpoints whose files hold the source's bytes: what any orbax reads."""
 
+import importlib.metadata
+import json
 import math
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -10,8 +14,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import orbax.checkpoint.experimental.v1 as ocp_v1
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
-from svg_jax.convert import ConversionError, writer
+from svg_jax.convert import DamageError, writer
 from svg_jax.convert.rules import LAYER, Leaf, Rule
 from svg_jax.convert.writer import LeafFiles, checkpoint_nbytes, create_checkpoint, open_leaves
 
@@ -82,7 +88,7 @@ def test_plain_orbax_restores_the_same_bits(tmp_path, monkeypatch, chunk_bytes, 
 def test_a_large_stacked_leaf_lies_a_layer_a_chunk_and_others_by_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "CHUNK_BYTES", 3000)
     files, expected = write(tmp_path / "weights")
-    leaves = open_leaves(tmp_path / "weights")
+    leaves = open_leaves(tmp_path / "weights", files)
     chunks = {path: leaf.chunk_layout.read_chunk.shape for path, leaf in leaves.items()}
     assert chunks["blocks", "kernel"] == (1, 40, 50)
     assert chunks["blocks", "bias"] == (3, 50)
@@ -106,7 +112,7 @@ def test_a_chunk_that_is_missing_is_an_error_and_not_zeros(tmp_path):
     leaves, _ = write(tmp_path / "weights")
     leaves["table",].chunk_file(tmp_path / "weights", 0).unlink()
     with pytest.raises(ValueError, match="missing"):
-        open_leaves(tmp_path / "weights")["table",].read().result()
+        open_leaves(tmp_path / "weights", leaves)["table",].read().result()
 
 
 def test_a_full_disk_is_an_error_of_the_system_and_nothing_else_is_printed(tmp_path):
@@ -127,5 +133,65 @@ except OSError as error:
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ConversionError, match="weights: cannot be read as an orbax checkpoint"):
-        open_leaves(tmp_path / "weights")
+    leaf = LeafFiles(("a",), (2, 3), np.dtype(np.float32), (0, 1), 2)
+    with pytest.raises(DamageError, match="weights: cannot be read as an orbax checkpoint"):
+        open_leaves(tmp_path / "weights", {("a",): leaf})
+
+
+def set_in(values, keys, value):
+    for key in keys[:-1]:
+        values = values[key]
+    values[keys[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("shape",), [61, 51]),
+        (("data_type",), "bfloat16"),
+        (("chunk_grid", "configuration", "chunk_shape"), [10**9, 10**9]),
+        (("chunk_grid", "configuration", "chunk_shape"), [61, 25]),
+        (("codecs", 0, "configuration", "order"), [1, 0]),
+        (("codecs", 1, "configuration", "endian"), "big"),
+        (("codecs",), [{"name": "bytes", "configuration": {"endian": "little"}}]),
+        (("fill_value",), 1.0),
+        (("chunk_key_encoding",), {"name": "v2"}),
+    ],
+)
+def test_metadata_that_say_otherwise_are_not_believed(tmp_path, keys, value):
+    files, _ = write(tmp_path / "weights")
+    file, _ = next(files["table",].files(tmp_path / "weights"))
+    values = json.loads(file.read_text())
+    set_in(values, keys, value)
+    file.write_text(json.dumps(values))
+    with pytest.raises(DamageError, match=r"weights: cannot be read .*\(table: ") as caught:
+        open_leaves(tmp_path / "weights", files)
+    assert len(str(caught.value)) <= 500
+
+
+def own_private_names(of):
+    return {name for name in vars(of) if name.startswith("_") and not name.startswith("__")}
+
+
+def test_the_pin_of_orbax_and_the_override_of_its_private_methods_stand_together():
+    """Private methods may change with each minor version; without an override no pin is needed."""
+    overridden = {
+        (base.__name__, name)
+        for own in vars(writer).values()
+        if isinstance(own, type) and own.__module__ == writer.__name__
+        for base in own.__mro__[1:]
+        if base.__module__.startswith("orbax.")
+        for name in own_private_names(own) & own_private_names(base)
+    }
+    assert ("NumpyHandler", "_open_and_write") in overridden
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    (pin,) = (
+        found
+        for found in map(Requirement, project["dependencies"])
+        if found.name == "orbax-checkpoint"
+    )
+    installed = Version(importlib.metadata.version("orbax-checkpoint"))
+    assert installed in pin.specifier
+    assert f"{installed.major}.{installed.minor}.999" in pin.specifier
+    assert f"{installed.major}.{installed.minor + 1}.0" not in pin.specifier

@@ -21,7 +21,9 @@ from svg_jax.convert import convert_pipeline
 from svg_jax.convert.components import read_pipeline_index
 from svg_jax.convert.hub import download_components, download_index, is_hub_id
 from svg_jax.convert.manifest import FORMAT_VERSION, NAME
+from svg_jax.convert.paths import real_path, usable_path
 from svg_jax.convert.progress import Progress
+from svg_jax.convert.staging import standing_folder
 
 _LOGGER = logging.getLogger(__name__)
 _READ_WHOLE = 2**20  # bytes; larger files are known by size and time
@@ -52,7 +54,7 @@ def converted_folder(
         OSError: If the hub or the disk refuses.
     """
     model = bundled_or(model)
-    folder, fetch = Path(model).expanduser(), None
+    folder, fetch = standing_folder(usable_path(model)), None
     if not folder.exists() and isinstance(model, str) and is_hub_id(model):
         folder = download_index(model, revision=revision, cache_dir=cache_dir)
         fetch = partial(download_components, model, folder, variant=variant, cache_dir=cache_dir)
@@ -67,7 +69,7 @@ def converted_folder(
         raise ValueError(
             f"{model}: is no folder, and no hub id (owner/name) either: check the path."
         )
-    elif (folder / NAME).is_file():
+    elif os.path.lexists(folder / NAME):
         if variant is not None:
             raise ValueError(f"{model}: is converted, so that variant={variant!r} has no meaning.")
         return folder
@@ -111,10 +113,10 @@ def _convert_once(
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """What is kept between runs: in `cache_dir`, $SVG_JAX_CACHE, or the user's cache."""
     if cache_dir is not None:
-        return Path(cache_dir).expanduser() / "svg-jax"
+        return real_path(cache_dir) / "svg-jax"
     if named := os.environ.get("SVG_JAX_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "svg-jax"
+        return real_path(named)
+    return real_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "svg-jax"
 
 
 def _commit(source: Path) -> tuple[str, str] | None:

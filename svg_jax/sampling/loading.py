@@ -1,6 +1,6 @@
 """A model to a pipeline that can be called."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from svg_jax.convert import load_component, read_manifest
+from svg_jax.convert import load_component
 from svg_jax.convert.components import read_component_config, read_pipeline_index
+from svg_jax.convert.folder import ConvertedFolder, check_digests, open_folder
 from svg_jax.convert.progress import Progress
 from svg_jax.convert.reader import read_json
 from svg_jax.sampling.checkpoint import weights_digest
@@ -34,6 +35,7 @@ def from_pretrained(
     revision: str | None = None,
     variant: str | None = None,
     cache_dir: str | Path | None = None,
+    verify: bool = False,
     progress: Progress | None = None,
 ) -> VideoPipeline:
     """Loads a video model, onto the default device.
@@ -50,14 +52,18 @@ def from_pretrained(
         variant: Weights to take where a component has them, e.g. "fp16"; elsewhere the plain ones.
         cache_dir: Keeps downloads and, in `svg-jax`, what was converted, in place of the hub's
             cache and of $SVG_JAX_CACHE, which is ~/.cache/svg-jax if it is not set.
-        progress: Of a conversion: called with (bytes done, bytes in all, component).
+        verify: Whether to read all weights first and to compare them with the manifest, as
+            `svg-jax verify` does. Otherwise every other file is compared, and of the weights the
+            names, kinds, sizes and layout are.
+        progress: Called with (bytes done, bytes in all, component) by a conversion and by `verify`.
 
     Returns:
         The pipeline of the checkpoint's family. Each component is loaded where it is used and freed
             behind: text encoder and transformer are never there together.
 
     Raises:
-        ValueError: If there is no such model, it is damaged, or of a kind that does not run.
+        ValueError: If there is no such model, or of a kind that does not run.
+        DamageError: If a converted folder does not hold what was converted; it is a ValueError.
         OSError: If a file cannot be read or written, the hub cannot be reached, or it denies access
             (`PermissionError`: a gated model).
     """
@@ -70,35 +76,42 @@ def from_pretrained(
         progress=progress,
     )
     # Whatever else is wrong, say first that it is no whole converted folder.
-    manifest = read_manifest(folder)
-    _refuse_what_does_not_run(folder)
-    index = read_pipeline_index(folder)
-    assert index.pipeline is not None
+    opened = open_folder(folder)
+    _refuse_what_does_not_run(opened.path)
+    assert opened.pipeline is not None
+    if verify:
+        check_digests(opened, opened.manifest.components, progress)
     if dtype is None:
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    source = _Source(folder, jnp.dtype(dtype), manifest.components.keys(), index.classes)
-    return replace(_PIPELINES[index.pipeline](source), weights=weights_digest(manifest))
+    source = _Source(opened, jnp.dtype(dtype))
+    return replace(_PIPELINES[opened.pipeline](source), weights=weights_digest(opened.manifest))
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A converted folder, and what was read of it once.
+    """A converted folder, and how it is loaded.
 
     Attributes:
-        folder: The folder.
-        dtype: Of matrix products, where a family does not ask for another.
-        converted: Names of the components that are there.
-        classes: Class of each component that model_index.json names, there or not.
+        opened: The folder.
+        dtype: Dtype of the matrix products, where a family does not ask for another.
     """
 
-    folder: Path
+    opened: ConvertedFolder
     dtype: Any
-    converted: Collection[str]
-    classes: Mapping[str, str]
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self.opened.path
+
+    @property
+    def classes(self) -> Mapping[str, str]:
+        """Class of each component that model_index.json names, there or not."""
+        return self.opened.classes
 
     def lazy(self, name: str, dtype: Any = None) -> Lazy[Any] | None:
         """A component, or None if the checkpoint was converted without it."""
-        if name not in self.converted:
+        if name not in self.opened.manifest.components:
             return None
         dtype = self.dtype if dtype is None else dtype
         config = read_component_config(self.folder / name, self.classes[name])
