@@ -22,13 +22,11 @@ from svg_jax.convert.manifest import (
 )
 from svg_jax.convert.paths import real_place
 from svg_jax.convert.plan import ComponentPlan, ConversionPlan, plan_conversion
-from svg_jax.convert.progress import Progress, count_bytes
+from svg_jax.convert.progress import Progress, Terminated, count_bytes
 from svg_jax.convert.rules import ConversionError
 from svg_jax.convert.staging import (
-    Terminated,
     check_destination,
     clear,
-    describe,
     partial_folder,
     staged_folder,
 )
@@ -124,8 +122,6 @@ def convert_pipeline(
     for path in plan.sources:
         check_destination(destination, path, plan.written_nbytes, overwrite)
     advance = count_bytes(plan.nbytes, progress)
-    if overwrite and destination.exists():
-        _LOGGER.info("will delete %s when the new one is whole", describe(destination))
     try:
         with staged_folder(destination, overwrite=overwrite, take_over=True) as staging:
             _write(plan, staging, allow_nonfinite, advance)

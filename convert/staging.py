@@ -10,12 +10,14 @@ out.
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from svg_jax.convert.paths import real_place
+from svg_jax.convert.progress import Terminated
 from svg_jax.convert.rules import ConversionError, RefusedError
 
 try:
@@ -23,14 +25,11 @@ try:
 except ImportError:  # Windows: nothing keeps two runs apart
     fcntl = None
 
+_LOGGER = logging.getLogger(__name__)
 # What marks a folder as a checkpoint, so that `overwrite` cannot remove anything else.
 MARKS = ("manifest.json", "model_index.json")
 _NAMED = 8  # how many entries of a folder a line spells out
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
-
-
-class Terminated(KeyboardInterrupt):
-    """The process is told to end: what a conversion has finished is kept for the next run."""
 
 
 def check_destination(destination: Path, source: Path, nbytes: int, overwrite: bool) -> None:
@@ -131,6 +130,7 @@ def staged_folder(
         if destination.exists():
             if not overwrite:
                 raise ConversionError(f"{destination}: another run has put a folder there.")
+            _LOGGER.info("will delete %s when the new one is whole", describe(destination))
             _remove(replaced)
         if not take_over:
             clear(staging)
@@ -212,19 +212,25 @@ def _replace(destination: Path, new: Path, replaced: Path) -> None:
     Where the system cannot exchange two names, there is a moment without a folder at `destination`:
     a run that is killed in it leaves both, and `standing_folder` finds the old one.
     """
-    # The old folder is locked, too: for a moment it has the name that a second run would take over.
-    held = None if fcntl is None else os.open(destination, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if held is not None:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with _locked(destination):  # for a moment it has the name that a second run would take over
         if _exchange(new, destination):
             new.rename(replaced)
         else:
             destination.rename(replaced)
             new.rename(destination)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        if held is not None:
-            os.close(held)
+        os.close(held)
 
 
 def _exchange(one: Path, other: Path) -> bool:

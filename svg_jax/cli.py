@@ -46,10 +46,12 @@ from svg_jax.cli_options import (
     Seed,
     Steps,
     TrueCfg,
+    Verify,
     Width,
 )
 from svg_jax.cli_options import option as _option
 from svg_jax.console import forgiving_streams, say, tell, tell_lines
+from svg_jax.signals import ended_by_signals
 
 app = typer.Typer(
     help="Sparse VideoGen in JAX: video diffusion transformers with sparse attention.",
@@ -109,6 +111,7 @@ def generate(
     sampled_rows: SampledRows = None,
     revision: Revision = None,
     variant: ModelVariant = None,
+    verify: Verify = False,
     dtype: DtypeOption = None,
     scheduler: Scheduler = None,
     flow_shift: FlowShift = None,
@@ -142,6 +145,7 @@ def generate(
         sparsity=sparsity if attention is Attention.svg else None,
         revision=revision,
         variant=variant,
+        verify=verify,
         dtype=dtype,
         fps=fps,
         enlarge=enlarge,
@@ -203,6 +207,7 @@ def compare(
     sampled_rows: SampledRows = None,
     revision: Revision = None,
     variant: ModelVariant = None,
+    verify: Verify = False,
     dtype: DtypeOption = None,
     scheduler: Scheduler = None,
     flow_shift: FlowShift = None,
@@ -220,6 +225,7 @@ def compare(
         pattern=pattern.value,
         revision=revision,
         variant=variant,
+        verify=verify,
         dtype=dtype,
         fps=fps,
         enlarge=enlarge,
@@ -325,7 +331,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     logger.setLevel(logging.INFO)
     command = typer.main.get_command(app)
     try:
-        with command.make_context("svg-jax", arguments) as context:
+        with ended_by_signals(), command.make_context("svg-jax", arguments) as context:
             command.invoke(context)
     except typer.Exit as end:  # after --help or --version
         return end.exit_code

@@ -57,6 +57,9 @@ ModelVariant = Annotated[
     str | None,
     option("--variant", help="Of a hub id or a folder of diffusers: weights to take, e.g. fp16."),
 ]
+Verify = Annotated[
+    bool, option("--verify", help="Read all weights first and compare them with the manifest.")
+]
 Prompt = Annotated[str | None, option("--prompt", help="What to show.")]
 Negative = Annotated[str, option("--negative-prompt", help="What guidance leads away from.")]
 Embeds = Annotated[

@@ -2,10 +2,8 @@
 
 import dataclasses
 import inspect
-import signal
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -63,6 +61,7 @@ def generate(
     sparsity: Mapping[str, Any] | None,
     revision: str | None,
     variant: str | None,
+    verify: bool,
     dtype: str | None,
     fps: float | None,
     enlarge: int,
@@ -91,7 +90,7 @@ def generate(
     check_outputs(written, {"model": model, "prompts": prompts, **images, **files})
     if labels_out is not None and sparsity is None:
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
-    pipeline = _load(model, revision=revision, variant=variant, dtype=dtype)
+    pipeline = _load(model, revision=revision, variant=variant, verify=verify, dtype=dtype)
     fps = pipeline.frame_rate if fps is None else fps
     check_fps(fps)
     _check_enlarge(enlarge)
@@ -134,7 +133,7 @@ def generate(
         say(f"wrote {path} ({median_seconds(video.info.steps):.2f} s a step)")
 
     left = sum(steps - len(job.file.records) for job in jobs)
-    with _terminated_as_interrupted(), steps_bar(left) as advance:
+    with steps_bar(left) as advance:
         generate_videos(
             pipeline,
             jobs,
@@ -154,6 +153,7 @@ def compare(
     pattern: Pattern,
     revision: str | None,
     variant: str | None,
+    verify: bool,
     dtype: str | None,
     fps: float | None,
     enlarge: int,
@@ -167,7 +167,7 @@ def compare(
         written.append(("json_file", json_file))
     check_outputs(written, {"model": model, **{name: arguments[name] for name in _IMAGES}, **files})
     _check_enlarge(enlarge)
-    pipeline = _load(model, revision=revision, variant=variant, dtype=dtype)
+    pipeline = _load(model, revision=revision, variant=variant, verify=verify, dtype=dtype)
     fps = pipeline.frame_rate if fps is None else fps
     check_fps(fps)
     arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
@@ -197,7 +197,7 @@ def demo(prompt: str, *, seed: int, output: Path, source: Path | None) -> None:
     _write_comparison(comparison, output, fps=_DEMO_FPS, factor=_DEMO_ENLARGE)
 
 
-def _load(model: str, **options: str | None) -> VideoPipeline:
+def _load(model: str, **options: Any) -> VideoPipeline:
     keep_programs()
     with bytes_bar(visible=False) as progress:
         return from_pretrained(model, progress=progress, **options)
@@ -309,13 +309,3 @@ def _read_arrays(paths: Mapping[str, Path | None]) -> dict[str, np.ndarray]:
             if name == "prompt_embeds":
                 arrays |= {other: loaded[other] for other in _RELATIVES & set(found)}
     return arrays
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM, by which batch systems end a job, is taken for Ctrl-C: what is done is saved."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -14,7 +14,7 @@ from svg_jax.convert import (
     verify_pipeline,
 )
 from svg_jax.convert.hub import download_components, download_index, is_hub_id
-from svg_jax.convert.staging import check_destination
+from svg_jax.convert.staging import check_destination, describe
 from svg_jax.folder_report import contents_tables, contents_values, plan_tables
 
 
@@ -50,6 +50,8 @@ def convert(
         for path in plan.sources:
             check_destination(destination, path, plan.written_nbytes, overwrite)
         print_parts(*plan_tables(plan))
+        if overwrite and destination.exists():
+            say(f"would delete {describe(destination)}")
         check_printed()
         return
     with bytes_bar() as progress:
