@@ -55,7 +55,8 @@ from svg_jax.sampling import (
 from svg_jax.sampling.checkpoint import open_run_file, saving
 from svg_jax.sampling.flow import FlowConfig
 from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
-from svg_jax.sampling.pipeline import run_encoder, to_frames
+from svg_jax.sampling.components import run_encoder
+from svg_jax.sampling.pipeline import to_frames
 from svg_jax.sampling.schedulers import SchedulerConfig
 
 Row = dict[str, Any]

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from svg_jax.convert.components import COPIED, read_pipeline_index, select_components
 from svg_jax.convert.reader import STEMS, weights_files
+from svg_jax.convert.run_defaults import FILE as RUN_DEFAULTS
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 LORA_STEMS = ("pytorch_lora_weights", "adapter_model")  # what diffusers and PEFT call the file
@@ -38,7 +39,7 @@ def download_index(
         PermissionError: If the repository's licence was not accepted.
         ConnectionError: If the hub cannot be reached and the cache does not have it.
     """
-    folder = _snapshot(hub_id, ["model_index.json"], revision, cache_dir)
+    folder = _snapshot(hub_id, ["model_index.json", RUN_DEFAULTS], revision, cache_dir)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{hub_id}: is no pipeline in diffusers' layout: has no model_index.json.")
     return folder

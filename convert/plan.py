@@ -24,6 +24,8 @@ from svg_jax.convert.manifest import NAME, SMALL_BYTES
 from svg_jax.convert.paths import usable_path
 from svg_jax.convert.reader import DTYPES, StoredTensor, check_inside, check_regular
 from svg_jax.convert.rules import ConversionError, Leaf
+from svg_jax.convert.run_defaults import FILE as RUN_DEFAULTS
+from svg_jax.convert.run_defaults import read_run_defaults
 from svg_jax.convert.source import Source, open_source, select_variants
 from svg_jax.convert.writer import LeafFiles, checkpoint_nbytes
 
@@ -223,6 +225,10 @@ def _small_files(source: Source) -> dict[str, Path]:
     """The files that are carried as they are, by their path in the folder."""
     index = "model_index.json"
     files = {} if index in source.texts else {index: source.path / index}
+    if (defaults := source.path / RUN_DEFAULTS).exists():
+        check_inside(defaults, source.allowed)
+        read_run_defaults(source.path)
+        files[RUN_DEFAULTS] = defaults
     made = {Path(name).parent.name for name in source.texts}
     for name in COPIED:
         if name not in source.index.classes or name in made:

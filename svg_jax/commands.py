@@ -29,6 +29,7 @@ from svg_jax.sampling import VideoOutput, VideoPipeline, from_pretrained
 from svg_jax.sampling.converted import cache_folder
 from svg_jax.sampling.images import open_image
 from svg_jax.sampling.record import median_seconds
+from svg_jax.sampling.settings import few_steps_note
 from svg_jax.video import (
     check_fps,
     check_video_path,
@@ -276,6 +277,8 @@ def _sparsity_of(
         f"sparsity: density {config.density:g}, dense steps {config.dense_steps:g}, dense layers "
         f"{config.dense_layers:g}, sampled rows {config.sampled_rows} ({whence})"
     )
+    if (note := few_steps_note(config, arguments["num_inference_steps"])) is not None:
+        print(note)
     return config
 
 

@@ -18,7 +18,8 @@ from svg_jax.config import SparsityConfig, dense_step_count
 from svg_jax.kernels import pick_implementation
 from svg_jax.metrics import SSIM_WINDOW, psnr, ssim
 from svg_jax.report import ComparisonReport
-from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline, in_memory
+from svg_jax.sampling.components import in_memory
+from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline
 from svg_jax.sampling.record import SamplingInfo, StepRecord, median_seconds
 
 Pattern = Literal["svg", "spatial", "temporal", "random"]

@@ -19,7 +19,8 @@ from svg_jax.config import SparsityConfig
 from svg_jax.files import open_regular, remove_leftovers, written_atomically
 from svg_jax.sampling import VideoOutput, VideoPipeline
 from svg_jax.sampling.checkpoint import RunFile, check_same_run, open_run_file
-from svg_jax.sampling.pipeline import PreparedRun, loading_once
+from svg_jax.sampling.components import loading_once
+from svg_jax.sampling.pipeline import PreparedRun
 from svg_jax.sampling.record import SamplingInfo, StepRecord
 
 _PROMPTS_AT_ONCE = 16  # encoded together: Wan's 720p waits with 0.1 GB of host memory for each

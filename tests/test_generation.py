@@ -24,7 +24,7 @@ from svg_jax.generation import generate_videos, output_paths, plan_videos, read_
 from svg_jax.sampling import CogVideoXPipeline, HunyuanVideoPipeline
 from svg_jax.sampling.flow import FlowConfig
 from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
-from svg_jax.sampling.pipeline import Lazy, loading_once
+from svg_jax.sampling.components import Lazy, loading_once
 
 PROMPTS = [f"a red {digit} moving left over the flower" for digit in ("three", "five", "nine")]
 SMALL: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 1, "num_frames": 2}

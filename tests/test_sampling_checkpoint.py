@@ -40,7 +40,7 @@ from svg_jax.sampling.checkpoint import (
 )
 from svg_jax.sampling.flow import FlowConfig, FlowState
 from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
-from svg_jax.sampling.pipeline import Lazy
+from svg_jax.sampling.components import Lazy
 from svg_jax.sampling.record import HeadProfile, StepRecord
 from svg_jax.sampling.schedulers import SamplerState, SchedulerConfig
 
@@ -258,8 +258,11 @@ GRAY = PIL.Image.new("L", (4, 4))
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"seed": 4}, "had seed 3, this one 4 (remove that file to start anew)"),
     ({"seed": 4, "height": 64}, "had height 32 and seed 3, this one 64 and 4"),
-    ({"prompt": "a dog"}, "had prompt none, this one a dog"),
-    ({"prompt": "z" * 99}, "had prompt none, this one " + "z" * 59 + "… "),
+    (
+        {"prompt": "a dog", "prompt_embeds": None},
+        "had prompt none and prompt_embeds float32[1, 2, 16] of digest",
+    ),
+    ({"prompt": "z" * 99, "prompt_embeds": None}, ", this one " + "z" * 59 + "… and none "),
     ({"sparsity": None}, "had sparsity.density 0.6 and sparsity.dense_steps 0.3 and"),
     (
         {"sparsity": dataclasses.replace(SPARSITY, density=0.5)},

@@ -16,7 +16,7 @@ from svg_jax.config import PAPER_PRESETS, SparsityConfig
 from svg_jax.convert import convert_pipeline
 from svg_jax.models import CogVideoXConfig
 from svg_jax.sampling import from_pretrained
-from svg_jax.sampling.latents import latent_shape
+from svg_jax.sampling.latents import NO_VAE, RELEASED, Compression, latent_shape
 from svg_jax.sampling.pipeline import to_frames
 from svg_jax.sampling.schedulers import step_noise
 
@@ -284,33 +284,39 @@ def config(**changes):
     return CogVideoXConfig(**COGVIDEOX_2B | changes)
 
 
-@pytest.mark.parametrize(
-    ("changes", "has_vae", "size", "expected"),
-    [
-        ({}, True, {}, ((3, 4, 8, 8), 0)),
-        ({}, True, {"num_frames": 49, "height": 480, "width": 720}, ((13, 4, 60, 90), 0)),
-        (MODEL_1_5, True, {"num_frames": 81}, ((22, 4, 96, 170), 1)),
-        (MODEL_1_5, True, {"num_frames": 85}, ((22, 4, 96, 170), 0)),
-        ({"patch_size": 4}, False, {"num_frames": 16}, ((16, 4, 8, 8), 0)),
-    ],
-)
-def test_latent_shapes(changes, has_vae, size, expected):
-    assert latent_shape(config(**changes), has_vae=has_vae, **size) == expected
+FINE = Compression(8, 4)  # of no released VAE
 
 
 @pytest.mark.parametrize(
-    ("has_vae", "size", "message"),
+    ("changes", "compression", "size", "expected"),
     [
-        (True, {"height": 100}, "height must be a positive multiple of 16: got 100"),
-        (True, {"width": 0}, "width must be a positive multiple of 16: got 0"),
-        (True, {"num_frames": 48}, r"num_frames must be of the form 4k \+ 1: got 48"),
-        (False, {"width": 63}, "width must be a positive multiple of 2: got 63"),
-        (False, {"num_frames": 0}, "num_frames must be positive: got 0"),
+        ({}, RELEASED, {}, ((3, 4, 8, 8), 0)),
+        ({}, RELEASED, {"num_frames": 49, "height": 480, "width": 720}, ((13, 4, 60, 90), 0)),
+        ({}, RELEASED, {"num_frames": 48, "height": 480, "width": 720}, ((12, 4, 60, 90), 0)),
+        ({}, RELEASED, {"num_frames": 13}, ((4, 4, 8, 8), 0)),
+        ({}, RELEASED, {"num_frames": 8}, ((2, 4, 8, 8), 0)),
+        (MODEL_1_5, RELEASED, {"num_frames": 81}, ((22, 4, 96, 170), 1)),
+        (MODEL_1_5, RELEASED, {"num_frames": 85}, ((22, 4, 96, 170), 0)),
+        ({"patch_size": 4}, NO_VAE, {"num_frames": 16}, ((16, 4, 8, 8), 0)),
+        ({}, FINE, {"num_frames": 17, "height": 40, "width": 48}, ((3, 4, 10, 12), 0)),
     ],
 )
-def test_sizes_that_the_model_cannot_take(has_vae, size, message):
+def test_latent_shapes(changes, compression, size, expected):
+    assert latent_shape(config(**changes), compression=compression, **size) == expected
+
+
+@pytest.mark.parametrize(
+    ("compression", "size", "message"),
+    [
+        (RELEASED, {"height": 100}, "height must be a positive multiple of 16: got 100"),
+        (RELEASED, {"width": 0}, "width must be a positive multiple of 16: got 0"),
+        (NO_VAE, {"width": 63}, "width must be a positive multiple of 2: got 63"),
+        (FINE, {"height": 44}, "height must be a positive multiple of 8: got 44"),
+    ],
+)
+def test_sizes_that_the_model_cannot_take(compression, size, message):
     with pytest.raises(ValueError, match=message):
-        latent_shape(config(), has_vae=has_vae, **size)
+        latent_shape(config(), compression=compression, **size)
 
 
 def test_pixels_of_a_video():
@@ -349,10 +355,13 @@ EMBEDS = np.zeros((1, 8, 16), np.float32)
             "latents has values that are not finite",
         ),
         ({"prompt_embeds": EMBEDS * np.nan}, "prompt_embeds has values that are not finite"),
-        ({"prompt_embeds": EMBEDS, "guidance_scale": 1, "seed": -1}, "seed must not be negative"),
+        (
+            {"prompt_embeds": EMBEDS, "guidance_scale": 1, "seed": -1},
+            "seed must be a whole number from 0",
+        ),
         (
             {"prompt_embeds": EMBEDS, "guidance_scale": 1, "num_videos_per_prompt": 0},
-            "num_videos_per_prompt is at least 1",
+            "num_videos_per_prompt must be a whole number of at least 1",
         ),
         (
             {"prompt_embeds": EMBEDS, "guidance_interval": (0.6, 0.5)},
@@ -383,7 +392,14 @@ EMBEDS = np.zeros((1, 8, 16), np.float32)
             },
             r"sampler_noise must have the shape \(50, 1, 3, 4, 8, 8\): got \(5, 1",
         ),
-        ({"prompt_embeds": EMBEDS, "num_inference_steps": 0}, "num_inference_steps must be 1"),
+        (
+            {"prompt_embeds": EMBEDS, "num_inference_steps": 0},
+            "num_inference_steps must be a whole number of at least 1: got 0",
+        ),
+        (
+            {"prompt_embeds": EMBEDS, "num_inference_steps": 1001},
+            "num_inference_steps must be 1 to 1000: got 1001",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit(pipeline, arguments, message):

@@ -12,7 +12,7 @@ from diffusers.models.autoencoders import vae as vae_module
 from svg_jax import cli
 from svg_jax.convert import convert_pipeline
 from svg_jax.sampling import from_pretrained
-from svg_jax.sampling.pipeline import Lazy
+from svg_jax.sampling.components import Lazy
 from svg_jax.sampling.schedulers import image_noise_of
 from tests.parity import TOLERANCE, randomised, relative_error
 from tests.tiny_configs import COGVIDEOX

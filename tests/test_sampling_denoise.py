@@ -27,6 +27,7 @@ traces: list[int] = []  # batch entries of each trace of the model
 @dataclass(frozen=True)
 class ToyConfig:
     num_attention_layers: int = LAYERS
+    num_attention_heads: int = HEADS
     name: str = ""
 
 

@@ -25,7 +25,7 @@ from svg_jax.sampling import HunyuanVideoPipeline, from_pretrained
 from svg_jax.sampling.denoise import denoise_step
 from svg_jax.sampling.hunyuan_video_conditions import embedded_guidance
 from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
-from svg_jax.sampling.pipeline import Lazy
+from svg_jax.sampling.components import Lazy
 
 T2V: dict[str, Any] = {
     "in_channels": 4,
@@ -250,7 +250,7 @@ def test_the_transformer_alone_goes_on_from_features(checkpoints):
     assert video.frames is None
     assert relative_error(video.latents, expected.latents) < TOLERANCE
     with pytest.raises(ValueError, match="no VAE: pass the image_latents"):
-        alone(image=picture(), **call)
+        alone(prompt="a", image=picture(), **call)
     with pytest.raises(ValueError, match="no text encoder: pass prompt_embeds"):
         alone(**prompts | {"image_latents": features["image_latents"]}, **call)
 
@@ -354,10 +354,18 @@ MASK = np.array([[0, 1, 1, 0, 0]])
         ("T2V", {"prompt": "a", "num_frames": 8}, r"num_frames must be of the form 4k \+ 1"),
         ("T2V", {"prompt": "a", "image": picture()}, "text-to-video checkpoint: it takes no image"),
         ("T2V", {"prompt": "a", "true_cfg_scale": 2.0}, "true_cfg_scale over 1 needs a negative"),
-        ("T2V", {"prompt": "a", "num_videos_per_prompt": 0}, "num_videos_per_prompt is at least 1"),
+        (
+            "T2V",
+            {"prompt": "a", "num_videos_per_prompt": 0},
+            "num_videos_per_prompt must be a whole number",
+        ),
         ("T2V", {"prompt": "a", "latents": NOISE[:, :2]}, "latents must have the shape"),
-        ("T2V", {"prompt": "a", "scheduler": "unipc", "flow_shift": -1}, "shift is over 0: got -1"),
-        ("T2V", {"prompt": "a", "max_sequence_length": 0}, "is at least 1: got 0"),
+        (
+            "T2V",
+            {"prompt": "a", "scheduler": "unipc", "flow_shift": -1},
+            "flow_shift must be a number from 0.01 to 1000: got -1",
+        ),
+        ("T2V", {"prompt": "a", "max_sequence_length": 0}, "from 1 to 8192: got 0"),
         (
             "T2V",
             {"prompt_embeds": features()["prompt_embeds"]},

@@ -16,7 +16,7 @@ from svg_jax.convert import convert_pipeline
 from svg_jax.models import WanConfig
 from svg_jax.sampling import WanPipeline, from_pretrained
 from svg_jax.sampling.flow import FlowConfig
-from svg_jax.sampling.pipeline import Lazy
+from svg_jax.sampling.components import Lazy
 from svg_jax.sampling.wan_images import known_frames
 from tests.parity import TOLERANCE, randomised, relative_error
 from tests.real_tokenizers import real_tokenizer
@@ -299,9 +299,9 @@ def test_a_checkpoint_without_encoders_and_vae(make, tmp_path):
     )
     for arguments, message in [
         ({"prompt": "a cat", **encoded}, "no text encoder: pass prompt_embeds"),
-        ({"image": picture(7)}, "without its VAE: pass image_latents"),
+        ({"prompt": "a", "image": picture(7)}, "without its VAE: pass image_latents"),
         (
-            {"image": picture(7), "image_latents": encoded["image_latents"]},
+            {"prompt": "a", "image": picture(7), "image_latents": encoded["image_latents"]},
             "without its image encoder: pass image_embeds",
         ),
     ]:
@@ -365,11 +365,19 @@ LATENTS = np.zeros((1, 4, 3, 4, 6), np.float32)
         ("T2V", TEXT | {"height": 40}, "height must be a positive multiple of 16: got 40"),
         ("T2V", TEXT | {"num_frames": 80}, r"num_frames must be of the form 4k \+ 1: got 80"),
         ("T2V", TEXT | {"width": 1024}, "exceed the 32 that this model has positions for"),
-        ("T2V", TEXT | {"num_inference_steps": 0}, "num_inference_steps must be 1 to 1000"),
-        ("T2V", TEXT | {"scheduler": "unipc", "flow_shift": 0}, "shift is over 0"),
+        ("T2V", TEXT | {"num_inference_steps": 1001}, "num_inference_steps must be 1 to 1000"),
+        (
+            "T2V",
+            TEXT | {"scheduler": "unipc", "flow_shift": 0},
+            "flow_shift must be a number from 0.01",
+        ),
         ("T2V", TEXT | {"guidance_interval": (0, 2)}, "guidance_interval is two shares"),
-        ("T2V", TEXT | {"num_videos_per_prompt": 0}, "num_videos_per_prompt is at least 1"),
-        ("T2V", TEXT | {"seed": -1}, "seed must not be negative"),
+        (
+            "T2V",
+            TEXT | {"num_videos_per_prompt": 0},
+            "num_videos_per_prompt must be a whole number of",
+        ),
+        ("T2V", TEXT | {"seed": -1}, "seed must be a whole number from 0"),
         ("T2V", TEXT | {"latents": LATENTS[:, :3]}, r"latents must have the shape \(1, 4, 3"),
         ("T2V", TEXT | {"image": picture(7)}, "text-to-video checkpoint: it takes no image"),
         ("T2V", TEXT | {"image_latents": LATENTS}, "it takes no image_latents"),
@@ -410,12 +418,12 @@ LATENTS = np.zeros((1, 4, 3, 4, 6), np.float32)
         (
             "I2V",
             {"prompt": "a", "image": picture(7), "max_sequence_length": 256},
-            "max_sequence_length must be 512 for image to video, as it was trained: got 256",
+            "max_sequence_length must be 512 tokens for image to video, as it was trained: got 256",
         ),
         (
             "I2V",
             {"prompt_embeds": embeds(tokens=7), "image": picture(7)},
-            "the length of prompt_embeds must be 512",
+            "prompt_embeds must be 512 tokens",
         ),
     ],
 )

@@ -200,15 +200,7 @@ def load_run(path: Path, fingerprint: Fingerprint) -> SavedRun:
         OSError: If it cannot be read.
         ValueError: If it is damaged, or another run's; says what differs.
     """
-    content = memoryview(path.read_bytes())
-    body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-    if hashlib.sha256(body).hexdigest().encode() != digest:
-        raise ValueError(f"{path} is damaged or no run's state: remove it to start anew")
-    with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        arrays = dict(file)
-    header = json.loads(arrays.pop("header").item())
-    if header["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{path} is of another version of svg-jax: remove it to start anew")
+    arrays, header = _read_file(path)
     check_same_run(path, header["fingerprint"], fingerprint)
     records = []
     for values in header["steps"]:
@@ -218,6 +210,26 @@ def load_run(path: Path, fingerprint: Fingerprint) -> SavedRun:
             profile = HeadProfile(*found)
         records.append(StepRecord(**values, profile=profile))
     return SavedRun(arrays, tuple(records))
+
+
+def saved_fingerprint(path: str | Path) -> Fingerprint:
+    """The fingerprint in a state file; none if there is no file. Errors as of `load_run`."""
+    path = Path(path)
+    return _read_file(path)[1]["fingerprint"] if path.exists() else {}
+
+
+def _read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the header of a state file; see `load_run`."""
+    content = memoryview(path.read_bytes())
+    body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise ValueError(f"{path} is damaged or no run's state: remove it to start anew")
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        arrays = dict(file)
+    header = json.loads(arrays.pop("header").item())
+    if header["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"{path} is of another version of svg-jax: remove it to start anew")
+    return arrays, header
 
 
 def make_fingerprint(**settings: Any) -> dict[str, Any]:

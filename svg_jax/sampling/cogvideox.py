@@ -4,6 +4,7 @@ Follows diffusers' CogVideoXPipeline and CogVideoXImageToVideoPipeline (0.42.1) 
 arithmetic; latents stay float32, where diffusers rounds them to the model's dtype in every step.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,20 +16,26 @@ from jaxtyping import Array, Float
 
 from svg_jax.models import Attend, CogVideoXTransformer, CogVideoXVAE, T5Encoder
 from svg_jax.sampling.cogvideox_image import check_image, encode_first_frame
-from svg_jax.sampling.denoise import guidance_scales, guided_velocity
-from svg_jax.sampling.images import Image
-from svg_jax.sampling.latents import latent_shape
-from svg_jax.sampling.pipeline import (
+from svg_jax.sampling.components import (
     Lazy,
-    PreparedRun,
-    VideoPipeline,
-    check_finite,
-    check_videos_per_prompt,
     in_memory,
     repeat_each,
     run_encoder,
-    starting_latents,
 )
+from svg_jax.sampling.denoise import guidance_scales, guided_velocity
+from svg_jax.sampling.images import Image
+from svg_jax.sampling.latents import (
+    NO_VAE,
+    RELEASED,
+    Compression,
+    check_shape,
+    decoded_frames,
+    latent_shape,
+    starting_latents,
+    video_size,
+)
+from svg_jax.sampling.memory import check_memory
+from svg_jax.sampling.pipeline import PreparedRun, VideoPipeline, with_settings
 from svg_jax.sampling.schedulers import (
     Sampler,
     Schedule,
@@ -36,9 +43,11 @@ from svg_jax.sampling.schedulers import (
     initial_state,
     make_schedule,
 )
+from svg_jax.sampling.settings import SettingError, count_prompts
 from svg_jax.sampling.text import take_prompts
 from svg_jax.tokenizer import PromptTokenizer
 
+_LOGGER = logging.getLogger(__name__)
 _OFS = 2.0  # the only value that CogVideoX-1.5 image to video was trained with
 
 # Ranks alone: sizes are checked against each other with errors that say what to do.
@@ -95,7 +104,7 @@ class CogVideoXConditions:
         return guided_velocity(velocity, scale), info
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class CogVideoXPipeline(VideoPipeline):
     """A CogVideoX checkpoint that can be called.
 
@@ -115,18 +124,24 @@ class CogVideoXPipeline(VideoPipeline):
     tokenizer: PromptTokenizer | None = None
     has_vae: bool = True
 
+    @property
+    def authors_settings(self) -> dict[str, Any]:
+        """See `VideoPipeline.authors_settings`."""
+        return {"num_inference_steps": 50, "guidance_scale": 6.0}
+
+    @with_settings
     def prepare(
         self,
         prompt: str | Sequence[str] | None = None,
         *,
         image: Image | Sequence[Image] | None = None,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float | int = 6.0,
-        guidance_interval: tuple[float | int, float | int] = (0.0, 1.0),
+        num_inference_steps: int | None = None,
+        guidance_scale: float | int | None = None,
+        guidance_interval: tuple[float | int, float | int] | None = None,
         use_dynamic_cfg: bool = False,
         scheduler: Sampler | None = None,
         latents: Latents | None = None,
@@ -136,7 +151,7 @@ class CogVideoXPipeline(VideoPipeline):
         image_noise: Latents | None = None,
         sampler_noise: Noise | None = None,
         num_videos_per_prompt: int = 1,
-        seed: int = 0,
+        seed: int | None = 0,
         max_sequence_length: int | None = None,
     ) -> PreparedRun:
         """The first part of `__call__`: encodes prompts and image, makes schedule and noise.
@@ -148,11 +163,13 @@ class CogVideoXPipeline(VideoPipeline):
             negative_prompt: What guidance leads away from; one for all prompts, or one for each.
             height: In pixels. Default: what the checkpoint was trained at (768 for 1.5).
             width: In pixels. Default: likewise (1360 for 1.5).
-            num_frames: Frames of the video; with a VAE 4k + 1. Default: as trained.
-            num_inference_steps: Denoising steps.
-            guidance_scale: Of classifier-free guidance; at most 1 turns it off and halves the work.
+            num_frames: Frames of the video. As with diffusers, numbers of the form 4k + 1 and 8k
+                are made as they are, others are rounded up to one. Default: as trained.
+            num_inference_steps: Denoising steps. Default: the folder's, or 50.
+            guidance_scale: Strength of classifier-free guidance; at most 1 turns it off and halves
+                the work. Default: the folder's, or 6.
             guidance_interval: From which share of the steps to which guidance is paid for:
-                (0, 0.3) is the first 30 %.
+                (0, 0.3) is the first 30 %. Default: the folder's, or all.
             use_dynamic_cfg: Vary the guidance scale over the run, as diffusers does.
             scheduler: "ddim" or "dpm". Default: the checkpoint's own.
             latents: Initial noise in place of the seed's, padding frames included.
@@ -165,12 +182,17 @@ class CogVideoXPipeline(VideoPipeline):
             sampler_noise: What "dpm" adds in its steps, [steps, *shape of the latents], in place of
                 the seed's.
             num_videos_per_prompt: Videos of each prompt, from noise of their own.
-            seed: The same seed gives the same noise on every device.
+            seed: The same seed, from 0 to 2^64 − 1, gives the same noise on every device. None
+                draws one, which the outcome's `info` has.
             max_sequence_length: Text tokens, padding included. Default: the model's.
 
         Raises:
             ValueError: On arguments that do not fit the checkpoint or each other.
         """
+        assert num_inference_steps is not None
+        assert guidance_scale is not None
+        assert guidance_interval is not None
+        assert seed is not None
         schedule = make_schedule(self.scheduler, num_inference_steps, scheduler)
         scales = guidance_scales(
             schedule.timesteps,
@@ -178,40 +200,55 @@ class CogVideoXPipeline(VideoPipeline):
             guidance_interval=guidance_interval,
             use_dynamic_cfg=use_dynamic_cfg,
         )
-        check_videos_per_prompt(num_videos_per_prompt)
-        config = self.transformer.config
+        guided = bool((scales != 1).any())
+        config, compression = self.transformer.config, self.compression
+        size = video_size(config, compression, num_frames, height, width)
         frame_shape, padding_frames = latent_shape(
-            config, has_vae=self.has_vae, num_frames=num_frames, height=height, width=width
+            config, compression=compression, num_frames=size[0], height=size[1], width=size[2]
         )
+        prompts = count_prompts(prompt, prompt_embeds)
+        shape = (prompts * num_videos_per_prompt, *frame_shape)
+        tokens = max_sequence_length or config.max_text_seq_length
+        if prompt_embeds is not None:
+            tokens = prompt_embeds.shape[1]
+        layout = config.layout(shape[1], shape[3], shape[4], tokens)
+        made = decoded_frames(shape[1] - padding_frames, compression)
+        check_memory(
+            self.transformer,
+            layout,
+            shape,
+            guided=guided,
+            video=(made, *size[1:]) if self.makes_frames else None,
+        )
+        if self.has_vae and made != size[0]:
+            _LOGGER.warning("of num_frames=%d this model makes %d frames", size[0], made)
+        noise = starting_latents(latents, shape, seed)
+        sampler_noise = _checked_noise(sampler_noise, schedule, shape)
         given: dict[str, Any] = {
             "image": image,
             "image_latents": image_latents,
             "image_noise": image_noise,
         }
         check_image(config, has_encoder=self.vae is not None, **given)
+        image_shape = (prompts, 1, *shape[2:])
+        check_shape("image_latents", image_latents, image_shape, (1, *image_shape[1:]))
+        check_shape("image_noise", image_noise, image_shape, (1, *image_shape[1:]))
         positive, negative = take_prompts(
             None if self.text_encoder is None else self.encode_prompts,
             prompt,
             negative_prompt,
             prompt_embeds,
             negative_prompt_embeds,
-            guided=bool((scales != 1).any()),
-            max_sequence_length=max_sequence_length,
+            guided=guided,
+            shape=(prompts, tokens, config.text_embed_dim),
         )
-        positive = jnp.repeat(positive, num_videos_per_prompt, axis=0)
-        negative = repeat_each(negative, num_videos_per_prompt)
-        shape = (len(positive), *frame_shape)
-        layout = config.layout(shape[1], shape[3], shape[4], positive.shape[1])
-        latents = starting_latents(latents, shape, seed)
-        images = encode_first_frame(
-            shape, len(positive) // num_videos_per_prompt, vae=self.vae, seed=seed, **given
-        )
+        images = encode_first_frame(shape, prompts, vae=self.vae, seed=seed, **given)
         return PreparedRun(
             schedule=schedule,
-            state=initial_state(schedule.sampler, latents),
+            state=initial_state(schedule.sampler, noise),
             conditions=CogVideoXConditions(
-                prompt_embeds=positive,
-                negative_prompt_embeds=negative,
+                prompt_embeds=jnp.repeat(positive, num_videos_per_prompt, axis=0),
+                negative_prompt_embeds=repeat_each(negative, num_videos_per_prompt),
                 image_latents=images,
                 ofs=None if config.ofs_embed_dim is None else np.float32(_OFS),
             ),
@@ -219,8 +256,18 @@ class CogVideoXPipeline(VideoPipeline):
             seed=seed,
             layout=layout,
             padding_frames=padding_frames,
-            sampler_noise=_checked_noise(sampler_noise, schedule, shape),
+            sampler_noise=sampler_noise,
         )
+
+    @property
+    def compression(self) -> Compression:
+        """What the VAE makes of a video; that of released ones if it was left out."""
+        if not self.has_vae:
+            return NO_VAE
+        if self.vae is None:
+            return RELEASED._replace(frames=self.transformer.config.temporal_compression_ratio)
+        config = self.vae.config
+        return Compression(config.temporal_compression_ratio, config.spatial_compression_ratio)
 
     def paper_preset(self, height: int | None = None, width: int | None = None) -> str | None:
         """See `VideoPipeline.paper_preset`; one for all sizes, none for models of pixels."""
@@ -269,9 +316,6 @@ def _checked_noise(
     if noise is None:
         return None
     if not schedule.draws_noise:
-        raise ValueError("the scheduler adds no noise: it takes no sampler_noise")
-    expected = (schedule.num_steps, *shape)
-    if noise.shape != expected:
-        raise ValueError(f"sampler_noise must have the shape {expected}: got {noise.shape}")
-    check_finite("sampler_noise", noise)
+        raise SettingError("sampler_noise", "has no use: the scheduler adds no noise")
+    check_shape("sampler_noise", noise, (schedule.num_steps, *shape))
     return np.asarray(noise)

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from svg_jax.models import CogVideoXConfig, CogVideoXVAE
+from svg_jax.sampling.components import Lazy, check_finite, in_memory
 from svg_jax.sampling.images import Image, as_frame, images_of_each
 from svg_jax.sampling.latents import place_image
-from svg_jax.sampling.pipeline import Lazy, check_finite, in_memory
 from svg_jax.sampling.schedulers import image_noise_of
 
 # One for all prompts, or one for each; the rank alone, for errors that say what to do.

@@ -23,6 +23,7 @@ from svg_jax.convert.hub import download_components, download_index, is_hub_id
 from svg_jax.convert.manifest import FORMAT_VERSION, NAME
 from svg_jax.convert.paths import real_path, usable_path
 from svg_jax.convert.progress import Progress
+from svg_jax.convert.run_defaults import FILE as RUN_DEFAULTS
 from svg_jax.convert.staging import standing_folder
 
 _LOGGER = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ def _fingerprint(source: Path, variant: str | None) -> str:
     state: Any = _commit(source)
     if state is None:
         parts = sorted(read_pipeline_index(source).classes)
-        files = [source / "model_index.json"]
+        files = [source / "model_index.json", source / RUN_DEFAULTS]
         files += [file for part in parts for file in sorted((source / part).glob("*"))]
         state = [str(source), [_state(file, source) for file in files if file.is_file()]]
     text = json.dumps([FORMAT_VERSION, variant, state])

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from svg_jax.attention import StepState, attend_dense, attend_sparse
+from svg_jax.attention import SparseAttentionInfo, StepState, attend_dense, attend_sparse
 from svg_jax.config import SparsityConfig, dense_step_count, share_of
 from svg_jax.models import Attend
 from svg_jax.sampling.flow import FlowSchedule, FlowState, flow_step
@@ -31,6 +31,7 @@ from svg_jax.sampling.schedulers import (
     step_key,
     step_noise,
 )
+from svg_jax.sampling.settings import SettingError
 
 State = SamplerState | FlowState
 
@@ -81,15 +82,8 @@ def guidance_scales(
             first 30 %.
         use_dynamic_cfg: diffusers' formula, literally: it compares the timestep (0 to 999) with the
             number of steps.
-
-    Raises:
-        ValueError: If guidance_interval is no part of 0…1.
     """
     start, end = guidance_interval
-    if not 0 <= start <= end <= 1:
-        raise ValueError(
-            f"guidance_interval is two shares of the steps, of 0 to 1 in order: got {start}, {end}"
-        )
     num_steps = len(timesteps)
     scales = np.full(num_steps, max(float(guidance_scale), 1.0))
     if use_dynamic_cfg and guidance_scale > 1:
@@ -109,6 +103,7 @@ def denoise(
     *,
     scales: Float[np.ndarray, " steps"],
     sparsity: SparsityConfig | None = None,
+    attend: Attend | None = None,
     labels: Bool[np.ndarray, "..."] | None = None,
     seed: int = 0,
     sampler_noise: Float[Array | np.ndarray, "..."] | None = None,
@@ -125,6 +120,7 @@ def denoise(
         conditions: Text and image that the model is told, of the transformer's family.
         scales: Guidance scale of every step of the schedule (`guidance_scales`).
         sparsity: Sparse attention after its dense warm-up; None is dense throughout.
+        attend: Attention of all steps in place of both; hashable, its `step_state` a `StepState`.
         labels: Labels to use in place of profiling, True = temporal: bool [layers, entries, heads],
             or with a leading axis for all steps of the schedule. Entries are those of a guided
             step ([negative, positive]), or the positive ones alone for both.
@@ -148,7 +144,12 @@ def denoise(
     graphdef, weights = nnx.split(transformer)
     dense_steps = schedule.num_steps
     sparse: Attend = attend_dense
-    if sparsity is not None:
+    if labels is not None:
+        batch, num_steps = len(state.latents), schedule.num_steps
+        check_labels(labels, config, num_steps=num_steps, batch=batch)
+    if attend is not None:
+        dense_steps, sparse = 0, attend
+    elif sparsity is not None:
         dense_steps = dense_step_count(sparsity, schedule.num_steps)
         # The loop knows the warm-up; a step that did would be compiled for each length of it.
         sparse = attend_sparse(
@@ -166,7 +167,7 @@ def denoise(
         if is_sparse:
             given = None
             if labels is not None:
-                layers = _labels_of_step(labels, step, schedule.num_steps)
+                layers = labels if labels.ndim == 3 else labels[step]
                 given = _labels_of_entries(layers, guided, len(state.latents))
             step_state = StepState(step_key(seed, step), given)
         scale = np.float32(scales[step]) if guided else None
@@ -179,21 +180,23 @@ def denoise(
     try:
         for step in steps:
             started = time.perf_counter()
-            attend, inputs = inputs_of(step) if upcoming is None else upcoming
+            attention, inputs = inputs_of(step) if upcoming is None else upcoming
             arguments = (weights, state, *inputs)
-            after, info, is_finite = denoise_step(graphdef, attend, *arguments)
+            after, info, is_finite = denoise_step(graphdef, attention, *arguments)
             # The host saves the step before, and readies the next, while the device is at this one.
             if save is not None and unsaved is not None:
                 save(*unsaved)
                 unsaved = None
             upcoming = inputs_of(step + 1) if step + 1 in steps else None
-            found = () if attend is attend_dense else (info.labels, info.errors, info.density)
+            found = ()
+            if isinstance(info, SparseAttentionInfo):
+                found = (info.labels, info.errors, info.density)
             found, is_finite = jax.device_get((found, is_finite))
             if not is_finite:
                 place = f"step {step} of {schedule.num_steps} (timestep {schedule.timesteps[step]})"
-                raise FloatingPointError(_diagnose(place, graphdef, attend, *arguments))
+                raise FloatingPointError(_diagnose(place, graphdef, attention, *arguments))
             state = after
-            kind = (attend, scales[step] != 1)
+            kind = (attention, scales[step] != 1)
             record = StepRecord(
                 step=step,
                 timestep=schedule.timesteps[step].item(),
@@ -261,21 +264,37 @@ def denoise_step(
     return state, info, jnp.isfinite(state.latents).all()
 
 
-def _labels_of_step(labels: np.ndarray, step: int, num_steps: int) -> np.ndarray:
-    if labels.ndim == 3:
-        return labels
-    if labels.ndim != 4 or len(labels) != num_steps:
-        raise ValueError(
-            "labels are [layers, entries, heads] or [steps, layers, entries, heads] with "
-            f"{num_steps} steps: got {labels.shape}"
+def check_labels(labels: np.ndarray, config: Any, *, num_steps: int, batch: int) -> None:
+    """Check the shape of given labels.
+
+    Args:
+        labels: Labels of a run.
+        config: The transformer's config.
+        num_steps: Number of steps in the schedule.
+        batch: Number of videos.
+
+    Raises:
+        SettingError: If they do not fit.
+    """
+    layers, heads = config.num_attention_layers, config.num_attention_heads
+    if labels.ndim not in (3, 4) or (labels.ndim == 4 and len(labels) != num_steps):
+        raise SettingError(
+            "labels",
+            "are [layers, entries, heads] or [steps, layers, entries, heads] with "
+            f"{num_steps} steps: got {labels.shape}",
         )
-    return labels[step]
+    if labels.shape[-2] not in (batch, 2 * batch):
+        raise SettingError(
+            "labels", f"have {labels.shape[-2]} batch entries, not {batch} or {2 * batch}"
+        )
+    if (labels.shape[-3], labels.shape[-1]) != (layers, heads):
+        raise SettingError(
+            "labels", f"are of {layers} layers and {heads} heads: got {labels.shape}"
+        )
 
 
 def _labels_of_entries(labels: np.ndarray, guided: bool, batch: int) -> Array:
     entries = labels.shape[1]
-    if entries not in (batch, 2 * batch):
-        raise ValueError(f"labels have {entries} batch entries, not {batch} or {2 * batch}")
     if guided and entries == batch:
         labels = np.concatenate([labels, labels], axis=1)
     return jnp.asarray(labels if guided else labels[:, -batch:])

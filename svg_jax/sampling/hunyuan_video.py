@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from svg_jax.models import HunyuanVideoTransformer, HunyuanVideoVAE
 from svg_jax.models.vae_tiling import Tiling
+from svg_jax.sampling.components import Lazy, in_memory
 from svg_jax.sampling.denoise import guidance_scales
 from svg_jax.sampling.flow import FlowConfig, FlowSampler, initial_flow_state, make_flow_schedule
 from svg_jax.sampling.hunyuan_video_conditions import (
@@ -28,23 +29,26 @@ from svg_jax.sampling.hunyuan_video_text import (
     negative_texts,
 )
 from svg_jax.sampling.images import Image, as_frame, images_of_each
-from svg_jax.sampling.latents import latent_grid
+from svg_jax.sampling.latents import (
+    RELEASED,
+    Compression,
+    check_shape,
+    latent_grid,
+    starting_latents,
+)
+from svg_jax.sampling.memory import check_memory
 from svg_jax.sampling.pipeline import (
-    Lazy,
     OutputType,
     PreparedRun,
     VideoOutput,
     VideoPipeline,
-    check_finite,
-    check_videos_per_prompt,
-    in_memory,
     is_480p,
-    starting_latents,
+    with_settings,
 )
 from svg_jax.sampling.record import SamplingInfo
+from svg_jax.sampling.settings import SettingError
 from svg_jax.sampling.text import list_of_prompts
 
-_VAE_SPATIAL, _VAE_TEMPORAL = 8, 4  # pixels of a latent each way, and frames of a latent frame
 _HEIGHT, _WIDTH = 720, 1280
 _NOISE = np.float32(0.999)  # share of noise in the initial latents where there is an image
 _STRIDES = {"latent_concat": 2, "token_replace": 4}  # every so manieth image feature is kept
@@ -60,7 +64,7 @@ Mask = (
 Latents = Float[Array | np.ndarray, "_batch _channels _frames _height _width"]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class HunyuanVideoPipeline(VideoPipeline):
     """A HunyuanVideo checkpoint that can be called.
 
@@ -78,6 +82,15 @@ class HunyuanVideoPipeline(VideoPipeline):
     scheduler: FlowConfig
     encoders: HunyuanVideoEncoders
 
+    @property
+    def authors_settings(self) -> dict[str, Any]:
+        """See `VideoPipeline.authors_settings`; for image to video guidance is diffusers'."""
+        config, guidance = self.transformer.config, None
+        if config.guidance_embeds:
+            guidance = 6.0 if config.image_condition_type is None else 1.0
+        return {"num_inference_steps": 50, "guidance_scale": guidance}
+
+    @with_settings
     def prepare(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -87,10 +100,10 @@ class HunyuanVideoPipeline(VideoPipeline):
         height: int = _HEIGHT,
         width: int = _WIDTH,
         num_frames: int = 129,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float | int | None = None,
         true_cfg_scale: float | int = 1.0,
-        guidance_interval: tuple[float | int, float | int] = (0.0, 1.0),
+        guidance_interval: tuple[float | int, float | int] | None = None,
         scheduler: FlowSampler | None = None,
         flow_shift: float | int | None = None,
         latents: Latents | None = None,
@@ -102,7 +115,7 @@ class HunyuanVideoPipeline(VideoPipeline):
         negative_prompt_attention_mask: Mask | None = None,
         image_latents: Latents | None = None,
         num_videos_per_prompt: int = 1,
-        seed: int = 0,
+        seed: int | None = 0,
         max_sequence_length: int = 256,
     ) -> PreparedRun:
         """The first part of `__call__`: encodes prompts and image, makes schedule and noise.
@@ -115,13 +128,14 @@ class HunyuanVideoPipeline(VideoPipeline):
             height: In pixels, a multiple of 16.
             width: In pixels, likewise.
             num_frames: Frames of the video, 4k + 1. The 33-channel image model returns four less.
-            num_inference_steps: Denoising steps.
+            num_inference_steps: Denoising steps. Default: the folder's, or 50.
             guidance_scale: What the model was distilled from guidance to take as an input; costs
-                nothing. Default: 6. The 33-channel image model takes none.
+                nothing. Default: the folder's, or 6, and 1 for image to video, as in diffusers;
+                the authors run image to video with 6. The 33-channel image model takes none.
             true_cfg_scale: Of classifier-free guidance, which needs a negative prompt and doubles
                 the work; at most 1 turns it off.
             guidance_interval: From which share of the steps to which true_cfg_scale is paid for:
-                (0, 0.3) is the first 30 %.
+                (0, 0.3) is the first 30 %. Default: the folder's, or all.
             scheduler: "euler" or "unipc". Default: the checkpoint's own, Euler.
             flow_shift: Moves the steps towards noise. Default: the checkpoint's own, 7.
             latents: Initial noise in place of the seed's.
@@ -135,12 +149,16 @@ class HunyuanVideoPipeline(VideoPipeline):
             image_latents: The VAE's latents of the image [batch, channels, 1, height, width],
                 scaled as the model expects them, in place of encoding it.
             num_videos_per_prompt: Videos of each prompt, from noise of their own.
-            seed: The same seed gives the same noise on every device.
+            seed: The same seed, from 0 to 2^64 − 1, gives the same noise on every device. None
+                draws one, which the outcome's `info` has.
             max_sequence_length: Text tokens, padding included.
 
         Raises:
             ValueError: On arguments that do not fit the checkpoint or each other.
         """
+        assert num_inference_steps is not None
+        assert guidance_interval is not None
+        assert seed is not None
         shift = self.scheduler.shift if flow_shift is None else float(flow_shift)
         schedule = make_flow_schedule(
             replace(self.scheduler, shift=shift), num_inference_steps, sampler=scheduler
@@ -153,9 +171,6 @@ class HunyuanVideoPipeline(VideoPipeline):
         guidance = embedded_guidance(
             guidance_scale, self.transformer.dtype, takes_one=config.guidance_embeds
         )
-        check_videos_per_prompt(num_videos_per_prompt)
-        if max_sequence_length < 1:
-            raise ValueError(f"max_sequence_length is at least 1: got {max_sequence_length}")
         self._check_image(image, image_latents)
         features = prompt_embeds, prompt_attention_mask, pooled_prompt_embeds
         parts = [self._texts(prompt, features, image)]
@@ -167,7 +182,18 @@ class HunyuanVideoPipeline(VideoPipeline):
             )
             black = PIL.Image.new("RGB", (width, height))
             parts.append(negative_texts(negative_prompt, features, black, parts[0].count))
+        for part in parts:
+            part.check(config)
         shape = (parts[0].count * num_videos_per_prompt, *frame_shape)
+        tokens = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1]
+        check_memory(
+            self.transformer,
+            config.layout(*shape[2:], tokens),
+            shape,
+            guided=len(parts) > 1,
+            video=(num_frames, height, width) if self.makes_frames else None,
+        )
+        self._check_image_latents(image_latents, parts[0].count, shape)
         noise = starting_latents(latents, shape, seed)
         first_frame = channels = None
         if config.image_condition_type is not None:
@@ -219,7 +245,7 @@ class HunyuanVideoPipeline(VideoPipeline):
         if self.transformer.config.image_condition_type != "latent_concat":
             return out
         # As released: the first latent frame, the image again, is decoded and left out.
-        frames = None if out.frames is None else out.frames[:, _VAE_TEMPORAL:]
+        frames = None if out.frames is None else out.frames[:, self.compression.frames :]
         return VideoOutput(frames, out.latents[:, :, 1:], out.info)
 
     def decode_latents(self, latents: Array, *, vae_tiling: bool = False) -> Array:
@@ -229,14 +255,24 @@ class HunyuanVideoPipeline(VideoPipeline):
             tiling = Tiling() if vae_tiling else None
             return vae.decode(vae.denormalize(latents), tiling=tiling)
 
+    @property
+    def compression(self) -> Compression:
+        """What the VAE makes of a video; that of released ones if it was left out."""
+        if self.vae is None:
+            return RELEASED
+        config = self.vae.config
+        return Compression(config.temporal_compression_ratio, config.spatial_compression_ratio)
+
     def _latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Channels, frames, height and width of the latents of a video."""
         config = self.transformer.config
-        sizes = {"ratio": _VAE_TEMPORAL, "scale": _VAE_SPATIAL, "patch_size": config.patch_size}
-        grid = latent_grid(num_frames, height, width, **sizes)
+        compression = self.compression
+        grid = latent_grid(
+            num_frames, height, width, compression=compression, patch_size=config.patch_size
+        )
         if config.image_condition_type is not None and num_frames == 1:
-            raise ValueError(
-                f"behind an image num_frames must be at least {1 + _VAE_TEMPORAL}: got {num_frames}"
+            raise SettingError(
+                "num_frames", f"behind an image must be at least {1 + compression.frames}: got 1"
             )
         return config.out_channels, *grid
 
@@ -263,8 +299,6 @@ class HunyuanVideoPipeline(VideoPipeline):
         image: Image | Sequence[Image] | None,
     ) -> Texts:
         """The prompts, with the images that are encoded among them."""
-        if (prompt is None) == (features[0] is None):
-            raise ValueError("pass either a prompt or prompt_embeds")
         if prompt is None:
             return Texts(None, *features)
         prompts, kind = list_of_prompts(prompt), self.transformer.config.image_condition_type
@@ -287,16 +321,16 @@ class HunyuanVideoPipeline(VideoPipeline):
         if image_latents is None:
             assert image is not None
             assert self.vae is not None
-            size = _VAE_SPATIAL * shape[3], _VAE_SPATIAL * shape[4]
+            scale = self.compression.pixels
+            size = scale * shape[3], scale * shape[4]
             frames = np.stack([as_frame(each, *size) for each in images_of_each(image, prompts)])
             with in_memory(self.vae) as vae:
                 posterior = vae.encode(jnp.asarray(frames)[:, :, None])
                 return vae.normalize(posterior.mean.astype(jnp.float32))
-        expected = (shape[1], 1, *shape[3:])
-        if image_latents.shape[0] not in (1, prompts) or image_latents.shape[1:] != expected:
-            raise ValueError(
-                f"image_latents must have the shape {(prompts, *expected)}: got "
-                f"{image_latents.shape}"
-            )
-        check_finite("image_latents", image_latents)
         return jnp.asarray(image_latents, jnp.float32)
+
+    def _check_image_latents(
+        self, image_latents: Latents | None, prompts: int, shape: tuple[int, ...]
+    ) -> None:
+        expected = (shape[1], 1, *shape[3:])
+        check_shape("image_latents", image_latents, (prompts, *expected), (1, *expected))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from svg_jax.models import Attend
 from svg_jax.sampling.denoise import guided_velocity
 from svg_jax.sampling.hunyuan_video_text import TextFeatures
+from svg_jax.sampling.settings import SettingError
 
 
 @jax.tree_util.register_dataclass
@@ -81,8 +82,10 @@ def embedded_guidance(
     """
     if not takes_one:
         if scale is not None and scale != 1:
-            raise ValueError(
-                "this checkpoint takes no guidance_scale: use true_cfg_scale and a negative_prompt"
+            raise SettingError(
+                "guidance_scale",
+                "has no use: this checkpoint takes no guidance_scale: use true_cfg_scale and a "
+                "negative_prompt",
             )
         return None
     # 6 in bfloat16 becomes 6016: what released checkpoints are run with.

@@ -14,15 +14,22 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Array
 
-from svg_jax.models import CLIPTextEncoder, LlamaEncoder, LlavaEncoder
+from svg_jax.models import CLIPTextEncoder, HunyuanVideoConfig, LlamaEncoder, LlavaEncoder
 from svg_jax.prompts import (
     CLIP_LENGTH,
     HUNYUAN_VIDEO_TEMPLATE,
     hunyuan_video_image_tokens,
     hunyuan_video_tokens,
 )
+from svg_jax.sampling.components import (
+    Lazy,
+    in_memory,
+    repeat_each,
+    run_encoder,
+)
 from svg_jax.sampling.images import CLIPImageProcessor, Image
-from svg_jax.sampling.pipeline import Lazy, check_finite, in_memory, repeat_each, run_encoder
+from svg_jax.sampling.latents import check_shape
+from svg_jax.sampling.settings import SettingError
 from svg_jax.sampling.text import negative_of_each
 from svg_jax.tokenizer import PromptTokenizer
 
@@ -82,26 +89,29 @@ class Texts:
         """How many texts."""
         return len(self.prompts or ()) if self.embeds is None else len(self.embeds)
 
-    def check(self) -> None:
-        """ValueError if features were given that are not complete, not finite, or do not fit."""
+    def check(self, config: HunyuanVideoConfig) -> None:
+        """SettingError if features were given that are not complete, or do not fit the model."""
         name, pooled_name = f"{self.prefix}prompt_embeds", f"{self.prefix}pooled_prompt_embeds"
         mask_name = f"{self.prefix}prompt_attention_mask"
         if self.embeds is not None:
             if self.mask is None or self.pooled is None:
-                raise ValueError(f"{name} need their {mask_name} and {pooled_name}: pass all three")
+                raise SettingError(
+                    name, f"need their {mask_name} and {pooled_name}: pass all three"
+                )
+            check_shape(name, self.embeds, (*self.embeds.shape[:2], config.text_embed_dim))
             if self.mask.shape != self.embeds.shape[:2]:
-                raise ValueError(
-                    f"{mask_name} is of shape {self.mask.shape} and must be that of {name}, "
-                    f"{self.embeds.shape[:2]}"
+                raise SettingError(
+                    mask_name,
+                    f"is of shape {self.mask.shape} and must be that of {name}, "
+                    f"{self.embeds.shape[:2]}",
                 )
             _check_mask(mask_name, self.mask)
-            check_finite(name, self.embeds)
         elif self.mask is not None:
-            raise ValueError(f"{mask_name} is for {name}: pass both")
+            raise SettingError(mask_name, f"is for {name}: pass both")
         if self.pooled is not None:
             if len(self.pooled) != self.count:
-                raise ValueError(f"{pooled_name} are {len(self.pooled)} for {self.count} prompts")
-            check_finite(pooled_name, self.pooled)
+                raise SettingError(pooled_name, f"are {len(self.pooled)} for {self.count} prompts")
+            check_shape(pooled_name, self.pooled, (self.count, config.pooled_projection_dim))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -133,8 +143,6 @@ class HunyuanVideoEncoders:
             ValueError: If an encoder is needed that is missing, or on given features that do not
                 fit.
         """
-        for part in parts:
-            part.check()
         embedded = iter(self._embed([x for x in parts if x.embeds is None], max_length))
         pooled = iter(self._pool([x for x in parts if x.pooled is None]))
         features = []
@@ -221,15 +229,16 @@ def negative_texts(
     """
     if features[0] is not None:
         if len(features[0]) != count:
-            raise ValueError(
-                f"negative_prompt_embeds must be as many as the prompts: got {len(features[0])} "
-                f"for {count}"
+            raise SettingError(
+                "negative_prompt_embeds",
+                f"must be as many as the prompts: got {len(features[0])} for {count}",
             )
         return Texts(None, *features, prefix="negative_")
     if prompt is None:
-        raise ValueError(
-            "a true_cfg_scale over 1 needs a negative_prompt (which may be empty) or "
-            "negative_prompt_embeds"
+        raise SettingError(
+            "true_cfg_scale",
+            "is over 1, and a true_cfg_scale over 1 needs a negative_prompt (which may be empty) "
+            "or negative_prompt_embeds",
         )
     return Texts(
         negative_of_each(prompt, count),
@@ -244,6 +253,6 @@ def _check_mask(name: str, mask: Array | np.ndarray) -> None:
     mask = np.asarray(mask)
     lengths = (mask != 0).sum(axis=1)
     if (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any() or (lengths < 1).any():
-        raise ValueError(
-            f"{name} must have 1 at the tokens of a text, at least one, and 0 at those behind it"
+        raise SettingError(
+            name, "must have 1 at the tokens of a text, at least one, and 0 at those behind it"
         )

@@ -1,78 +1,143 @@
-"""The shape of latents for a size in pixels, and an image among CogVideoX's."""
+"""The shape of latents for a size in pixels, the noise that a run begins with, and an image."""
+
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from svg_jax.models import CogVideoXConfig
+from svg_jax.sampling.schedulers import initial_noise
+from svg_jax.sampling.settings import SettingError
 
-_VAE_SPATIAL = 8  # pixels of a latent, each way
 # 1.5's config has the largest size that it has positions for; this is the one it is made for.
 _SIZE_OF_1_5 = (768, 1360)
+
+
+class Compression(NamedTuple):
+    """What a VAE makes of a video.
+
+    Attributes:
+        frames: Frames to a latent frame, the first of which is of one frame.
+        pixels: Pixels to a latent, each way.
+    """
+
+    frames: int
+    pixels: int
+
+
+RELEASED = Compression(4, 8)  # of every released VAE but Wan 2.2's; taken where there is no VAE
+NO_VAE = Compression(1, 1)  # latents are pixels
 
 
 def latent_shape(
     config: CogVideoXConfig,
     *,
-    has_vae: bool,
+    compression: Compression,
     num_frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
 ) -> tuple[tuple[int, int, int, int], int]:
     """Shape (frames, channels, height, width) of the latents of a video, and its padding frames.
 
-    1.5 joins pairs of latent frames into tokens: an odd number of them is padded with leading
-    noise, which is dropped at the end.
+    Any number of frames has latents, as in diffusers. 1.5 joins pairs of latent frames into tokens:
+    an odd number of them is padded with leading noise, which is dropped at the end.
 
     Args:
-        config: Of the transformer.
-        has_vae: Whether latents are a VAE's; without one they are pixels.
-        num_frames: In pixel space; None is what the checkpoint was trained at, as below.
-        height: In pixels.
-        width: In pixels.
+        config: The transformer's config.
+        compression: What the VAE makes of a video.
+        num_frames: Frames in pixel space; None is what the checkpoint was trained at, as below.
+        height: Height in pixels.
+        width: Width in pixels.
 
     Raises:
-        ValueError: On sizes that the model cannot take; says which it can.
+        SettingError: On sizes that the model cannot take; says which it can.
     """
-    scale = _VAE_SPATIAL if has_vae else 1
-    default = (config.sample_height * scale, config.sample_width * scale)
-    if config.patch_size_t is not None and has_vae:
-        default = _SIZE_OF_1_5
-    num_frames = config.sample_frames if num_frames is None else num_frames
-    height = default[0] if height is None else height
-    width = default[1] if width is None else width
-    ratio = config.temporal_compression_ratio if has_vae else 1
-    frames, rows, columns = latent_grid(
-        num_frames, height, width, ratio=ratio, scale=scale, patch_size=config.patch_size
-    )
+    num_frames, height, width = video_size(config, compression, num_frames, height, width)
+    rows, columns = latent_size(height, width, compression, config.patch_size)
+    frames = (num_frames - 1) // compression.frames + 1
     padding_frames = -frames % (config.patch_size_t or 1)
     return (frames + padding_frames, config.out_channels, rows, columns), padding_frames
 
 
-def latent_grid(
-    num_frames: int, height: int, width: int, *, ratio: int, scale: int, patch_size: int
+def video_size(
+    config: CogVideoXConfig,
+    compression: Compression,
+    num_frames: int | None,
+    height: int | None,
+    width: int | None,
 ) -> tuple[int, int, int]:
-    """Latent frames, rows and columns of a video.
+    """Frames, height and width of a CogVideoX video in pixels, with what it was trained at."""
+    scale = compression.pixels
+    default = (config.sample_height * scale, config.sample_width * scale)
+    if config.patch_size_t is not None and compression != NO_VAE:
+        default = _SIZE_OF_1_5
+    return (
+        config.sample_frames if num_frames is None else num_frames,
+        default[0] if height is None else height,
+        default[1] if width is None else width,
+    )
+
+
+def decoded_frames(latent_frames: int, compression: Compression) -> int:
+    """Frames that CogVideoX's VAE makes: an even number of latent frames has no single first."""
+    if latent_frames % 2 == 0:
+        return latent_frames * compression.frames
+    return (latent_frames - 1) * compression.frames + 1
+
+
+def latent_grid(
+    num_frames: int, height: int, width: int, *, compression: Compression, patch_size: int
+) -> tuple[int, int, int]:
+    """Latent frames, rows and columns of a video of whole latent frames.
 
     Args:
-        num_frames: In pixel space.
-        height: In pixels.
-        width: In pixels.
-        ratio: Frames to a latent frame, the first of which is of one frame.
-        scale: Pixels to a latent, each way.
+        num_frames: Frames in pixel space.
+        height: Height in pixels.
+        width: Width in pixels.
+        compression: What the VAE makes of a video.
         patch_size: Latents to a token, each way.
 
     Raises:
-        ValueError: On sizes that the model cannot take; says which it can.
+        SettingError: On sizes that the model cannot take; says which it can.
     """
-    multiple = scale * patch_size
+    if (num_frames - 1) % compression.frames:
+        raise SettingError(
+            "num_frames", f"must be of the form {compression.frames}k + 1: got {num_frames}"
+        )
+    frames = (num_frames - 1) // compression.frames + 1
+    return frames, *latent_size(height, width, compression, patch_size)
+
+
+def latent_size(
+    height: int, width: int, compression: Compression, patch_size: int
+) -> tuple[int, int]:
+    """Latent rows and columns of a video; see `latent_grid`."""
+    multiple = compression.pixels * patch_size
     for name, pixels in (("height", height), ("width", width)):
         if pixels < 1 or pixels % multiple:
-            raise ValueError(f"{name} must be a positive multiple of {multiple}: got {pixels}")
-    if num_frames < 1 or (num_frames - 1) % ratio:
-        what = f"of the form {ratio}k + 1" if ratio > 1 else "positive"
-        raise ValueError(f"num_frames must be {what}: got {num_frames}")
-    return (num_frames - 1) // ratio + 1, height // scale, width // scale
+            raise SettingError(name, f"must be a positive multiple of {multiple}: got {pixels}")
+    return height // compression.pixels, width // compression.pixels
+
+
+def starting_latents(
+    latents: Array | np.ndarray | None, shape: tuple[int, ...], seed: int
+) -> Float[Array, "..."]:
+    """Initial noise: what was given, or the seed's; float32.
+
+    Raises:
+        SettingError: On given noise of another shape.
+    """
+    if latents is None:
+        return jnp.asarray(initial_noise(seed, shape))
+    check_shape("latents", latents, shape)
+    return jnp.asarray(latents, jnp.float32)
+
+
+def check_shape(field: str, array: Any, *shapes: tuple[int, ...]) -> None:
+    """SettingError unless a given array is of the first of some shapes, or of another."""
+    if array is not None and array.shape not in shapes:
+        raise SettingError(field, f"must have the shape {shapes[0]}: got {array.shape}")
 
 
 def place_image(

@@ -15,14 +15,16 @@ from svg_jax.convert.components import read_component_config, read_pipeline_inde
 from svg_jax.convert.folder import ConvertedFolder, check_digests, open_folder
 from svg_jax.convert.progress import Progress
 from svg_jax.convert.reader import read_json
+from svg_jax.convert.run_defaults import read_run_defaults
 from svg_jax.sampling.checkpoint import weights_digest
 from svg_jax.sampling.cogvideox import CogVideoXPipeline
+from svg_jax.sampling.components import Lazy
 from svg_jax.sampling.converted import converted_folder
 from svg_jax.sampling.flow import FlowConfig
 from svg_jax.sampling.hunyuan_video import HunyuanVideoPipeline
 from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
 from svg_jax.sampling.images import load_image_processor
-from svg_jax.sampling.pipeline import Lazy, VideoPipeline
+from svg_jax.sampling.pipeline import VideoPipeline
 from svg_jax.sampling.schedulers import SchedulerConfig
 from svg_jax.sampling.wan import WanPipeline
 from svg_jax.tokenizer import load_tokenizer
@@ -83,8 +85,12 @@ def from_pretrained(
         check_digests(opened, opened.manifest.components, progress)
     if dtype is None:
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    source = _Source(opened, jnp.dtype(dtype))
-    return replace(_PIPELINES[opened.pipeline](source), weights=weights_digest(opened.manifest))
+    pipeline = _PIPELINES[opened.pipeline](_Source(opened, jnp.dtype(dtype)))
+    return replace(
+        pipeline,
+        weights=weights_digest(opened.manifest),
+        defaults=read_run_defaults(opened.path),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,85 +1,46 @@
 """What the families' pipelines share: prepare, denoise, decode, and when weights are loaded."""
 
 import dataclasses
+import functools
 import inspect
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, UInt8
 
 from svg_jax.config import PAPER_PRESETS, SparsityConfig
-from svg_jax.models import VideoLayout
-from svg_jax.sampling.checkpoint import RunFile, make_fingerprint, open_run_file, saving
-from svg_jax.sampling.denoise import Conditions, denoise
+from svg_jax.convert.run_defaults import RunDefaults
+from svg_jax.models import Attend, VideoLayout
+from svg_jax.sampling.checkpoint import (
+    RunFile,
+    make_fingerprint,
+    open_run_file,
+    saved_fingerprint,
+    saving,
+)
+from svg_jax.sampling.components import component_names, in_memory
+from svg_jax.sampling.denoise import Conditions, check_labels, denoise
 from svg_jax.sampling.flow import FlowSchedule, FlowState
 from svg_jax.sampling.record import SamplingInfo, StepRecord
-from svg_jax.sampling.schedulers import SamplerState, Schedule, initial_noise
+from svg_jax.sampling.schedulers import SamplerState, Schedule
+from svg_jax.sampling.settings import (
+    SettingError,
+    check_settings,
+    count_prompts,
+    draw_seed,
+    few_steps_note,
+)
+
+_LOGGER = logging.getLogger(__name__)
+_NO_DEFAULTS = RunDefaults()
 
 OutputType = Literal["np", "uint8", "latent"]
-Module = TypeVar("Module", bound=nnx.Module)
-
-
-@dataclass(frozen=True, eq=False)
-class Lazy(Generic[Module]):
-    """A component that is loaded where it is used and freed behind it.
-
-    Attributes:
-        config: Of the module.
-        dtype: Of its matrix products.
-        load: Loads it onto the default device.
-    """
-
-    config: Any
-    dtype: Any
-    load: Callable[[], Module]
-
-
-@contextmanager
-def in_memory(component: Module | Lazy[Module]) -> Iterator[Module]:
-    """The module of a component, for as long as the block lasts if it has to be loaded for it."""
-    yield component.load() if isinstance(component, Lazy) else component
-
-
-def loading_once(pipeline: Any) -> Any:
-    """A copy whose components are loaded at most once, and freed with the copy.
-
-    For several runs: one copy encodes all prompts and is dropped before another loads the
-    transformer.
-    """
-    if isinstance(pipeline, Lazy):
-        return dataclasses.replace(pipeline, load=cache(pipeline.load))
-    if not dataclasses.is_dataclass(pipeline) or isinstance(pipeline, type):
-        return pipeline
-    parts = {field.name: getattr(pipeline, field.name) for field in dataclasses.fields(pipeline)}
-    copies = {name: loading_once(part) for name, part in parts.items()}
-    changed = {name: copy for name, copy in copies.items() if copy is not parts[name]}
-    return dataclasses.replace(pipeline, **changed) if changed else pipeline
-
-
-def run_encoder(encoder: nnx.Module, *inputs: Array, **options: int) -> Any:
-    """What an encoder makes of its inputs, compiled, every array of it in float32.
-
-    Args:
-        encoder: The module.
-        *inputs: What it is called with.
-        **options: Settings that it is compiled for.
-    """
-    return _run_encoder(*nnx.split(encoder), inputs, tuple(options.items()))
-
-
-@partial(jax.jit, static_argnums=(0, 3))
-def _run_encoder(graphdef: Any, weights: Any, inputs: tuple[Array, ...], options: Any) -> Any:
-    out = nnx.merge(graphdef, weights)(*inputs, **dict(options))
-    return jax.tree.map(lambda array: array.astype(jnp.float32), out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +62,13 @@ class VideoOutput:
     latents: Float[np.ndarray, "batch _ _ latent_height latent_width"]
     info: SamplingInfo
 
+    def __repr__(self) -> str:
+        frames = None if self.frames is None else f"{self.frames.dtype}{list(self.frames.shape)}"
+        latents = f"{self.latents.dtype}{list(self.latents.shape)}"
+        return f"VideoOutput(frames={frames}, latents={latents}, info={self.info!r})"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class PreparedRun:
     """All that a run of the denoising loop needs; what `prepare` makes of its arguments.
 
@@ -127,7 +93,17 @@ class PreparedRun:
     sampler_noise: Float[np.ndarray, "..."] | None = None
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+def with_settings(prepare: Callable[..., PreparedRun]) -> Callable[..., PreparedRun]:
+    """A family's `prepare`, called with settings that are checked and have their defaults."""
+
+    @functools.wraps(prepare)
+    def checked(self: "VideoPipeline", prompt: Any = None, **arguments: Any) -> PreparedRun:
+        return prepare(self, **self.settings(prompt, **arguments))
+
+    return checked
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class VideoPipeline(ABC):
     """A checkpoint that can be called; a class for each family says how it is prepared.
 
@@ -137,6 +113,7 @@ class VideoPipeline(ABC):
             it: the outcome is then latents.
         weights: Digest of the folder that it was loaded from, by which a saved run is known to be
             of the same weights; None if it was put together otherwise.
+        defaults: What the folder says of a run; goes before the authors' settings.
     """
 
     frame_rate: ClassVar[float] = 8.0  # frames per second that the family was trained at
@@ -144,12 +121,21 @@ class VideoPipeline(ABC):
     transformer: Any
     vae: Any = None
     weights: str | None = None
+    defaults: RunDefaults = _NO_DEFAULTS
+
+    def __repr__(self) -> str:
+        config, dtype = self.transformer.config, np.dtype(self.transformer.dtype).name
+        size = f"{config.num_attention_layers} layers of width "
+        size += str(config.num_attention_heads * config.attention_head_dim)
+        others = ", ".join(name for name in component_names(self) if name != "transformer")
+        return f"{type(self).__name__}({size} in {dtype}; with {others or 'no other component'})"
 
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
         *,
         sparsity: SparsityConfig | None = None,
+        attend: Attend | None = None,
         labels: Bool[np.ndarray, "..."] | None = None,
         output_type: OutputType = "np",
         vae_tiling: bool = False,
@@ -169,6 +155,9 @@ class VideoPipeline(ABC):
         Args:
             prompt: One prompt or several; or pass `prompt_embeds`.
             sparsity: Sparse VideoGen; None is dense attention.
+            attend: An attention of one's own in place of either, in all steps and layers; its
+                `step_state` is a `StepState`. Each callable is compiled once. Such a run is not
+                saved: nothing tells one callable from another.
             labels: Labels to use in place of profiling, True = temporal (see `denoise`).
             output_type: "np" for frames in 0…1, "uint8", or "latent" for latents alone.
             vae_tiling: Decode by the released tiles: less memory, and not quite the same frames.
@@ -182,21 +171,42 @@ class VideoPipeline(ABC):
             Frames, latents, and what happened on the way.
 
         Raises:
-            ValueError: On arguments that do not fit the checkpoint or each other, or a state that
-                is damaged or another run's; says what differs.
+            ValueError: On settings that no run can have (`SettingError`), arguments that do not
+                fit the checkpoint or each other, or a state that is damaged or another run's; says
+                what differs.
             FileExistsError: If there is a state, and it is not to be resumed.
             FloatingPointError: If latents stop being finite.
         """
-        if output_type not in ("np", "uint8", "latent"):  # before the work, not after it
-            raise ValueError(f"output_type is 'np', 'uint8' or 'latent': got {output_type!r}")
+        check_settings(
+            {
+                "sparsity": sparsity,
+                "attend": attend,
+                "labels": labels,
+                "output_type": output_type,
+                "vae_tiling": vae_tiling,
+                "callback_on_step_end": callback_on_step_end,
+                "state_file": state_file,
+                "save_every": save_every,
+                "resume": resume,
+            }
+        )
+        if resume and state_file is not None and arguments.get("seed", 0) is None:
+            arguments["seed"] = saved_fingerprint(state_file).get("seed")
+        settings = self.settings(prompt, **arguments)
+        self._check_labels(labels, settings)
+        if sparsity is not None:
+            note = few_steps_note(sparsity, settings["num_inference_steps"])
+            if note is not None:
+                _LOGGER.warning(note)
         file = None
         if state_file is not None:
-            settings = self.fingerprint(prompt, sparsity=sparsity, labels=labels, **arguments)
-            file = open_run_file(state_file, settings, save_every=save_every, resume=resume)
-        run = self.prepare(prompt, **arguments)
+            identity = self.fingerprint(**settings, sparsity=sparsity, labels=labels)
+            file = open_run_file(state_file, identity, save_every=save_every, resume=resume)
+        run = self.prepare(**settings)
         run, steps = self.denoise(
             run,
             sparsity=sparsity,
+            attend=attend,
             labels=labels,
             file=file,
             callback_on_step_end=callback_on_step_end,
@@ -207,6 +217,32 @@ class VideoPipeline(ABC):
             file.remove()
         return video
 
+    def settings(
+        self, prompt: str | Sequence[str] | None = None, **arguments: Any
+    ) -> dict[str, Any]:
+        """All arguments of `prepare` for a call with these: checked, with defaults filled in.
+
+        A default is what the model's folder says, or else the authors'. A seed of None is drawn.
+
+        Raises:
+            SettingError: On what no run can have.
+            TypeError: On an argument that the family does not take.
+        """
+        signature = inspect.signature(self.prepare)
+        given = signature.bind(prompt, **arguments)
+        given.apply_defaults()
+        settings = check_settings(given.arguments)
+        defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+        defaults |= {"guidance_interval": (0.0, 1.0)} | self.authors_settings
+        defaults |= self.defaults.given()
+        for name in settings.keys() - {"seed"}:
+            if settings[name] is None:
+                settings[name] = defaults[name]
+        if settings["seed"] is None:
+            settings["seed"] = draw_seed()
+            _LOGGER.warning("the seed %d was drawn", settings["seed"])
+        return settings
+
     def fingerprint(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -216,10 +252,10 @@ class VideoPipeline(ABC):
         **arguments: Any,
     ) -> dict[str, Any]:
         """What determines the outcome of a call with these arguments, and of no other, as JSON."""
-        given = inspect.signature(self.prepare).bind(prompt, **arguments)
-        given.apply_defaults()
+        if arguments.get("seed", 0) is None:
+            raise SettingError("seed", "must be given: it tells a saved run from another")
         return make_fingerprint(
-            **given.arguments,
+            **self.settings(prompt, **arguments),
             sparsity=sparsity,
             labels=labels,
             dtype=np.dtype(self.transformer.dtype).name,
@@ -248,10 +284,32 @@ class VideoPipeline(ABC):
         name = self.paper_preset(height, width)
         return SparsityConfig() if name is None else PAPER_PRESETS[name]
 
+    def default_sparsity(
+        self, height: int | None = None, width: int | None = None
+    ) -> SparsityConfig:
+        """The sparsity that the model's folder asks for; what it leaves out is the paper's.
+
+        Args:
+            height: Height in pixels. Default: as `prepare`'s.
+            width: Width in pixels. Default: as `prepare`'s.
+        """
+        return dataclasses.replace(self.paper_sparsity(height, width), **self.defaults.sparsity)
+
     @property
     def default_steps(self) -> int:
-        """Denoising steps that `prepare` takes unless told, the authors' own."""
-        return 50
+        """Denoising steps that `prepare` takes unless told."""
+        own = self.defaults.num_inference_steps
+        return self.authors_settings["num_inference_steps"] if own is None else own
+
+    @property
+    def default_fps(self) -> float:
+        """Frames per second of a video unless told."""
+        return self.frame_rate if self.defaults.fps is None else self.defaults.fps
+
+    @property
+    @abstractmethod
+    def authors_settings(self) -> dict[str, Any]:
+        """What `prepare` takes where neither the caller nor the model's folder says anything."""
 
     @abstractmethod
     def prepare(self, prompt: str | Sequence[str] | None = None, **arguments: Any) -> PreparedRun:
@@ -262,6 +320,7 @@ class VideoPipeline(ABC):
         run: PreparedRun,
         *,
         sparsity: SparsityConfig | None = None,
+        attend: Attend | None = None,
         labels: Bool[np.ndarray, "..."] | None = None,
         steps: range | None = None,
         file: RunFile | None = None,
@@ -290,6 +349,7 @@ class VideoPipeline(ABC):
                 run.conditions,
                 scales=run.scales,
                 sparsity=sparsity,
+                attend=attend,
                 labels=labels,
                 seed=run.seed,
                 sampler_noise=run.sampler_noise,
@@ -314,11 +374,22 @@ class VideoPipeline(ABC):
             frames = to_frames(self.decode_latents(latents, vae_tiling=vae_tiling))
             if output_type == "uint8":
                 frames = (frames * 255).round().astype(np.uint8)
-        return VideoOutput(frames, np.asarray(latents), info)
+        return VideoOutput(frames, np.asarray(latents), dataclasses.replace(info, seed=run.seed))
 
     def finished_latents(self, run: PreparedRun) -> Array:
         """The latents of a video, of a run after its last step."""
         return run.state.latents
+
+    def _check_labels(self, labels: np.ndarray | None, settings: dict[str, Any]) -> None:
+        """SettingError if labels do not fit the model and the run."""
+        if labels is not None:
+            prompts = count_prompts(settings["prompt"], settings["prompt_embeds"])
+            check_labels(
+                labels,
+                self.transformer.config,
+                num_steps=settings["num_inference_steps"],
+                batch=prompts * settings["num_videos_per_prompt"],
+            )
 
     @property
     def makes_frames(self) -> bool:
@@ -341,38 +412,3 @@ def to_frames(
     """A video from −1 to 1 as pixels in 0…1, float32."""
     video = np.moveaxis(np.asarray(video, np.float32), 1, -1)
     return np.clip(video / 2 + np.float32(0.5), 0, 1)
-
-
-def starting_latents(
-    latents: Array | np.ndarray | None, shape: tuple[int, ...], seed: int
-) -> Float[Array, "..."]:
-    """Initial noise: what was given, or the seed's; float32.
-
-    Raises:
-        ValueError: On given noise of another shape or that is not finite, or a negative seed.
-    """
-    if latents is None:
-        if seed < 0:
-            raise ValueError(f"seed must not be negative: got {seed}")
-        return jnp.asarray(initial_noise(seed, shape))
-    if latents.shape != shape:
-        raise ValueError(f"latents must have the shape {shape}: got {latents.shape}")
-    check_finite("latents", latents)
-    return jnp.asarray(latents, jnp.float32)
-
-
-def check_finite(name: str, array: Array | np.ndarray) -> None:
-    """ValueError if a given array holds NaN or infinity."""
-    if not np.isfinite(np.asarray(array)).all():
-        raise ValueError(f"{name} has values that are not finite")
-
-
-def check_videos_per_prompt(count: int) -> None:
-    """ValueError unless there is to be a video of each prompt."""
-    if count < 1:
-        raise ValueError(f"num_videos_per_prompt is at least 1: got {count}")
-
-
-def repeat_each(array: Array | None, times: int) -> Array | None:
-    """Every batch entry so many times, for several videos of a prompt."""
-    return None if array is None else jnp.repeat(array, times, axis=0)

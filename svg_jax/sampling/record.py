@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from svg_jax.files import written_atomically
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadProfile:
     """What sparse attention found out in one step.
 
@@ -51,9 +51,19 @@ class StepRecord:
 
 @dataclass(frozen=True, eq=False)
 class SamplingInfo:
-    """All steps of a run, in order."""
+    """What happened in a run.
+
+    Attributes:
+        steps: Records of all steps, in order.
+        seed: The run's seed; None before the run is decoded.
+    """
 
     steps: tuple[StepRecord, ...]
+    seed: int | None = None
+
+    def __repr__(self) -> str:
+        sparse = f"{len(self.profiles)} sparse at density {self.density:.3g}"
+        return f"SamplingInfo({len(self.steps)} steps, {sparse}, seed {self.seed})"
 
     @property
     def profiles(self) -> tuple[HeadProfile, ...]:

@@ -16,21 +16,19 @@ from jaxtyping import Array, Float
 from svg_jax.models import Attend, CLIPVisionEncoder, T5Encoder, WanTransformer, WanVAE
 from svg_jax.models.vae_tiling import Tiling
 from svg_jax.prompts import wan_tokens
+from svg_jax.sampling.components import Lazy, in_memory, repeat_each, run_encoder
 from svg_jax.sampling.denoise import guidance_scales, guided_velocity
 from svg_jax.sampling.flow import FlowConfig, FlowSampler, initial_flow_state, make_flow_schedule
 from svg_jax.sampling.images import CLIPImageProcessor, Image
-from svg_jax.sampling.latents import latent_grid
-from svg_jax.sampling.pipeline import (
-    Lazy,
-    PreparedRun,
-    VideoPipeline,
-    check_videos_per_prompt,
-    in_memory,
-    is_480p,
-    repeat_each,
-    run_encoder,
+from svg_jax.sampling.latents import (
+    RELEASED,
+    Compression,
+    latent_grid,
     starting_latents,
 )
+from svg_jax.sampling.memory import check_memory
+from svg_jax.sampling.pipeline import PreparedRun, VideoPipeline, is_480p, with_settings
+from svg_jax.sampling.settings import SettingError, count_prompts
 from svg_jax.sampling.text import take_prompts
 from svg_jax.sampling.wan_images import ImageConditions, encode_first_frames
 from svg_jax.tokenizer import PromptTokenizer
@@ -92,7 +90,7 @@ class WanConditions:
         return guided_velocity(velocity, scale), info
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class WanPipeline(VideoPipeline):
     """A Wan 2.1 checkpoint that can be called.
 
@@ -116,19 +114,27 @@ class WanPipeline(VideoPipeline):
     image_encoder: CLIPVisionEncoder | Lazy[CLIPVisionEncoder] | None = None
     image_processor: CLIPImageProcessor | None = None
 
+    @property
+    def authors_settings(self) -> dict[str, Any]:
+        """See `VideoPipeline.authors_settings`; an image to video takes 40 steps."""
+        config = self.transformer.config
+        from_one_image = config.image_dim is not None and config.pos_embed_seq_len is None
+        return {"num_inference_steps": 40 if from_one_image else 50, "guidance_scale": 5.0}
+
+    @with_settings
     def prepare(
         self,
         prompt: str | Sequence[str] | None = None,
         *,
         image: Image | None = None,
         last_image: Image | None = None,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         height: int | None = None,
         width: int | None = None,
         num_frames: int = _FRAMES,
         num_inference_steps: int | None = None,
-        guidance_scale: float | int = 5.0,
-        guidance_interval: tuple[float | int, float | int] = (0.0, 1.0),
+        guidance_scale: float | int | None = None,
+        guidance_interval: tuple[float | int, float | int] | None = None,
         scheduler: FlowSampler | None = None,
         flow_shift: float | int | None = None,
         latents: Latents | None = None,
@@ -137,7 +143,7 @@ class WanPipeline(VideoPipeline):
         image_embeds: Embeddings | None = None,
         image_latents: Latents | None = None,
         num_videos_per_prompt: int = 1,
-        seed: int = 0,
+        seed: int | None = 0,
         max_sequence_length: int = _TEXT_TOKENS,
     ) -> PreparedRun:
         """The first part of `__call__`: encodes prompts and images, makes schedule and noise.
@@ -154,10 +160,11 @@ class WanPipeline(VideoPipeline):
             width: In pixels, a multiple of 16. Default: 832 or 1280, likewise.
             num_frames: Frames of the video, 4k + 1.
             num_inference_steps: Denoising steps. Default, as by Wan's authors: 50; 40 for image to
-                video (diffusers takes 50 there, too).
-            guidance_scale: Of classifier-free guidance; at most 1 turns it off and halves the work.
+                video (diffusers takes 50 there, too). A folder's own goes before it.
+            guidance_scale: Strength of classifier-free guidance; at most 1 turns it off and halves
+                the work. Default: the folder's, or 5.
             guidance_interval: From which share of the steps to which guidance is paid for:
-                (0, 0.3) is the first 30 %.
+                (0, 0.3) is the first 30 %. Default: the folder's, or all.
             scheduler: "unipc" or "euler", whose steps are HunyuanVideo's. Default: the
                 checkpoint's own, which is "unipc".
             flow_shift: Of the schedule; by Wan's authors 5 at 720p, 3 at 480p for image to video,
@@ -173,7 +180,8 @@ class WanPipeline(VideoPipeline):
                 encoded as a video and normalised, in place of the VAE's; [1 or batch, 16,
                 latent_frames, height / 8, width / 8].
             num_videos_per_prompt: Videos of each prompt, from noise of their own.
-            seed: The same seed gives the same noise on every device.
+            seed: The same seed, from 0 to 2^64 − 1, gives the same noise on every device. None
+                draws one, which the outcome's `info` has.
             max_sequence_length: Text tokens, padding included; 512 for image to video.
 
         Raises:
@@ -182,8 +190,10 @@ class WanPipeline(VideoPipeline):
         config, sampling = self.transformer.config, self.scheduler
         if flow_shift is not None:
             sampling = replace(sampling, shift=float(flow_shift))
-        if num_inference_steps is None:
-            num_inference_steps = self.default_steps
+        assert num_inference_steps is not None
+        assert guidance_scale is not None
+        assert guidance_interval is not None
+        assert seed is not None
         schedule = make_flow_schedule(sampling, num_inference_steps, sampler=scheduler)
         scales = guidance_scales(
             schedule.timesteps, guidance_scale, guidance_interval=guidance_interval
@@ -191,15 +201,21 @@ class WanPipeline(VideoPipeline):
         default = self._default_size()
         height = default[0] if height is None else height
         width = default[1] if width is None else width
+        guided, compression = bool((scales != 1).any()), self.compression
         grid = latent_grid(
-            num_frames, height, width, ratio=4, scale=8, patch_size=config.patch_size[1]
+            num_frames, height, width, compression=compression, patch_size=config.patch_size[1]
         )
         layout = config.layout(*grid)
-        check_videos_per_prompt(num_videos_per_prompt)
+        prompts = count_prompts(prompt, prompt_embeds)
+        shape = (prompts * num_videos_per_prompt, config.out_channels, *grid)
+        video = (num_frames, height, width) if self.makes_frames else None
+        check_memory(self.transformer, layout, shape, guided=guided, video=video)
         self._check_text_tokens(max_sequence_length, prompt_embeds)
+        noise = starting_latents(latents, shape, seed)
         images = encode_first_frames(
             config,
             (num_frames, height, width),
+            compression,
             (image, last_image),
             vae=self.vae,
             image_encoder=self.image_encoder,
@@ -213,19 +229,20 @@ class WanPipeline(VideoPipeline):
             negative_prompt,
             prompt_embeds,
             negative_prompt_embeds,
-            guided=bool((scales != 1).any()),
-            max_sequence_length=max_sequence_length,
+            guided=guided,
+            shape=(
+                prompts,
+                max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1],
+                config.text_dim,
+            ),
         )
-        positive = jnp.repeat(positive, num_videos_per_prompt, axis=0)
-        batch = len(positive)
-        latents = starting_latents(latents, (batch, config.out_channels, *grid), seed)
         return PreparedRun(
             schedule=schedule,
-            state=initial_flow_state(latents),
+            state=initial_flow_state(noise),
             conditions=WanConditions(
-                prompt_embeds=positive,
+                prompt_embeds=jnp.repeat(positive, num_videos_per_prompt, axis=0),
                 negative_prompt_embeds=repeat_each(negative, num_videos_per_prompt),
-                images=None if images is None else images.for_each(batch, num_videos_per_prompt),
+                images=None if images is None else images.for_each(shape[0], num_videos_per_prompt),
             ),
             scales=scales,
             seed=seed,
@@ -241,11 +258,12 @@ class WanPipeline(VideoPipeline):
         return "wan-i2v-480p" if small else "wan-i2v-720p"
 
     @property
-    def default_steps(self) -> int:
-        """See `VideoPipeline.default_steps`."""
-        config = self.transformer.config
-        from_one_image = config.image_dim is not None and config.pos_embed_seq_len is None
-        return 40 if from_one_image else 50
+    def compression(self) -> Compression:
+        """What the VAE makes of a video; that of released ones if it was left out."""
+        if self.vae is None:
+            return RELEASED
+        config = self.vae.config
+        return Compression(config.scale_factor_temporal, config.scale_factor_spatial)
 
     def encode_prompts(
         self, prompts: Sequence[str], max_sequence_length: int | None = None
@@ -281,8 +299,10 @@ class WanPipeline(VideoPipeline):
     ) -> None:
         name, length = "max_sequence_length", max_sequence_length
         if prompt_embeds is not None:
-            name, length = "the length of prompt_embeds", prompt_embeds.shape[1]
+            name, length = "prompt_embeds", prompt_embeds.shape[1]
         if self.transformer.config.image_dim is not None and length != _TEXT_TOKENS:
-            raise ValueError(
-                f"{name} must be {_TEXT_TOKENS} for image to video, as it was trained: got {length}"
+            raise SettingError(
+                name,
+                f"must be {_TEXT_TOKENS} tokens for image to video, as it was trained: got "
+                f"{length}",
             )

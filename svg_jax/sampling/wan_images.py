@@ -14,10 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from svg_jax.models import CLIPVisionEncoder, WanConfig, WanVAE
+from svg_jax.sampling.components import Lazy, check_finite, in_memory, run_encoder
 from svg_jax.sampling.images import CLIPImageProcessor, Image, as_frame
-from svg_jax.sampling.pipeline import Lazy, check_finite, in_memory, run_encoder
+from svg_jax.sampling.latents import Compression
+from svg_jax.sampling.settings import SettingError
 
-_RATIO, _SCALE = 4, 8  # frames to a latent frame, pixels to a latent
 _HIDDEN_STATE = -2  # of CLIP
 
 
@@ -55,6 +56,7 @@ class ImageConditions:
 def encode_first_frames(
     config: WanConfig,
     size: tuple[int, int, int],
+    compression: Compression,
     images: tuple[Image | None, Image | None],
     *,
     vae: WanVAE | Lazy[WanVAE] | None,
@@ -68,6 +70,7 @@ def encode_first_frames(
     Args:
         config: Of the transformer.
         size: Frames, height and width of the video, in pixels.
+        compression: What the VAE makes of a video.
         images: Its first and its last frame.
         vae: What encodes them as a video.
         image_encoder: CLIP.
@@ -92,7 +95,10 @@ def encode_first_frames(
     with_last = config.pos_embed_seq_len is not None
     known = _known_images(images, with_last, image_embeds is None or image_latents is None)
     if with_last and size[0] == 1:
-        raise ValueError("num_frames must be at least 5 between a first and a last frame: got 1")
+        least = 1 + compression.frames
+        raise SettingError(
+            "num_frames", f"must be at least {least} between a first and a last frame: got 1"
+        )
     if image_latents is None and vae is None:
         raise ValueError("this checkpoint was converted without its VAE: pass image_latents")
     if image_embeds is None and (image_encoder is None or image_processor is None):
@@ -108,18 +114,20 @@ def encode_first_frames(
         image_embeds = _encode_for_clip(image_encoder, image_processor, known)
     latents = jnp.asarray(image_latents, jnp.float32)
     features = jnp.asarray(image_embeds, jnp.float32)
-    _check_arrays(config, size, latents, features)
-    mask = known_frames(latents.shape[2], with_last)
+    _check_arrays(config, size, compression, latents, features)
+    mask = known_frames(latents.shape[2], with_last, compression.frames)
     mask = jnp.broadcast_to(mask, (len(latents), *mask.shape[:2], *latents.shape[3:]))
     return ImageConditions(jnp.concatenate([mask, latents], axis=1), features)
 
 
-def known_frames(latent_frames: int, with_last: bool) -> Float[np.ndarray, "4 latent_frames 1 1"]:
+def known_frames(
+    latent_frames: int, with_last: bool, ratio: int = 4
+) -> Float[np.ndarray, "{ratio} latent_frames 1 1"]:
     """1 where a frame is an image and 0 elsewhere, for each of the frames of a latent frame.
 
-    The first latent frame is of one frame, and counts as four.
+    The first latent frame is of one frame, and counts as a whole one.
     """
-    mask = np.zeros((_RATIO, latent_frames, 1, 1), np.float32)
+    mask = np.zeros((ratio, latent_frames, 1, 1), np.float32)
     mask[:, 0] = 1
     if with_last:
         mask[-1, -1] = 1
@@ -173,11 +181,16 @@ def _encode_for_clip(
 
 
 def _check_arrays(
-    config: WanConfig, size: tuple[int, int, int], latents: Array, features: Array
+    config: WanConfig,
+    size: tuple[int, int, int],
+    compression: Compression,
+    latents: Array,
+    features: Array,
 ) -> None:
     frames, height, width = size
-    grid = ((frames - 1) // _RATIO + 1, height // _SCALE, width // _SCALE)
-    expected = (config.in_channels - config.out_channels - _RATIO, *grid)
+    ratio, scale = compression
+    grid = ((frames - 1) // ratio + 1, height // scale, width // scale)
+    expected = (config.in_channels - config.out_channels - ratio, *grid)
     if latents.shape[1:] != expected:
         raise ValueError(
             f"image_latents must have the shape {('batch', *expected)}: got {latents.shape}"
