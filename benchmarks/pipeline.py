@@ -53,9 +53,9 @@ from svg_jax.sampling import (
     denoise,
 )
 from svg_jax.sampling.checkpoint import open_run_file, saving
+from svg_jax.sampling.components import run_encoder
 from svg_jax.sampling.flow import FlowConfig
 from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
-from svg_jax.sampling.components import run_encoder
 from svg_jax.sampling.pipeline import to_frames
 from svg_jax.sampling.schedulers import SchedulerConfig
 

@@ -22,9 +22,9 @@ from svg_jax import cli
 from svg_jax.convert import convert_pipeline
 from svg_jax.generation import generate_videos, output_paths, plan_videos, read_prompts
 from svg_jax.sampling import CogVideoXPipeline, HunyuanVideoPipeline
+from svg_jax.sampling.components import Lazy, loading_once
 from svg_jax.sampling.flow import FlowConfig
 from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
-from svg_jax.sampling.components import Lazy, loading_once
 
 PROMPTS = [f"a red {digit} moving left over the flower" for digit in ("three", "five", "nine")]
 SMALL: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 1, "num_frames": 2}

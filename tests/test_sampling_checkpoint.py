@@ -38,9 +38,9 @@ from svg_jax.sampling.checkpoint import (
     saving,
     weights_digest,
 )
+from svg_jax.sampling.components import Lazy
 from svg_jax.sampling.flow import FlowConfig, FlowState
 from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
-from svg_jax.sampling.components import Lazy
 from svg_jax.sampling.record import HeadProfile, StepRecord
 from svg_jax.sampling.schedulers import SamplerState, SchedulerConfig
 

@@ -22,10 +22,10 @@ from svg_jax import cli
 from svg_jax.config import PAPER_PRESETS, SparsityConfig
 from svg_jax.convert import convert_pipeline
 from svg_jax.sampling import HunyuanVideoPipeline, from_pretrained
+from svg_jax.sampling.components import Lazy
 from svg_jax.sampling.denoise import denoise_step
 from svg_jax.sampling.hunyuan_video_conditions import embedded_guidance
 from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
-from svg_jax.sampling.components import Lazy
 
 T2V: dict[str, Any] = {
     "in_channels": 4,

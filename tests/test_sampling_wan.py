@@ -15,8 +15,8 @@ from svg_jax.config import PAPER_PRESETS, SparsityConfig
 from svg_jax.convert import convert_pipeline
 from svg_jax.models import WanConfig
 from svg_jax.sampling import WanPipeline, from_pretrained
-from svg_jax.sampling.flow import FlowConfig
 from svg_jax.sampling.components import Lazy
+from svg_jax.sampling.flow import FlowConfig
 from svg_jax.sampling.wan_images import known_frames
 from tests.parity import TOLERANCE, randomised, relative_error
 from tests.real_tokenizers import real_tokenizer
