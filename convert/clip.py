@@ -5,8 +5,11 @@ import re
 from svg_jax.convert.rules import Rule, linear_rules, nest_rules, norm_rules, stack_rules
 from svg_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 
-# Held by files of `CLIPVisionModelWithProjection`; only its hidden states are of use here.
-UNUSED = re.compile(r"^visual_projection\.weight$")
+# Held by files of `CLIPVisionModelWithProjection` and `CLIPTextModelWithProjection`, and of both
+# towers: only the hidden states of one, and the text's end, are of use here.
+_PROJECTIONS = r"(visual|text)_projection\.weight"
+VISION_UNUSED = re.compile(rf"{_PROJECTIONS}|text_model\..*")
+TEXT_UNUSED = re.compile(rf"{_PROJECTIONS}|vision_model\..*")
 
 
 def text_rules(config: CLIPTextConfig) -> tuple[Rule, ...]:

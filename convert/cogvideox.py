@@ -1,9 +1,13 @@
 """The tensors of a CogVideoX transformer, as released by diffusers and as laid out here."""
 
 import math
+import re
 
 from svg_jax.convert.rules import Rule, linear_rules, norm_rules, stack_rules
 from svg_jax.models.cogvideox_config import CogVideoXConfig
+
+# The sin-cos table, which is computed anew; where it is learned, a rule asks for it.
+UNUSED = re.compile(r"patch_embed\.pos_embedding")
 
 
 def rules(config: CogVideoXConfig) -> tuple[Rule, ...]:

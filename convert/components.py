@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from svg_jax.convert import (
     clip,
@@ -20,8 +20,11 @@ from svg_jax.convert import (
     wan,
     wan_vae,
 )
-from svg_jax.convert.reader import STEMS, read_json
+from svg_jax.convert.buffers import BUFFERS
+from svg_jax.convert.json_file import read_json
 from svg_jax.convert.rules import ConversionError, Leaf, Rule, match_rules
+from svg_jax.convert.show import show
+from svg_jax.convert.weights import STEMS
 from svg_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.cogvideox_vae_config import CogVideoXVAEConfig
@@ -43,6 +46,10 @@ PIPELINES = (
 )
 COPIED = ("scheduler", "tokenizer", "tokenizer_2", "image_processor")  # small, carried as they are
 _DIFFUSERS, _TRANSFORMERS = STEMS
+# Keys of a config.json that tell which model it is of.
+_NAMES = frozenset({"_class_name", "_diffusers_version", "architectures", "model_type"})
+
+Stored = TypeVar("Stored")
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,11 @@ class Family:
 
 
 _CLIP_VISION = Family(
-    CLIPVisionConfig.from_dict, clip.vision_rules, _TRANSFORMERS, "image_encoder", clip.UNUSED
+    CLIPVisionConfig.from_dict,
+    clip.vision_rules,
+    _TRANSFORMERS,
+    "image_encoder",
+    clip.VISION_UNUSED,
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -82,12 +93,12 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "AutoencoderKLWan": Family(WanVAEConfig.from_dict, wan_vae.rules, _DIFFUSERS, "vae"),
     "CLIPTextModel": Family(
-        CLIPTextConfig.from_dict, clip.text_rules, _TRANSFORMERS, "text_encoder_2"
+        CLIPTextConfig.from_dict, clip.text_rules, _TRANSFORMERS, "text_encoder_2", clip.TEXT_UNUSED
     ),
     "CLIPVisionModel": _CLIP_VISION,
     "CLIPVisionModelWithProjection": _CLIP_VISION,
     "CogVideoXTransformer3DModel": Family(
-        CogVideoXConfig.from_dict, cogvideox.rules, _DIFFUSERS, "transformer"
+        CogVideoXConfig.from_dict, cogvideox.rules, _DIFFUSERS, "transformer", cogvideox.UNUSED
     ),
     "HunyuanVideoTransformer3DModel": Family(
         HunyuanVideoConfig.from_dict, hunyuan_video.rules, _DIFFUSERS, "transformer"
@@ -99,10 +110,18 @@ FAMILIES: Mapping[str, Family] = {
         LlavaConfig.from_dict, llava.rules, _TRANSFORMERS, "text_encoder", llama.UNUSED
     ),
     "T5EncoderModel": Family(
-        partial(T5Config.from_dict, model_type="t5"), t5.rules, _TRANSFORMERS, "text_encoder"
+        partial(T5Config.from_dict, model_type="t5"),
+        t5.rules,
+        _TRANSFORMERS,
+        "text_encoder",
+        t5.UNUSED,
     ),
     "UMT5EncoderModel": Family(
-        partial(T5Config.from_dict, model_type="umt5"), t5.rules, _TRANSFORMERS, "text_encoder"
+        partial(T5Config.from_dict, model_type="umt5"),
+        t5.rules,
+        _TRANSFORMERS,
+        "text_encoder",
+        t5.UNUSED,
     ),
     "WanTransformer3DModel": Family(
         WanConfig.from_dict, wan.rules, _DIFFUSERS, "transformer", wan.UNUSED
@@ -148,15 +167,22 @@ def read_pipeline_index(folder: Path) -> PipelineIndex:
     pipeline = values.get("_class_name", "")  # null is what a component converted alone has
     if pipeline not in (*PIPELINES, None):
         raise ConversionError(
-            f"{file}: the pipeline is {pipeline!r} and only {', '.join(PIPELINES)} are supported."
+            f"{file}: the pipeline is {show(pipeline)!r} and only {', '.join(PIPELINES)} are "
+            "supported."
         )
     classes = {}
     for name, value in values.items():
         if isinstance(value, list):
             if len(value) != 2 or not all(isinstance(part, str | None) for part in value):
-                raise ConversionError(f"{file}: {name} is not [library, class] but {value!r:.80}.")
+                raise ConversionError(
+                    f"{file}: {show(name)} is not [library, class] but {show(value)}."
+                )
             if not name.isidentifier():  # it becomes a folder's name
-                raise ConversionError(f"{file}: {name!r:.80} is no name of a component.")
+                raise ConversionError(f"{file}: {show(name)!r} is no name of a component.")
+            if value[1] is not None and not value[1].isidentifier():
+                raise ConversionError(
+                    f"{file}: {show(value[1])!r}, of {name}, is no name of a class: fetch it again."
+                )
             if value[1] is not None:
                 classes[name] = value[1]
     return PipelineIndex(pipeline, classes)
@@ -180,7 +206,8 @@ def select_components(
     wanted = there if components is None else sorted(set(components) - set(COPIED))
     if absent := sorted(set(wanted) - set(there)):
         raise ConversionError(
-            f"{where}: has no {' and no '.join(absent)}; its components are {', '.join(there)}."
+            f"{where}: has no {' and no '.join(map(show, absent[:3]))}; its components are "
+            f"{', '.join(there)}."
         )
     if foreign := [f"{name} ({index.classes[name]})" for name in wanted if name not in ported]:
         raise ConversionError(
@@ -198,10 +225,18 @@ def named_class(config: Mapping[str, Any]) -> str | None:
     return str(found[0] if isinstance(found, list) else found) if found else None
 
 
+def passed_over(class_name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name the keys of a config.json that say nothing about what the model computes."""
+    if class_name not in FAMILIES:
+        return ()
+    fields = FAMILIES[class_name].read_config(config).to_dict().keys()
+    return tuple(sorted(config.keys() - fields - _NAMES))
+
+
 def component_leaves(
     folder: Path, class_name: str, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Leaf, ...]:
-    """Matches a component's tensors to the leaves that its config.json asks for.
+    """Match a component's tensors to the leaves that its config.json asks for.
 
     Tensors that the family does not use are in no leaf.
 
@@ -209,18 +244,54 @@ def component_leaves(
         ConversionError: If the config is not the model's, or the tensors do not fit it.
     """
     family = FAMILIES[class_name]
-    config = read_component_config(folder, class_name)
-    unused = family.unused
-    if unused is not None:
-        shapes = {name: shape for name, shape in shapes.items() if not unused.search(name)}
-    rules = family.rules(config)
+    rules = family.rules(read_component_config(folder, class_name))
+    used, _ = split_unused(shapes, rules, family.unused, folder)
+    return match_rules(used, rules, where=str(folder))
+
+
+def split_unused(
+    tensors: Mapping[str, Stored],
+    rules: Sequence[Rule],
+    unused: re.Pattern[str] | None,
+    where: Path,
+) -> tuple[dict[str, Stored], tuple[str, ...]]:
+    """Part tensors from those that nothing needs: the model's `unused`, and buffers of any model.
+
+    What a rule asks for is needed, whatever it is called.
+
+    Args:
+        tensors: The tensors, or their shapes, by name.
+        rules: The model's table.
+        unused: Names that the model does without.
+        where: What is being read, for the error.
+
+    Returns:
+        The tensors that are left, and the names of the others.
+
+    Raises:
+        ConversionError: If there are fewer tensors than layers.
+    """
     layers = max(rule.layers or 0 for rule in rules)
-    if layers > len(shapes):  # else listing what is missing could take for ever
+    if layers > len(tensors):  # else listing what is missing could take for ever
         raise ConversionError(
-            f"{folder}: the tensors do not fit the config: it has {layers} layers and there are "
-            f"only {len(shapes)} tensors. Check that config.json belongs to these weights."
+            f"{where}: the tensors do not fit the config: it has {layers} layers and there are "
+            f"only {len(tensors)} tensors. Check that config.json belongs to these weights."
         )
-    return match_rules(shapes, rules, where=str(folder))
+    needed = set(rule_names(rules))
+    spare = {
+        name
+        for name in tensors.keys() - needed
+        if BUFFERS.fullmatch(name) or (unused is not None and unused.fullmatch(name))
+    }
+    return {n: of for n, of in tensors.items() if n not in spare}, tuple(sorted(spare))
+
+
+def rule_names(rules: Sequence[Rule], layers: int | None = None) -> Iterator[str]:
+    """Yield all names that rules ask for; of `layers` layers at most, if that is given."""
+    for rule in rules:
+        count = rule.layers or 1
+        for layer in range(count if layers is None else min(count, layers)):
+            yield from rule.names_of(layer)
 
 
 def read_component_config(folder: Path, class_name: str) -> Any:
@@ -234,9 +305,10 @@ def read_component_config(folder: Path, class_name: str) -> Any:
     named = values.get("_class_name", class_name)
     if named != class_name:
         raise ConversionError(
-            f"{file}: is the config of a {named} and model_index.json has a {class_name} there."
+            f"{file}: is the config of a {show(named)} and model_index.json has a {class_name} "
+            "there."
         )
     try:
         return FAMILIES[class_name].read_config(values)
     except ValueError as error:
-        raise ConversionError(f"{file}: {error}") from error
+        raise ConversionError(f"{file}: {show(str(error), 300)}") from error

@@ -4,19 +4,27 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from svg_jax.convert.components import COPIED, PipelineIndex
+from svg_jax.convert.components import (
+    COPIED,
+    FAMILIES,
+    PipelineIndex,
+    passed_over,
+    read_component_config,
+    split_unused,
+)
 from svg_jax.convert.folder import ConvertedFolder, open_folder
+from svg_jax.convert.json_file import read_json
 from svg_jax.convert.manifest import NAME, LoraRecord
 from svg_jax.convert.paths import real_path, usable_path
 from svg_jax.convert.progress import Progress, count_bytes
-from svg_jax.convert.reader import read_json, read_tensor
+from svg_jax.convert.reader import DTYPES, read_tensor
 from svg_jax.convert.source import Source, open_source, select_variants
 from svg_jax.convert.staging import standing_folder
 from svg_jax.convert.tensors import open_tensors, read_checked
@@ -68,6 +76,9 @@ class ComponentContents:
         tensors: Its tensors.
         release: What it is called if it is in its authors' own layout; names and config are then
             those that its class gives them.
+        unused: Names of tensors beside them that the model does without.
+        casts: The dtypes that weights are not kept in, each with what it is converted to.
+        passed_over: Keys of config.json that say nothing about what the model computes.
     """
 
     name: str
@@ -75,6 +86,9 @@ class ComponentContents:
     config: Mapping[str, Any]
     tensors: tuple[TensorContents, ...]
     release: str | None = None
+    unused: tuple[str, ...] = ()
+    casts: Mapping[str, str] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -125,6 +139,8 @@ class _Part:
     config: Mapping[str, Any]
     tensors: Sequence[_Readable]
     release: str | None = None
+    unused: tuple[str, ...] = ()
+    casts: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_contents(
@@ -132,6 +148,7 @@ def read_contents(
     *,
     statistics: bool = False,
     variant: str | None = None,
+    weights_key: str | None = None,
     progress: Progress | None = None,
 ) -> Contents:
     """Reads what a folder or file holds: headers only, or every tensor for its statistics.
@@ -141,6 +158,7 @@ def read_contents(
             that are not ported.
         statistics: Whether to read the tensors, one at a time.
         variant: See `convert_pipeline`.
+        weights_key: See `convert_pipeline`.
         progress: Called with (bytes done, bytes in all, component).
 
     Raises:
@@ -154,7 +172,7 @@ def read_contents(
         skipped, loras = folder.manifest.skipped, folder.manifest.loras
         parts = _converted_parts(folder)
     else:
-        opened = open_source(source, variant)
+        opened = open_source(source, variant, weights_key)
         index, skipped, loras = opened.index, (), ()
         parts = _stored_parts(opened, variant)
     total = sum(
@@ -182,6 +200,9 @@ def read_contents(
                 config=part.config,
                 tensors=tuple(measure(name, tensor) for tensor in part.tensors),
                 release=part.release,
+                unused=part.unused,
+                casts=part.casts,
+                passed_over=passed_over(index.classes[name], part.config),
             )
             for name, part in parts.items()
         ),
@@ -217,8 +238,15 @@ def _stored_parts(source: Source, variant: str | None) -> dict[str, _Part]:
     components = sorted(source.index.classes.keys() - {*COPIED})
     found = {}
     for component, chosen in select_variants(source, components, variant).items():
-        tensors, original = source.read(component, chosen)
+        weights = source.read(component, chosen)
+        original, class_name = weights.original, source.index.classes[component]
         config = source.folder(component) / "config.json"
+        tensors, unused = weights.tensors, weights.others
+        if original is None and class_name in FAMILIES:
+            folder = source.folder(component)
+            rules = FAMILIES[class_name].rules(read_component_config(folder, class_name))
+            tensors, spare = split_unused(tensors, rules, FAMILIES[class_name].unused, folder)
+            unused = tuple(sorted((*unused, *spare)))
         found[component] = _Part(
             read_json(config) if original is None else original.config,
             [
@@ -226,6 +254,12 @@ def _stored_parts(source: Source, variant: str | None) -> dict[str, _Part]:
                 for name, of in sorted(tensors.items())
             ],
             None if original is None else original.release,
+            unused,
+            {
+                of.dtype.name: of.converted_dtype.name
+                for of in tensors.values()
+                if of.dtype not in DTYPES.values() and class_name in FAMILIES
+            },
         )
     return found
 

@@ -227,12 +227,12 @@ def _copy_tensor(
 ) -> TensorRecord:
     """Reads a tensor and writes it as `dtype`, with changes; says what it was and what it is."""
     read, written = hashlib.sha256(), hashlib.sha256()
-    is_kept = not changes and stored.dtype == dtype
+    is_kept = not changes and stored.is_plain and stored.dtype == dtype
     nonfinite = 0
-    for piece in read_pieces(stored):
+    for elements, piece in read_pieces(stored):
         if stopped.is_set():
             raise ConversionError(f"{stored.file}: {stored.name} was not read to its end.")
-        read.update(piece.view(np.uint8).data)
+        read.update(elements.view(np.uint8).data)
         found = count_nonfinite(piece)
         nonfinite += found
         if is_kept:
@@ -278,7 +278,8 @@ def _check_tied(component: ComponentPlan, records: Mapping[str, TensorRecord]) -
     for leaf in component.leaves:
         for first, *tied in leaf.names:
             for name in tied:
-                if records[name].sha256 != records[first].sha256:
+                one, other = records[name], records[first]
+                if (one.sha256, one.stored_sha256) != (other.sha256, other.stored_sha256):
                     raise ConversionError(
                         f"{component.tensors[name].file}: {name} and {first} are one weight of the "
                         "model and differ: remove the wrong one."

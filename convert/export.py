@@ -10,9 +10,10 @@ import numpy as np
 
 from svg_jax.convert.components import FAMILIES
 from svg_jax.convert.folder import open_folder
+from svg_jax.convert.json_file import read_json
 from svg_jax.convert.paths import real_place
 from svg_jax.convert.progress import Progress, count_bytes
-from svg_jax.convert.reader import DTYPES, read_json
+from svg_jax.convert.reader import DTYPES
 from svg_jax.convert.staging import check_destination, staged_folder
 from svg_jax.convert.tensors import ConvertedTensor, open_tensors, read_checked
 

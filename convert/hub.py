@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
 from svg_jax.convert.components import COPIED, read_pipeline_index, select_components
-from svg_jax.convert.reader import STEMS, weights_files
 from svg_jax.convert.run_defaults import FILE as RUN_DEFAULTS
+from svg_jax.convert.weights import STEMS, weights_files
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 LORA_STEMS = ("pytorch_lora_weights", "adapter_model")  # what diffusers and PEFT call the file

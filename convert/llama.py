@@ -6,7 +6,7 @@ from svg_jax.convert.rules import Rule, gain_rule, matrix_rule, nest_rules, stac
 from svg_jax.models.llama import LlamaConfig
 
 # Held by files of a whole language model: it makes words of the last hidden state.
-UNUSED = re.compile(r"(^|\.)lm_head\.weight$")
+UNUSED = re.compile(r"(.*\.)?lm_head\.weight")
 
 
 def rules(config: LlamaConfig) -> tuple[Rule, ...]:

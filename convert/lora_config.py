@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from svg_jax.convert.json_file import read_json
 from svg_jax.convert.lora_files import is_safetensors
-from svg_jax.convert.reader import read_json
 from svg_jax.convert.rules import ConversionError
 
 PEFT_CONFIG = "adapter_config.json"

@@ -6,9 +6,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from svg_jax.convert.files import check_regular
 from svg_jax.convert.hub import LORA_STEMS, download_lora, is_hub_lora
-from svg_jax.convert.reader import ALL_DTYPES, StoredTensor, check_regular, read_header, read_tensor
+from svg_jax.convert.reader import StoredTensor, read_tensor
 from svg_jax.convert.rules import ConversionError
+from svg_jax.convert.safetensors_file import read_header
 from svg_jax.convert.torch_file import read_torch_file
 
 _SAFETENSORS, _TORCH = (".safetensors", ".sft"), (".pt", ".pth", ".bin", ".ckpt")
@@ -69,7 +71,7 @@ def read_lora_file(file: Path) -> Mapping[str, StoredTensor]:
         ConversionError: If the file is damaged or holds what no LoRA does.
     """
     check_regular(file)
-    return read_header(file, ALL_DTYPES) if is_safetensors(file) else read_torch_file(file)
+    return read_header(file) if is_safetensors(file) else read_torch_file(file)
 
 
 def is_float(stored: StoredTensor) -> bool:

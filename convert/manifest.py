@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from svg_jax.convert.reader import DTYPES, read_json
+from svg_jax.convert.json_file import read_json
+from svg_jax.convert.reader import DTYPES
 from svg_jax.convert.rules import RULES_VERSION, ConversionError, DamageError
 
 FORMAT_VERSION = 3
@@ -33,7 +34,8 @@ class TensorRecord:
         sha256: Digest of its bytes, as in the source.
         stored_dtype: Its dtype in the converted folder.
         stored_sha256: Digest of its bytes in that dtype, in the source's layout. It differs from
-            `sha256` only where the conversion was asked to cast or to merge a LoRA.
+            `sha256` where the conversion was asked to cast or to merge a LoRA, and where `dtype` is
+            none that a model has: float64 was rounded to float32, float8 widened.
         nonfinite: How many of its elements are NaN or infinite; more than none only where the
             conversion was asked to let them pass.
     """

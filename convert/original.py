@@ -124,6 +124,15 @@ def take_rows(tensor: StoredTensor, runs: Sequence[Sequence[int]]) -> StoredTens
 
 def _rows(tensor: StoredTensor, begin: int, end: int) -> StoredTensor:
     shape = (end - begin, *tensor.shape[1:])
+    scale = tensor.scale
+    if scale is not None and scale.shape[0] > 1:
+        block = tensor.shape[0] // scale.shape[0]
+        if begin % block or end % block:
+            raise ConversionError(
+                f"{tensor.file}: {tensor.name} cannot be cut between the blocks of its scale: "
+                "fetch the unquantised weights."
+            )
+        scale = _rows(scale, begin // block, end // block)
     strides = tensor.strides or row_major(tensor.shape)
     itemsize = tensor.dtype.itemsize
     return replace(
@@ -132,6 +141,7 @@ def _rows(tensor: StoredTensor, begin: int, end: int) -> StoredTensor:
         start=tensor.start + begin * strides[0] * itemsize,
         nbytes=math.prod(shape) * itemsize,
         crc32=None,
+        scale=scale,
     )
 
 

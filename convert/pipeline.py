@@ -53,6 +53,7 @@ def convert_pipeline(
     components: Collection[str] | None = None,
     dtype: DTypeLike | None = None,
     variant: str | None = None,
+    weights_key: str | None = None,
     lora: str | Path | Sequence[str | Path] = (),
     lora_scale: float | Sequence[float] = 1.0,
     lora_into: str | Sequence[str] = "transformer",
@@ -87,6 +88,9 @@ def convert_pipeline(
             stacked weight may not.
         variant: Set of weights to take where a component has several, e.g. "fp16" for
             `diffusion_pytorch_model.fp16.safetensors`; a component without it gives its only set.
+        weights_key: Which weights are meant where a file holds several, such as a trainer's and
+            their moving average: the key that leads to them, or what stands before their names;
+            "ema", "state_dict.ema". An error names those that there are.
         lora: LoRAs to merge into the weights, in this order, as any of the trainers in docs/lora.md
             writes them: files of safetensors or torch.save, folders with one, or the hub's
             "owner/name" or "owner/name/file.safetensors". W becomes
@@ -114,6 +118,7 @@ def convert_pipeline(
         components=components,
         dtype=dtype,
         variant=variant,
+        weights_key=weights_key,
         lora=lora,
         lora_scale=lora_scale,
         lora_into=lora_into,

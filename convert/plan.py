@@ -18,11 +18,12 @@ from svg_jax.convert.components import (
     read_component_config,
     select_components,
 )
+from svg_jax.convert.files import check_inside, check_regular
 from svg_jax.convert.lora import Lora, changes_of, read_loras
 from svg_jax.convert.lora_change import Change
 from svg_jax.convert.manifest import NAME, SMALL_BYTES
 from svg_jax.convert.paths import usable_path
-from svg_jax.convert.reader import DTYPES, StoredTensor, check_inside, check_regular
+from svg_jax.convert.reader import DTYPES, StoredTensor
 from svg_jax.convert.rules import ConversionError, Leaf
 from svg_jax.convert.run_defaults import FILE as RUN_DEFAULTS
 from svg_jax.convert.run_defaults import read_run_defaults
@@ -171,6 +172,7 @@ def plan_conversion(
     components: Collection[str] | None = None,
     dtype: DTypeLike | None = None,
     variant: str | None = None,
+    weights_key: str | None = None,
     lora: str | Path | Sequence[str | Path] = (),
     lora_scale: float | Sequence[float] = 1.0,
     lora_into: str | Sequence[str] = "transformer",
@@ -183,6 +185,7 @@ def plan_conversion(
         components: See `convert_pipeline`.
         dtype: See `convert_pipeline`.
         variant: See `convert_pipeline`.
+        weights_key: See `convert_pipeline`.
         lora: See `convert_pipeline`.
         lora_scale: See `convert_pipeline`.
         lora_into: See `convert_pipeline`.
@@ -195,7 +198,7 @@ def plan_conversion(
     if (source / NAME).is_file():
         raise ConversionError(f"{source}: is converted already: use it as it is.")
     cast = None if dtype is None else _weight_dtype(dtype)
-    opened = open_source(source, variant)
+    opened = open_source(source, variant, weights_key)
     chosen = select_components(opened.index, components, opened.path)
     variants = select_variants(opened, chosen, variant)
     plans = [_plan_component(opened, name, cast, variants[name]) for name in chosen]
@@ -251,7 +254,8 @@ def _plan_component(
 ) -> ComponentPlan:
     folder, class_name = source.folder(name), source.index.classes[name]
     states = {file: FileState.of(file) for file in folder.glob("*") if file.exists()}
-    tensors, original = source.read(name, variant)
+    weights = source.read(name, variant)
+    tensors, original = weights.tensors, weights.original
     if original is not None:
         leaves, config = original.leaves, FAMILIES[class_name].read_config(original.config)
     else:
@@ -260,7 +264,7 @@ def _plan_component(
         config = read_component_config(folder, class_name)
     used = {name for leaf in leaves for names in leaf.names for name in names}
     read = {folder / "config.json", *source.weights_files(name, variant)}
-    read |= {tensors[name].file for name in used}
+    read |= {file for name in used for file in tensors[name].files}
     return ComponentPlan(
         name=name,
         class_name=class_name,
@@ -269,7 +273,7 @@ def _plan_component(
         leaves=leaves,
         dtypes=_leaf_dtypes(folder, class_name, config, tensors, leaves, cast),
         cast=cast,
-        unused=tuple(sorted(tensors.keys() - used)),
+        unused=tuple(sorted({*(tensors.keys() - used), *weights.others})),
         states={file: state for file, state in states.items() if file in read},
         changes={},
         config=None if original is None else original.config,
@@ -284,6 +288,9 @@ def _leaf_dtypes(
     leaves: Collection[Leaf],
     cast: np.dtype | None,
 ) -> dict[tuple[str, ...], np.dtype]:
+    for names in (names for leaf in leaves for names in leaf.names):
+        for name in names:
+            _ = tensors[name].converted_dtype  # refuses what is no weight
     if cast is not None:
         from svg_jax.convert.load import param_dtypes  # flax and all the models
 
@@ -291,7 +298,10 @@ def _leaf_dtypes(
         return param_dtypes(class_name, config, cast)
     dtypes = {}
     for leaf in leaves:
-        found = {tensors[name].dtype for names in leaf.names for name in names}
+        stored = [tensors[name] for names in leaf.names for name in names]
+        found = {tensor.converted_dtype for tensor in stored}
+        if len(found) > 1 and any(tensor.dtype not in found for tensor in stored):
+            found = {DTYPES["F32"]}  # some are widened anyway; it holds all of them exactly
         if len(found) > 1:
             named = " and ".join(sorted(dtype.name for dtype in found))
             raise ConversionError(

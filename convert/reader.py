@@ -1,21 +1,10 @@
-"""Safetensors files, read a tensor at a time and believed only as far as they were checked.
+"""Tensors in files, read a piece at a time, and what their elements are."""
 
-The format: 8 bytes (little-endian length of the header), a JSON header {name: {dtype, shape,
-data_offsets}}, the tensors' bytes. A reader of our own, because the usual one accepts a key that
-stands twice, reads NaN without a word, and knows nothing of shards.
-"""
-
-import json
 import math
-import os
-import re
-import stat
-import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -27,27 +16,19 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# What else a safetensors file may hold; a LoRA's does.
-ALL_DTYPES = DTYPES | {
-    name: np.dtype(dtype)
-    for name, dtype in {
-        "F64": np.float64,
-        "F8_E4M3": ml_dtypes.float8_e4m3fn,
-        "F8_E5M2": ml_dtypes.float8_e5m2,
-        **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8},
-        **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
-        "BOOL": np.bool_,
-    }.items()
+FLOAT8 = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call the weights
-_HEADER_LIMIT = 100_000_000  # bytes; the limit of the reference implementation
-_NAME_LIMIT = 500  # characters; names of 100 are long
-_JSON_LIMIT = 100_000_000  # bytes; the largest index of a released model has 0.1 % of it
-# The bits of infinity in each type; those of NaN are larger.
+# What weights become that no model computes in: bfloat16 holds every float8 exactly.
+_WIDENED = {np.dtype(np.float64): DTYPES["F32"], **dict.fromkeys(FLOAT8.values(), DTYPES["BF16"])}
+# The bits of infinity in each type; those of NaN are larger. E4M3 has a NaN alone.
 _INFINITY = {
     DTYPES["F32"]: 0x7F800000,
     DTYPES["F16"]: 0x7C00,
     DTYPES["BF16"]: 0x7F80,
+    FLOAT8["F8_E4M3"]: 0x7F,
+    FLOAT8["F8_E5M2"]: 0x7C,
     np.dtype(np.float64): 0x7FF0000000000000,
 }
 _PIECE_BYTES = 4 * 2**20  # read at once: stays in the processor's cache for all that is done to it
@@ -60,7 +41,7 @@ class StoredTensor:
     Attributes:
         name: Its name in the header.
         file: The safetensors file, or one of torch.save.
-        dtype: float32, float16 or bfloat16; from torch.save any, integers and float64 included.
+        dtype: What its elements are stored in: any float or integer.
         shape: Its shape.
         start: Offset of its first byte in the file.
         nbytes: Its size in bytes.
@@ -68,6 +49,9 @@ class StoredTensor:
         crc32: Checksum of its bytes, where the file has one of just these.
         parts: The tensors whose rows it is made of, one after the other, instead of lying at
             `start`. (Fused weights are taken apart so, and put together in another order.)
+        scale: What its elements are multiplied with in float32, [rows, columns]: of the tensor as a
+            matrix, each equal block of rows and columns has one.
+        negative: Whether its elements are stored with the other sign (torch's negative bit).
     """
 
     name: str
@@ -79,274 +63,57 @@ class StoredTensor:
     strides: tuple[int, ...] | None = None
     crc32: int | None = None
     parts: tuple["StoredTensor", ...] = ()
+    scale: "StoredTensor | None" = None
+    negative: bool = False
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that it is read from."""
+        return (self.file,) if self.scale is None else (self.file, self.scale.file)
 
-def read_header(file: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str, StoredTensor]:
-    """Reads and checks the header of one safetensors file.
+    @property
+    def is_plain(self) -> bool:
+        """Whether its values are its elements."""
+        return self.scale is None and not self.negative
 
-    Args:
-        file: The file.
-        dtypes: The dtypes that a tensor may have, by their names in the file.
+    @property
+    def converted_dtype(self) -> np.dtype:
+        """What it is converted to where no dtype is asked for: its own, but for three kinds.
 
-    Raises:
-        ConversionError: If the file is not a whole safetensors file, bytes of the data belong to no
-            tensor or to two, a name stands twice, or a tensor is of another dtype.
-    """
-    check_regular(file)
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            header = stream.read(length) if length <= min(size, _HEADER_LIMIT) else b""
-    except OSError as error:
-        raise ConversionError(f"{file}: cannot be read: {error.strerror}.") from error
-    if prefix == b"version ":
-        raise ConversionError(
-            f"{file}: is a Git-LFS pointer, not the weights: run `git lfs pull` in that folder."
-        )
-    if size < 8:
-        raise ConversionError(
-            f"{file}: has only {size} bytes, too few for a header: fetch it again."
-        )
-    if len(header) < length or length == 0:
-        raise ConversionError(
-            f"{file}: claims a header of {length} bytes in a file of {size} (at most "
-            f"{_HEADER_LIMIT} are allowed): it is damaged, or no safetensors file; fetch it again."
-        )
-    entries = _parse_json(header, file)
-    entries.pop("__metadata__", None)
-    if odd := [name for name in entries if not name.isprintable() or len(name) > _NAME_LIMIT]:
-        raise ConversionError(f"{file}: {odd[0]!r:.80} is no name of a tensor: fetch it again.")
-    data_start = 8 + length
-    tensors = {
-        name: _tensor(file, name, entry, data_start, dtypes) for name, entry in entries.items()
-    }
+        float64 is rounded to float32. float8 is widened to bfloat16, exactly; with a scale to
+        float32, which rounds the product once.
 
-    end = data_start
-    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.nbytes)):
-        if tensor.start != end:
-            kind = "overlaps the tensor" if tensor.start < end else "leaves a hole"
-            raise ConversionError(f"{file}: {tensor.name} {kind} before it: the file is damaged.")
-        end += tensor.nbytes
-    if end != size:
-        what = "is truncated" if end > size else "has bytes that belong to no tensor"
-        raise ConversionError(f"{file}: {what} ({size} bytes, {end} expected): fetch it again.")
-    return tensors
-
-
-def _tensor(
-    file: Path, name: str, entry: Any, data_start: int, dtypes: Mapping[str, np.dtype]
-) -> StoredTensor:
-    where = f"{file}: {name}"
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
-            raise ValueError("not all of them are sizes")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConversionError(
-            f"{where} has a damaged header entry, {entry!r:.80}: fetch it again."
-        ) from error
-    if not isinstance(dtype, str) or dtype not in dtypes:
-        raise ConversionError(
-            f"{where} is {dtype!r:.20}, and a weight must be one of {', '.join(dtypes)}: save the "
-            "model unquantised."
-        )
-    nbytes = math.prod(shape) * dtypes[dtype].itemsize
-    if end - begin != nbytes:
-        raise ConversionError(
-            f"{where} of shape {shape} takes {nbytes} bytes and its offsets give {end - begin}: "
-            "the header is damaged."
-        )
-    return StoredTensor(name, file, dtypes[dtype], tuple(shape), data_start + begin, nbytes)
-
-
-def read_weights(
-    folder: Path, allowed: Iterable[Path] = (), variant: str | None = None
-) -> dict[str, StoredTensor]:
-    """The tensors of one component: one safetensors file, or shards listed by an index.
-
-    Args:
-        folder: The component's folder.
-        allowed: Folders, besides `folder`, that symbolic links may lead to (the hub's cache keeps
-            the files in a `blobs` folder of its own).
-        variant: Which of several sets of weights, e.g. "fp16"; None is the one without a name.
-
-    Raises:
-        ConversionError: If there are no weights, or more than one set of them; if shards and index
-            do not fit each other exactly; or a file lies outside the folder.
-    """
-    present = weights_files(folder, variant)
-    if len(present) > 1:
-        names = " and ".join(path.name for path in present)
-        raise ConversionError(f"{folder}: holds {names}: remove the one that is not meant.")
-    if not present:
-        named = "" if variant is None else f".{variant}"
-        others = sorted(path.name for path in folder.glob("*") if path.suffix != ".json")
-        raise ConversionError(
-            f"{folder}: holds no {STEMS[0]}{named}.safetensors or {STEMS[1]}{named}.safetensors, "
-            f"nor an index of shards (found: {', '.join(others[:5]) or 'nothing'}): fetch the "
-            "safetensors weights, or choose the variant that is there."
-        )
-    (weights,) = present
-    roots = (folder, *allowed)
-    check_inside(weights, roots)
-    if weights.suffix == ".safetensors":
-        return read_header(weights)
-    return _read_shards(weights, roots)
-
-
-def weights_files(folder: Path, variant: str | None) -> list[Path]:
-    """The file of weights, or the index of shards, that a component has of a variant."""
-    named = "" if variant is None else f".{variant}"
-    names = (f"{named}.safetensors", f".safetensors.index{named}.json")
-    paths = [folder / f"{stem}{name}" for stem in STEMS for name in names]
-    return [path for path in paths if os.path.lexists(path)]
-
-
-def _read_shards(index: Path, roots: Iterable[Path]) -> dict[str, StoredTensor]:
-    try:
-        weight_map = read_json(index)["weight_map"]
-    except KeyError as error:
-        raise ConversionError(f"{index}: has no weight_map: fetch it again.") from error
-    files = weight_map.values() if isinstance(weight_map, dict) else [None]
-    if not all(isinstance(file, str) and file.isprintable() for file in files):
-        raise ConversionError(f"{index}: its weight_map maps no tensors to files: fetch it again.")
-
-    folder, (stem, _, ending) = index.parent, index.name.partition(".safetensors.index")
-    variant = re.escape(ending.removesuffix(".json"))
-    shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        if shard != Path(shard).name or shard in ("", ".."):
+        Raises:
+            ConversionError: If it is no weight: integers, or bits that stand for something.
+        """
+        if self.scale is not None:
+            return DTYPES["F32"]
+        dtype = _WIDENED.get(self.dtype, self.dtype)
+        if dtype not in DTYPES.values():
             raise ConversionError(
-                f"{index}: the shard {shard!r:.80} leads out of its folder: fetch the index again."
+                f"{self.file}: {self.name} is {self.dtype}, and a weight must be float32, float16, "
+                "bfloat16, float64 or float8: fetch or save the unquantised weights."
             )
-        check_inside(folder / shard, roots, named_by=index)
-    # Both of diffusers' ways to name the shards of a variant.
-    pattern = rf"{stem}({variant}-\d+-of-\d+|-\d+-of-\d+{variant})\.safetensors"
-    there = {path.name for path in folder.iterdir() if re.fullmatch(pattern, path.name)}
-    stray = there - set(shards)
-    if stray:
-        raise ConversionError(
-            f"{index}: lists nothing of {', '.join(sorted(stray)[:5])}: remove the shards that "
-            "are not of this checkpoint, or fetch its index."
-        )
-    tensors: dict[str, StoredTensor] = {}
-    for shard in shards:
-        file = folder / shard
-        if not os.path.lexists(file):
-            raise ConversionError(f"{file}: the index lists this shard, it is missing: fetch it.")
-        found = read_header(file)
-        twice = sorted(found.keys() & tensors.keys())
-        if twice:
-            raise ConversionError(
-                f"{file}: {twice[0]} is also in {tensors[twice[0]].file.name} ({len(twice)} "
-                "tensors are in two shards): fetch the checkpoint again."
-            )
-        listed = {name for name, of in weight_map.items() if of == shard}
-        for names, what in (
-            (listed - found.keys(), "lacks tensors that the index says are in it"),
-            (found.keys() - listed, "holds tensors that the index does not say are in it"),
-        ):
-            if names:
-                some = ", ".join(sorted(names)[:5])
-                raise ConversionError(f"{file}: {what} ({len(names)}: {some}): fetch both again.")
-        tensors |= found
-    return tensors
-
-
-def check_inside(file: Path, roots: Iterable[Path], *, named_by: Path | None = None) -> None:
-    """Refuses a file that does not lie in one of the folders `roots`, links followed.
-
-    Args:
-        file: The file.
-        roots: The folders.
-        named_by: The file that gives its name, if one does, for the error.
-
-    Raises:
-        ConversionError: If it does not.
-    """
-    target = Path(os.path.realpath(file))  # unlike resolve, it takes a link to itself
-    if not any(target.is_relative_to(root.resolve()) for root in roots):
-        raise ConversionError(
-            f"{f'{named_by}: ' if named_by else ''}{file} leads out of the checkpoint's folder, to "
-            f"{target}: copy the file into it."
-        )
-
-
-def check_regular(file: Path) -> None:
-    """Refuses what is not a file or a link to one: opening a pipe would wait for ever.
-
-    Raises:
-        ConversionError: If it is not, or is not there.
-    """
-    try:
-        regular = stat.S_ISREG(file.stat().st_mode)
-    except OSError as error:
-        what = "is a link to nothing" if file.is_symlink() else "cannot be read"
-        raise ConversionError(f"{file}: {what} ({error.strerror}): fetch it again.") from error
-    if not regular:
-        raise ConversionError(f"{file}: is no file but a folder, a pipe or a device: remove it.")
-
-
-def _parse_json(text: bytes, file: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ConversionError(f"{file}: the key {twice!r:.80} stands twice: fetch it again.")
-        return found
-
-    try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except ConversionError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{file}: is no whole JSON ({error}): fetch it again.") from error
-    if not isinstance(parsed, dict):
-        raise ConversionError(f"{file}: its JSON is not an object: fetch it again.")
-    return parsed
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; a key that stands twice is an error.
-
-    Raises:
-        ConversionError: If there is no such file or it holds anything else.
-    """
-    check_regular(file)
-    try:
-        if file.stat().st_size > _JSON_LIMIT:
-            raise ConversionError(f"{file}: is larger than {_JSON_LIMIT} bytes: fetch it again.")
-        return _parse_json(file.read_bytes(), file)
-    except OSError as error:
-        raise ConversionError(f"{file}: cannot be read: {error.strerror}.") from error
+        return dtype
 
 
 def read_tensor(tensor: StoredTensor) -> np.ndarray:
-    """Reads one tensor, in its own dtype.
+    """Read one tensor's values: in the dtype that is stored, or in float32 if it has a scale.
 
     Raises:
         ConversionError: If the file has shrunk since it was checked, cannot be read, or fails its
             checksum.
     """
-    if tensor.strides is None:
-        flat, at = np.empty(math.prod(tensor.shape), tensor.dtype), 0
-        for piece in read_pieces(tensor):
-            flat[at : at + piece.size] = piece
-            at += piece.size
-        return flat.reshape(tensor.shape)
-    steps = zip(tensor.shape, tensor.strides, strict=True)
-    reach = 1 + sum((size - 1) * stride for size, stride in steps)
-    raw = replace(tensor, shape=(reach,), nbytes=reach * tensor.dtype.itemsize, strides=None)
-    bytes_apart = tuple(stride * tensor.dtype.itemsize for stride in tensor.strides)
-    view = np.lib.stride_tricks.as_strided(read_tensor(raw), tensor.shape, bytes_apart)
-    return np.ascontiguousarray(view)
+    dtype = tensor.dtype if tensor.scale is None else DTYPES["F32"]
+    flat, at = np.empty(math.prod(tensor.shape), dtype), 0
+    for _, piece in read_pieces(tensor):
+        flat[at : at + piece.size] = piece
+        at += piece.size
+    return flat.reshape(tensor.shape)
 
 
-def read_pieces(tensor: StoredTensor) -> Iterator[np.ndarray]:
-    """Reads one tensor, in its own dtype, as flat pieces in row-major order.
+def read_pieces(tensor: StoredTensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Read one tensor as flat pieces in row-major order: its elements as stored, and its values.
 
     Each piece is gone when the next is asked for: they share their memory.
 
@@ -357,9 +124,46 @@ def read_pieces(tensor: StoredTensor) -> Iterator[np.ndarray]:
         for part in tensor.parts:
             yield from read_pieces(part)
         return
-    if tensor.strides is not None:
-        yield read_tensor(tensor).reshape(-1)
-        return
+    scale = None if tensor.scale is None else read_tensor(tensor.scale).astype(np.float32)
+    at = 0
+    for stored in _read_strided(tensor) if tensor.strides else _read_row_major(tensor):
+        values = stored if scale is None else _scaled(stored, scale, tensor.shape, at)
+        yield stored, -values if tensor.negative else values
+        at += stored.size
+
+
+def _scaled(stored: np.ndarray, scale: np.ndarray, shape: Sequence[int], at: int) -> np.ndarray:
+    """Multiply a piece, which begins at the element `at`, with the scales of its blocks."""
+    columns = math.prod(shape[1:])
+    first, last = at // columns, -(-(at + stored.size) // columns)
+    rows = np.arange(first, last) // (shape[0] // len(scale))
+    factors = scale[rows]
+    if factors.shape[1] > 1:
+        factors = np.repeat(factors, columns // factors.shape[1], axis=1)
+    elsewhere = at - first * columns
+    factors = np.broadcast_to(factors, (len(rows), columns)).reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return stored.astype(np.float32) * factors[elsewhere : elsewhere + stored.size]
+
+
+def _read_strided(tensor: StoredTensor) -> Iterator[np.ndarray]:
+    assert tensor.strides is not None
+    steps = zip(tensor.shape, tensor.strides, strict=True)
+    reach = 1 + sum((size - 1) * stride for size, stride in steps)
+    raw = replace(
+        tensor,
+        shape=(reach,),
+        nbytes=reach * tensor.dtype.itemsize,
+        strides=None,
+        scale=None,
+        negative=False,
+    )
+    bytes_apart = tuple(stride * tensor.dtype.itemsize for stride in tensor.strides)
+    view = np.lib.stride_tricks.as_strided(read_tensor(raw), tensor.shape, bytes_apart)
+    yield np.ascontiguousarray(view).reshape(-1)
+
+
+def _read_row_major(tensor: StoredTensor) -> Iterator[np.ndarray]:
     buffer = np.empty(min(_PIECE_BYTES, tensor.nbytes), np.uint8)
     crc32 = 0
     try:

@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from svg_jax.convert import original_cogvideox, original_hunyuan_video, original_wan
-from svg_jax.convert.components import FAMILIES, named_class
+from svg_jax.convert.buffers import attach_scales
+from svg_jax.convert.components import FAMILIES, named_class, split_unused
+from svg_jax.convert.json_file import read_json
 from svg_jax.convert.original import Origin, Shapes, rename_tensors
-from svg_jax.convert.reader import (
-    DTYPES,
-    StoredTensor,
-    check_inside,
-    read_header,
-    read_json,
-    read_weights,
-)
+from svg_jax.convert.reader import StoredTensor
 from svg_jax.convert.rules import ConversionError, Leaf, match_rules
-from svg_jax.convert.torch_file import SUFFIXES, read_torch_file
+from svg_jax.convert.show import show, show_some
+from svg_jax.convert.weights import is_torch, read_file, read_weights
+from svg_jax.convert.wrappers import (
+    Unwrapped,
+    choose,
+    drop_layer_wrappers,
+    find_wrapped,
+    unwrap,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,6 @@ class Release:
         table: Where its tensors go; it is given the shapes under the release's names.
         config: The values of config.json that its shapes tell. It is given these and what the
             caller says about the model, and refuses if that is too little.
-        prefix: What may stand before all names.
         unused: Names of tensors that the model does without.
     """
 
@@ -41,7 +43,6 @@ class Release:
     mark: str
     table: Callable[[Shapes], Sequence[Origin]]
     config: Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]
-    prefix: str = ""
     unused: re.Pattern[str] | None = None
 
 
@@ -59,7 +60,6 @@ RELEASES = (
         "decoder.up_blocks.0.upsamplers.0.conv.conv.weight",
         original_hunyuan_video.vae_table,
         original_hunyuan_video.vae_config,
-        prefix="vae.",
     ),
     Release(
         "Wan's transformer",
@@ -67,7 +67,6 @@ RELEASES = (
         "blocks.0.self_attn.q.weight",
         original_wan.transformer_table,
         original_wan.transformer_config,
-        prefix="model.diffusion_model.",
     ),
     Release(
         "Wan 2.1's VAE",
@@ -104,7 +103,6 @@ RELEASES = (
         "transformer.layers.0.attention.query_key_value.weight",
         original_cogvideox.transformer_table,
         original_cogvideox.transformer_config,
-        prefix="model.diffusion_model.",
         unused=original_cogvideox.UNUSED,
     ),
     Release(
@@ -133,6 +131,7 @@ class OriginalComponent:
         tensors: Its tensors by the names that class gives them, not read yet: they are places in
             the original files, and `reader.read_tensor` reads one.
         leaves: What they are converted to.
+        unused: Full names of the tensors in the files that the model does without.
     """
 
     release: str
@@ -140,139 +139,171 @@ class OriginalComponent:
     config: dict[str, Any]
     tensors: Mapping[str, StoredTensor]
     leaves: tuple[Leaf, ...]
+    unused: tuple[str, ...] = ()
 
 
 def read_original(
-    source: str | Path, *, config: Mapping[str, Any] | None = None
+    source: str | Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    weights_key: str | None = None,
 ) -> OriginalComponent:
-    """Recognises a component of an original release and says what its tensors become.
+    """Recognise a component of an original release and say what its tensors become.
 
     Args:
-        source: A .pt, .pth or .safetensors file, or a folder of safetensors shards with an index.
+        source: A file of weights, or a folder with one, or with shards and an index.
         config: Values of config.json that the weights do not tell (an error says which are needed),
             or that are others than those of the release.
+        weights_key: See `convert_pipeline`.
 
     Raises:
         ConversionError: If the files are damaged, of no known release, or not whole; or `config`
             says too little, or nonsense.
     """
     source = Path(source)
-    return recognise(_read(source), source, config=config)
+    stored = (
+        read_weights(source, weights_key=weights_key)
+        if source.is_dir()
+        else read_file(source, weights_key)
+    )
+    return recognise(stored, source, config=config, weights_key=weights_key)
 
 
 def recognise(
-    stored: Mapping[str, StoredTensor], where: Path, *, config: Mapping[str, Any] | None = None
+    stored: Mapping[str, StoredTensor],
+    where: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    weights_key: str | None = None,
 ) -> OriginalComponent:
     """As `read_original`, of tensors that were found already, `where` errors will say."""
-    given = dict(config or {})
-    release, tensors = _find_release(stored, where)
+    stored = attach_scales(drop_layer_wrappers(stored))
+    found = _find_releases(stored, RELEASES, weights_key)
+    if not found:
+        raise _unknown(stored, where)
+    prefix = choose(found, weights_key, where)
+    return _recognise(found[prefix], unwrap(stored, prefix), where, config)
+
+
+def _recognise(
+    release: Release, unwrapped: Unwrapped, where: Path, config: Mapping[str, Any] | None
+) -> OriginalComponent:
+    given, tensors = dict(config or {}), unwrapped.tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
         values = {**release.config(shapes, given), **given}
         tensors = rename_tensors(tensors, release.table(shapes))
     except ConversionError as error:
         raise ConversionError(f"{where}: is {release.name}, and {error}") from error
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ConversionError(
-            f"{where}: is {release.name}, but not whole or of another version ({error}): fetch it "
-            "again."
+            f"{where}: is {release.name}, but not whole or of another version "
+            f"({show(str(error))}): fetch it again."
         ) from error
-    if release.unused is not None:
-        tensors = {n: tensor for n, tensor in tensors.items() if not release.unused.fullmatch(n)}
     family = FAMILIES[release.class_name]
     try:
         made = family.read_config(values)
     except ValueError as error:
-        raise ConversionError(f"{where}: is {release.name}, but {error}") from error
+        raise ConversionError(f"{where}: is {release.name}, but {show(str(error), 300)}") from error
+    rules = family.rules(made)
+    tensors, unused = split_unused(tensors, rules, release.unused, where)
     new_shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    leaves = match_rules(new_shapes, family.rules(made), where=f"{where} ({release.name})")
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES.values():
-            raise ConversionError(
-                f"{where}: {name} is {tensor.dtype}, and a weight must be float32, float16 or "
-                "bfloat16: fetch the unquantised weights."
-            )
+    leaves = match_rules(new_shapes, rules, where=f"{where} ({release.name})")
+    for tensor in tensors.values():
+        tensor.converted_dtype  # noqa: B018 - refuses what is no weight
     written = {"_class_name": release.class_name, **made.to_dict()}
-    return OriginalComponent(release.name, release.class_name, written, tensors, leaves)
+    return OriginalComponent(
+        release.name,
+        release.class_name,
+        written,
+        tensors,
+        leaves,
+        tuple(sorted((*unused, *unwrapped.others))),
+    )
 
 
 def find_original(
-    source: Path, class_name: str | None, allowed: Iterable[Path] = ()
+    source: Path,
+    class_name: str | None,
+    allowed: Iterable[Path] = (),
+    weights_key: str | None = None,
 ) -> OriginalComponent | None:
     """What a component's folder, or a file, holds if that is weights of an original release.
 
-    Either it is a .pt or .pth file, or a folder with one and no safetensors, or the safetensors
-    have an original release's names. What config.json says of the model, if its "_class_name" is
-    this class, counts as `read_original`'s `config`; the authors' own config.json names other
-    classes.
+    What config.json says of the model, if its "_class_name" is this class, counts as
+    `read_original`'s `config`; the authors' own config.json names other classes.
 
     Args:
         source: The component's folder, or its file of weights, beside which config.json may be.
         class_name: Its class in model_index.json; None takes any.
-        allowed: See `reader.read_weights`.
+        allowed: See `weights.read_weights`.
+        weights_key: See `convert_pipeline`.
 
     Returns:
         The component; None if the weights are diffusers' or transformers' own.
 
     Raises:
-        ConversionError: See `read_original`; or if the weights are another class's.
+        ConversionError: See `read_original`; or if the weights are another class's, or of
+            torch.save and nobody's.
     """
     is_folder = source.is_dir()
     config = (source if is_folder else source.parent) / "config.json"
     said = read_json(config) if config.is_file() else {}
-    file = _torch_file(source, allowed) if is_folder else source
-    where = source if file is None else file
-    stored = read_weights(source, allowed) if file is None else _read(file)
-    if file is None or file.suffix not in SUFFIXES:
-        releases = _RENAMED if named_class(said) in FAMILIES else RELEASES
-        if not any(r.mark in stored or r.prefix + r.mark in stored for r in releases):
-            return None
-    release, _ = _find_release(stored, where)
-    if release.class_name != (class_name or release.class_name):
+    stored = (
+        read_weights(source, allowed, weights_key=weights_key)
+        if is_folder
+        else read_file(source, weights_key)
+    )
+    return identify(stored, source, class_name, said, weights_key)
+
+
+def identify(
+    stored: Mapping[str, StoredTensor],
+    source: Path,
+    class_name: str | None,
+    said: Mapping[str, Any],
+    weights_key: str | None,
+) -> OriginalComponent | None:
+    """As `find_original`, of tensors that were found already and a config.json that was read."""
+    torch_files = [of.file for of in stored.values() if is_torch(of.file)]
+    where = torch_files[0] if torch_files else source
+    stored = attach_scales(drop_layer_wrappers(stored))
+    is_ours = named_class(said) in FAMILIES
+    found = _find_releases(stored, _RENAMED if is_ours else RELEASES, weights_key)
+    if not found and (is_ours or not torch_files):
+        return None
+    if not found:
+        raise _unknown(stored, where)
+    fitting = {
+        prefix: release
+        for prefix, release in found.items()
+        if class_name in (None, release.class_name)
+    }
+    if not fitting:
+        release = next(iter(found.values()))
         raise ConversionError(
             f"{where}: is {release.name}, a {release.class_name}, and in this pipeline it should "
-            f"be a {class_name}: put the right file there."
+            f"be a {show(class_name)}: put the right file there."
         )
+    prefix = choose(fitting, weights_key, where)
+    release = fitting[prefix]
     if said.get("_class_name") != release.class_name:
         said = {}
     given = {key: value for key, value in said.items() if not key.startswith("_")}
-    return recognise(stored, where, config=given)
+    return _recognise(release, unwrap(stored, prefix), where, given)
 
 
-def _torch_file(folder: Path, allowed: Iterable[Path]) -> Path | None:
-    """The file of torch.save in a folder without safetensors."""
-    files = sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES)
-    if any(folder.glob("*.safetensors*")) or not files:
-        return None
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise ConversionError(f"{folder}: holds {names}: remove the ones that are not meant.")
-    check_inside(files[0], (folder, *allowed))
-    return files[0]
+def _find_releases(
+    stored: Mapping[str, StoredTensor], releases: Iterable[Release], weights_key: str | None
+) -> dict[str, Release]:
+    """The releases that tensors are of, by what stands before their names."""
+    marks = {release.mark: release for release in releases}
+    return {prefix: release for prefix, release in find_wrapped(stored, marks.get, weights_key)}
 
 
-def _read(source: Path) -> dict[str, StoredTensor]:
-    if source.is_dir():
-        return read_weights(source)
-    if source.suffix in SUFFIXES:
-        return read_torch_file(source)
-    return read_header(source)
-
-
-def _find_release(
-    stored: Mapping[str, StoredTensor], where: Path
-) -> tuple[Release, dict[str, StoredTensor]]:
-    """The release that the tensors are of, and the tensors without its prefix."""
-    for release in RELEASES:
-        for prefix in (release.prefix, ""):
-            if prefix + release.mark in stored:
-                return release, {
-                    name.removeprefix(prefix): tensor
-                    for name, tensor in stored.items()
-                    if name.startswith(prefix)
-                }
+def _unknown(stored: Mapping[str, StoredTensor], where: Path) -> ConversionError:
     known = ", ".join(release.name for release in RELEASES)
-    raise ConversionError(
-        f"{where}: its tensors ({', '.join(sorted(stored)[:3])}, …) are of no original release "
-        f"that is known: {known}."
+    return ConversionError(
+        f"{where}: its tensors ({show_some(sorted(stored))}) are of no original release that is "
+        f"known: {known}."
     )

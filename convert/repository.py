@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from svg_jax.convert.components import PipelineIndex
-from svg_jax.convert.reader import StoredTensor, read_weights
+from svg_jax.convert.reader import StoredTensor
+from svg_jax.convert.rules import ConversionError
+from svg_jax.convert.weights import named_files, read_weights
 
 # Of each part but the transformer: its class in model_index.json, and where it is.
 _PARTS = {
@@ -87,7 +89,13 @@ def read_repository(folder: Path, allowed: Iterable[Path] = ()) -> Repository | 
     if sum([one or two, *(place.exists() for place in parts.values())]) < 2:
         return None
     transformers = experts if two else {"transformer": folder}
-    tensors = read_weights(transformers["transformer"], allowed)
+    place = transformers["transformer"]
+    if not named_files(place, None):
+        raise ConversionError(
+            f"{place}: holds no diffusion_pytorch_model.safetensors of the transformer, nor an "
+            "index of shards: fetch it."
+        )
+    tensors = read_weights(place, allowed)
 
     classes = {name: class_name for name, (class_name, _) in _PARTS.items()}
     classes |= {"scheduler": _SCHEDULER, **dict.fromkeys(transformers, _TRANSFORMER)}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svg_jax.convert.reader import read_json
+from svg_jax.convert.json_file import read_json
 from svg_jax.convert.rules import ConversionError
 from svg_jax.convert.values import Number, Rule, Shares, shown
 

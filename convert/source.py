@@ -3,33 +3,48 @@
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from svg_jax.convert.buffers import attach_scales
 from svg_jax.convert.components import (
     FAMILIES,
     PipelineIndex,
     named_class,
+    read_component_config,
     read_pipeline_index,
+    rule_names,
 )
-from svg_jax.convert.reader import (
-    StoredTensor,
-    check_inside,
-    check_regular,
-    read_header,
-    read_json,
-    read_weights,
-    weights_files,
-)
-from svg_jax.convert.releases import OriginalComponent, find_original
+from svg_jax.convert.files import check_inside, check_regular
+from svg_jax.convert.json_file import read_json
+from svg_jax.convert.reader import StoredTensor
+from svg_jax.convert.releases import OriginalComponent, identify
 from svg_jax.convert.repository import read_repository
 from svg_jax.convert.rules import ConversionError
-from svg_jax.convert.torch_file import SUFFIXES
+from svg_jax.convert.show import show
+from svg_jax.convert.weights import SUFFIXES, is_weights, read_file, read_weights, weights_files
+from svg_jax.convert.wrappers import choose, drop_layer_wrappers, find_wrapped, unwrap
 
-_GIVE = "give the folder of a pipeline or of a component, or a .safetensors, .pt or .pth file"
+_GIVE = (
+    f"give the folder of a pipeline or of a component, or a file of weights ({', '.join(SUFFIXES)})"
+)
 
-_SUFFIXES = (".safetensors", *SUFFIXES)
+
+@dataclass(frozen=True)
+class ComponentWeights:
+    """What a component's files hold.
+
+    Attributes:
+        tensors: Its tensors by the names that its class gives them.
+        others: Full names of tensors that are not the component's, or that it does without.
+        original: What they are if they are of an original release.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    others: tuple[str, ...]
+    original: OriginalComponent | None
 
 
 @dataclass(frozen=True)
@@ -41,12 +56,15 @@ class Source:
         index: What model_index.json says; or will say, if the source has none.
         places: The folder or file that a component is in, if that is not the folder of its name.
         texts: Files that the source lacks and the result has, by their path in it.
+        weights_key: What stands before the names of the weights that are meant, where there are
+            several.
     """
 
     path: Path
     index: PipelineIndex
     places: Mapping[str, Path] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
+    weights_key: str | None = None
 
     @property
     def name(self) -> str:
@@ -69,16 +87,14 @@ class Source:
             return [place] if variant is None else []
         return weights_files(place, variant)
 
-    def read(
-        self, component: str, variant: str | None
-    ) -> tuple[Mapping[str, StoredTensor], OriginalComponent | None]:
-        """A component's tensors, and what they are if they are of an original release.
+    def read(self, component: str, variant: str | None) -> ComponentWeights:
+        """Find a component's tensors, under the names that its class gives them.
 
         Raises:
-            ConversionError: If its place is empty; see `reader.read_weights` and
-                `releases.find_original`.
+            ConversionError: If its place is empty; see `weights.read_weights`,
+                `releases.find_original` and `wrappers.choose`.
         """
-        place = self._place(component)
+        place, class_name = self._place(component), self.index.classes[component]
         if component in self.places and place != self.path:
             if not os.path.lexists(place):
                 raise ConversionError(
@@ -86,20 +102,76 @@ class Source:
                     "out with components=… (--components)."
                 )
             check_inside(place, self.allowed)
-        original = _find_original(place, self.index.classes[component], variant, self.allowed)
-        if original is not None:
-            return original.tensors, original
-        if place != _folder(place):
-            return read_header(place), None
-        return read_weights(place, self.allowed, variant), None
+        stored, said = self._stored(place, variant)
+        if variant is None:
+            original = identify(stored, place, class_name, said, self.weights_key)
+            if original is not None:
+                return ComponentWeights(original.tensors, original.unused, original)
+        stored = attach_scales(drop_layer_wrappers(stored))
+        if class_name not in FAMILIES:
+            return ComponentWeights(stored, (), None)
+        rules = FAMILIES[class_name].rules(read_component_config(_folder(place), class_name))
+        known = set(rule_names(rules, layers=1))
+        counts = find_wrapped(
+            stored, lambda name: True if name in known else None, self.weights_key
+        )
+        most = max(counts.values(), default=0)
+        prefixes = [prefix for (prefix, _), count in counts.items() if 2 * count >= most]
+        prefix = choose(prefixes, self.weights_key, place) if prefixes else ""
+        unwrapped = unwrap(stored, prefix)
+        return ComponentWeights(unwrapped.tensors, unwrapped.others, None)
+
+    def class_of(self, variant: str | None) -> str:
+        """Tell the class of a component alone: its tensors' if they are an original release's.
+
+        Raises:
+            ConversionError: If nothing tells it, or it is of a class that is not ported.
+        """
+        folder = _folder(self.path)
+        if variant is None:
+            stored, said = self._stored(self.path, variant)
+            original = identify(stored, self.path, None, said, self.weights_key)
+            if original is not None:
+                return original.class_name
+        file = folder / "config.json"
+        if not os.path.lexists(file):
+            raise ConversionError(
+                f"{self.path}: its tensors are of no original release that is known, so that "
+                f"{file} must say what they are: put it there."
+            )
+        class_name = named_class(read_json(file))
+        if class_name is None:
+            raise ConversionError(f"{file}: names no class (_class_name or architectures): add it.")
+        if class_name not in FAMILIES:
+            raise ConversionError(
+                f"{file}: is the config of a {show(class_name)}, and only "
+                f"{', '.join(sorted(FAMILIES))} can be converted."
+            )
+        return class_name
 
     def _place(self, component: str) -> Path:
         return self.places.get(component, self.path / component)
 
+    def _stored(
+        self, place: Path, variant: str | None
+    ) -> tuple[Mapping[str, StoredTensor], Mapping[str, Any]]:
+        """The tensors in a component's files as they are there, and what its config.json says."""
+        folder = _folder(place)
+        config = folder / "config.json"
+        check_inside(config, (folder, *self.allowed))
+        said = read_json(config) if config.is_file() else {}
+        if place != folder:
+            return read_file(place, self.weights_key), said
+        allowed = self.allowed
+        if place == self.path:  # a folder of one's own may have its large files elsewhere
+            links = (file for file in folder.glob("*") if is_weights(file) and file.is_symlink())
+            allowed = (*allowed, *(Path(os.path.realpath(file)).parent for file in links))
+        return read_weights(place, allowed, variant, self.weights_key), said
+
 
 def _folder(place: Path) -> Path:
     """The folder of a component, of which that or a file of weights is given."""
-    return place.parent if place.suffix in _SUFFIXES and not place.is_dir() else place
+    return place.parent if is_weights(place) and not place.is_dir() else place
 
 
 def _allowed(path: Path) -> tuple[Path, ...]:
@@ -109,22 +181,15 @@ def _allowed(path: Path) -> tuple[Path, ...]:
     return (folder, *(at.parent / "blobs" for at in above if at.name == "snapshots"))
 
 
-def _find_original(
-    place: Path, class_name: str | None, variant: str | None, allowed: tuple[Path, ...]
-) -> OriginalComponent | None:
-    folder = _folder(place)
-    check_inside(folder / "config.json", (folder, *allowed))
-    return None if variant is not None else find_original(place, class_name, allowed)
-
-
-def open_source(path: Path, variant: str | None = None) -> Source:
-    """Recognises what a path leads to; a component alone gets the name of its class's role.
+def open_source(path: Path, variant: str | None = None, weights_key: str | None = None) -> Source:
+    """Recognise what a path leads to; a component alone gets the name of its class's role.
 
     Args:
         path: A folder with model_index.json; or that of an original release; or one with
             config.json and weights, or with weights of an original release that tell all of it; or
             a file of such weights.
         variant: See `convert_pipeline`.
+        weights_key: See `convert_pipeline`.
 
     Raises:
         ConversionError: If it is nothing of the kind, or of a class that is not ported.
@@ -132,24 +197,28 @@ def open_source(path: Path, variant: str | None = None) -> Source:
     if not path.is_dir():
         _check_file(path, variant)
     elif os.path.lexists(path / "model_index.json"):
-        return Source(path, read_pipeline_index(path))
+        return Source(path, read_pipeline_index(path), weights_key=weights_key)
     elif (repository := read_repository(path, _allowed(path))) is not None:
-        return Source(path, repository.index, repository.places, repository.texts)
+        return Source(
+            path, repository.index, repository.places, repository.texts, weights_key=weights_key
+        )
     elif not _holds_component(path):
         raise ConversionError(
             f"{path}: holds no model_index.json, and neither config.json nor weights: {_GIVE}."
         )
-    class_name = _class_of(path, variant)
+    unnamed = Source(path, PipelineIndex(None, {}), weights_key=weights_key)
+    class_name = unnamed.class_of(variant)
     role = FAMILIES[class_name].role
     index = PipelineIndex(None, {role: class_name})
-    return Source(path, index, {role: path}, {"model_index.json": index.text()})
+    texts = {"model_index.json": index.text()}
+    return replace(unnamed, index=index, places={role: path}, texts=texts)
 
 
 def _check_file(file: Path, variant: str | None) -> None:
     if not os.path.lexists(file):
         raise ConversionError(f"{file}: is no folder and no file: {_GIVE}.")
     check_regular(file)
-    if file.suffix not in _SUFFIXES:
+    if not is_weights(file):
         raise ConversionError(f"{file}: is no file of weights: {_GIVE}.")
     if re.search(r"-\d+-of-\d+\b", file.name):
         raise ConversionError(f"{file}: is one of several files of weights: give their folder.")
@@ -158,30 +227,7 @@ def _check_file(file: Path, variant: str | None) -> None:
 
 
 def _holds_component(folder: Path) -> bool:
-    return any(file.name == "config.json" or file.suffix in _SUFFIXES for file in folder.glob("*"))
-
-
-def _class_of(path: Path, variant: str | None) -> str:
-    """The class of a component alone: its tensors' if they are an original release's."""
-    folder = _folder(path)
-    original = _find_original(path, None, variant, _allowed(path))
-    if original is not None:
-        return original.class_name
-    file = folder / "config.json"
-    if not os.path.lexists(file):
-        raise ConversionError(
-            f"{path}: its tensors are of no original release that is known, so that "
-            f"{file} must say what they are: put it there."
-        )
-    class_name = named_class(read_json(file))
-    if class_name is None:
-        raise ConversionError(f"{file}: names no class (_class_name or architectures): add it.")
-    if class_name not in FAMILIES:
-        raise ConversionError(
-            f"{file}: is the config of a {class_name}, and only {', '.join(sorted(FAMILIES))} can "
-            "be converted."
-        )
-    return class_name
+    return any(file.name == "config.json" or is_weights(file) for file in folder.glob("*"))
 
 
 def select_variants(

@@ -1,9 +1,13 @@
 """The tensors of a T5 v1.1 or UMT5 encoder, as released by transformers and as laid out here."""
 
+import re
 from dataclasses import replace
 
 from svg_jax.convert.rules import Rule, gain_rule, matrix_rule, stack_rules
 from svg_jax.models.t5 import T5Config
+
+# Held by files of a whole T5.
+UNUSED = re.compile(r"decoder\..*|lm_head\.weight")
 
 
 def rules(config: T5Config) -> tuple[Rule, ...]:

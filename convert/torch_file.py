@@ -1,4 +1,4 @@
-"""Files of torch.save (.pt, .pth), read a tensor at a time, without torch, and never executed.
+"""Files of torch.save, read a tensor at a time, without torch, and never executed.
 
 The format: a zip archive, uncompressed, with one folder, in which `data.pkl` describes the object
 and `data/0`, `data/1`, … hold the tensors' elements. Reading it takes no trust: the archive is
@@ -11,7 +11,7 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,12 +20,24 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from svg_jax.convert.reader import StoredTensor, check_regular, row_major
+from svg_jax.convert.files import check_regular
+from svg_jax.convert.reader import StoredTensor, row_major
 from svg_jax.convert.rules import ConversionError
+from svg_jax.convert.show import show
 from svg_jax.convert.torch_pickle import SIZE_LIMIT, Inert, StorageRef, TensorRef, unpickle
+from svg_jax.convert.wrappers import WRAPPERS, choose
 
-SUFFIXES = (".pt", ".pth")
-_SUBTREES = ("module", "state_dict", "model")  # where trainers put the weights
+_DEPTH = 3  # keys that lead to weights
+_NOTES = (bool, int, float, str, bytes)
+# What trainers save of themselves beside tensors.
+_BESIDE = frozenset(
+    {
+        *("optimizer", "optimizers", "optimizer_states", "optimizer_state_dict", "optim", "opt"),
+        *("lr_scheduler", "lr_schedulers", "scheduler", "scheduler_state_dict", "scaler"),
+        *("callbacks", "loops", "hyper_parameters", "hparams", "config", "rng_state", "rng_states"),
+        *("grad_scaler", "dataloader", "metadata", "_metadata"),
+    }
+)
 _DIRECTORY_LIMIT = 16 * 2**20  # bytes, about 200,000 members
 _DAMAGE = (zipfile.BadZipFile, struct.error, EOFError)
 _AGAIN = "fetch it again"
@@ -43,6 +55,8 @@ _DTYPES: Mapping[str, np.dtype] = {
         "torch.CharStorage": np.int8,
         "torch.ByteStorage": np.uint8,
         "torch.BoolStorage": np.bool_,
+        "torch.float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+        "torch.float8_e5m2": ml_dtypes.float8_e5m2,
         "torch.uint16": np.uint16,
         "torch.uint32": np.uint32,
         "torch.uint64": np.uint64,
@@ -60,16 +74,28 @@ class _Member:
     crc32: int | None
 
 
-def read_torch_file(file: Path) -> dict[str, StoredTensor]:
-    """Finds and checks the tensors of a file of torch.save; `reader.read_tensor` reads each.
+def read_torch_file(file: Path, weights_key: str | None = None) -> dict[str, StoredTensor]:
+    """Find and check the tensors of a file of torch.save; `reader.read_tensor` reads each.
 
-    The tensors are the values of the dict that the file holds, or of the one that stands in it as
-    "module", "state_dict" or "model". Whatever else the file holds beside that one is passed over.
+    The tensors are the values of the dict that the file holds, or of one that a key of
+    `wrappers.WRAPPERS` leads to, or several such. Numbers, text and what trainers save of
+    themselves are passed over.
+
+    Args:
+        file: The file.
+        weights_key: See `convert_pipeline`.
 
     Raises:
         ConversionError: If the file is of another format, damaged, or not what torch.save writes;
-            or the dict holds something other than tensors.
+            or the dict holds something other than tensors; or there are several dicts.
     """
+    dicts = read_dicts(file, weights_key)
+    prefix = choose([f"{keys}." if keys else "" for keys in dicts], weights_key, file)
+    return dicts[prefix.removesuffix(".")]
+
+
+def read_dicts(file: Path, weights_key: str | None = None) -> dict[str, dict[str, StoredTensor]]:
+    """As `read_torch_file`: all dicts of tensors, by the keys that lead to them, "a.b"."""
     check_regular(file)
     try:
         with file.open("rb") as stream:
@@ -90,9 +116,15 @@ def read_torch_file(file: Path) -> dict[str, StoredTensor]:
         for name, member in members.items()
         if name.startswith(f"{root}/data/")
     }
+    found = _find_dicts(tree, file, weights_key)
+    if not any(found.values()):
+        raise ConversionError(
+            f"{file}: holds {_kind(tree)} where a state dict is expected: save the model's "
+            "state_dict()."
+        )
     return {
-        name: _locate(file, name, tensor, storages)
-        for name, tensor in _find_tensors(tree, file).items()
+        keys: {name: _locate(file, name, tensor, storages) for name, tensor in tensors.items()}
+        for keys, tensors in found.items()
     }
 
 
@@ -214,37 +246,45 @@ def _check_byte_order(stream: BinaryIO, member: _Member | None, file: Path) -> N
         )
 
 
-def _find_tensors(tree: Any, file: Path) -> dict[str, TensorRef]:
-    """The dict of tensors in what the pickle describes."""
-    where = ""
-    if type(tree) is dict:
-        found = [key for key in _SUBTREES if type(tree.get(key)) is dict]
-        if len(found) > 1:
-            raise ConversionError(
-                f"{file}: holds weights as {' and as '.join(found)}: save the ones that are meant."
-            )
-        if found:
-            (where,) = found
-            tree = tree[where]
-    if type(tree) is not dict or not tree:
-        raise ConversionError(
-            f"{file}: holds {_kind(tree)} where a state dict is expected: save the model's "
-            "state_dict()."
-        )
-    for name, value in tree.items():
+def _find_dicts(tree: Any, file: Path, weights_key: str | None) -> dict[str, dict[str, TensorRef]]:
+    """The dicts of tensors in what the pickle describes, by the keys that lead to them."""
+    words = WRAPPERS | set((weights_key or "").split("."))
+    found: dict[str, dict[str, TensorRef]] = {}
+    left: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    while left:
+        keys, held = left.pop()
+        if type(held) is not dict:
+            continue
+        below = {key: of for key, of in held.items() if key in words and type(of) is dict}
+        if len(keys) < _DEPTH:
+            left += [((*keys, key), of) for key, of in below.items()]
+        tensors = {key: of for key, of in held.items() if type(of) is TensorRef}
+        if below and not any(of.shape for of in tensors.values()):
+            continue  # at most a counter
+        if keys and not tensors:
+            continue  # a config
+        found[".".join(keys)] = tensors
+        _check_beside(file, ".".join(keys), held, below)
+    return found
+
+
+def _check_beside(file: Path, where: str, held: dict[Any, Any], below: Collection[str]) -> None:
+    """Refuse what stands among tensors and may be a part of the model."""
+    for name, value in held.items():
         if type(name) is not str or not name.isprintable():
-            raise ConversionError(f"{file}: {where} holds a key that is no name: {_AGAIN}.")
-        if type(value) is not TensorRef:
+            raise ConversionError(f"{file}: {show(where)} holds a key that is no name: {_AGAIN}.")
+        if type(value) is TensorRef or name in below or name in _BESIDE:
+            continue
+        if value is not None and type(value) not in _NOTES and value not in ({}, [], ()):
             raise ConversionError(
-                f"{file}: {f'{where}: ' * bool(where)}{name:.80} is no tensor but "
+                f"{file}: {f'{show(where)}: ' * bool(where)}{show(name)} is no tensor but "
                 f"{_kind(value)}: save the model's state_dict()."
             )
-    return tree
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, Inert):
-        return f"a {value.name!r:.80}"
+        return f"a {show(value.name)!r}"
     if type(value) is dict and not value:
         return "an empty dict"
     return f"a {'tensor' if type(value) is TensorRef else type(value).__name__!r}"
@@ -254,13 +294,13 @@ def _locate(
     file: Path, name: str, tensor: TensorRef, storages: Mapping[str, _Member]
 ) -> StoredTensor:
     """Where a tensor lies in the file, once it is known to lie in its storage."""
-    where = f"{file}: {name:.80}"
+    where = f"{file}: {show(name)}"
     storage = tensor.storage
     dtype = _dtype(storage, tensor.dtype, where)
     member = storages.get(storage.key)
     if member is None:
         raise ConversionError(
-            f"{where} has its elements in {storage.key!r:.80}, which is missing: {_AGAIN}."
+            f"{where} has its elements in {show(storage.key)!r}, which is missing: {_AGAIN}."
         )
     untyped = storage.kind in _UNTYPED
     if storage.size * (1 if untyped else dtype.itemsize) != member.nbytes:
@@ -291,6 +331,7 @@ def _locate(
         tensor.shape,
         member.start + tensor.offset * dtype.itemsize,
         nbytes,
+        negative=tensor.negative,
         strides=None if contiguous else tensor.strides,
         crc32=member.crc32 if contiguous and nbytes == member.nbytes else None,
     )
@@ -300,7 +341,7 @@ def _dtype(storage: StorageRef, dtype: str | None, where: str) -> np.dtype:
     name = dtype or storage.kind
     if name not in _DTYPES:
         raise ConversionError(
-            f"{where} is of {name!r:.60}, which is not read: save the model unquantised, in "
+            f"{where} is of {show(name, 60)!r}, which is not read: save the model unquantised, in "
             "float32, float16 or bfloat16."
         )
     return _DTYPES[name]

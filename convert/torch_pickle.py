@@ -16,6 +16,8 @@ SIZE_LIMIT = 32 * 2**20  # bytes; that of a model of 1,300 tensors has 200 kB
 OPERATION_LIMIT = 500_000  # about 35 make a tensor
 DEPTH_LIMIT = 100  # containers that are being filled at once
 
+# With a state: attributes, which trainers give to parameters.
+_PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = frozenset(
     {
@@ -58,6 +60,8 @@ class TensorRef:
         shape: Its shape.
         strides: Distance, in elements, of neighbours along each axis.
         dtype: "torch.bfloat16" where the storage does not tell it, else None.
+        negative: Whether its elements have the other sign: torch leaves them as they are in a view
+            such as `tensor.conj().imag`.
     """
 
     storage: StorageRef
@@ -65,6 +69,7 @@ class TensorRef:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: str | None = None
+    negative: bool = False
 
 
 def unpickle(data: bytes) -> Any:
@@ -194,23 +199,36 @@ def _reduce(stack: list[Any], _: Any) -> None:
         case "collections.OrderedDict" if not arguments:  # its items follow
             made: Any = {}
         case "torch._utils._rebuild_tensor_v2":
-            made = _tensor(*arguments[:4])
+            made = _tensor(*arguments[:4], bits=arguments[6:])
         case "torch._utils._rebuild_tensor_v3":
-            made = _tensor(*arguments[:4], dtype=arguments[6].name)
-        case "torch._utils._rebuild_parameter" if type(arguments[0]) is TensorRef:
+            made = _tensor(*arguments[:4], dtype=arguments[6].name, bits=arguments[7:])
+        case _ if name in _PARAMETERS and type(arguments[0]) is TensorRef:
             made = arguments[0]
         case _:
             made = Inert(name)
     stack.append(made)
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | None = None) -> Any:
+def _tensor(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    *,
+    dtype: str | None = None,
+    bits: tuple[Any, ...] = (),
+) -> Any:
+    """A tensor; the last argument of its call, if it is there, names the bits that are set."""
     sizes_fit = type(shape) is tuple is type(strides) and len(shape) == len(strides) <= 64
     if type(storage) is not StorageRef or not sizes_fit:
         raise TypeError
     if not all(map(_is_size, (offset, *shape, *strides))):
         raise ValueError("holds a tensor with a shape, a stride or an offset that is no size")
-    return TensorRef(storage, offset, shape, strides, dtype)
+    found = dict(bits[0]) if bits and type(bits[0]) is dict else {}
+    negative = found.pop("neg", False) is True
+    if found or len(bits) > 1 or not isinstance(bits[0] if bits else None, dict | None):
+        raise ValueError("holds a tensor with bits or notes that are not known")
+    return TensorRef(storage, offset, shape, strides, dtype, negative)
 
 
 def _is_size(value: Any) -> bool:

@@ -7,7 +7,7 @@ from svg_jax.convert.rules import Rule, gain_rule, linear_rules, norm_rules, sta
 from svg_jax.models.wan_config import WanConfig
 
 # Held by files of 2.1 I2V, to no effect: image tokens are attended to with the queries of the text.
-UNUSED = re.compile(r"\.attn2\.norm_added_q\.weight$")
+UNUSED = re.compile(r".*\.attn2\.norm_added_q\.weight")
 
 
 def rules(config: WanConfig) -> tuple[Rule, ...]:

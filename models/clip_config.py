@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from svg_jax.models.config import TRANSFORMERS_NOTES, check_config, read_config
+from svg_jax.models.config import check_config, read_config
 
 _ACTIVATIONS = ("gelu", "quick_gelu")
-_NOT_THE_TOWERS = TRANSFORMERS_NOTES | {"attention_dropout", "dropout", "projection_dim"}
+_NOT_THE_TOWERS = frozenset({"projection_dim"})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ _IMPLEMENTED = MappingProxyType(
     {
         "flip_sin_to_cos": True,
         "freq_shift": 0,
-        "dropout": 0.0,
         "attention_bias": True,
         "activation_fn": "gelu-approximate",
         "timestep_activation_fn": "silu",
@@ -37,7 +36,7 @@ class CogVideoXConfig:
         ofs_embed_dim: Features of the `ofs` embedding (1.5-5b-I2V), or None.
         text_embed_dim: Features of the text encoder.
         num_layers: Layers.
-        dropout: 0.
+        dropout: Share of features that training leaves out; nothing here.
         attention_bias: True.
         sample_width: Latent width that the model was trained at.
         sample_height: Latent height that the model was trained at.

@@ -5,24 +5,41 @@ import dataclasses
 import types
 import typing
 from collections.abc import Collection, Mapping
+from reprlib import repr  # short, whatever stands in a file
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+_NAMED = 5  # unknown keys that an error spells out
 
-# What transformers notes in the config.json of any model, of no consequence for what it computes.
-TRANSFORMERS_NOTES = frozenset(
+# What libraries and trainers note in the config.json of any model, of no consequence for what its
+# layers compute: notes on its files, on training, and on writing texts.
+NOTES = frozenset(
     {
-        "architectures",
-        "bos_token_id",
-        "dtype",
-        "initializer_factor",
-        "initializer_range",
-        "pad_token_id",
-        "tie_word_embeddings",
-        "tokenizer_class",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
+        *("architectures", "auto_map", "dtype", "torch_dtype", "tokenizer_class"),
+        *("transformers_version", "use_cache", "use_bfloat16", "torchscript", "tf_legacy_loss"),
+        *("gradient_checkpointing", "use_gradient_checkpointing", "initializer_factor"),
+        *("initializer_range", "tie_word_embeddings", "tie_encoder_decoder", "finetuning_task"),
+        *("attention_dropout", "attention_probs_dropout_prob", "dropout", "hidden_dropout"),
+        *("hidden_dropout_prob", "activation_dropout", "classifier_dropout"),
+        *("chunk_size_feed_forward", "output_attentions", "output_hidden_states", "return_dict"),
+        *("id2label", "label2id", "problem_type", "task_specific_params", "prefix"),
+        *("bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+        *("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "suppress_tokens"),
+        *("begin_suppress_tokens", "max_length", "min_length", "max_new_tokens", "do_sample"),
+        *("early_stopping", "num_beams", "num_beam_groups", "num_return_sequences"),
+        *("diversity_penalty", "repetition_penalty", "length_penalty", "temperature", "top_k"),
+        *("top_p", "typical_p", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+        *("output_scores", "return_dict_in_generate", "remove_invalid_values"),
+        "exponential_decay_length_penalty",
+    }
+)
+# The same where they have this value; any other changes what a model computes.
+_NOTES_WITH_VALUE: Mapping[str, Any] = types.MappingProxyType(
+    {
+        "add_cross_attention": False,
+        "cross_attention_hidden_size": None,
+        "pruned_heads": {},
+        "quantization_config": None,
     }
 )
 
@@ -39,32 +56,34 @@ def read_config(
     Args:
         config: The dataclass; its field names are the file's keys.
         values: The parsed file. Keys that begin with "_" are the writing library's notes to itself.
-        ignored: Keys that say nothing about what the model computes.
+        ignored: Keys that, as those of `NOTES`, say nothing about what the model computes.
         only: Keys that are no fields, with the value that they must have where they stand: they
             tell other models.
 
     Raises:
         ValueError: On unknown keys or values of another type than the field's.
     """
+    kinds = typing.get_type_hints(config)
+    only = {**_NOTES_WITH_VALUE, **only}
     for name in only.keys() & values.keys():
         if values[name] != only[name]:
             raise ValueError(
-                f"{config.__name__}: {name}={values[name]!r} is not implemented, only "
+                f"{config.__name__}: {name}={repr(values[name])} is not implemented, only "
                 f"{only[name]!r}."
             )
-    kinds = typing.get_type_hints(config)
-    passed_over = {*ignored, *only}
+    passed_over = {*ignored, *only, *(NOTES - kinds.keys())}
     values = {k: v for k, v in values.items() if not k.startswith("_") and k not in passed_over}
     if unknown := sorted(values.keys() - kinds.keys()):
+        more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
         raise ValueError(
-            f"{config.__name__}: unknown keys {unknown}; this is the config of another model "
-            "or of a newer version than the one implemented."
+            f"{config.__name__}: unknown keys {unknown[:_NAMED]!r:.200}{more}; this is the config "
+            "of another model or of a newer version than the one implemented."
         )
     for name, value in values.items():
         try:
             values[name] = _typed(value, kinds[name])
         except TypeError:
-            raise ValueError(f"{config.__name__}: {name} cannot be {value!r}.") from None
+            raise ValueError(f"{config.__name__}: {name} cannot be {repr(value)}.") from None
     return config(**values)
 
 
@@ -105,10 +124,11 @@ def check_config(config: Any, only: Mapping[str, Any]) -> None:
         if field.name in only:
             if value != only[field.name]:
                 raise ValueError(
-                    f"{name}: {field.name}={value!r} is not implemented, only {only[field.name]!r}."
+                    f"{name}: {field.name}={repr(value)} is not implemented, only "
+                    f"{only[field.name]!r}."
                 )
         elif any(type(size) is int and size < 1 for size in _sizes(value)):
-            raise ValueError(f"{name}: {field.name} must be at least 1, not {value}.")
+            raise ValueError(f"{name}: {field.name} must be at least 1, not {repr(value)}.")
 
 
 def _sizes(value: Any) -> tuple[Any, ...]:

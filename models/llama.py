@@ -17,7 +17,7 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Bool, Float, Int
 
 from svg_jax.models.attention import softmax_attention
-from svg_jax.models.config import TRANSFORMERS_NOTES, check_config, read_config
+from svg_jax.models.config import check_config, read_config
 from svg_jax.models.layers import (
     GatedFeedForward,
     layers_below,
@@ -29,7 +29,7 @@ from svg_jax.models.layers import (
 from svg_jax.models.rope import Rotation, rotate_halves, text_rotation
 
 _IMPLEMENTED = MappingProxyType({"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
-_NOT_THE_ENCODERS = TRANSFORMERS_NOTES | {"attention_dropout", "eos_token_id", "pretraining_tp"}
+_NOT_THE_ENCODERS = {"eos_token_id", "pretraining_tp"}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from svg_jax.models.clip import CLIPVisionEncoder
 from svg_jax.models.clip_config import CLIPVisionConfig
-from svg_jax.models.config import TRANSFORMERS_NOTES, check_config, read_config
+from svg_jax.models.config import check_config, read_config
 from svg_jax.models.layers import FeedForward, gelu
 from svg_jax.models.llama import LlamaConfig, LlamaEncoder
 
@@ -29,7 +29,7 @@ _IMPLEMENTED = MappingProxyType(
     }
 )
 _PARTS = MappingProxyType({"text_config": LlamaConfig, "vision_config": CLIPVisionConfig})
-_NOT_THE_ENCODERS = TRANSFORMERS_NOTES | {
+_NOT_THE_ENCODERS = {
     "eos_token_id",
     "ignore_index",
     "image_seq_length",

@@ -20,7 +20,7 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Bool, Float, Int
 
 from svg_jax.models.attention import softmax_attention
-from svg_jax.models.config import TRANSFORMERS_NOTES, check_config, read_config
+from svg_jax.models.config import check_config, read_config
 from svg_jax.models.layers import (
     GatedFeedForward,
     gelu_tanh,
@@ -33,7 +33,7 @@ _IMPLEMENTED = MappingProxyType({"feed_forward_proj": "gated-gelu"})
 _MODEL_TYPES = ("t5", "umt5")
 
 # What transformers writes beside it: training, the decoder, generation, how the file was made.
-_NOT_THE_ENCODERS = TRANSFORMERS_NOTES | {
+_NOT_THE_ENCODERS = {
     "classifier_dropout",
     "decoder_start_token_id",
     "dropout_rate",

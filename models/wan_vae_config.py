@@ -7,7 +7,7 @@ from typing import Any
 
 from svg_jax.models.config import check_config, read_config
 
-_IMPLEMENTED = MappingProxyType({"attn_scales": (), "dropout": 0.0})
+_IMPLEMENTED = MappingProxyType({"attn_scales": ()})
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class WanVAEConfig:
         num_res_blocks: Residual blocks of the encoder at each size; the decoder has one more.
         attn_scales: Empty.
         temperal_downsample: Whether a step from one size to the next also halves the frames.
-        dropout: 0.
+        dropout: Share of features that training leaves out; nothing here.
         latents_mean: Mean of each latent channel, for `WanVAE.normalize`.
         latents_std: Standard deviation of each latent channel.
         is_residual: Whether blocks pass their input around their residual blocks (2.2).

@@ -20,6 +20,14 @@ Variant = Annotated[
     typer.Option("--variant", help="Weights to take where there are several, e.g. fp16."),
 ]
 
+WeightsKey = Annotated[
+    str | None,
+    typer.Option(
+        "--weights-key",
+        help="Weights to take where a file holds several, by the key before them, e.g. ema.",
+    ),
+]
+
 
 def convert(
     source: Annotated[
@@ -42,6 +50,7 @@ def convert(
         ),
     ] = None,
     variant: Variant = None,
+    weights_key: WeightsKey = None,
     revision: Annotated[
         str | None, typer.Option("--revision", help="Of a hub id: a branch, tag or commit.")
     ] = None,
@@ -88,6 +97,7 @@ def convert(
         components=names,
         dtype=dtype,
         variant=variant,
+        weights_key=weights_key,
         lora=lora or (),
         lora_scale=lora_scale or (1.0,),
         lora_into=lora_into or ("transformer",),
@@ -125,12 +135,15 @@ def inspect(
         bool, typer.Option("--stats", help="Read every tensor: min, max, mean, std, not finite.")
     ] = False,
     variant: Variant = None,
+    weights_key: WeightsKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a checkpoint holds: components, configs, parameters, dtypes."""
     from svg_jax import commands_checkpoints
 
-    commands_checkpoints.inspect_source(source, statistics=stats, variant=variant, as_json=as_json)
+    commands_checkpoints.inspect_source(
+        source, statistics=stats, variant=variant, weights_key=weights_key, as_json=as_json
+    )
 
 
 CHECKPOINT_COMMANDS = (convert, export, verify, inspect)

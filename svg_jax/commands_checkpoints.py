@@ -26,6 +26,7 @@ def convert(
     components: Sequence[str] | None = None,
     dtype: str | None = None,
     variant: str | None = None,
+    weights_key: str | None = None,
     lora: Sequence[str] = (),
     lora_scale: Sequence[float] = (1.0,),
     lora_into: Sequence[str] = ("transformer",),
@@ -42,6 +43,7 @@ def convert(
             components=components,
             dtype=dtype,
             variant=variant,
+            weights_key=weights_key,
             lora=lora,
             lora_scale=lora_scale,
             lora_into=lora_into,
@@ -61,6 +63,7 @@ def convert(
             components=components,
             dtype=dtype,
             variant=variant,
+            weights_key=weights_key,
             lora=lora,
             lora_scale=lora_scale,
             lora_into=lora_into,
@@ -103,11 +106,24 @@ def verify(folder: Path) -> None:
     say(f"{folder} is as it was converted: {tensors} tensors in {files} files")
 
 
-def inspect_source(source: Path, *, statistics: bool, variant: str | None, as_json: bool) -> None:
+def inspect_source(
+    source: Path,
+    *,
+    statistics: bool,
+    variant: str | None,
+    weights_key: str | None,
+    as_json: bool,
+) -> None:
     """Print what a folder or file holds."""
     source = Path(bundled_or(source))
     with bytes_bar() as progress:
-        contents = read_contents(source, statistics=statistics, variant=variant, progress=progress)
+        contents = read_contents(
+            source,
+            statistics=statistics,
+            variant=variant,
+            weights_key=weights_key,
+            progress=progress,
+        )
     if as_json:
         print(json.dumps(contents_values(contents), indent=1))
     else:

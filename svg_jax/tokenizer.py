@@ -11,7 +11,7 @@ from jaxtyping import Int32
 from tokenizers import Encoding, Tokenizer
 from tokenizers.models import WordLevel
 
-from svg_jax.convert.reader import read_json
+from svg_jax.convert.json_file import read_json
 from svg_jax.tokenizer_files import read_backend
 
 _LOGGER = logging.getLogger(__name__)

@@ -155,7 +155,7 @@ WRONG = {
     "a shard named nothing": (remap(SHARDS[0], ""), "the shard .* leads out of"),
     "a shard named dot": (remap(SHARDS[0], "."), "the shard .* leads out of"),
     "a shard with a zero byte": (remap(SHARDS[0], "a\0b"), "maps no tensors to files"),
-    "a shard with half a character": (remap(SHARDS[0], "\ud800"), "maps no tensors to files"),
+    "a shard with half a character": (remap(SHARDS[0], "\ud800"), "no whole JSON"),
     "a shard with an endless name": (remap(SHARDS[0], "a" * 5000), "lists nothing|missing"),
     "a shard that the index names twice": (
         same_shard_twice,

@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save, save_file
 
 from svg_jax.convert import ConversionError
-from svg_jax.convert.reader import count_nonfinite, read_header, read_tensor, read_weights
+from svg_jax.convert.reader import count_nonfinite, read_tensor
+from svg_jax.convert.safetensors_file import read_header
+from svg_jax.convert.weights import read_weights
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 ONE = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -101,9 +103,12 @@ DAMAGE = {
     "entry lacks its offsets": (safetensors({"a": {"dtype": "F32"}}, b""), "damaged header"),
     "unknown dtype": (safetensors({"a": entry("F99")}, bytes(8)), "a is 'F99'"),
     "dtype is no word": (safetensors({"a": entry(["F32"])}, bytes(8)), r"a is \['F32'\]"),
-    "FP8": (safetensors({"a": entry("F8_E4M3", (8,))}, bytes(8)), "a is 'F8_E4M3'"),
-    "integers": (save({"a": np.arange(2)}), "a is 'I64'"),
-    "float64": (save({"a": np.ones(2)}), "a is 'F64'"),
+    "FP4": (safetensors({"a": entry("F4", (16,))}, bytes(8)), "a is 'F4'"),
+    "complex": (safetensors({"a": entry("C64", (1,))}, bytes(8)), "a is 'C64'"),
+    "a shape of a million axes": (
+        safetensors({"a": entry(shape=(2**62,) * 10**5)}, bytes(8)),
+        "damaged header",
+    ),
     "Git-LFS pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
         "git lfs pull",
@@ -149,7 +154,9 @@ def test_count_nonfinite_is_numpys_isfinite(bits, dtype):
 def test_a_missing_folder_or_weights_in_another_format_are_refused(tmp_path):
     refused(tmp_path / "nowhere", "found: nothing")
     (tmp_path / "diffusion_pytorch_model.bin").touch()
-    refused(tmp_path, r"holds no .* \(found: diffusion_pytorch_model.bin\)")
+    refused(tmp_path, "no file of torch.save")
+    (tmp_path / "diffusion_pytorch_model.bin").rename(tmp_path / "model.onnx")
+    refused(tmp_path, r"holds no .* \(found: model.onnx\)")
 
 
 def write_shards(folder: Path) -> dict:

@@ -28,8 +28,9 @@ from svg_jax.convert import (
 )
 from svg_jax.convert.components import FAMILIES
 from svg_jax.convert.original import rename_tensors
-from svg_jax.convert.reader import StoredTensor, read_header, read_tensor
+from svg_jax.convert.reader import StoredTensor, read_tensor
 from svg_jax.convert.releases import RELEASES, find_original, read_original, recognise
+from svg_jax.convert.safetensors_file import read_header
 from svg_jax.models import CLIPVisionEncoder, T5Encoder
 
 TASK = {"image_condition_type": None}

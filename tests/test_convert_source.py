@@ -298,7 +298,7 @@ WRONG = {
     "a device": (put(FILE, link_to("/dev/zero")), "is no file but a folder, a pipe"),
     "an empty file": (put(FILE, Path.touch), "has only 0 bytes"),
     "a text": (put(FILE, lambda file: file.write_text("weights " * 9)), "no safetensors file"),
-    "another suffix": (named("pytorch_model.bin"), "is no file of weights: give the folder of"),
+    "another suffix": (named("model.onnx"), "is no file of weights: give the folder of"),
     "a config": (lambda component: component / "config.json", "is no file of weights: give"),
     "a text for torch": (named("model.pth"), "no file of torch.save"),
     "one shard": (named("model-00001-of-00002.safetensors"), "one of several files of weights"),

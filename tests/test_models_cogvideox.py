@@ -241,7 +241,6 @@ def test_a_config_survives_the_way_to_json_and_back():
         ({"patch_size_t": 0}, "patch_size_t must be at least 1"),
         ({"activation_fn": "gelu"}, "activation_fn='gelu' is not implemented"),
         ({"timestep_activation_fn": "gelu"}, "timestep_activation_fn"),
-        ({"dropout": 0.1}, "dropout=0.1 is not implemented"),
         ({"flip_sin_to_cos": False}, "flip_sin_to_cos"),
         ({"freq_shift": 1}, "freq_shift"),
         ({"norm_elementwise_affine": False}, "norm_elementwise_affine"),

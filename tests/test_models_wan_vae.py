@@ -172,7 +172,6 @@ def test_a_config_survives_the_way_to_json_and_back():
         ({"z_dim": 16.5}, "z_dim cannot be 16.5"),
         ({"dim_mult": [1, 2, 0, 4]}, "dim_mult must be at least 1"),
         ({"attn_scales": [0.5]}, r"attn_scales=\(0.5,\) is not implemented"),
-        ({"dropout": 0.1}, "dropout=0.1 is not implemented"),
         ({"temperal_downsample": [True, True]}, "has 2 steps and the 4 sizes of dim_mult have 3"),
         ({"z_dim": 8}, "latents_mean has 16 values for 8 channels"),
         ({"latents_std": [1.0]}, "latents_std has 1 values for 16 channels"),

@@ -14,7 +14,7 @@ import PIL.Image
 import PIL.ImageOps
 from jaxtyping import Float, UInt8
 
-from svg_jax.convert.reader import read_json
+from svg_jax.convert.json_file import read_json
 from svg_jax.models.config import read_config
 
 # Pillow's, or an array: uint8, or floating point from 0 to 1.

@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from svg_jax.convert import load_component
 from svg_jax.convert.components import read_component_config, read_pipeline_index
 from svg_jax.convert.folder import ConvertedFolder, check_digests, open_folder
+from svg_jax.convert.json_file import read_json
 from svg_jax.convert.progress import Progress
-from svg_jax.convert.reader import read_json
 from svg_jax.convert.run_defaults import read_run_defaults
 from svg_jax.sampling.checkpoint import weights_digest
 from svg_jax.sampling.cogvideox import CogVideoXPipeline
