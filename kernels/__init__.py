@@ -15,6 +15,7 @@ from svg_jax.kernels.block_mask import BandMask, BlockMap, block_map, kept_pairs
 from svg_jax.kernels.dense import dense_attention
 from svg_jax.kernels.permute import transpose_tokens
 from svg_jax.kernels.profile import sampled_attention
+from svg_jax.kernels.sharding import on_each_device
 
 __all__ = [
     "BandMask",
@@ -25,6 +26,7 @@ __all__ = [
     "block_sparse_attention",
     "dense_attention",
     "kept_pairs",
+    "on_each_device",
     "pick_implementation",
     "sampled_attention",
     "transpose_tokens",

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from svg_jax.kernels import mosaic_attention, mosaic_gpu, reference, xla
 from svg_jax.kernels.batching import vmap_as_batch
 from svg_jax.kernels.block_mask import BandMask
-from svg_jax.kernels.checks import check_arrays, check_integers, check_scale
+from svg_jax.kernels.checks import check_arrays, check_integers, check_range, check_scale
+from svg_jax.kernels.sharding import on_each_device
 
 Implementation = Literal["mosaic_gpu", "xla", "reference"]
 
@@ -95,8 +96,8 @@ def block_sparse_attention(  # pyright: ignore[reportInconsistentOverload]
         raise ValueError(
             f"{len(masks)} masks are given: mask_of_head must say which head runs which"
         )
-    check_integers("mask_of_head", mask_of_head, (batch, heads))
-    check_integers("text_length", text_length, (batch,))
+    check_integers("mask_of_head", mask_of_head, (batch, heads), "[batch, heads]")
+    check_integers("text_length", text_length, (batch,), "[batch]")
     texts = {(mask.text_start, mask.text_tokens) for mask in masks}
     if text_length is not None and not any(tokens for _, tokens in texts):
         raise ValueError("text_length is given but no mask has text_tokens: leave it None")
@@ -106,7 +107,12 @@ def block_sparse_attention(  # pyright: ignore[reportInconsistentOverload]
 
     implementation = pick_implementation(implementation, query.shape[-1], query.dtype)
     run = {"mosaic_gpu": _on_hopper, "xla": _portable, "reference": _reference}[implementation]
-    out, lse = run(query, key, value, mask_of_head, text_length, masks, scale)
+
+    def attend(query, key, value, mask_of_head, text_length):
+        return run(query, key, value, mask_of_head, text_length, masks, scale)
+
+    on_devices = on_each_device(attend, ("btho", "btho", "btho", "bh", "b"), ("btho", "bht"))
+    out, lse = on_devices(query, key, value, mask_of_head, text_length)
     return (out, lse.astype(jnp.float32)) if return_lse else out
 
 
@@ -207,7 +213,7 @@ def block_list_attention(
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], Float[Array, "batch heads tokens"]]:
-    """Attend to any blocks of keys: for research on other patterns. Has no gradient on a GPU.
+    """Attend to any blocks of keys: for research on other patterns. Differentiable.
 
     Args:
         query: Queries, in blocks of 128; the last may be partial.
@@ -215,7 +221,8 @@ def block_list_attention(
         value: Values, of the same shape and dtype.
         counts: How many blocks of keys each block of queries attends to; 0 gives zeros.
         blocks: Their numbers, each once; what stands behind `counts` is ignored. Data, so a new
-            choice does not compile anew.
+            choice does not compile anew. Under a trace, where numbers cannot be checked, one out of
+            range counts as not listed, and `counts` is clamped.
         scale: Factor of the logits, positive; None means 1/sqrt(head_dim).
         implementation: As for `block_sparse_attention`.
 
@@ -223,27 +230,76 @@ def block_list_attention(
         The output, in the query's dtype, and the natural log-sum-exp of the scaled logits, float32.
 
     Raises:
-        ValueError: If shapes, dtypes or arguments do not fit together.
+        ValueError: If shapes, dtypes or arguments do not fit together, or a number is out of range.
     """
     check_arrays(query, key, value)
     batch, tokens, heads, _ = query.shape
+    if key.shape != query.shape:
+        raise ValueError(
+            f"self-attention needs as many keys as queries: query is {query.shape}, key {key.shape}"
+        )
     num_blocks = -(-tokens // mosaic_attention.BLOCK_Q)
-    check_integers("counts", counts, (batch, heads, num_blocks))
-    check_integers("blocks", blocks, (batch, heads, num_blocks, blocks.shape[-1]))
+    shape = (batch, heads, num_blocks)
+    check_integers("counts", counts, shape, "[batch, heads, blocks of queries]")
+    most = jnp.shape(blocks)[-1] if jnp.ndim(blocks) else 0
+    check_integers(
+        "blocks", blocks, (*shape, most), "[batch, heads, blocks of queries, most blocks of keys]"
+    )
+    check_range("counts", counts, 0, most)
     scale = check_scale(scale, query.shape[-1])
     implementation = pick_implementation(implementation, query.shape[-1], query.dtype)
-    if implementation == "mosaic_gpu":
+    place = jnp.arange(most, dtype=jnp.int32)[None, None, None]
+    listed = place < counts.astype(jnp.int32)[..., None]
+    check_range("blocks", jnp.where(listed, blocks, 0), 0, num_blocks - 1)
+    listed &= (blocks >= 0) & (blocks < num_blocks)
+    # What is not listed goes to the end, behind the count.
+    blocks = jnp.sort(jnp.where(listed, blocks, num_blocks).astype(jnp.int32), axis=-1)
+    counts = listed.sum(-1, dtype=jnp.int32)
+    run = {"mosaic_gpu": _lists_on_hopper, "xla": _portable_lists, "reference": _reference_lists}
+
+    def attend(query, key, value, counts, blocks):
+        return run[implementation](query, key, value, counts, blocks, scale)
+
+    words = ("btho", "btho", "btho", "bhq", "bhqm")
+    return on_each_device(attend, words, ("btho", "bht"))(query, key, value, counts, blocks)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _lists_on_hopper(query, key, value, counts, blocks, scale) -> tuple[Array, Array]:
+    def run(query, key, value, counts, blocks):
         return mosaic_attention.block_list_attention(
             query, key, value, counts=counts, blocks=blocks, scale=scale
         )
-    if implementation == "xla":
-        return xla.block_list_attention(
-            query, key, value, counts=counts, blocks=blocks, scale=scale
-        )
-    listed = jnp.arange(blocks.shape[-1])[None, None, None] < counts[..., None]
-    block = jnp.where(listed, blocks, num_blocks)
-    of_blocks = jax.nn.one_hot(block, num_blocks, dtype=bool).any(-2)
+
+    return vmap_as_batch(run)(query, key, value, counts, blocks)
+
+
+def _forward_lists(query, key, value, counts, blocks, scale):
+    arrays = (query, key, value, counts, blocks)
+    return _lists_on_hopper(*arrays, scale), arrays
+
+
+def _backward_lists(scale, arrays, cotangents):
+    query, key, value, counts, blocks = arrays
+
+    def run(query, key, value):
+        return _portable_lists(query, key, value, counts, blocks, scale)
+
+    return *jax.vjp(run, query, key, value)[1](cotangents), None, None
+
+
+_lists_on_hopper.defvjp(_forward_lists, _backward_lists)
+
+
+def _portable_lists(query, key, value, counts, blocks, scale):
+    return xla.block_list_attention(query, key, value, counts=counts, blocks=blocks, scale=scale)
+
+
+def _reference_lists(query, key, value, counts, blocks, scale):
+    tokens, num_blocks = query.shape[1], counts.shape[-1]
+    del counts  # what they do not count is no number of a block
     size = mosaic_attention.BLOCK_Q
+    of_blocks = jax.nn.one_hot(blocks, num_blocks, dtype=bool).any(-2)
     keep = of_blocks.repeat(size, axis=2).repeat(size, axis=3)[..., :tokens, :tokens]
     out, lse = reference.masked_attention(query, key, value, keep, scale=scale)
     return out, lse.astype(jnp.float32)

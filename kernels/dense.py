@@ -1,5 +1,6 @@
 """Dense attention, by the fastest way of the device: what sparse attention is compared with."""
 
+from functools import partial
 from typing import Any, Literal, overload
 
 import jax
@@ -10,6 +11,7 @@ from svg_jax.kernels import mosaic_gpu, reference, xla
 from svg_jax.kernels.attention import block_sparse_attention
 from svg_jax.kernels.block_mask import BandMask
 from svg_jax.kernels.checks import check_arrays, check_integers, check_scale
+from svg_jax.kernels.sharding import on_each_device
 
 
 @overload
@@ -61,10 +63,9 @@ def dense_attention(  # pyright: ignore[reportInconsistentOverload]
         ValueError: If shapes, dtypes or arguments do not fit together or cuDNN cannot run them.
     """
     check_arrays(query, key, value)
-    batch, num_queries, _, head_dim = query.shape
-    num_keys = key.shape[1]
-    check_integers("query_seq_lengths", query_seq_lengths, (batch,))
-    check_integers("key_value_seq_lengths", key_value_seq_lengths, (batch,))
+    batch, head_dim = query.shape[0], query.shape[-1]
+    check_integers("query_seq_lengths", query_seq_lengths, (batch,), "[batch]")
+    check_integers("key_value_seq_lengths", key_value_seq_lengths, (batch,), "[batch]")
     scale = check_scale(scale, head_dim)
     why_not_hopper = mosaic_gpu.why_not(head_dim, query.dtype)
     if key.shape != query.shape or (query_seq_lengths, key_value_seq_lengths) != (None, None):
@@ -75,52 +76,65 @@ def dense_attention(  # pyright: ignore[reportInconsistentOverload]
         else:
             implementation = "xla" if why_not_hopper else "mosaic_gpu"
 
-    match implementation:
-        case "cudnn":
-            why_not = _why_not_cudnn(query, return_lse)
-            if why_not:
-                raise ValueError(f"implementation='cudnn' cannot run here: {why_not}")
-            return _cudnn_attention(
-                query, key, value, query_seq_lengths, key_value_seq_lengths, scale
-            )
-        case "mosaic_gpu":
-            if why_not_hopper:
-                raise ValueError(f"implementation='mosaic_gpu' cannot run here: {why_not_hopper}")
-            everything = BandMask(num_queries, num_queries)
-            out, lse = block_sparse_attention(
-                query,
-                key,
-                value,
-                masks=(everything,),
-                scale=scale,
-                implementation="mosaic_gpu",
-                return_lse=True,
-            )
-        case "xla":
-            out, lse = xla.dense_attention(
-                query,
-                key,
-                value,
-                query_seq_lengths=query_seq_lengths,
-                key_value_seq_lengths=key_value_seq_lengths,
-                scale=scale,
-            )
-        case "reference":
-            keep = jnp.ones((batch, 1, num_queries, num_keys), bool)
-            if query_seq_lengths is not None:
-                keep &= _below(num_queries, query_seq_lengths)[:, None, :, None]
-            if key_value_seq_lengths is not None:
-                keep &= _below(num_keys, key_value_seq_lengths)[:, None, None, :]
-            out, lse = reference.masked_attention(query, key, value, keep, scale=scale)
-        case _:
-            raise ValueError(
-                "implementation is None, 'cudnn', 'mosaic_gpu', 'xla' or 'reference', not "
-                f"{implementation!r}"
-            )
+    if implementation == "cudnn" and (why_not := _why_not_cudnn(query, return_lse)):
+        raise ValueError(f"implementation='cudnn' cannot run here: {why_not}")
+    if implementation == "mosaic_gpu" and why_not_hopper:
+        raise ValueError(f"implementation='mosaic_gpu' cannot run here: {why_not_hopper}")
+    run = {
+        "cudnn": _cudnn_attention,
+        "mosaic_gpu": _on_hopper,
+        "xla": _portable,
+        "reference": _reference,
+    }.get(implementation)
+    if run is None:
+        raise ValueError(
+            "implementation is None, 'cudnn', 'mosaic_gpu', 'xla' or 'reference', not "
+            f"{implementation!r}"
+        )
+    words = ("btho", "bkho", "bkho", "b", "b")
+    on_devices = on_each_device(partial(run, scale=scale), words, ("btho", "bht"))
+    out, lse = on_devices(query, key, value, query_seq_lengths, key_value_seq_lengths)
     return (out, lse.astype(jnp.float32)) if return_lse else out
 
 
-def _cudnn_attention(query, key, value, query_seq_lengths, key_value_seq_lengths, scale):
+def _on_hopper(query, key, value, query_seq_lengths, key_value_seq_lengths, *, scale):
+    del query_seq_lengths, key_value_seq_lengths
+    return block_sparse_attention(
+        query,
+        key,
+        value,
+        masks=(BandMask(query.shape[1], query.shape[1]),),
+        scale=scale,
+        implementation="mosaic_gpu",
+        return_lse=True,
+    )
+
+
+def _portable(query, key, value, query_seq_lengths, key_value_seq_lengths, *, scale):
+    return xla.dense_attention(
+        query,
+        key,
+        value,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        scale=scale,
+    )
+
+
+def _reference(query, key, value, query_seq_lengths, key_value_seq_lengths, *, scale):
+    batch, num_queries, num_keys = query.shape[0], query.shape[1], key.shape[1]
+    keep = jnp.ones((batch, 1, num_queries, num_keys), bool)
+    if query_seq_lengths is not None:
+        keep &= _below(num_queries, query_seq_lengths)[:, None, :, None]
+    if key_value_seq_lengths is not None:
+        keep &= _below(num_keys, key_value_seq_lengths)[:, None, None, :]
+    return reference.masked_attention(query, key, value, keep, scale=scale)
+
+
+def _cudnn_attention(query, key, value, query_seq_lengths, key_value_seq_lengths, *, scale):
+    # cuDNN reads whole tiles, padding too, and a weight of 0 does not hide a NaN.
+    query = _blanked(query, query_seq_lengths)
+    key, value = (_blanked(x, key_value_seq_lengths) for x in (key, value))
     out = jax.nn.dot_product_attention(
         query,
         key,
@@ -130,15 +144,10 @@ def _cudnn_attention(query, key, value, query_seq_lengths, key_value_seq_lengths
         key_value_seq_lengths=key_value_seq_lengths,
         implementation="cudnn",
     )
-    real = None
-    if query_seq_lengths is not None:
-        real = _below(query.shape[1], query_seq_lengths)
     if key_value_seq_lengths is not None:
-        some = (key_value_seq_lengths > 0)[:, None]
-        real = some if real is None else real & some
-    if real is None:
-        return out
-    return jnp.where(real[:, :, None, None], out, jnp.zeros((), out.dtype))
+        some = (key_value_seq_lengths > 0)[:, None, None, None]
+        out = jnp.where(some, out, jnp.zeros((), out.dtype))
+    return _blanked(out, query_seq_lengths), None
 
 
 def _why_not_cudnn(query: Array, return_lse: bool) -> str:
@@ -155,4 +164,11 @@ def _why_not_cudnn(query: Array, return_lse: bool) -> str:
 
 
 def _below(size: int, lengths: Int[Array, " batch"]) -> Array:
-    return jnp.arange(size)[None] < lengths[:, None]
+    return jnp.arange(size, dtype=lengths.dtype)[None] < lengths[:, None]
+
+
+def _blanked(x: Array, lengths: Int[Array, " batch"] | None) -> Array:
+    """Put 0 behind the lengths."""
+    if lengths is None:
+        return x
+    return jnp.where(_below(x.shape[1], lengths)[:, :, None, None], x, jnp.zeros((), x.dtype))

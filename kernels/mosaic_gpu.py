@@ -12,13 +12,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from svg_jax.kernels.block_mask import BandMask
+from svg_jax.kernels.sharding import vary_like
 
 ROWS = 64  # of a warpgroup: what one wgmma multiplies
 NUM_SMS = 132  # of an H100 and an H200
 LOG2_E = math.log2(math.e)
-# Finite, and far enough apart that the exponential of MASKED − FLOOR is an exact 0: −inf − −inf
-# would be NaN, and MASKED − MASKED, rounded apart, anything.
-MASKED, FLOOR = -1e30, -1e20
+# The largest logit so far starts below every logit, but finite: −inf − −inf would be NaN.
+MASKED, FLOOR = -math.inf, float(jnp.finfo(jnp.float32).min)
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -52,7 +52,7 @@ def kernel(body: Callable, *, warpgroups: int, interpret: Any, **options: Any) -
     """A Mosaic GPU kernel; `interpret` runs it on a CPU (see `Staging`)."""
     if interpret is not None:
         options["interpret"] = interpret
-    return plgpu.kernel(
+    run = plgpu.kernel(
         body,
         num_threads=warpgroups,
         thread_name="warpgroup",
@@ -64,6 +64,11 @@ def kernel(body: Callable, *, warpgroups: int, interpret: Any, **options: Any) -
         ),
         **options,
     )
+
+    def call(*operands: jax.Array) -> Any:
+        return jax.tree.map(partial(vary_like, like=operands[0]), run(*operands))
+
+    return call
 
 
 def full(shape: tuple[int, ...], value: float, layout: Any, interpret: Any) -> jax.Array:

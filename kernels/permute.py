@@ -124,7 +124,12 @@ def _by_triton(
         pl.pallas_call(
             body,
             out_shape=[
-                jax.ShapeDtypeStruct((batch, num_tokens, heads, head_dim), x.dtype) for x in arrays
+                jax.ShapeDtypeStruct(
+                    (batch, num_tokens, heads, head_dim),
+                    x.dtype,
+                    manual_axis_type=jax.typeof(x).manual_axis_type,
+                )
+                for x in arrays
             ],
             grid=(pl.cdiv(num_tokens, TOKENS_OF_A_BLOCK), heads, batch),
             compiler_params=triton.CompilerParams(num_warps=4),

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Int
 from svg_jax.kernels import mosaic_gpu, mosaic_profile
 from svg_jax.kernels.batching import vmap_as_batch
 from svg_jax.kernels.block_mask import BandMask
+from svg_jax.kernels.sharding import compiler_may_split, vary_like
 
-# Finite: the anchor of a row that has kept nothing yet must not make −inf − −inf = NaN.
-MASKED = -1e30
+# Below every logit and yet finite: where a row has kept nothing yet, −inf − −inf would be NaN.
+LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def sampled_attention(
@@ -93,7 +94,7 @@ def sampled_attention(
         def visit(carry, block):
             # The last block is moved back inside the sequence; what it repeats is masked away.
             start = jnp.minimum(block * block_kv, tokens - block_kv)
-            fresh = start + jnp.arange(block_kv) >= block * block_kv
+            fresh = start + jnp.arange(block_kv, dtype=jnp.int32) >= block * block_kv
             columns = lax.dynamic_slice_in_dim(key_positions, start, block_kv, axis=1)
             kept = jnp.stack(
                 [
@@ -105,7 +106,9 @@ def sampled_attention(
             def one_head(args):
                 highest, weight, output, query, key, value = args
                 keys, values = (lax.dynamic_slice_in_dim(x, start, block_kv) for x in (key, value))
-                scores = jnp.where(kept, dot(query, keys.T)[None], MASKED)
+                if length is not None:  # padding may hold NaN, and 0 · NaN is NaN
+                    values = jnp.where(kept.any((0, 1))[:, None], values, 0.0)
+                scores = jnp.where(kept, dot(query, keys.T)[None], -jnp.inf)
                 scores = scores.reshape(-1, block_kv)
                 new_highest = jnp.maximum(highest, scores.max(-1, keepdims=True))
                 probabilities = jnp.exp(scores - new_highest)
@@ -116,18 +119,21 @@ def sampled_attention(
             return each_head(one_head, (*carry, query, key, value)), None
 
         first = tuple(
-            jnp.full((*state, width), fill, jnp.float32)
-            for width, fill in ((1, MASKED), (1, 0.0), (head_dim, 0.0))
+            vary_like(jnp.full((*state, width), fill, jnp.float32), query)
+            for width, fill in ((1, LOWEST), (1, 0.0), (head_dim, 0.0))
         )
         blocks = jnp.arange(num_blocks, dtype=jnp.int32)
-        (highest, weight, output), _ = lax.scan(visit, first, blocks)
-        return jnp.where(highest > MASKED, output / weight, 0.0)
+        (_, weight, output), _ = lax.scan(visit, first, blocks)
+        return output / jnp.where(weight > 0, weight, 1.0)
 
     query, key, value = (x.swapaxes(1, 2).astype(jnp.float32) for x in (query, key, value))
     query *= scale
 
     def run(*args, each: Callable):
         return each(lambda entry: one_entry(*entry, each_head=each), args)
+
+    def together(body: Callable, args):
+        return jax.vmap(body)(args)
 
     output = lax.platform_dependent(
         query,
@@ -136,7 +142,7 @@ def sampled_attention(
         query_positions.swapaxes(0, 1),
         text_length,
         # One head's scores stay in a CPU's caches; one head alone does not fill an accelerator.
-        cpu=partial(run, each=lax.map),
-        default=partial(run, each=lambda body, args: jax.vmap(body)(args)),
+        cpu=partial(run, each=together if compiler_may_split(query) else lax.map),
+        default=partial(run, each=together),
     )
     return output.reshape(batch, heads, len(masks), rows, head_dim).transpose(2, 0, 1, 3, 4)

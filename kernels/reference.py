@@ -16,7 +16,7 @@ def keep_table(
     text_length: Int[Array, " batch"] | None,
 ) -> Bool[Array, "batch heads tokens tokens"]:
     """Write the closed-form masks out for every pair of tokens."""
-    position = jnp.arange(masks[0].num_tokens)
+    position = jnp.arange(masks[0].num_tokens, dtype=jnp.int32)
     query, key = position[None, :, None], position[None, None, :]
     length = None if text_length is None else text_length[:, None, None]
     batch = mask_of_head.shape[0]
@@ -41,9 +41,11 @@ def masked_attention(
         accumulator's; rows that keep no key are 0 and -inf.
     """
     dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
-    # A key that no query keeps may hold anything: 0 * NaN must not reach the sum.
-    used = jnp.any(keep, axis=-2).swapaxes(1, 2)[..., None]
-    key, value = (jnp.where(used, x, jnp.zeros((), x.dtype)) for x in (key, value))
+    # What keeps nothing, or is kept by none, may hold anything: 0 * NaN must not reach a sum, of
+    # the output or of a gradient.
+    keeps, kept = (jnp.any(keep, axis).swapaxes(1, 2)[..., None] for axis in (-1, -2))
+    query = jnp.where(keeps, query, jnp.zeros((), query.dtype))
+    key, value = (jnp.where(kept, x, jnp.zeros((), x.dtype)) for x in (key, value))
     query_, key, value = (x.astype(dtype) for x in (query, key, value))
     highest = jax.lax.Precision.HIGHEST
     logits = jnp.einsum("bqhd,bkhd->bhqk", query_, key, precision=highest) * scale

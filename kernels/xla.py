@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from svg_jax.kernels.block_mask import BandMask
+from svg_jax.kernels.sharding import over_heads, vary_like
 from svg_jax.kernels.windows import Window, band_windows
 
 # On a CPU multiples of 128 keep two threads equally busy, and 128 wastes fewest keys.
@@ -22,12 +23,10 @@ BLOCK_ROWS = 128
 DENSE_BLOCK_ROWS = 256
 # Heads at once: one fills a CPU and spares its caches, an accelerator wants more.
 ACCELERATOR_HEADS = 8
-# Finite: a row whose keys are all masked gives numbers (blanked later) and gradients without NaN.
-MASKED = -1e30
 
 
 class _Keys(NamedTuple):
-    """Some keys of one head, and what is added to a row's logits: 0 or MASKED (None: nothing).
+    """Some keys of one head, and what is added to a row's logits: 0 or -inf (None: nothing).
 
     Adding runs in one pass with the softmax, where selecting would take its own.
     """
@@ -71,9 +70,8 @@ def block_sparse_attention(
             return of_masks[0](query, key, value, length)
         return lax.switch(index, of_masks, query, key, value, length)
 
-    index = None if mask_of_head is None or len(masks) == 1 else mask_of_head.reshape(-1)
-    length = None if text_length is None else jnp.repeat(text_length, heads)
-    return _over_heads(one_head, query, key, value, index, length)
+    index = None if len(masks) == 1 else mask_of_head
+    return _over_heads(one_head, query, key, value, index, _of_heads(text_length, heads))
 
 
 @partial(jax.jit, static_argnames=("scale", "block"))
@@ -88,50 +86,49 @@ def block_list_attention(
     block: int = 128,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], Float[Array, "batch heads tokens"]]:
     """Attend to listed blocks of keys, block after block; see `svg_jax.kernels.attention`."""
-    batch, tokens, heads, head_dim = query.shape
-    missing = -tokens % block
+    tokens = query.shape[1]
     dtype = _accumulator(query.dtype)
     dot = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    arrays = [
-        jnp.pad(x.astype(dtype), [(0, 0), (0, missing), (0, 0), (0, 0)])
-        .swapaxes(1, 2)
-        .reshape(batch * heads, -1, block, head_dim)
-        for x in (query, key, value)
-    ]
 
     def one_head(args):
-        query, key, value, counts, blocks = args
+        *arrays, counts, blocks = args
+        missing = -tokens % block
+        query, key, value = (
+            jnp.pad(x.astype(dtype), [(0, missing), (0, 0)]).reshape(-1, block, x.shape[-1])
+            for x in arrays
+        )
 
+        @partial(jax.checkpoint, prevent_cse=False)
         def one_block(args):
             rows, count, listed = args
 
-            def visit(n, carry):
+            def visit(carry, number, keys, values):
                 out, top, total = carry
-                column = listed[n] * block + jnp.arange(block)
-                logits = jnp.where(column < tokens, dot(rows, key[listed[n]].T) * scale, MASKED)
-                new_top = jnp.maximum(top, logits.max(-1, keepdims=True))
+                is_real = number * block + jnp.arange(block, dtype=jnp.int32) < tokens
+                logits = jnp.where(is_real[None], dot(rows, keys.T) * scale, -jnp.inf)
+                new_top = lax.stop_gradient(jnp.maximum(top, logits.max(-1, keepdims=True)))
                 weights, shrink = jnp.exp(logits - new_top), jnp.exp(top - new_top)
-                out = out * shrink + dot(weights, value[listed[n]])
+                out = out * shrink + dot(weights, values)
                 return out, new_top, total * shrink + weights.sum(-1, keepdims=True)
 
-            column = jnp.full((block, 1), MASKED, dtype)
-            start = (jnp.zeros_like(rows), column, jnp.zeros_like(column))
-            out, top, total = lax.fori_loop(0, count, visit, start)
-            return out / jnp.where(total > 0, total, 1.0), (top + jnp.log(total))[:, 0]
+            def step(carry, args):
+                n, number = args
+                visited = partial(visit, carry, number, key[number], value[number])
+                return lax.cond(n < count, visited, lambda: carry), None
 
-        return lax.map(one_block, (query, counts, blocks))
+            column = jnp.zeros((block, 1), dtype)
+            start = (jnp.zeros_like(rows), column + jnp.finfo(dtype).min, column)
+            start = tuple(vary_like(x, rows) for x in start)
+            most = jnp.arange(len(listed), dtype=jnp.int32)
+            (out, top, total), _ = lax.scan(step, start, (most, listed))
+            return _normalised(out, top, total)
 
-    out, lse = lax.map(
-        one_head,
-        (
-            *arrays,
-            counts.reshape(batch * heads, -1),
-            blocks.reshape(batch * heads, *blocks.shape[2:]),
-        ),
-    )
-    out = out.reshape(batch, heads, -1, head_dim).swapaxes(1, 2)[:, :tokens]
-    lse = lse.reshape(batch, heads, -1)[..., :tokens].astype(jnp.float32)
-    return out.astype(query.dtype), lse
+        out, lse = lax.map(one_block, (query, counts, blocks))
+        return out.reshape(-1, out.shape[-1])[:tokens], lse.reshape(-1)[:tokens]
+
+    arrays = (x.swapaxes(1, 2) for x in (query, key, value))
+    out, lse = over_heads(one_head, (*arrays, counts, blocks), heads_at_once=1)
+    return out.swapaxes(1, 2).astype(query.dtype), lse.astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnames=("scale", "block_rows"))
@@ -151,52 +148,44 @@ def dense_attention(
     def one_head(query, key, value, num_queries, num_keys):
         keep = real = None
         if num_keys is not None:
-            keep = jnp.arange(key.shape[0]) < num_keys
+            keep = jnp.arange(key.shape[0], dtype=jnp.int32) < num_keys
             key, value = _blank(keep, key), _blank(keep, value)
             real = jnp.broadcast_to(num_keys > 0, query.shape[:1])
         if num_queries is not None:
-            below = jnp.arange(query.shape[0]) < num_queries
+            below = jnp.arange(query.shape[0], dtype=jnp.int32) < num_queries
             real = below if real is None else real & below
             query = _blank(real, query)
         everything = _Keys(key, value, None if keep is None else _bias(keep[None], key.dtype))
         out, lse = _by_rows(_attend_all, query, everything, block_rows=block_rows, scale=scale)
         return _blank(real, out), lse if real is None else jnp.where(real, lse, -jnp.inf)
 
-    lengths = [
-        None if x is None else jnp.repeat(x, heads)
-        for x in (query_seq_lengths, key_value_seq_lengths)
-    ]
+    lengths = (_of_heads(x, heads) for x in (query_seq_lengths, key_value_seq_lengths))
     return _over_heads(one_head, query, key, value, *lengths)
+
+
+def _of_heads(lengths: Int[Array, " batch"] | None, heads: int) -> Int[Array, "batch heads"] | None:
+    return None if lengths is None else jnp.repeat(lengths[:, None], heads, axis=1)
 
 
 def _over_heads(one_head: Callable, query, key, value, *of_heads):
     """Map a function of one head's [tokens, head_dim] arrays over batch and heads."""
-    batch, tokens, heads, head_dim = query.shape
-    arrays = [
-        x.swapaxes(1, 2).reshape(batch * heads, x.shape[1], head_dim) for x in (query, key, value)
-    ]
 
-    def run(query, key, value, *rest, widen: bool, heads_at_once: int):
+    def run(*args, widen: bool, heads_at_once: int):
         def widened(args):
             dtype = _accumulator(args[0].dtype) if widen else args[0].dtype
             out, lse = one_head(*(x.astype(dtype) for x in args[:3]), *args[3:])
             return out.astype(args[0].dtype), lse
 
-        # A divisor, since a remainder would be compiled as a second program.
-        total = query.shape[0]
-        at_once = max(n for n in range(1, total + 1) if total % n == 0 and n <= heads_at_once)
-        args = (query, key, value, *rest)
-        return lax.map(widened, args, batch_size=at_once if at_once > 1 else None)
+        return over_heads(widened, args, heads_at_once)
 
     out, lse = lax.platform_dependent(
-        *arrays,
+        *(x.swapaxes(1, 2) for x in (query, key, value)),
         *of_heads,
         # A CPU multiplies float32 faster than any narrower type, and one head's copy is small.
         cpu=partial(run, widen=True, heads_at_once=1),
         default=partial(run, widen=False, heads_at_once=ACCELERATOR_HEADS),
     )
-    out = out.reshape(batch, heads, tokens, head_dim).swapaxes(1, 2)
-    return out, lse.reshape(batch, heads, tokens)
+    return out.swapaxes(1, 2), lse
 
 
 def _sparse_head(query, key, value, text_length, *, mask: BandMask, scale: float, block_rows: int):
@@ -206,7 +195,7 @@ def _sparse_head(query, key, value, text_length, *, mask: BandMask, scale: float
     if mask.text_tokens == 0 or text_length is None:
         text_length = real = None
     else:
-        real = mask.is_real(jnp.arange(mask.num_tokens), text_length)
+        real = mask.is_real(jnp.arange(mask.num_tokens, dtype=jnp.int32), text_length)
         query, key, value = (_blank(real, x) for x in (query, key, value))
 
     outs, lses = [], []
@@ -257,7 +246,8 @@ def _by_blocks(body: Callable, query, block_rows: int, arrays):
     # Recomputing a block in the backward pass keeps its memory linear in the sequence.
     body = jax.checkpoint(body, prevent_cse=False)
     blocks = query.reshape(-1, block_rows, query.shape[-1])
-    out, lse = lax.map(lambda xs: body(*xs, arrays), (jnp.arange(len(blocks)), blocks))
+    numbers = jnp.arange(len(blocks), dtype=jnp.int32)
+    out, lse = lax.map(lambda xs: body(*xs, arrays), (numbers, blocks))
     return out.reshape(-1, out.shape[-1]), lse.reshape(-1)
 
 
@@ -290,19 +280,20 @@ def _window_bias(
 ) -> Float[Array, "rows keys"]:
     """Bias of a block's rows over text, sink and its window of the band.
 
-    A row keeps a key that is no further from it than the key's reach. Places and reaches are
+    A row keeps a key that is nearer to it than the key's reach. Places and reaches are
     vectors, and what is made of them is made again wherever the logits are read: an array of it
     would take as much of the cache as the logits do.
     """
-    row = window.first_row + index * window.block_rows + jnp.arange(window.block_rows)
-    in_band = jnp.arange(-_front(mask), window.num_keys)
+    row = window.first_row + index * window.block_rows
+    row += jnp.arange(window.block_rows, dtype=jnp.int32)
+    in_band = jnp.arange(-_front(mask), window.num_keys, dtype=jnp.int32)
     place = window.first_key + index * window.key_step + in_band
-    reach = jnp.where(in_band < 0, jnp.inf, mask.band_width - 0.5)
+    reach = jnp.where(in_band < 0, jnp.inf, float(mask.band_width))
     if text_length is not None:
-        text = jnp.arange(len(in_band))
-        reach = jnp.where((text_length <= text) & (text < mask.text_tokens), -1.0, reach)
+        text = jnp.arange(len(in_band), dtype=jnp.int32)
+        reach = jnp.where((text_length <= text) & (text < mask.text_tokens), 0.0, reach)
     distance = jnp.abs(row.astype(dtype)[:, None] - place.astype(dtype)[None])
-    return jnp.minimum(reach.astype(dtype)[None] - distance, 0.0) * -MASKED
+    return jnp.where(distance < reach.astype(dtype)[None], 0.0, -jnp.inf).astype(dtype)
 
 
 def _front(mask: BandMask) -> int:
@@ -311,7 +302,7 @@ def _front(mask: BandMask) -> int:
 
 
 def _bias(keep: Bool[Array, "#rows keys"], dtype) -> Float[Array, "#rows keys"]:
-    return jnp.where(keep, 0.0, MASKED).astype(_accumulator(dtype))
+    return jnp.where(keep, 0.0, -jnp.inf).astype(_accumulator(dtype))
 
 
 def _softmax(query, keys: _Keys, scale: float):
@@ -328,11 +319,20 @@ def _softmax(query, keys: _Keys, scale: float):
         logits = dot(query, keys.key.T) * scale
     if keys.bias is not None:
         logits += keys.bias
-    top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    # Finite even where all keys are masked, or −inf − −inf would make the row NaN.
+    lowest = jnp.finfo(accumulator).min
+    top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=lowest))
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = dot(weights.astype(keys.value.dtype), keys.value) / total
-    return out.astype(query.dtype), (top + jnp.log(total))[:, 0]
+    out, lse = _normalised(dot(weights.astype(keys.value.dtype), keys.value), top, total)
+    return out.astype(query.dtype), lse
+
+
+def _normalised(out, top, total):
+    """The output and the log-sum-exp of sums of weights; 0 and -inf of a row that has no key."""
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    return out / total, jnp.where(some, top + jnp.log(total), -jnp.inf)[:, 0]
 
 
 def _blank(real, x):

@@ -68,10 +68,8 @@ def dense_attention(
     shift = layout.text_tokens if layout.text_position == "first" else 0
     query, key, value = (jnp.roll(x, -shift, axis=1) for x in (query, key, value))
     length = layout.video_tokens + text_length
-    out = _attend(query, key, value, length)
-    is_real = jnp.arange(layout.num_tokens)[None, :] < length[:, None]
-    out = jnp.where(is_real[:, :, None, None], out, jnp.zeros((), out.dtype))
-    return jnp.roll(out, shift, axis=1), None
+    out = _attend(_blanked(query, length), key, value, length)
+    return jnp.roll(_blanked(out, length), shift, axis=1), None
 
 
 def cross_attention(
@@ -153,6 +151,8 @@ def softmax_attention(
 
 
 def _attend(query: Array, key: Array, value: Array, length: Array | None) -> Array:
+    if length is not None:  # padding may hold NaN, which no weight of 0 hides
+        key, value = _blanked(key, length), _blanked(value, length)
     head_dim = query.shape[-1]
     in_16_bit = query.dtype in (jnp.bfloat16, jnp.float16)
     if in_16_bit and jax.default_backend() == "gpu" and head_dim % 8 == 0 and head_dim <= 128:
@@ -160,13 +160,22 @@ def _attend(query: Array, key: Array, value: Array, length: Array | None) -> Arr
             query, key, value, key_value_seq_lengths=length, implementation="cudnn"
         )
 
-    keep = None if length is None else jnp.arange(key.shape[1])[None, :] < length[:, None]
+    keep = None if length is None else _below(key.shape[1], length)
 
     def attend_rows(rows: Array, first: Array) -> Array:
         del first
         return softmax_attention(rows, key, value, scale=head_dim**-0.5, keep=keep)
 
     return _by_rows(attend_rows, query)
+
+
+def _below(size: int, length: Array) -> Array:
+    return jnp.arange(size, dtype=length.dtype)[None, :] < length[:, None]
+
+
+def _blanked(x: Array, length: Array) -> Array:
+    """Put 0 behind the lengths of [batch, tokens, heads, head_dim]."""
+    return jnp.where(_below(x.shape[1], length)[:, :, None, None], x, jnp.zeros((), x.dtype))
 
 
 def _by_rows(attend_rows: Callable[[Array, Array], Array], query: Array) -> Array:

@@ -4,16 +4,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from svg_jax.attention import attend_dense, attend_sparse, sparse_attention
+    from svg_jax.attention import (
+        SparseAttentionInfo,
+        StepState,
+        attend_dense,
+        attend_sparse,
+        sparse_attention,
+    )
     from svg_jax.classify import classify_heads
     from svg_jax.config import PAPER_PRESETS, SparsityConfig
+    from svg_jax.models.attention import Attend
     from svg_jax.models.layout import VideoLayout
     from svg_jax.sampling import from_pretrained
     from svg_jax.video import save_video
 
 __all__ = [
     "PAPER_PRESETS",
+    "Attend",
+    "SparseAttentionInfo",
     "SparsityConfig",
+    "StepState",
     "VideoLayout",
     "__version__",
     "attend_dense",
@@ -26,6 +36,9 @@ __all__ = [
 
 _HOME = {
     "PAPER_PRESETS": "svg_jax.config",
+    "Attend": "svg_jax.models.attention",
+    "SparseAttentionInfo": "svg_jax.attention",
+    "StepState": "svg_jax.attention",
     "SparsityConfig": "svg_jax.config",
     "VideoLayout": "svg_jax.models.layout",
     "attend_dense": "svg_jax.attention",

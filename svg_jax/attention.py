@@ -6,14 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from svg_jax import kernels
-from svg_jax.classify import classify_heads
+from svg_jax.classify import check_arguments, errors_of_masks, sample_rows
 from svg_jax.config import SparsityConfig, dense_layer_count
-from svg_jax.layout import to_frame_major, to_token_major
+from svg_jax.kernels import checks
+from svg_jax.layout import clamped_length, to_frame_major, to_token_major
 from svg_jax.masks import realised_density, sparse_mask
 from svg_jax.models import Attend, VideoLayout
+
+Key = PRNGKeyArray | UInt32[Array, " words"]
+"""A PRNG key, typed (`jax.random.key`) or raw (`jax.random.PRNGKey`)."""
 
 
 @jax.tree_util.register_dataclass
@@ -43,11 +47,10 @@ class StepState:
         labels: Labels to use in place of profiling, or None.
     """
 
-    rng: PRNGKeyArray
+    rng: Key
     labels: Bool[Array, "layers batch heads"] | None = None
 
 
-@partial(jax.jit, static_argnames=("layout", "config", "implementation"))
 def sparse_attention(
     query: Float[Array, "batch tokens heads head_dim"],
     key: Float[Array, "batch tokens heads head_dim"],
@@ -55,23 +58,28 @@ def sparse_attention(
     *,
     layout: VideoLayout,
     config: SparsityConfig,
-    rng: PRNGKeyArray | None = None,
+    rng: Key | None = None,
     labels: Bool[Array, "batch heads"] | None = None,
     text_length: Int[Array, " batch"] | None = None,
     implementation: kernels.Implementation | None = None,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], SparseAttentionInfo]:
     """Attention of a video's tokens, each head inside its own sparse pattern.
 
+    Batch and heads may be spread over devices, by `shard_map`, on Explicit axes or on Auto ones:
+    no device needs another. Where tokens or head_dim are spread, they are gathered first.
+
     Args:
-        query: After QK-norm and RoPE, tokens in frame-major order, text first or last.
-        key: Likewise.
-        value: Likewise.
+        query: Queries after QK-norm and RoPE, tokens in frame-major order, text first or last.
+        key: Keys, ordered as the queries.
+        value: Values, ordered as the queries.
         layout: Where video and text stand. Static.
         config: Density and number of sampled rows. Static.
-        rng: PRNG key for the sampled rows; needed unless labels are given.
+        rng: PRNG key for the sampled rows, the same ones in all batch entries; needed unless labels
+            are given.
         labels: True where a head is temporal: skips profiling. For ablations and goldens.
-        text_length: Real text tokens of each batch entry; None if all are real. Rows of padded text
-            are unspecified but finite.
+        text_length: Real text tokens of each batch entry; None if all are real. What padding holds
+            never matters, be it NaN, and its rows are 0. Under a trace, where it cannot be checked,
+            it is clamped to the text.
         implementation: The kernel to use; None picks one (see `svg_jax.kernels`).
 
     Returns:
@@ -81,8 +89,38 @@ def sparse_attention(
         ValueError: Neither rng nor labels; arrays that do not fit the layout; a density that is too
             small for the text.
     """
-    if query.shape[1] != layout.num_tokens:
-        raise ValueError(f"query has {query.shape[1]} tokens, {layout} has {layout.num_tokens}")
+    check_arguments(query, key, value, layout, config, rng, text_length)
+    batch, _, heads, head_dim = query.shape
+    checks.check_booleans("labels", labels, (batch, heads), "[batch, heads]")
+    kernels.pick_implementation(implementation, head_dim, query.dtype)
+    if rng is None and labels is None and config.density < 1:
+        raise ValueError("sparse_attention profiles heads with a PRNG key: give rng, or labels")
+    return _sparse_attention(
+        query,
+        key,
+        value,
+        rng,
+        labels,
+        clamped_length(text_length, layout),
+        layout=layout,
+        config=config,
+        implementation=implementation,
+    )
+
+
+@partial(jax.jit, static_argnames=("layout", "config", "implementation"))
+def _sparse_attention(
+    query,
+    key,
+    value,
+    rng,
+    labels,
+    text_length,
+    *,
+    layout: VideoLayout,
+    config: SparsityConfig,
+    implementation: kernels.Implementation | None,
+):
     batch, _, heads, _ = query.shape
     if config.density >= 1:
         info = SparseAttentionInfo(
@@ -91,27 +129,32 @@ def sparse_attention(
             density=jnp.ones((), jnp.float32),
         )
         return _dense(query, key, value, layout, text_length, implementation), info
-    if labels is not None:
-        temporal, errors = labels, jnp.full((batch, heads, 2), jnp.nan, jnp.float32)
-    elif rng is not None:
-        temporal, errors = classify_heads(
-            query, key, value, layout=layout, config=config, rng=rng, text_length=text_length
-        )
-    else:
-        raise ValueError("sparse_attention profiles heads with a PRNG key: give rng, or labels")
     mask = sparse_mask(layout, config)
-    info = SparseAttentionInfo(temporal, errors, realised_density(mask, text_length))
     implementation = kernels.pick_implementation(implementation, query.shape[-1], query.dtype)
     # A Hopper kernel wants tokens in eights: laying out can add the rest at no cost.
     eights = -(-layout.num_tokens // 8) * 8 if implementation == "mosaic_gpu" else None
-    laid_out = to_token_major(
-        query, key, value, layout=layout, temporal=temporal, num_tokens=eights
+
+    def attend(query, key, value, rows, labels, text_length):
+        if labels is None:
+            errors = errors_of_masks(query, key, value, rows, text_length, layout, mask)
+            temporal = errors[..., 1] < errors[..., 0]
+        else:
+            temporal = labels
+            errors = jnp.full((*labels.shape, 2), jnp.nan, jnp.float32)
+        laid_out = to_token_major(
+            query, key, value, layout=layout, temporal=temporal, num_tokens=eights
+        )
+        out = kernels.block_sparse_attention(
+            *laid_out, masks=mask, text_length=text_length, implementation=implementation
+        )
+        return *to_frame_major(out, layout=layout, temporal=temporal), temporal, errors
+
+    rows = None if labels is not None else sample_rows(rng, layout, config.sampled_rows)
+    on_devices = kernels.on_each_device(
+        attend, ("btho", "btho", "btho", "r", "bh", "b"), ("btho", "bh", "bhm")
     )
-    out = kernels.block_sparse_attention(
-        *laid_out, masks=mask, text_length=text_length, implementation=implementation
-    )
-    (out,) = to_frame_major(out, layout=layout, temporal=temporal)
-    return out, info
+    out, temporal, errors = on_devices(query, key, value, rows, labels, text_length)
+    return out, SparseAttentionInfo(temporal, errors, realised_density(mask, text_length))
 
 
 def attend_dense(
@@ -124,8 +167,10 @@ def attend_dense(
     layer: Int[Array, ""],
     step_state: object,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], None]:
-    """The kernels' dense attention as a model's `attend`."""
-    return _dense(query, key, value, layout, text_length, None), None
+    """The kernels' dense attention as a model's `attend`; rows of padded text are 0."""
+    check_arguments(query, key, value, layout, None, None, text_length)
+    lengths = clamped_length(text_length, layout)
+    return _dense(query, key, value, layout, lengths, None), None
 
 
 @cache
@@ -148,6 +193,10 @@ def attend_sparse(
         A callable whose `step_state` is a `StepState` and whose info is a `SparseAttentionInfo`.
         In a dense layer labels are False, errors NaN and the density 1.
     """
+    if not isinstance(config, SparsityConfig):
+        raise ValueError(f"config must be a SparsityConfig, not {type(config).__name__}")
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+        raise ValueError(f"num_layers counts the model's layers, at least 1: got {num_layers!r}")
     dense_layers = dense_layer_count(config, num_layers)
 
     def dense(query, key, value, layout, text_length):
@@ -157,9 +206,19 @@ def attend_sparse(
             errors=jnp.full((batch, heads, 2), jnp.nan, jnp.float32),
             density=jnp.ones((), jnp.float32),
         )
-        return _dense(query, key, value, layout, text_length, implementation), info
+        lengths = clamped_length(text_length, layout)
+        return _dense(query, key, value, layout, lengths, implementation), info
 
     def attend(query, key, value, *, layout, text_length, layer, step_state) -> Any:
+        check_arguments(query, key, value, layout, config, None, text_length)
+        if not isinstance(step_state, StepState):
+            raise ValueError(
+                f"attend_sparse takes a StepState as step_state, not {type(step_state).__name__}"
+            )
+        checks.check_key("rng", step_state.rng)
+        shape = (num_layers, query.shape[0], query.shape[2])
+        checks.check_booleans("labels", step_state.labels, shape, "[layers, batch, heads]")
+
         def sparse(query, key, value):
             labels = None if step_state.labels is None else step_state.labels[layer]
             return sparse_attention(
@@ -220,5 +279,10 @@ def _dense(
     if implementation == "mosaic_gpu":  # which asks for sparse attention: dense has a better one
         implementation = None
     return kernels.dense_attention(
-        query, key, value, key_value_seq_lengths=lengths, implementation=implementation
+        query,
+        key,
+        value,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
     )

@@ -7,36 +7,39 @@ forms with the run's own band, and one pass over the keys serves all three outpu
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from svg_jax.config import SparsityConfig
-from svg_jax.kernels import sampled_attention
-from svg_jax.layout import token_major_position
+from svg_jax.kernels import BandMask, checks, on_each_device, sampled_attention
+from svg_jax.layout import clamped_length, token_major_position
 from svg_jax.masks import sparse_mask
 from svg_jax.models import VideoLayout
 
 
 def sample_rows(
-    rng: PRNGKeyArray, layout: VideoLayout, batch: int, sampled_rows: int
-) -> Int[Array, "batch rows"]:
+    rng: PRNGKeyArray | UInt32[Array, " words"], layout: VideoLayout, sampled_rows: int
+) -> Int[Array, " rows"]:
     """Draw distinct video tokens, one from each of equally long stretches of the whole video.
 
-    Takes O(rows) work; drawing without replacement from all S tokens would sort them.
+    All batch entries share them, so that an entry's labels depend neither on the others nor on the
+    device that it lies on. Takes O(rows) work; drawing without replacement from all S tokens would
+    sort them.
 
     Returns:
-        Positions in the sequence; all video tokens if there are fewer than `sampled_rows`.
+        int32 positions in the sequence; all video tokens if there are fewer than `sampled_rows`.
     """
     rows = min(sampled_rows, layout.video_tokens)
     bounds = np.arange(rows + 1, dtype=np.int64) * layout.video_tokens // rows
     bounds = layout.video_start + bounds.astype(np.int32)
-    return jax.random.randint(rng, (batch, rows), bounds[None, :-1], bounds[None, 1:])
+    # The default dtype is another one under jax_enable_x64, and draws other numbers.
+    return jax.random.randint(rng, (rows,), bounds[:-1], bounds[1:], dtype=jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("layout", "config"))
 def classify_heads(
     query: Float[Array, "batch tokens heads head_dim"],
     key: Float[Array, "batch tokens heads head_dim"],
@@ -44,39 +47,112 @@ def classify_heads(
     *,
     layout: VideoLayout,
     config: SparsityConfig,
-    rng: PRNGKeyArray,
+    rng: PRNGKeyArray | UInt32[Array, " words"],
     text_length: Int[Array, " batch"] | None = None,
 ) -> tuple[Bool[Array, "batch heads"], Float[Array, "batch heads 2"]]:
     """Tell temporal heads from spatial ones by the outputs of sampled rows.
 
     Args:
-        query: After QK-norm and RoPE, tokens in frame-major order.
-        key: Likewise.
-        value: Likewise.
+        query: Queries after QK-norm and RoPE, tokens in frame-major order.
+        key: Keys, ordered as the queries.
+        value: Values, ordered as the queries.
         layout: Where video and text stand. Static.
         config: Density and number of sampled rows. Static.
-        rng: Key of this layer and step.
-        text_length: Real text tokens of each batch entry; None if all are real.
+        rng: PRNG key of this layer and step.
+        text_length: Real text tokens of each batch entry; None if all are real. What padding holds
+            never matters.
 
     Returns:
         Labels, True where a head is temporal (ties are spatial), and float32 mean squared errors
         of the spatial and of the temporal mask against dense attention.
+
+    Raises:
+        ValueError: If arrays do not fit the layout, or the density is too small for the text.
+    """
+    check_arguments(query, key, value, layout, config, rng, text_length)
+    if rng is None:
+        raise ValueError("classify_heads samples rows with a PRNG key: give rng")
+    lengths = clamped_length(text_length, layout)
+    return _classify_heads(query, key, value, rng, lengths, layout=layout, config=config)
+
+
+@partial(jax.jit, static_argnames=("layout", "config"))
+def _classify_heads(
+    query, key, value, rng, text_length, *, layout: VideoLayout, config: SparsityConfig
+):
+    rows = sample_rows(rng, layout, config.sampled_rows)
+    mask = sparse_mask(layout, config)
+
+    def classify(query, key, value, rows, text_length):
+        errors = errors_of_masks(query, key, value, rows, text_length, layout, mask)
+        return errors[..., 1] < errors[..., 0], errors
+
+    on_devices = on_each_device(classify, ("btho", "btho", "btho", "r", "b"), ("bh", "bhm"))
+    return on_devices(query, key, value, rows, text_length)
+
+
+def errors_of_masks(
+    query: Float[Array, "batch tokens heads head_dim"],
+    key: Float[Array, "batch tokens heads head_dim"],
+    value: Float[Array, "batch tokens heads head_dim"],
+    rows: Int[Array, " rows"],
+    text_length: Int[Array, " batch"] | None,
+    layout: VideoLayout,
+    mask: BandMask,
+) -> Float[Array, "batch heads 2"]:
+    """Mean squared errors of the sampled rows' outputs under the spatial and the temporal mask.
+
+    Args:
+        query: Queries in frame-major order.
+        key: Keys, ordered as the queries.
+        value: Values, ordered as the queries.
+        rows: Positions of the sampled rows.
+        text_length: Real text tokens of each batch entry; None if all are real.
+        layout: Where video and text stand.
+        mask: The mask of both patterns, each in its own order of tokens.
     """
     # Labels are constants: what they come from has no gradient.
     query, key, value = (jax.lax.stop_gradient(x) for x in (query, key, value))
-    mask = sparse_mask(layout, config)
-    rows = sample_rows(rng, layout, query.shape[0], config.sampled_rows)
     dense = dataclasses.replace(mask, band_width=mask.num_tokens, sink_tokens=0)
     tokens = jnp.arange(layout.num_tokens, dtype=jnp.int32)
+    places = jnp.stack([rows, rows, token_major_position(rows, layout)])[:, None]
     outputs = sampled_attention(
-        jnp.take_along_axis(query, rows[:, :, None, None], axis=1),
+        jnp.take(query, rows, axis=1, mode="clip"),
         key,
         value,
         masks=(dense, mask, mask),
-        query_positions=jnp.stack([rows, rows, token_major_position(rows, layout)]),
+        query_positions=jnp.repeat(places, query.shape[0], axis=1),
         key_positions=jnp.stack([tokens, tokens, token_major_position(tokens, layout)]),
         text_length=text_length,
     )
     errors = jnp.square(outputs[1:] - outputs[:1]).mean((-2, -1))
-    errors = jnp.moveaxis(errors, 0, -1)
-    return errors[..., 1] < errors[..., 0], errors
+    return jnp.moveaxis(errors, 0, -1)
+
+
+def check_arguments(
+    query: Any, key: Any, value: Any, layout: Any, config: Any, rng: Any, text_length: Any
+) -> None:
+    """ValueError, in one sentence, unless attention can take these arguments.
+
+    Args:
+        query: What is given as queries.
+        key: What is given as keys.
+        value: What is given as values.
+        layout: What is given as the layout.
+        config: What is given as the settings; None is not looked at.
+        rng: What is given as PRNG key; None is not looked at.
+        text_length: What is given as the texts' lengths; None is not looked at.
+    """
+    if not isinstance(layout, VideoLayout):
+        raise ValueError(f"layout must be a VideoLayout, not {type(layout).__name__}")
+    if config is not None and not isinstance(config, SparsityConfig):
+        raise ValueError(f"config must be a SparsityConfig, not {type(config).__name__}")
+    checks.check_arrays(query, key, value)
+    for name, x in (("query", query), ("key", key)):
+        checks.check_tokens(name, x, layout.num_tokens, layout)
+    if rng is not None:
+        checks.check_key("rng", rng)
+    if text_length is not None and not layout.text_tokens:
+        raise ValueError(f"text_length is given, but no text is in {layout}: leave it None")
+    checks.check_integers("text_length", text_length, (query.shape[0],), "[batch]")
+    checks.check_range("text_length", text_length, 0, layout.text_tokens)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from types import MappingProxyType
 
 
@@ -16,31 +17,37 @@ class SparsityConfig:
         density: Kept fraction of the S×S attention map, in (0, 1]; text is part of this budget, the
             first-frame sink comes on top of it. 1 is dense. The official flag `--sparsity` is this
             same kept fraction.
-        dense_steps: Share of the sampling steps, from the first on, that stay dense.
+        dense_steps: Share of the sampling steps, from the first on, that stay dense; at least one
+            step if it is over 0.
         dense_layers: Share of the layers, from the first on, that stay dense in every step.
-        sampled_rows: Query rows that the online profiling looks at, per batch entry.
+        sampled_rows: Query rows that the online profiling looks at, the same in all batch entries.
         first_frame_sink: Whether every token attends to the whole first frame. None follows the
             paper: yes where no text shares the sequence (Wan), no where it does.
         band_multiple: The band's width is rounded to a multiple of this many tokens: down where
             text shares the sequence, up where none does, as the official code does.
     """
 
-    density: float = 0.25
-    dense_steps: float = 0.2
-    dense_layers: float = 0.0
+    density: float | int = 0.25
+    dense_steps: float | int = 0.2
+    dense_layers: float | int = 0.0
     sampled_rows: int = 64
     first_frame_sink: bool | None = None
     band_multiple: int = 128
 
     def __post_init__(self) -> None:
-        if not self.density > 0:
-            raise ValueError(f"density is the kept share of attention, over 0: got {self.density}")
-        for name in ("dense_steps", "dense_layers"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share from 0 to 1: got {getattr(self, name)}")
+        for name in ("density", "dense_steps", "dense_layers"):
+            share = getattr(self, name)
+            least = "over 0, to" if name == "density" else "from 0 to"
+            if isinstance(share, bool) or not isinstance(share, Real):
+                raise ValueError(f"{name} is a number {least} 1: got {share!r}")
+            if not 0 <= float(share) <= 1 or (name == "density" and share == 0):
+                raise ValueError(f"{name} is a share {least} 1: got {share}")
         for name in ("sampled_rows", "band_multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1: got {getattr(self, name)}")
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+                raise ValueError(f"{name} is a whole number, at least 1: got {count!r}")
+        if not isinstance(self.first_frame_sink, (bool, type(None))):
+            raise ValueError(f"first_frame_sink is True, False or None: {self.first_frame_sink!r}")
 
 
 def share_of(share: float | int, count: int) -> int:
@@ -52,8 +59,25 @@ def share_of(share: float | int, count: int) -> int:
 
 
 def dense_step_count(config: SparsityConfig, num_inference_steps: int) -> int:
-    """Sampling steps that run dense before the first sparse one (the paper's warm-up)."""
-    return share_of(config.dense_steps, num_inference_steps)
+    """Sampling steps that run dense before the first sparse one (the paper's warm-up).
+
+    A warm-up that is asked for is at least one step: in a run of few steps the first ones, which
+    settle what the video shows, would else be sparse without a word.
+    """
+    if config.dense_steps == 0:
+        return 0
+    return max(share_of(config.dense_steps, num_inference_steps), min(num_inference_steps, 1))
+
+
+def describe_few_steps(config: SparsityConfig, num_inference_steps: int) -> str | None:
+    """A sentence on how many steps are dense, for runs of under 12 steps; else None."""
+    if num_inference_steps >= 12 or config.density >= 1:
+        return None
+    dense = dense_step_count(config, num_inference_steps)
+    return (
+        f"{dense} of the {num_inference_steps} steps {'is' if dense == 1 else 'are'} dense "
+        f"(a warm-up of {config.dense_steps:g}), {num_inference_steps - dense} sparse"
+    )
 
 
 def dense_layer_count(config: SparsityConfig, num_layers: int) -> int:

@@ -23,24 +23,35 @@ def band_width(layout: VideoLayout, config: SparsityConfig) -> int:
     keeps |q − k| ≤ w and rounds w up (Wan); otherwise |q − k| < w, rounded down. A width that would
     round down to nothing is kept unrounded.
 
+    The formula counts pairs of text twice; the text's exact share is 2C/S − C²/S². A density
+    between the two leaves the formula nothing, and gives a band of one token.
+
     Raises:
         ValueError: The text alone takes all of the density.
     """
     num_tokens = layout.num_tokens
     if config.density >= 1:
         return num_tokens
-    text_share = 2 * layout.text_tokens / num_tokens
+    text_share = text_share_of(layout)
     if config.density <= text_share:
+        smallest = min(math.floor(text_share * 1e4 + 1) / 1e4, 1.0)
         raise ValueError(
             f"density {config.density:g} leaves nothing for the video: {layout.text_tokens} text "
             f"tokens of {num_tokens} take {text_share:.4f} of the map alone; the smallest density "
-            f"that works is {math.floor(text_share * 1e4 + 1) / 1e4:.4f}"
+            f"that works is {smallest:.4f}, a longer or larger video lowers it, and 1 is dense"
         )
-    width = num_tokens * (1 - math.sqrt(1 - (config.density - text_share)))
+    of_band = max(config.density - 2 * layout.text_tokens / num_tokens, 0.0)
+    width = num_tokens * (1 - math.sqrt(1 - of_band))
     multiple = config.band_multiple
     if layout.text_tokens == 0:
         return min(math.ceil(width / multiple) * multiple + 1, num_tokens)
     return math.floor(width / multiple) * multiple or max(1, math.ceil(width))
+
+
+def text_share_of(layout: VideoLayout) -> float:
+    """Share of the S×S map that text rows and columns take, 2C/S − C²/S²."""
+    share = layout.text_tokens / layout.num_tokens
+    return share * (2 - share)
 
 
 def sparse_mask(layout: VideoLayout, config: SparsityConfig) -> BandMask:
@@ -58,6 +69,25 @@ def sparse_mask(layout: VideoLayout, config: SparsityConfig) -> BandMask:
         text_start=layout.text_start,
         text_tokens=layout.text_tokens,
         sink_tokens=layout.video_start + layout.tokens_per_frame if sink else 0,
+    )
+
+
+def describe_lost_sparsity(layout: VideoLayout, config: SparsityConfig) -> str | None:
+    """A sentence on the density that is computed, if less than half of the saving is left.
+
+    None where the mask does what was asked for.
+
+    Short sequences do: the band is rounded to whole blocks of tokens, and the sink comes on top.
+    """
+    mask = sparse_mask(layout, config)
+    kept = kept_pairs(mask) / mask.num_tokens**2
+    if 1 - kept >= (1 - config.density) / 2:
+        return None
+    return (
+        f"density {config.density:g} was asked for, but {kept:.4f} is computed: of "
+        f"{mask.num_tokens} tokens the band is {mask.band_width} wide (band_multiple="
+        f"{config.band_multiple}) and {mask.sink_tokens} are a sink; a smaller band_multiple or a "
+        "longer video saves more"
     )
 
 

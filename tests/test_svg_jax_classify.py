@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from svg_jax.classify import classify_heads, sample_rows
+from svg_jax.classify import _classify_heads, classify_heads, sample_rows
 from svg_jax.config import SparsityConfig
 from svg_jax.layout import token_major_position
 from svg_jax.masks import sparse_mask
@@ -60,7 +60,7 @@ def test_errors_and_labels_agree_with_brute_force(layout):
         rng=rng,
         text_length=jnp.array(lengths, jnp.int32) if padded else None,
     )
-    rows = sample_rows(rng, layout, 2, CONFIG.sampled_rows)
+    rows = np.tile(sample_rows(rng, layout, CONFIG.sampled_rows), (2, 1))
     expected = brute_force_errors(
         qkv, layout, CONFIG, rows, lengths if padded else [layout.text_tokens] * 2
     )
@@ -90,18 +90,18 @@ def test_a_head_that_looks_through_time_is_temporal_and_one_that_looks_around_is
 @pytest.mark.parametrize("layout", [COGVIDEOX, HUNYUANVIDEO, WAN])
 def test_rows_are_distinct_video_tokens_of_the_whole_sequence(layout):
     for seed in range(20):
-        rows = np.asarray(sample_rows(jax.random.key(seed), layout, 3, 16))
-        assert rows.shape == (3, 16)
+        rows = np.asarray(sample_rows(jax.random.key(seed), layout, 16))
+        assert rows.shape == (16,)
         assert (np.diff(rows) > 0).all()
         assert rows.min() >= layout.video_start
         assert rows.max() < layout.video_start + layout.video_tokens
-    every = sample_rows(jax.random.key(0), layout, 1, 10_000)[0]
+    every = sample_rows(jax.random.key(0), layout, 10_000)
     np.testing.assert_array_equal(every, layout.video_start + np.arange(layout.video_tokens))
 
 
 def test_rows_reach_every_token_of_a_full_size_video():
     layout = VideoLayout(num_frames=33, tokens_per_frame=3600, text_tokens=256)
-    rows = jax.vmap(lambda key: sample_rows(key, layout, 1, 64))(
+    rows = jax.vmap(lambda key: sample_rows(key, layout, 64))(
         jax.random.split(jax.random.key(0), 500)
     )
     counts = np.histogram(rows, bins=8, range=(0, layout.video_tokens))[0]
@@ -132,7 +132,7 @@ def test_a_tie_is_spatial():
 
 
 def test_new_labels_and_lengths_do_not_recompile():
-    before = classify_heads._cache_size()  # pyright: ignore
+    before = _classify_heads._cache_size()  # pyright: ignore
     for seed in range(3):
         classify_heads(
             *random_qkv(HUNYUANVIDEO, seed, heads=2),
@@ -141,4 +141,4 @@ def test_new_labels_and_lengths_do_not_recompile():
             rng=jax.random.key(seed),
             text_length=jnp.array([seed, 3], jnp.int32),
         )
-    assert classify_heads._cache_size() == before + 1  # pyright: ignore
+    assert _classify_heads._cache_size() == before + 1  # pyright: ignore

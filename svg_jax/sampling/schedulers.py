@@ -319,5 +319,11 @@ def image_noise_of(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def step_key(seed: int, step: int) -> jax.Array:
-    """The PRNG key of a step, from which the sampled query rows are drawn."""
-    return jax.random.fold_in(jax.random.key(seed), step)
+    """The PRNG key of a step, from which the sampled query rows are drawn.
+
+    Made of both halves of a seed of up to 64 bits, by one algorithm: neither jax_enable_x64 nor
+    jax_default_prng_impl changes what a seed gives.
+    """
+    halves = np.array([seed >> 32, seed], dtype=object) & 0xFFFFFFFF
+    key = jax.random.wrap_key_data(jnp.asarray(halves.astype(np.uint32)), impl="threefry2x32")
+    return jax.random.fold_in(key, step)
