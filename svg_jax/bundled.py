@@ -5,11 +5,12 @@ from importlib.resources import files
 from pathlib import Path
 
 NAME = "tiny"
+FOLDER = Path(str(files("svg_jax"))) / "assets" / "tiny_cogvideox"  # in diffusers' layout
 _LOGGER = logging.getLogger(__name__)
 
 
 def bundled_or(model: str | Path) -> str | Path:
-    """Turn "tiny" into the bundled model's folder, in diffusers' layout; give back all else.
+    """Turn "tiny" into the bundled model's folder; give back all else.
 
     A folder of that name in the working directory is what was meant: it wins, and a line says so.
 
@@ -21,4 +22,4 @@ def bundled_or(model: str | Path) -> str | Path:
     if Path(NAME).exists():
         _LOGGER.info("./%s is taken for the model, not the bundled one of that name", NAME)
         return model
-    return Path(str(files("svg_jax"))) / "assets" / "tiny_cogvideox"
+    return FOLDER

@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ import svg_jax
 from svg_jax.cli_checkpoints import CHECKPOINT_COMMANDS
 from svg_jax.cli_errors import ExitCode, failure_of
 from svg_jax.cli_options import (
+    RENAMED,
     Attention,
     DenseLayers,
     DenseSteps,
@@ -95,7 +96,7 @@ def generate(
     steps: Steps = None,
     guidance_scale: Guidance = None,
     true_cfg_scale: TrueCfg = None,
-    guidance_interval: GuidanceInterval = (0.0, 1.0),
+    guidance_interval: GuidanceInterval = None,
     dynamic_cfg: DynamicCfg = False,
     seed: Seed = 0,
     image: Image = None,
@@ -116,7 +117,7 @@ def generate(
     scheduler: Scheduler = None,
     flow_shift: FlowShift = None,
     fps: Fps = None,
-    enlarge: Enlarge = 1,
+    enlarge: Enlarge = None,
     labels_out: Annotated[
         Path | None,
         _option("--labels-out", help="Write what profiling found out: .npz."),
@@ -191,7 +192,7 @@ def compare(
     steps: Steps = None,
     guidance_scale: Guidance = None,
     true_cfg_scale: TrueCfg = None,
-    guidance_interval: GuidanceInterval = (0.0, 1.0),
+    guidance_interval: GuidanceInterval = None,
     dynamic_cfg: DynamicCfg = False,
     seed: Seed = 0,
     image: Image = None,
@@ -212,7 +213,7 @@ def compare(
     scheduler: Scheduler = None,
     flow_shift: FlowShift = None,
     fps: Fps = None,
-    enlarge: Enlarge = 1,
+    enlarge: Enlarge = None,
     json_file: Annotated[Path | None, _option("--json", help="Write the figures.")] = None,
 ) -> None:
     """Generate a video with dense and with sparse attention, and compare the two."""
@@ -258,6 +259,8 @@ def demo(
     prompt: Annotated[
         str, _option("--prompt", help="The bundled model knows few words: an error lists them.")
     ] = "a red three moving left over the flower",
+    density: Density = None,
+    steps: Steps = None,
     seed: Seed = 0,
     output: Annotated[
         Path, _option("--output", "-o", help="Both videos, as OUTPUT.mp4 and OUTPUT.gif.")
@@ -270,7 +273,7 @@ def demo(
     """Convert the bundled tiny model, and compare dense and sparse attention on it."""
     from svg_jax import commands
 
-    commands.demo(prompt, seed=seed, output=output, source=source)
+    commands.demo(prompt, density=density, steps=steps, seed=seed, output=output, source=source)
 
 
 def _sparsity(
@@ -329,6 +332,8 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     logger = logging.getLogger("svg_jax")
     logger.handlers, logger.propagate = [_Echo()], False  # else absl's handler says it again
     logger.setLevel(logging.INFO)
+    # Orbax logs there the tracebacks of its threads; what went wrong is raised as well.
+    logging.getLogger("absl").disabled = not debug
     command = typer.main.get_command(app)
     try:
         with ended_by_signals(), command.make_context("svg-jax", arguments) as context:
@@ -338,11 +343,17 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             tell_lines(traceback.format_exception(error))
-        failure = failure_of(error)
+        failure = failure_of(error, _fields(command))
         if failure.sentence:
             tell(failure.sentence)
         return failure.code
     return 0
+
+
+def _fields(group: Any) -> set[str]:
+    """Names of what the options of all commands give."""
+    given = {option.name for command in group.commands.values() for option in command.params}
+    return given | RENAMED.keys()
 
 
 class _Echo(logging.Handler):

@@ -18,10 +18,12 @@ import re
 import tempfile
 import traceback
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
 
+from svg_jax.cli_options import flag_of
 from svg_jax.console import shortened
 
 
@@ -60,22 +62,22 @@ _READERS = {
 }
 _COMPUTING = {"jax", "jaxlib", "flax", "numpy", "orbax", "tensorstore"}  # know of no input
 _PARSERS = {"json", "ast", "re", "pickle", "zipfile"}  # modules that go as deep as what they read
-# Options that are not called like the field that they give.
-_FLAGS = {
-    "num_inference_steps": "--steps",
-    "use_dynamic_cfg": "--dynamic-cfg",
-}
 _FAR_TOO_LONG = 200  # characters of an internal error's message
 
 
-def failure_of(error: BaseException) -> Failure:
-    """Tell how a command ends that raised an exception."""
+def failure_of(error: BaseException, fields: Collection[str] = ()) -> Failure:
+    """Tell how a command ends that raised an exception.
+
+    Args:
+        error: The exception.
+        fields: Names of all that options give, which are told as options.
+    """
     if isinstance(error, KeyboardInterrupt):
         return Failure(ExitCode.INTERRUPTED, "")
     code = _foreseen_code(error)
     if code is None:
         return Failure(ExitCode.INTERNAL, _internal_sentence(error))
-    return Failure(code, _sentence(error))
+    return Failure(code, _sentence(error, fields))
 
 
 def _foreseen_code(error: BaseException) -> int | None:
@@ -106,7 +108,9 @@ def _foreseen_code(error: BaseException) -> int | None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    """Whether it is how Python, XLA or CUDA say so."""
+    words = "RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "out of memory"
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _last_frame(error: BaseException) -> TracebackType | None:
@@ -130,7 +134,7 @@ def _is_meant(error: ValueError) -> bool:
     return package not in _COMPUTING
 
 
-def _sentence(error: BaseException) -> str:
+def _sentence(error: BaseException, fields: Collection[str]) -> str:
     """What a foreseen exception says."""
     if reason := getattr(error, "strerror", None):  # OSError and FFmpeg's
         return f"{_paths_of(error)}{reason}"
@@ -143,12 +147,15 @@ def _sentence(error: BaseException) -> str:
             return f"a file that was given is damaged or cut off: {str(error) or 'it ends early'}"
     if _is_out_of_memory(error):
         whose = "machine" if isinstance(error, MemoryError) else "device"
-        return f"the {whose} ran out of memory: ask for fewer frames or a smaller size"
+        return (
+            f"the {whose} ran out of memory: ask for a smaller video (--num-frames, --height, "
+            "--width), or use one with more"
+        )
     # Usage errors say by format_message which option they are about, or nothing after the help.
     of_usage = getattr(error, "format_message", None)
     message = of_usage() if of_usage else str(error) or type(error).__name__
     field = getattr(error, "field", None)
-    return _with_flag(message, field) if isinstance(field, str) else message
+    return _with_flags(message, field, fields) if isinstance(field, str) else message
 
 
 def _paths_of(error: BaseException) -> str:
@@ -161,13 +168,13 @@ def _without_bytes(error: UnicodeError) -> str:
     return getattr(error, "reason", None) or str(error)
 
 
-def _with_flag(message: str, field: str) -> str:
-    """A message about a setting by the name of its option, as `--num-frames` for `num_frames`."""
-    flag = _FLAGS.get(field, "--" + field.replace("_", "-"))
-    if flag in message:
-        return message
-    told, count = re.subn(rf"(?<![\w-]){re.escape(field)}\b", flag, message, count=1)
-    return told if count else f"{flag}: {message}"
+def _with_flags(message: str, field: str, fields: Collection[str]) -> str:
+    """A message about a field by the names of options, as `--num-frames` for `num_frames`."""
+    # Fields of one word are English, too: only the one that it is about is surely a field.
+    for name in (field, *(other for other in fields if "_" in other)):
+        if flag_of(name) not in message:
+            message = re.sub(rf"(?<![\w-]){name}\b", flag_of(name), message, count=1)
+    return message if flag_of(field) in message else f"{flag_of(field)}: {message}"
 
 
 def _internal_sentence(error: BaseException) -> str:

@@ -39,6 +39,19 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+# Options that are not called like the field that they give.
+RENAMED = {
+    "num_inference_steps": "--steps",
+    "use_dynamic_cfg": "--dynamic-cfg",
+    "json_file": "--json",
+}
+
+
+def flag_of(field: str) -> str:
+    """The option that gives a field, as `--num-frames` gives `num_frames`."""
+    return RENAMED.get(field, "--" + field.replace("_", "-"))
+
+
 def option(*names: str, help: str, **settings: Any):
     """An option of these names; `settings` are typer's."""
     return typer.Option(*names, help=help, **settings)
@@ -49,7 +62,7 @@ Model = Annotated[
     option(
         "--model",
         help="A converted folder (svg-jax convert), or a folder in diffusers' layout or a hub id, "
-        "which is converted once into $SVG_JAX_CACHE (~/.cache/svg-jax).",
+        "which is converted once into $SVG_JAX_CACHE (~/.cache/svg-jax); tiny: the bundled model.",
     ),
 ]
 Revision = Annotated[str | None, option("--revision", help="Of a hub id: a branch, tag or commit.")]
@@ -74,7 +87,7 @@ Embeds = Annotated[
 Height = Annotated[int | None, option("--height", help="In pixels; default: as trained.")]
 Width = Annotated[int | None, option("--width", help="In pixels; default: as trained.")]
 Frames = Annotated[int | None, option("--num-frames", help="Default: as trained.")]
-Steps = Annotated[int | None, option("--steps", help="Denoising steps; default: the authors'.")]
+Steps = Annotated[int | None, option("--steps", help="Denoising steps; default: the model's.")]
 Guidance = Annotated[
     float | None,
     option("--guidance-scale", help="1 or less: no guidance. Default: the model's."),
@@ -84,10 +97,11 @@ TrueCfg = Annotated[
     option("--true-cfg-scale", help="HunyuanVideo's guidance away from the negative prompt."),
 ]
 GuidanceInterval = Annotated[
-    tuple[float, float],
+    tuple[float, float] | None,
     option(
         "--guidance-interval",
-        help="From which to which share of the steps guidance is paid for: 0 0.3, the first 30 %.",
+        help="From which to which share of the steps guidance is paid for: 0 0.3, the first 30 %. "
+        "Default: the model's, or all.",
     ),
 ]
 DynamicCfg = Annotated[bool, option("--dynamic-cfg", help="Vary guidance over the run.")]
@@ -112,8 +126,8 @@ Density = Annotated[
     float | None,
     option(
         "--density",
-        help="Share of attention that is computed. Default, as of the next three: the paper's for "
-        "the model and size.",
+        help="Share of attention that is computed. Default, as of the next three: what the model's "
+        "folder says, or else the paper's for the model and size.",
     ),
 ]
 DenseSteps = Annotated[
@@ -137,4 +151,7 @@ Scheduler = Annotated[
 Fps = Annotated[
     float | None, option("--fps", help="Frames per second of the video; default: as trained.")
 ]
-Enlarge = Annotated[int, option("--enlarge", help="Pixels to show each pixel as, each way.")]
+Enlarge = Annotated[
+    int | None,
+    option("--enlarge", help="Pixels to show each pixel as, each way; default: the model's, or 1."),
+]

@@ -2,20 +2,23 @@
 
 import dataclasses
 import inspect
+import shlex
 import tempfile
 from collections.abc import Mapping
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from svg_jax.comparison import Comparison, Pattern
+from svg_jax.bundled import FOLDER, NAME
+from svg_jax.cli_options import flag_of
+from svg_jax.comparison import Comparison, Pattern, device_name
 from svg_jax.comparison import compare as compare_attention
 from svg_jax.config import SparsityConfig, dense_step_count
 from svg_jax.console import bytes_bar, print_parts, say, steps_bar
 from svg_jax.convert import convert_pipeline
+from svg_jax.convert.run_defaults import read_run_defaults
 from svg_jax.files import written_atomically
 from svg_jax.generation import (
     generate_videos,
@@ -24,14 +27,14 @@ from svg_jax.generation import (
     read_prompts,
     state_path,
 )
+from svg_jax.kernels import pick_implementation
 from svg_jax.outputs import check_outputs
 from svg_jax.sampling import VideoOutput, VideoPipeline, from_pretrained
 from svg_jax.sampling.converted import cache_folder
 from svg_jax.sampling.images import open_image
 from svg_jax.sampling.record import median_seconds
-from svg_jax.sampling.settings import few_steps_note
+from svg_jax.sampling.settings import check_settings, few_steps_note
 from svg_jax.video import (
-    check_fps,
     check_video_path,
     save_video,
     side_by_side,
@@ -40,17 +43,10 @@ from svg_jax.video import (
 )
 from svg_jax.video import enlarge as enlarge_frames
 
-_DEMO_SPARSITY = SparsityConfig(density=0.25, dense_steps=0.3)
-_DEMO_ARGUMENTS: Mapping[str, Any] = {
-    "num_inference_steps": 20,
-    "guidance_scale": 4.0,
-    "guidance_interval": (0.0, 0.3),  # guidance is only paid for in the dense steps
-}
 _IMAGES = {"image", "last_image"}
+_ARRAYS = {"latents", "prompt_embeds", "image_latents"}
 _RELATIVES = {"pooled_prompt_embeds", "prompt_attention_mask"}
 _RELATIVES |= {f"negative_{name}" for name in {"prompt_embeds", *_RELATIVES}}
-_DEMO_ENLARGE = 6
-_DEMO_FPS = 8.0
 
 
 def generate(
@@ -65,7 +61,7 @@ def generate(
     verify: bool,
     dtype: str | None,
     fps: float | None,
-    enlarge: int,
+    enlarge: int | None,
     labels_out: Path | None,
     save_every: int,
     resume: bool,
@@ -73,7 +69,7 @@ def generate(
     **arguments: Any,
 ) -> None:
     """Generates a video, or one of each prompt of a file, and writes it, or its latents."""
-    outputs = {output: prompt}
+    outputs, texts = {output: prompt}, prompt
     if prompts is not None:
         if prompt is not None or files["prompt_embeds"] is not None or labels_out is not None:
             raise ValueError("--prompts stands in place of --prompt, and takes no --labels-out")
@@ -83,19 +79,18 @@ def generate(
     for path in outputs:
         if not wants_latents:
             check_video_path(path)
-    written = [("output", path) for path in outputs]
+    written = [("--output", path) for path in outputs]
     written += [("the saved state", state_path(path)) for path in outputs]
     if labels_out is not None:
-        written.append(("labels_out", labels_out))
-    images = {name: arguments[name] for name in _IMAGES}
-    check_outputs(written, {"model": model, "prompts": prompts, **images, **files})
+        written.append(("--labels-out", labels_out))
+    check_outputs(written, _inputs(model=model, prompts=prompts, **files, **arguments))
     if labels_out is not None and sparsity is None:
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
+    arguments |= _read_arrays(files)
+    _check(arguments, texts, sparsity or {}, fps=fps, enlarge=enlarge, save_every=save_every)
     pipeline = _load(model, revision=revision, variant=variant, verify=verify, dtype=dtype)
-    fps = pipeline.frame_rate if fps is None else fps
-    check_fps(fps)
-    _check_enlarge(enlarge)
-    arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
+    fps, enlarge = _shown_at(pipeline, fps, enlarge)
+    arguments = _arguments_of(pipeline, arguments)
     if not (pipeline.makes_frames or wants_latents):
         raise ValueError(
             "this checkpoint was converted without its VAE: convert it with the VAE, or write "
@@ -105,8 +100,8 @@ def generate(
     steps = arguments["num_inference_steps"]
     if config is not None and labels_out is not None and dense_step_count(config, steps) == steps:
         raise ValueError(
-            f"labels_out has nothing to hold: dense_steps={config.dense_steps:g} leaves none of "
-            f"{steps} steps to be sparse"
+            f"--labels-out has nothing to hold: --dense-steps {config.dense_steps:g} leaves none "
+            f"of {steps} steps to be sparse"
         )
     jobs = plan_videos(
         pipeline,
@@ -144,6 +139,19 @@ def generate(
             callback_on_step_end=lambda _: advance("denoising"),
             **arguments,
         )
+    if jobs:
+        kernel = "dense attention" if config is None else _kernel_of(pipeline)
+        say(f"{kernel} in {_dtype_of(pipeline).name}, on {device_name()}")
+
+
+def _dtype_of(pipeline: VideoPipeline) -> np.dtype:
+    return np.dtype(pipeline.transformer.dtype)
+
+
+def _kernel_of(pipeline: VideoPipeline) -> str:
+    head_dim = pipeline.transformer.config.attention_head_dim
+    kernel = pick_implementation(None, head_dim, _dtype_of(pipeline))
+    return f"sparse attention by {kernel}"
 
 
 def compare(
@@ -157,21 +165,21 @@ def compare(
     verify: bool,
     dtype: str | None,
     fps: float | None,
-    enlarge: int,
+    enlarge: int | None,
     json_file: Path | None,
     files: Mapping[str, Path | None],
     **arguments: Any,
 ) -> None:
     """Generates a video with dense and with sparse attention; writes both side by side."""
-    written = [("output", path) for path in _comparison_paths(output)]
+    written = [("--output", path) for path in _comparison_paths(output)]
     if json_file is not None:
-        written.append(("json_file", json_file))
-    check_outputs(written, {"model": model, **{name: arguments[name] for name in _IMAGES}, **files})
-    _check_enlarge(enlarge)
+        written.append(("--json", json_file))
+    check_outputs(written, _inputs(model=model, **files, **arguments))
+    arguments |= _read_arrays(files)
+    _check(arguments, arguments["prompt"], sparsity, fps=fps, enlarge=enlarge)
     pipeline = _load(model, revision=revision, variant=variant, verify=verify, dtype=dtype)
-    fps = pipeline.frame_rate if fps is None else fps
-    check_fps(fps)
-    arguments = _arguments_of(pipeline, arguments | _read_arrays(files))
+    fps, enlarge = _shown_at(pipeline, fps, enlarge)
+    arguments = _arguments_of(pipeline, arguments)
     config = _sparsity_of(pipeline, sparsity, arguments)
     comparison = _compare(pipeline, sparsity=config, pattern=pattern, **arguments)
     _write_comparison(comparison, output, fps=fps, factor=enlarge)
@@ -179,23 +187,37 @@ def compare(
         comparison.report.save(json_file)
 
 
-def demo(prompt: str, *, seed: int, output: Path, source: Path | None) -> None:
-    """Converts the bundled model into a temporary folder and compares dense with sparse."""
-    check_outputs([("output", path) for path in _comparison_paths(output)], {"source": source})
-    bundled = files("svg_jax") / "assets" / "tiny_cogvideox"
-    with tempfile.TemporaryDirectory() as scratch, as_file(bundled) as folder:
+def demo(
+    prompt: str,
+    *,
+    density: float | None,
+    steps: int | None,
+    seed: int,
+    output: Path,
+    source: Path | None,
+) -> None:
+    """Convert the bundled model into a temporary folder, and compare dense with sparse.
+
+    Another model is run as the bundled one is, unless its folder says how.
+    """
+    check_outputs([("--output", path) for path in _comparison_paths(output)], {"--source": source})
+    with tempfile.TemporaryDirectory() as scratch:
         converted = Path(scratch) / "model"
         with bytes_bar() as progress:
-            convert_pipeline(source or folder, converted, progress=progress)
-        comparison = _compare(
-            from_pretrained(converted),
-            prompt=prompt,
-            seed=seed,
-            sparsity=_DEMO_SPARSITY,
-            pattern="svg",
-            **_DEMO_ARGUMENTS,
+            convert_pipeline(source or FOLDER, converted, progress=progress)
+        pipeline = from_pretrained(converted)
+        if not pipeline.defaults.given():
+            pipeline = dataclasses.replace(pipeline, defaults=read_run_defaults(FOLDER))
+        fps, enlarge = _shown_at(pipeline, None, None)
+        arguments = _arguments_of(
+            pipeline, {"prompt": prompt, "seed": seed, "num_inference_steps": steps}
         )
-    _write_comparison(comparison, output, fps=_DEMO_FPS, factor=_DEMO_ENLARGE)
+        given = {} if density is None else {"density": density}
+        config = _sparsity_of(pipeline, given, arguments)
+        comparison = _compare(pipeline, sparsity=config, pattern="svg", **arguments)
+    _write_comparison(comparison, output, fps=fps, factor=enlarge)
+    words = "--model", str(source or NAME), "--prompt", prompt, "--output", "video.gif"
+    say(f"next: svg-jax generate {shlex.join(words)}")
 
 
 def _load(model: str, **options: Any) -> VideoPipeline:
@@ -250,6 +272,32 @@ def _comparison_paths(output: Path) -> list[Path]:
     return [output.with_name(output.name + suffix) for suffix in (".mp4", ".gif")]
 
 
+def _inputs(**given: Any) -> dict[str, Any]:
+    """The files and folders among what was given, by their options."""
+    names = {"model", "prompts", *_IMAGES, *_ARRAYS} & given.keys()
+    return {flag_of(name): given[name] for name in names}
+
+
+def _check(
+    arguments: Mapping[str, Any],
+    prompt: str | list[str] | None,
+    sparsity: Mapping[str, Any],
+    **others: int | float | None,
+) -> None:
+    """ValueError if no model could be run so: before one is brought here and converted."""
+    SparsityConfig(**sparsity)
+    given = {name: value for name, value in {**arguments, **others}.items() if value is not None}
+    check_settings({"prompt_embeds": None} | given | {"prompt": prompt})
+
+
+def _shown_at(pipeline: VideoPipeline, fps: float | None, enlarge: int | None) -> tuple[float, int]:
+    """Frames per second, and pixels to show each pixel as: what was given, or the model's."""
+    fps = pipeline.default_fps if fps is None else fps
+    enlarge = (pipeline.defaults.enlarge or 1) if enlarge is None else enlarge
+    check_settings({"fps": fps, "enlarge": enlarge})
+    return fps, enlarge
+
+
 def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that were given, images read from their files, and the number of steps.
 
@@ -258,7 +306,7 @@ def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     if unknown := given.keys() - inspect.signature(pipeline.prepare).parameters:
-        raise ValueError(f"this model takes no {' and no '.join(sorted(unknown))}")
+        raise ValueError(f"this model takes no {' and no '.join(map(flag_of, sorted(unknown)))}")
     given |= {name: open_image(given[name]) for name in _IMAGES & given.keys()}
     return {"num_inference_steps": pipeline.default_steps} | given
 
@@ -266,25 +314,22 @@ def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict
 def _sparsity_of(
     pipeline: VideoPipeline, given: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> SparsityConfig:
-    """What was given and, for the rest, the paper's settings; says which in one line."""
+    """What was given and, for the rest, the model's or the paper's; says which in one line."""
     size = arguments.get("height"), arguments.get("width")
-    config = dataclasses.replace(pipeline.paper_sparsity(*size), **given)
+    config = dataclasses.replace(pipeline.default_sparsity(*size), **given)
     preset = pipeline.paper_preset(*size)
     whence = "the general default" if preset is None else f"the paper's {preset}"
+    if pipeline.defaults.sparsity:
+        whence = "the model's own"
     if given:
-        whence += " but for " + ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        whence += " but for " + ", ".join(map(flag_of, given))
     say(
         f"sparsity: density {config.density:g}, dense steps {config.dense_steps:g}, dense layers "
         f"{config.dense_layers:g}, sampled rows {config.sampled_rows} ({whence})"
     )
     if (note := few_steps_note(config, arguments["num_inference_steps"])) is not None:
-        print(note)
+        say(note)
     return config
-
-
-def _check_enlarge(factor: int) -> None:
-    if factor < 1:
-        raise ValueError(f"--enlarge is at least 1: got {factor}")
 
 
 def _read_arrays(paths: Mapping[str, Path | None]) -> dict[str, np.ndarray]:

@@ -69,6 +69,7 @@ def run(capsys, monkeypatch, tmp_path):
     # main sets these, and other tests want them back
     monkeypatch.setattr(logging.getLogger("svg_jax"), "handlers", [])
     monkeypatch.setattr(logging.getLogger("svg_jax"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("absl"), "disabled", False)
 
     from svg_jax import cli
 

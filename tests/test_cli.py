@@ -274,7 +274,7 @@ def test_a_checkpoint_with_a_vae_gives_latents(run, model_with_vae, tmp_path):
     with np.load("latents.npz") as file:
         assert file["latents"].shape == (1, 4, 3, 4, 4)
     result = run(*call[:3], *PROMPT, *QUICK, "-o", "a.npz")
-    assert "pass prompt_embeds (--prompt-embeds)" in result.err
+    assert "pass --prompt-embeds" in result.err
 
 
 @pytest.mark.parametrize(
@@ -283,22 +283,28 @@ def test_a_checkpoint_with_a_vae_gives_latents(run, model_with_vae, tmp_path):
         (["--prompt", "a dog", "-o", "a.gif"], "does not know 'dog'; it knows: a, blue, cat, red"),
         ([*PROMPT, "-o", "a.avi"], "a video is written as .mp4, .gif, .png"),
         ([*PROMPT, "-o", "no/a.gif"], "there is no folder no"),
-        (["-o", "a.gif"], "pass either a prompt or prompt_embeds"),
+        (["-o", "a.gif"], "--prompt is missing: pass either a prompt or --prompt-embeds"),
         ([*PROMPT, "-o", "a.gif", "--height", "13"], "height must be a positive multiple of 2"),
-        ([*PROMPT, "-o", "a.gif", "--num-frames", "0"], "num_frames must be positive"),
+        (
+            [*PROMPT, "-o", "a.gif", "--num-frames", "0"],
+            "--num-frames must be a whole",
+        ),
         ([*PROMPT, "-o", "a.gif", "--density", "0.01"], "density"),
         ([*PROMPT, "-o", "a.gif", "--density", "0"], "density"),
         ([*PROMPT, "-o", "a.gif", "--dense-steps", "2"], "dense_steps is a share"),
         (
             [*PROMPT, "-o", "a.gif", "--guidance-interval", "0", "2"],
-            "guidance_interval is two shares",
+            "--guidance-interval is two shares",
         ),
-        ([*PROMPT, "-o", "a.gif", "--steps", "0"], "num_inference_steps must be 1 to 1000"),
-        ([*PROMPT, "-o", "a.gif", "--seed", "-1"], "seed must not be negative"),
+        ([*PROMPT, "-o", "a.gif", "--steps", "0"], "--steps must be a whole number of at least 1"),
+        ([*PROMPT, "-o", "a.gif", "--seed", "-1"], "--seed must be a whole number from 0"),
         ([*PROMPT, "-o", "a.gif", "--latents", "none.npy"], "none.npy: No such file"),
-        ([*PROMPT, "-o", "a.gif", "--enlarge", "0"], "--enlarge is at least 1"),
-        ([*PROMPT, "-o", "a.gif", "--save-every", "-1"], "save_every (--save-every) is at least 0"),
-        ([*PROMPT, "-o", "a.gif", "--fps", "0"], "fps must be positive"),
+        ([*PROMPT, "-o", "a.gif", "--enlarge", "0"], "--enlarge must be a whole number from 1"),
+        (
+            [*PROMPT, "-o", "a.gif", "--save-every", "-1"],
+            "--save-every must be a whole",
+        ),
+        ([*PROMPT, "-o", "a.gif", "--fps", "0"], "--fps must be a number from 0.01"),
         (
             [*PROMPT, "-o", "a.gif", "--attention", "dense", "--labels-out", "l.npz"],
             "dense attention has no labels",

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from rich.table import Table
 
 import svg_jax
-from svg_jax import commands, commands_checkpoints
+from svg_jax import commands, commands_checkpoints, console
 from svg_jax.bundled import bundled_or
 from svg_jax.convert import DamageError, RefusedError
 
@@ -140,6 +141,7 @@ FORESEEN = [
         3,
         "the device ran out of memory",
     ),
+    (raising(RuntimeError("CUDA_ERROR_OUT_OF_MEMORY")), 3, "the device ran out of memory"),
     (raising(RefusedError("a: another run is writing this folder")), 3, "a: another run"),
     (raising(DamageError("a: is damaged")), 4, "a: is damaged"),
     (raising(FloatingPointError("not finite")), 1, "not finite"),
@@ -180,6 +182,12 @@ def test_debug_shows_the_traceback(run, monkeypatch, place, fail, code):
         ("num_inference_steps", "num_inference_steps is 1 to 1000", "--steps is 1 to 1000"),
         ("use_dynamic_cfg", "use_dynamic_cfg is for CogVideoX", "--dynamic-cfg is for"),
         ("height", "must be a multiple of 16", "--height: must be"),
+        (
+            "prompt",
+            "prompt is missing: pass prompt_embeds",
+            "--prompt is missing: pass --",
+        ),
+        ("num_frames", "num_frames needs num_inference_steps", "--num-frames needs --steps"),
         ("save_every", "save_every (--save-every) is at least 0", "save_every (--save-every) is"),
     ],
 )
@@ -269,13 +277,17 @@ def test_what_the_terminal_s_encoding_lacks_is_escaped(run, monkeypatch, encodin
     assert (out.errors, err.errors) == ("strict", "strict")  # as they were
 
 
-def test_brackets_are_no_markup(run, tmp_path):
+def test_brackets_are_no_markup(run, tmp_path, capsys):
     source = shutil.copytree(bundled_or("tiny"), tmp_path / "source")
-    index = json.loads((source / "model_index.json").read_text())
-    index["scheduler"][1] = "[/bold]"
-    (source / "model_index.json").write_text(json.dumps(index))
+    config = json.loads((source / "transformer/config.json").read_text())
+    config["_diffusers_version"] = "[/bold]"
+    (source / "transformer/config.json").write_text(json.dumps(config))
     result = run("inspect", source)
     assert (result.code, "[/bold]" in result.out) == (0, True)
+    table = Table("column", title="[/bold]")
+    console.add_row(table, "[/red] :smile:")
+    console.print_parts(table)
+    assert "[/red] :smile:" in capsys.readouterr().out
 
 
 def test_version_and_public_names(run):

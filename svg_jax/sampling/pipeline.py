@@ -304,7 +304,7 @@ class VideoPipeline(ABC):
     @property
     def default_fps(self) -> float:
         """Frames per second of a video unless told."""
-        return self.frame_rate if self.defaults.fps is None else self.defaults.fps
+        return float(self.frame_rate if self.defaults.fps is None else self.defaults.fps)
 
     @property
     @abstractmethod
