@@ -21,7 +21,8 @@ from svg_jax.convert.lora_targets import ModuleNames, Shapes, Target, Targets, t
 from svg_jax.convert.reader import StoredTensor
 from svg_jax.convert.rules import ConversionError
 
-_LINE = 300  # characters of a list of names
+_LINE = 180  # characters of a list of names
+_NAME_LIMIT = 160  # characters of a tensor's name, of which errors hold two
 _BESIDE = "bundle_emb."  # embeddings that OneTrainer stores with a LoRA
 _DIFFERENCES = {"difference": 0, "bias difference": 1, "bias": 1}  # weights, biases
 
@@ -123,6 +124,8 @@ def _read_names(
 ) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for key in tensors:
+        if len(key) > _NAME_LIMIT:
+            raise ConversionError(f"{file}: {key:.{_NAME_LIMIT}}… is no name in a LoRA.")
         if method := name_method(key):
             raise ConversionError(
                 f"{file}: {key} makes it {method}, which is not merged like a LoRA: merge it in "

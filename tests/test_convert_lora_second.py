@@ -164,6 +164,29 @@ def test_the_second_alone(tmp_path, source):
         plan_conversion(source, **options)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("diffusion_model.transformer_1.", "diffusion_model.transformer_2."),
+        ("pipe.dit.", "pipe.dit2."),
+    ],
+)
+def test_trainers_names_of_both(tmp_path, source, first, second):
+    lora = random_lora(source, [Q, "proj_out"])
+    tensors = {f"{first}{name}": tensor for name, tensor in lora.items() if Q in name}
+    tensors |= {f"{second}{name}": tensor for name, tensor in lora.items() if Q not in name}
+    save_file(tensors, tmp_path / "both.safetensors")
+    (plan,) = plan_conversion(source, lora=tmp_path / "both.safetensors", strict=True).loras
+    found = {name: set(changes) for name, changes in plan.changes.items()}
+    assert found == {"transformer": {f"{Q}.weight"}, "transformer_2": {"proj_out.weight"}}
+    # A pipeline with one transformer takes what is for it, and says what is not.
+    (plan,) = plan_conversion(
+        source, lora=tmp_path / "both.safetensors", components=["transformer"]
+    ).loras
+    assert plan.changes.keys() == {"transformer"}
+    assert plan.skipped == ("transformer_2.proj_out",)
+
+
 def test_the_command_line_says_which(tmp_path, source):
     files = [tmp_path / f"{name}.safetensors" for name in BOTH]
     arguments = ["convert", str(source), str(tmp_path / "out"), "--dry-run"]
