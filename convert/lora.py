@@ -19,6 +19,7 @@ from svg_jax.convert.lora_names import PEFT, TRANSFORMER
 from svg_jax.convert.lora_sort import Component, list_names, sort_tensors
 from svg_jax.convert.lora_targets import changeable_shapes, module_names
 from svg_jax.convert.manifest import LoraRecord
+from svg_jax.convert.paths import usable_path
 from svg_jax.convert.rules import ConversionError, Leaf
 
 _LOGGER = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def _read_lora(
     for note in found.notes:
         _LOGGER.warning("%.80s: %s", file.name, note)
     files = (file,) if config is None or config.where == file else (file, config.where)
-    given = Path(path).expanduser()
+    given = usable_path(path)
     place = given if given.exists() else file
     name = str(path) if place == file != given else _name(given)
     return Lora(place, name, scale, into, files, changes, tuple(sorted(found.absent)))

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from svg_jax.convert.json_file import read_json
-from svg_jax.convert.lora_files import is_safetensors
 from svg_jax.convert.rules import ConversionError
+from svg_jax.convert.weights import is_torch
 
 PEFT_CONFIG = "adapter_config.json"
 _PEFT_STEM = "adapter_model"
@@ -138,7 +138,7 @@ def read_lora_config(file: Path, *, is_peft: bool) -> LoraConfig | None:
     beside = file.with_name(PEFT_CONFIG)
     if (is_peft or file.stem == _PEFT_STEM) and beside.is_file():
         return LoraConfig(beside, read_json(beside), is_peft=True)
-    if not is_safetensors(file):
+    if is_torch(file):
         return None
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))

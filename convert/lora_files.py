@@ -8,13 +8,14 @@ import numpy as np
 
 from svg_jax.convert.files import check_regular
 from svg_jax.convert.hub import LORA_STEMS, download_lora, is_hub_lora
+from svg_jax.convert.paths import usable_path
 from svg_jax.convert.reader import StoredTensor, read_tensor
 from svg_jax.convert.rules import ConversionError
 from svg_jax.convert.safetensors_file import read_header
 from svg_jax.convert.torch_file import read_torch_file
+from svg_jax.convert.weights import SUFFIXES, is_torch, is_weights
+from svg_jax.convert.wrappers import drop_layer_wrappers
 
-_SAFETENSORS, _TORCH = (".safetensors", ".sft"), (".pt", ".pth", ".bin", ".ckpt")
-SUFFIXES = (*_SAFETENSORS, *_TORCH)
 _FLOATS = {
     np.dtype(dtype)
     for dtype in (
@@ -34,11 +35,11 @@ def find_lora(path: str | Path) -> Path:
         ConversionError: If there is none, or there are several and none has a known name.
         OSError: See `hub.download_index`.
     """
-    local = Path(path).expanduser()
+    local = usable_path(path)
     if not local.exists() and is_hub_lora(str(path)) and not Path(local.parts[0]).is_dir():
         local = download_lora(str(path))
     if not local.is_dir():
-        if local.suffix.lower() not in SUFFIXES:
+        if not is_weights(local):
             raise ConversionError(
                 f"{path}: is no {', '.join(SUFFIXES)} file, and no folder with one: give a LoRA's."
             )
@@ -47,21 +48,16 @@ def find_lora(path: str | Path) -> Path:
 
 
 def _only_file(folder: Path) -> Path:
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    found = sorted(file for file in folder.iterdir() if is_weights(file))
     known = [file for file in found if file.stem in LORA_STEMS]
     # PEFT's and diffusers' folders may hold an optimizer's state beside.
-    safe = [file for file in known or found if file.suffix.lower() in _SAFETENSORS]
+    safe = [file for file in known or found if not is_torch(file)]
     chosen = safe or known or found
     if len(chosen) != 1:
         names = ", ".join(file.name for file in chosen[:5])
         what = f"holds {names}" if chosen else f"holds no {', '.join(SUFFIXES)} file"
         raise ConversionError(f"{folder}: {what:.300}: give the file that is meant.")
     return chosen[0]
-
-
-def is_safetensors(file: Path) -> bool:
-    """Whether a LoRA's file is one of safetensors, and not of torch.save."""
-    return file.suffix.lower() in _SAFETENSORS
 
 
 def read_lora_file(file: Path) -> Mapping[str, StoredTensor]:
@@ -71,7 +67,8 @@ def read_lora_file(file: Path) -> Mapping[str, StoredTensor]:
         ConversionError: If the file is damaged or holds what no LoRA does.
     """
     check_regular(file)
-    return read_header(file) if is_safetensors(file) else read_torch_file(file)
+    stored = read_torch_file(file) if is_torch(file) else read_header(file)
+    return drop_layer_wrappers(stored)
 
 
 def is_float(stored: StoredTensor) -> bool:

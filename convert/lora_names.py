@@ -42,7 +42,7 @@ PEFT = "base_model.model."
 # that is no part of a module's name (as "transformer_" of "transformer_blocks" is), and name
 # neither a component nor a number.
 _WRAPPER = re.compile(
-    r"(?:.*\.)?(?:|\w*?(?:lora|lycoris|unet|dit|net|model|wan|hunyuan|cogvideox?|video|[it]2v)_+)",
+    r"(?:.*\.)?(?:|\w*?(?:lora|lycoris|unet|dit|net|model|wan|hunyuan|cogvideox?|video|[it]2v)_)",
     re.IGNORECASE,
 )
 _NO_WRAPPER = re.compile(r"(?:^|\.)(?:\d+|(?:transformer|text_encoder|vae|controlnet)\w*)\.")
@@ -151,8 +151,9 @@ class Part:
 
 def read_name(key: str) -> Part | None:
     """Take a tensor's name apart; None if no LoRA that can be merged has such a name."""
+    name = re.sub(r"[._]{2,}", "_", key)
     for pattern, suffix in _patterns():
-        if match := pattern.fullmatch(key):
+        if match := pattern.fullmatch(name):
             number = match.groupdict().get("n")
             module = match["module"] + suffix.within
             return Part(module, suffix, None if number is None else int(number))
@@ -200,6 +201,6 @@ def _patterns() -> tuple[tuple[re.Pattern[str], Suffix], ...]:
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    pattern = re.sub(r"[._]", "[._]+", template)
+    pattern = re.sub(r"[._]", "[._]", template)
     pattern = pattern.replace("{name}", "[^.]+?").replace("{n}", r"(?P<n>\d{1,3})")
     return re.compile(f"(?P<module>.+?){pattern}")

@@ -1,5 +1,6 @@
 """The tensors of a LoRA's file by the modules that they change, and what fits no module."""
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from svg_jax.convert.rules import ConversionError
 
 _LINE = 180  # characters of a list of names
 _NAME_LIMIT = 160  # characters of a tensor's name, of which errors hold two
+_MOST_WORDS = 8  # of a prefix that is not known
 _BESIDE = "bundle_emb."  # embeddings that OneTrainer stores with a LoRA
 _DIFFERENCES = {"difference": 0, "bias difference": 1, "bias": 1}  # weights, biases
 
@@ -215,8 +217,9 @@ def _fitting(
 
 def _wrappers(modules: Sequence[str]) -> Iterator[str]:
     """What all names begin with that may be a prefix which is not known."""
-    for match in re.finditer(r"[._]+", modules[0] if modules else ""):
-        prefix = modules[0][: match.end()]
+    ends = (match.end() for match in re.finditer(r"[._]", modules[0] if modules else ""))
+    for end in itertools.islice(ends, _MOST_WORDS):
+        prefix = modules[0][:end]
         if not all(module.startswith(prefix) for module in modules):
             return
         if is_wrapper(prefix):

@@ -193,7 +193,7 @@ def write(trainer: Trainer, source, folder, rank=4) -> Written:
     """
     random = np.random.default_rng(7)
     base = load_file(source / WEIGHTS)
-    shapes: dict[str, tuple] = {name: tensor.shape for name, tensor in base.items()}
+    shapes: dict[str, Any] = {name: tensor.shape for name, tensor in base.items()}
     if trainer.released:
         state = {name: torch.from_numpy(tensor) for name, tensor in base.items()}
         shapes = {n: tuple(t.shape) for n, t in as_released(state, places(trainer.family)).items()}

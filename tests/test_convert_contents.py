@@ -194,7 +194,7 @@ def test_merged_loras_are_shown(tmp_path, run):
     ]
     values = json.loads(run("inspect", tmp_path / "out", "--json"))
     assert values["loras"] == [
-        {"source": name, "scale": scale, "files": {name: sha}, "into": "transformer"}
+        {"source": name, "scale": scale, "files": {name: sha}, "into": "transformer", "skipped": []}
         for name, scale, sha in zip(
             ("a.safetensors", "b.safetensors"), (0.8, 1.0), digests, strict=True
         )

@@ -126,6 +126,7 @@ ENDS = (
     ("_lora_A_default_weight", "_lora_B_default_weight"),
     ("_lora.down.weight", "_lora.up.weight"),
     (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    ("._orig_mod.lora_A.default.weight", "._orig_mod.lora_B.default.weight"),
 )
 
 
@@ -179,6 +180,7 @@ class TestNumbers:
         [
             *(np.array(2, np.int64), np.array([2], np.int32), np.array([[2]], np.uint8)),
             *(np.array(2, np.float64), np.array(2, np.float16), np.array([2], ml_dtypes.bfloat16)),
+            np.array(2, ml_dtypes.float8_e4m3fn),
         ],
     )
     @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
@@ -189,12 +191,11 @@ class TestNumbers:
         assert_merged(found, {f"{Q}.weight": np.float32(0.5) * (b @ a)}, sources["Wan"])
 
     @pytest.mark.parametrize("dtype", [np.float64, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
-    def test_matrices_of_other_floats_are_widened_or_rounded_to_float32(
-        self, tmp_path, sources, dtype
-    ):
+    @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+    def test_matrices_of_other_floats(self, tmp_path, sources, dtype, suffix):
         lora = {n: t.astype(dtype) for n, t in random_lora(sources["Wan"], [Q]).items()}
         a, b = (tensor.astype(np.float32) for tensor in lora.values())
-        found, _ = merged(sources["Wan"], save(tmp_path, lora, "safetensors"))
+        found, _ = merged(sources["Wan"], save(tmp_path, lora, suffix))
         assert_merged(found, {f"{Q}.weight": b @ a}, sources["Wan"])
 
     @pytest.mark.parametrize("flat", [False, True])
@@ -411,8 +412,7 @@ def save(folder, lora, suffix):
 
 def torch_tensor(array):
     """A torch tensor of numpy's, also of types that torch alone has a name for."""
-    names = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
-    if array.dtype.name in names:
+    if array.dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
         width = {1: np.uint8, 2: np.int16}[array.dtype.itemsize]
-        return torch.from_numpy(array.view(width).copy()).view(names[array.dtype.name])
+        return torch.from_numpy(array.view(width).copy()).view(getattr(torch, array.dtype.name))
     return torch.from_numpy(array)
