@@ -170,7 +170,7 @@ def test_a_density_that_the_text_eats_up_names_the_smallest_that_works(frames, t
 
 
 def test_a_mask_that_saves_next_to_nothing_is_told_with_the_density_that_is_computed():
-    wan, hunyuan = VideoLayout(4, 24), VideoLayout(2, 24, text_tokens=8)
+    wan, hunyuan = VideoLayout(4, 24), VideoLayout(1, 48, text_tokens=8)
     sentence = describe_lost_sparsity(wan, SparsityConfig(density=0.3))
     assert sentence is not None
     assert "density 0.3 was asked for, but 1.0000 is computed" in sentence
