@@ -343,17 +343,18 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             tell_lines(traceback.format_exception(error))
-        failure = failure_of(error, _fields(command))
+        failure = failure_of(error, _fields(command, arguments))
         if failure.sentence:
             tell(failure.sentence)
         return failure.code
     return 0
 
 
-def _fields(group: Any) -> set[str]:
-    """Names of what the options of all commands give."""
-    given = {option.name for command in group.commands.values() for option in command.params}
-    return given | RENAMED.keys()
+def _fields(group: Any, arguments: list[str]) -> set[str]:
+    """Names of what the options of the called command give."""
+    command = next((group.commands[name] for name in arguments if name in group.commands), group)
+    options = [given.name for given in command.params if given.param_type_name == "option"]
+    return {*options, *RENAMED} if "steps" in options else set(options)
 
 
 class _Echo(logging.Handler):

@@ -70,7 +70,7 @@ def failure_of(error: BaseException, fields: Collection[str] = ()) -> Failure:
 
     Args:
         error: The exception.
-        fields: Names of all that options give, which are told as options.
+        fields: Names of what the command's options give, which are told as options.
     """
     if isinstance(error, KeyboardInterrupt):
         return Failure(ExitCode.INTERRUPTED, "")
@@ -154,8 +154,11 @@ def _sentence(error: BaseException, fields: Collection[str]) -> str:
     # Usage errors say by format_message which option they are about, or nothing after the help.
     of_usage = getattr(error, "format_message", None)
     message = of_usage() if of_usage else str(error) or type(error).__name__
-    field = getattr(error, "field", None)
-    return _with_flags(message, field, fields) if isinstance(field, str) else message
+    # Errors about a field begin with its name, whether or not they carry it.
+    begins = re.match(r"\w+(?=[ =])", message)
+    field = getattr(error, "field", begins and begins[0])
+    is_known = field in fields or hasattr(error, "field")
+    return _with_flags(message, str(field), fields) if is_known else message
 
 
 def _paths_of(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from jaxtyping import Bool
 
 from svg_jax.config import SparsityConfig, dense_step_count
 from svg_jax.kernels import pick_implementation
+from svg_jax.masks import sparse_mask
 from svg_jax.metrics import SSIM_WINDOW, psnr, ssim
 from svg_jax.report import ComparisonReport
 from svg_jax.sampling.components import in_memory
@@ -63,6 +64,7 @@ def compare(
     start = pipeline.prepare(prompt, seed=seed, **arguments)
     if len(start.state.latents) != 1:
         raise ValueError(f"compare takes one prompt at a time: got {len(start.state.latents)}")
+    sparse_mask(start.layout, sparsity)  # a density that leaves nothing: not after dense steps
     num_steps = start.schedule.num_steps
     dense_steps = dense_step_count(sparsity, num_steps)
     if dense_steps == num_steps:

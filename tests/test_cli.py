@@ -289,9 +289,9 @@ def test_a_checkpoint_with_a_vae_gives_latents(run, model_with_vae, tmp_path):
             [*PROMPT, "-o", "a.gif", "--num-frames", "0"],
             "--num-frames must be a whole",
         ),
-        ([*PROMPT, "-o", "a.gif", "--density", "0.01"], "density"),
+        ([*PROMPT, "-o", "a.gif", "--density", "0.01"], "--density 0.01 leaves nothing"),
         ([*PROMPT, "-o", "a.gif", "--density", "0"], "density"),
-        ([*PROMPT, "-o", "a.gif", "--dense-steps", "2"], "dense_steps is a share"),
+        ([*PROMPT, "-o", "a.gif", "--dense-steps", "2"], "--dense-steps is a share"),
         (
             [*PROMPT, "-o", "a.gif", "--guidance-interval", "0", "2"],
             "--guidance-interval is two shares",

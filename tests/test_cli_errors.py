@@ -192,9 +192,18 @@ def test_debug_shows_the_traceback(run, monkeypatch, place, fail, code):
     ],
 )
 def test_a_setting_s_error_names_the_option(run, monkeypatch, field, message, told):
+    if message.startswith(field):  # then it need not be carried
+        result = run(*inject(monkeypatch, "generate", raising(ValueError(message))))
+        assert (result.code, result.err.startswith(f"svg-jax: {told}")) == (2, True), result.err
     error = type("SettingError", (ValueError,), {"field": field})(message)
     result = run(*inject(monkeypatch, "generate", raising(error)))
     assert (result.code, result.err.startswith(f"svg-jax: {told}")) == (2, True), result.err
+
+
+@pytest.mark.parametrize("message", ["source is wrong", "steps: no such file", "a height is odd"])
+def test_what_is_no_option_s_field_is_left_as_it_is(run, monkeypatch, message):
+    result = run(*inject(monkeypatch, "convert", raising(ValueError(message))))
+    assert result.err == f"svg-jax: {message}\n"
 
 
 HOSTILE = "\x1b]0;title\x07\x1b[31m\r\x00\x9b1m\u202eevil\u2028\udcff and so on " * 60

@@ -129,6 +129,8 @@ def test_a_run_without_a_terminal_prints_a_line_now_and_then(monkeypatch, capsys
         (["--guidance-scale", "nan"], "--guidance-scale must be"),
         (["--fps", "0"], "--fps must be"),
         (["--enlarge", "0"], "--enlarge must be"),
+        (["--density", "inf"], "--density"),
+        (["--density", "0.001"], "--density 0.001 leaves nothing"),
         (["--true-cfg-scale", "2"], "this model takes no --true-cfg-scale"),
     ],
 )

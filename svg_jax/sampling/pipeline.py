@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from svg_jax.config import PAPER_PRESETS, SparsityConfig
 from svg_jax.convert.run_defaults import RunDefaults
+from svg_jax.masks import sparse_mask
 from svg_jax.models import Attend, VideoLayout
 from svg_jax.sampling.checkpoint import (
     RunFile,
@@ -331,6 +332,8 @@ class VideoPipeline(ABC):
         With a `file` it goes on from what is saved there, and saves; the records are then those of
         the saved steps, too.
         """
+        if sparsity is not None:
+            sparse_mask(run.layout, sparsity)  # a density that leaves nothing: not after warm-up
         state, done = run.state, ()
         if file is not None:
             if steps is not None:
