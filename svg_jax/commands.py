@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from svg_jax.array_files import read_arrays
 from svg_jax.bundled import FOLDER, NAME
+from svg_jax.captions import caption_bar
 from svg_jax.cli_options import flag_of
 from svg_jax.comparison import Comparison, Pattern, device_name
 from svg_jax.comparison import compare as compare_attention
@@ -31,11 +33,13 @@ from svg_jax.kernels import pick_implementation
 from svg_jax.outputs import check_outputs
 from svg_jax.sampling import VideoOutput, VideoPipeline, from_pretrained
 from svg_jax.sampling.converted import cache_folder
-from svg_jax.sampling.images import open_image
+from svg_jax.sampling.images import with_images_read
 from svg_jax.sampling.record import median_seconds
 from svg_jax.sampling.settings import check_settings, few_steps_note
 from svg_jax.video import (
+    check_fps,
     check_video_path,
+    check_video_size,
     save_video,
     side_by_side,
     to_uint8,
@@ -45,8 +49,6 @@ from svg_jax.video import enlarge as enlarge_frames
 
 _IMAGES = {"image", "last_image"}
 _ARRAYS = {"latents", "prompt_embeds", "image_latents"}
-_RELATIVES = {"pooled_prompt_embeds", "prompt_attention_mask"}
-_RELATIVES |= {f"negative_{name}" for name in {"prompt_embeds", *_RELATIVES}}
 
 
 def generate(
@@ -86,11 +88,16 @@ def generate(
     check_outputs(written, _inputs(model=model, prompts=prompts, **files, **arguments))
     if labels_out is not None and sparsity is None:
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
-    arguments |= _read_arrays(files)
+    arguments = with_images_read(arguments) | read_arrays(files)
     _check(arguments, texts, sparsity or {}, fps=fps, enlarge=enlarge, save_every=save_every)
     pipeline = _load(model, revision=revision, variant=variant, verify=verify, dtype=dtype)
     fps, enlarge = _shown_at(pipeline, fps, enlarge)
     arguments = _arguments_of(pipeline, arguments)
+    if not wants_latents:
+        frames, height, width = _size_of(pipeline, arguments)
+        for path in outputs:
+            check_fps(fps, path)
+            check_video_size(path, frames, height * enlarge, width * enlarge, fps)
     if not (pipeline.makes_frames or wants_latents):
         raise ValueError(
             "this checkpoint was converted without its VAE: convert it with the VAE, or write "
@@ -175,11 +182,17 @@ def compare(
     if json_file is not None:
         written.append(("--json", json_file))
     check_outputs(written, _inputs(model=model, **files, **arguments))
-    arguments |= _read_arrays(files)
+    arguments = with_images_read(arguments) | read_arrays(files)
     _check(arguments, arguments["prompt"], sparsity, fps=fps, enlarge=enlarge)
     pipeline = _load(model, revision=revision, variant=variant, verify=verify, dtype=dtype)
     fps, enlarge = _shown_at(pipeline, fps, enlarge)
     arguments = _arguments_of(pipeline, arguments)
+    frames, height, width = _size_of(pipeline, arguments)
+    bar = caption_bar(width * enlarge, _captions(pattern, 1.0, 100.0, 100.0))
+    rows, columns = height * enlarge + bar.height, 2 * bar.width + 2 * enlarge
+    for path in _comparison_paths(output):
+        check_fps(fps, path)
+        check_video_size(path, frames, rows, columns, fps)
     config = _sparsity_of(pipeline, sparsity, arguments)
     comparison = _compare(pipeline, sparsity=config, pattern=pattern, **arguments)
     _write_comparison(comparison, output, fps=fps, factor=enlarge)
@@ -252,9 +265,8 @@ def _write_comparison(comparison: Comparison, output: Path, *, fps: float, facto
     if dense is None or sparse is None:
         say("this checkpoint was converted without its VAE: there are no videos to write")
         return
-    captions = (
-        f"dense: {report.dense_seconds:.2f} s a step",
-        f"{report.pattern}, density {report.density:.2f}: {report.sparse_seconds:.2f} s a step",
+    captions = _captions(
+        report.pattern, report.density, report.dense_seconds, report.sparse_seconds
     )
     labelled = [
         with_label(enlarge_frames(to_uint8(frames), factor), caption, beside=captions)
@@ -264,6 +276,15 @@ def _write_comparison(comparison: Comparison, output: Path, *, fps: float, facto
     for path in _comparison_paths(output):
         save_video(both, path, fps=fps)
         say(f"wrote {path}")
+
+
+def _captions(
+    pattern: str, density: float, dense_seconds: float, sparse_seconds: float
+) -> tuple[str, str]:
+    return (
+        f"dense: {dense_seconds:.2f} s a step",
+        f"{pattern}, density {density:.2f}: {sparse_seconds:.2f} s a step",
+    )
 
 
 def _comparison_paths(output: Path) -> list[Path]:
@@ -299,7 +320,7 @@ def _shown_at(pipeline: VideoPipeline, fps: float | None, enlarge: int | None) -
 
 
 def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that were given, images read from their files, and the number of steps.
+    """The arguments that were given, and the number of steps.
 
     Raises:
         ValueError: If the model takes no such argument.
@@ -307,8 +328,13 @@ def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict
     given = {name: value for name, value in arguments.items() if value is not None}
     if unknown := given.keys() - inspect.signature(pipeline.prepare).parameters:
         raise ValueError(f"this model takes no {' and no '.join(map(flag_of, sorted(unknown)))}")
-    given |= {name: open_image(given[name]) for name in _IMAGES & given.keys()}
     return {"num_inference_steps": pipeline.default_steps} | given
+
+
+def _size_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Frames, height and width of the video that the arguments make."""
+    names = ("num_frames", "height", "width")
+    return pipeline.video_size(**{name: arguments[name] for name in names if name in arguments})
 
 
 def _sparsity_of(
@@ -330,30 +356,3 @@ def _sparsity_of(
     if (note := few_steps_note(config, arguments["num_inference_steps"])) is not None:
         say(note)
     return config
-
-
-def _read_arrays(paths: Mapping[str, Path | None]) -> dict[str, np.ndarray]:
-    """Arrays of .npy and .npz files by the name of the argument that they are for.
-
-    An .npz may hold one array of any name, or the argument's; with prompt_embeds also its
-    relatives.
-    """
-    arrays = {}
-    for name, path in paths.items():
-        if path is None:
-            continue
-        try:
-            loaded = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no .npy or .npz file: {error}") from error
-        if isinstance(loaded, np.ndarray):
-            arrays[name] = loaded
-            continue
-        with loaded:
-            found = list(loaded)
-            if name not in found and len(found) != 1:
-                raise ValueError(f"{path} has no array {name}: it has {', '.join(found)}")
-            arrays[name] = loaded[name if name in found else found[0]]
-            if name == "prompt_embeds":
-                arrays |= {other: loaded[other] for other in _RELATIVES & set(found)}
-    return arrays

@@ -5,8 +5,8 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 _PROBE = bytes(4096)  # a full disk still makes empty files
 
@@ -62,7 +62,7 @@ def check_writable(path: str | Path) -> None:
         raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a file for reading, if it is one: a pipe could wait and a device give for ever.
 
     Raises:

@@ -38,11 +38,11 @@ def run(model, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(logging.getLogger("svg_jax"), "propagate", True)
 
     def call(command, *arguments):
-        words = [command, *arguments]
+        words = [command]
         if command != "demo":
             words += ["--model", model, "--steps", 2, "--num-frames", 2, "--guidance-scale", 1]
             words += [] if "--prompts" in arguments else ["--prompt", PROMPT]
-        monkeypatch.setattr(sys, "argv", ["svg-jax", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["svg-jax", *map(str, [*words, *arguments])])
         with pytest.raises(SystemExit) as exit:
             cli.main()
         captured = capsys.readouterr()
@@ -60,6 +60,10 @@ def no_work(monkeypatch):
 
     for name in ("from_pretrained", "convert_pipeline"):
         monkeypatch.setattr(commands, name, refuse)
+
+
+def no_step(*_arguments):
+    raise AssertionError("a run was prepared")
 
 
 def read_only_folder(tmp_path):
@@ -126,6 +130,26 @@ def test_every_command_finds_it_before_the_work(
 def test_labels_that_no_step_finds_are_told_before_the_work(run):
     code, _, error = run("generate", "-o", "a.npz", "--labels-out", "l.npz", "--dense-steps", "1")
     assert (code, "leaves none of 2 steps to be sparse" in error) == (2, True), error
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "sentence"),
+    [
+        ("generate", ["-o", "a.mp4", "--enlarge", "60", "--width", "1024"], "of at most "),
+        ("generate", ["-o", "a.gif", "--fps", "60"], "at most 50 for a .gif"),
+        ("generate", ["-o", "a.gif", "--fps", "0.0001"], "at least 0.01"),
+        ("generate", ["-o", "a.gif", "--fps", "0.01", "--num-frames", "9"], "too low for a .gif"),
+        ("compare", ["-o", "a", "--enlarge", "60", "--width", "256"], "of at most "),
+        ("compare", ["-o", "a", "--fps", "60"], "at most 50 for a .gif"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_told_before_the_steps(
+    command, arguments, sentence, run, monkeypatch
+):
+    monkeypatch.setattr("svg_jax.sampling.cogvideox.make_schedule", no_step)
+    code, _, error = run(command, *arguments)
+    assert (code, sentence in error) == (2, True), error
     assert os.listdir() == []
 
 

@@ -1,17 +1,21 @@
 """Images as frames and for CLIP, against diffusers' and transformers' own."""
 
+import io
 import json
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 import transformers
 from diffusers.video_processor import VideoProcessor
 
 from svg_jax.sampling.images import (
     CLIPImageProcessor,
     as_frame,
+    images_of_each,
     load_image_processor,
     open_image,
 )
@@ -41,6 +45,72 @@ def test_arrays_of_the_right_size_are_kept_as_they_are():
     np.testing.assert_array_equal(frame, np.moveaxis(2 * pixels.astype(np.float32) - 1, -1, 0))
     image = picture(8, 16)
     np.testing.assert_array_equal(as_frame(np.asarray(image), 8, 16), as_frame(image, 8, 16))
+
+
+PIXELS = np.asarray(picture(24, 40))
+FORMS = {
+    "Pillow's": PIL.Image.fromarray(PIXELS),
+    "int64": PIXELS.astype(np.int64),
+    "float64": PIXELS / 255,
+    "jax": jnp.asarray(PIXELS),
+    "jax bfloat16": jnp.asarray(PIXELS / 255, jnp.bfloat16),
+    "channels first": PIXELS.transpose(2, 0, 1),
+    "torch": torch.tensor(PIXELS).permute(2, 0, 1) / 255,
+    "torch with a gradient": torch.tensor(PIXELS / 255, requires_grad=True),
+    "a batch of one": PIXELS[None],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [(24, 40), (16, 16)])
+def test_every_form_is_the_same_frame(form, size):
+    expected = as_frame(PIXELS, *size)
+    found = as_frame(FORMS[form], *size)
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() <= (0.02 if form == "jax bfloat16" else 1e-6)
+    clip = CLIPImageProcessor(size=32, crop_size=32)
+    assert np.abs(clip(FORMS[form]) - clip(PIXELS)).max() <= (0.1 if "bfl" in form else 0)
+
+
+def test_one_for_all_prompts_or_one_for_each(tmp_path):
+    PIL.Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    mixed = [tmp_path / "a.png", *list(FORMS.values())[:2]]
+    for given in (
+        mixed,
+        tuple(mixed),
+        np.stack([PIXELS] * 3),
+        torch.tensor(PIXELS)[None].expand(3, -1, -1, -1),
+    ):
+        images = images_of_each(given, 3)
+        assert len(images) == 3
+        for image in images:
+            np.testing.assert_array_equal(np.asarray(image), PIXELS)
+    assert len(images_of_each(str(tmp_path / "a.png"), 3)) == 1
+    refused = [
+        (mixed, "image must be one or as many as the prompts: got 3 for 2"),
+        ([], "image is empty"),
+        ([mixed, mixed], "image must be images, or one: got a list of lists"),
+        ([PIXELS, PIXELS * 2.0], "image 1 in floating point has values from 0 to 1: got 0 to 510"),
+        (np.zeros((2, 3, 4, 5, 3)), "image must be a path, an image, or an array"),
+        (7, "image must be a path, an image, or an array"),
+        (PIXELS[:0], "image has no pixels"),
+        (PIXELS > 7, "got bool"),
+        (np.zeros((8, 8, 4)), "transparency has to be dropped first"),
+        (PIL.Image.new("RGB", (0, 4)), "image has no pixels"),
+    ]
+    for given, sentence in refused:
+        with pytest.raises(ValueError, match=sentence):
+            images_of_each(given, 2)
+
+
+def test_an_image_that_was_opened_and_is_damaged_is_one_sentence(tmp_path):
+    PIL.Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    with (
+        PIL.Image.open(io.BytesIO(content[:-1000])) as image,
+        pytest.raises(ValueError, match="image: the image cannot be decoded: "),
+    ):
+        as_frame(image, 8, 8)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])

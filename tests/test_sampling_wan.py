@@ -247,6 +247,34 @@ def test_images_may_come_encoded(make):
     np.testing.assert_array_equal(prompts, embeds(2).repeat(2, axis=0))
 
 
+def test_an_image_for_each_prompt_in_any_form(make, tmp_path):
+    _, ours, _ = make("FLF2V")
+    picture(9).save(tmp_path / "first.png")
+    text = {"guidance_scale": 1.0, **CALL}
+
+    def images_of(prompts, image, last_image):
+        given = {"image": image, "last_image": last_image, "prompt_embeds": embeds(prompts)}
+        return ours.prepare(**text, **given).conditions.images
+
+    alone = [images_of(1, picture(seed), picture(8)) for seed in (7, 9)]
+    pixels = torch.from_numpy(np.asarray(picture(7)).copy()).permute(2, 0, 1)
+    both = images_of(2, [pixels, tmp_path / "first.png"], np.asarray(picture(8))[None])
+    for name in ("channels", "features"):
+        expected = np.concatenate([np.asarray(getattr(each, name)) for each in alone])
+        np.testing.assert_allclose(getattr(both, name), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="last_image must be one or as many as the prompts: got 3"):
+        images_of(2, picture(7), [picture(8)] * 3)
+
+
+def test_a_saved_run_knows_its_images_by_their_pixels(make, tmp_path):
+    _, ours, _ = make("I2V")
+    picture(7).save(tmp_path / "a.png")
+    forms = [picture(7), tmp_path / "a.png", str(tmp_path / "a.png"), [picture(7)]]
+    told = [ours.fingerprint(None, prompt_embeds=embeds(), image=form) for form in forms]
+    assert all(each == told[0] for each in told)
+    assert told[0] != ours.fingerprint(None, prompt_embeds=embeds(), image=picture(8))
+
+
 def test_known_frames_of_both_images():
     np.testing.assert_array_equal(
         known_frames(3, True)[..., 0, 0], [[1, 0, 0], [1, 0, 0], [1, 0, 0], [1, 0, 1]]

@@ -23,7 +23,7 @@ from svg_jax.sampling.components import (
     run_encoder,
 )
 from svg_jax.sampling.denoise import guidance_scales, guided_velocity
-from svg_jax.sampling.images import Image
+from svg_jax.sampling.images import AnyImage
 from svg_jax.sampling.latents import (
     NO_VAE,
     RELEASED,
@@ -134,7 +134,7 @@ class CogVideoXPipeline(VideoPipeline):
         self,
         prompt: str | Sequence[str] | None = None,
         *,
-        image: Image | Sequence[Image] | None = None,
+        image: AnyImage | None = None,
         negative_prompt: str | Sequence[str] | None = "",
         height: int | None = None,
         width: int | None = None,
@@ -158,8 +158,9 @@ class CogVideoXPipeline(VideoPipeline):
 
         Args:
             prompt: One prompt or several; or pass `prompt_embeds`.
-            image: The first frame: one for all prompts, or one for each; resized without regard to
-                its proportions. Needed by image-to-video checkpoints.
+            image: The first frame: one for all prompts, or one for each, as paths, Pillow's images
+                or arrays (see `svg_jax.sampling.images.as_image`); resized without regard to its
+                proportions. Needed by image-to-video checkpoints.
             negative_prompt: What guidance leads away from; one for all prompts, or one for each.
             height: In pixels. Default: what the checkpoint was trained at (768 for 1.5).
             width: In pixels. Default: likewise (1360 for 1.5).
@@ -212,7 +213,7 @@ class CogVideoXPipeline(VideoPipeline):
         if prompt_embeds is not None:
             tokens = prompt_embeds.shape[1]
         layout = config.layout(shape[1], shape[3], shape[4], tokens)
-        made = decoded_frames(shape[1] - padding_frames, compression)
+        made = self.video_size(num_frames, height, width)[0]
         check_memory(
             self.transformer,
             layout,
@@ -268,6 +269,17 @@ class CogVideoXPipeline(VideoPipeline):
             return RELEASED._replace(frames=self.transformer.config.temporal_compression_ratio)
         config = self.vae.config
         return Compression(config.temporal_compression_ratio, config.spatial_compression_ratio)
+
+    def video_size(
+        self, num_frames: int | None = None, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int]:
+        """See `VideoPipeline.video_size`; frames are those that the VAE makes."""
+        config, compression = self.transformer.config, self.compression
+        frames, rows, columns = video_size(config, compression, num_frames, height, width)
+        shape, padding_frames = latent_shape(
+            config, compression=compression, num_frames=frames, height=rows, width=columns
+        )
+        return decoded_frames(shape[0] - padding_frames, compression), rows, columns
 
     def paper_preset(self, height: int | None = None, width: int | None = None) -> str | None:
         """See `VideoPipeline.paper_preset`; one for all sizes, none for models of pixels."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from svg_jax.models import CogVideoXConfig, CogVideoXVAE
 from svg_jax.sampling.components import Lazy, check_finite, in_memory
-from svg_jax.sampling.images import Image, as_frame, images_of_each
+from svg_jax.sampling.images import AnyImage, Image, as_frame, images_of_each
 from svg_jax.sampling.latents import place_image
 from svg_jax.sampling.schedulers import image_noise_of
 
@@ -24,7 +24,7 @@ def check_image(
     config: CogVideoXConfig,
     *,
     has_encoder: bool,
-    image: Image | Sequence[Image] | None,
+    image: AnyImage | None,
     image_latents: ImageLatents | None,
     image_noise: ImageLatents | None,
 ) -> None:
@@ -53,7 +53,7 @@ def encode_first_frame(
     prompts: int,
     *,
     vae: CogVideoXVAE | Lazy[CogVideoXVAE] | None,
-    image: Image | Sequence[Image] | None,
+    image: AnyImage | None,
     image_latents: ImageLatents | None,
     image_noise: ImageLatents | None,
     seed: int,

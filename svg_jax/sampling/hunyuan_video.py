@@ -28,7 +28,7 @@ from svg_jax.sampling.hunyuan_video_text import (
     Texts,
     negative_texts,
 )
-from svg_jax.sampling.images import Image, as_frame, images_of_each
+from svg_jax.sampling.images import AnyImage, as_frame, images_of_each
 from svg_jax.sampling.latents import (
     RELEASED,
     Compression,
@@ -49,7 +49,7 @@ from svg_jax.sampling.record import SamplingInfo
 from svg_jax.sampling.settings import SettingError
 from svg_jax.sampling.text import list_of_prompts
 
-_HEIGHT, _WIDTH = 720, 1280
+_FRAMES, _HEIGHT, _WIDTH = 129, 720, 1280
 _NOISE = np.float32(0.999)  # share of noise in the initial latents where there is an image
 _STRIDES = {"latent_concat": 2, "token_replace": 4}  # every so manieth image feature is kept
 
@@ -96,10 +96,10 @@ class HunyuanVideoPipeline(VideoPipeline):
         prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
-        image: Image | Sequence[Image] | None = None,
+        image: AnyImage | None = None,
         height: int = _HEIGHT,
         width: int = _WIDTH,
-        num_frames: int = 129,
+        num_frames: int = _FRAMES,
         num_inference_steps: int | None = None,
         guidance_scale: float | int | None = None,
         true_cfg_scale: float | int = 1.0,
@@ -124,7 +124,8 @@ class HunyuanVideoPipeline(VideoPipeline):
             prompt: One prompt or several; or pass `prompt_embeds`.
             negative_prompt: What guidance leads away from; one for all prompts, or one for each.
             image: With image to video, what the video begins with: one for all prompts, or one for
-                each. It is stretched to the video's size.
+                each, as paths, Pillow's images or arrays (see `svg_jax.sampling.images.as_image`).
+                It is stretched to the video's size.
             height: In pixels, a multiple of 16.
             width: In pixels, likewise.
             num_frames: Frames of the video, 4k + 1. The 33-channel image model returns four less.
@@ -180,7 +181,7 @@ class HunyuanVideoPipeline(VideoPipeline):
                 negative_prompt_attention_mask,
                 negative_pooled_prompt_embeds,
             )
-            black = PIL.Image.new("RGB", (width, height))
+            black = PIL.Image.new("RGB", (1, 1))  # resized it is as black as in the video's size
             parts.append(negative_texts(negative_prompt, features, black, parts[0].count))
         for part in parts:
             part.check(config)
@@ -219,6 +220,19 @@ class HunyuanVideoPipeline(VideoPipeline):
             scales=scales,
             seed=seed,
             layout=config.layout(*shape[2:], text.embeds.shape[1]),
+        )
+
+    def video_size(
+        self, num_frames: int | None = None, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int]:
+        """See `VideoPipeline.video_size`; the 33-channel image model leaves the image out."""
+        frames = _FRAMES if num_frames is None else num_frames
+        if self.transformer.config.image_condition_type == "latent_concat":
+            frames -= self.compression.frames
+        return (
+            frames,
+            _HEIGHT if height is None else height,
+            _WIDTH if width is None else width,
         )
 
     def paper_preset(self, height: int | None = None, width: int | None = None) -> str:
@@ -276,9 +290,7 @@ class HunyuanVideoPipeline(VideoPipeline):
             )
         return config.out_channels, *grid
 
-    def _check_image(
-        self, image: Image | Sequence[Image] | None, image_latents: Latents | None
-    ) -> None:
+    def _check_image(self, image: AnyImage | None, image_latents: Latents | None) -> None:
         if self.transformer.config.image_condition_type is None:
             if image is not None or image_latents is not None:
                 raise ValueError(
@@ -296,7 +308,7 @@ class HunyuanVideoPipeline(VideoPipeline):
         self,
         prompt: str | Sequence[str] | None,
         features: tuple[Any, Any, Any],
-        image: Image | Sequence[Image] | None,
+        image: AnyImage | None,
     ) -> Texts:
         """The prompts, with the images that are encoded among them."""
         if prompt is None:
@@ -312,7 +324,7 @@ class HunyuanVideoPipeline(VideoPipeline):
 
     def _image_latents(
         self,
-        image: Image | Sequence[Image] | None,
+        image: AnyImage | None,
         image_latents: Latents | None,
         prompts: int,
         shape: tuple[int, ...],

@@ -4,70 +4,147 @@ Resizing is Pillow's throughout, as in diffusers' VideoProcessor and transformer
 CLIPImageProcessor: resizing on a device differs from it by one or two grey levels.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 
 from svg_jax.convert.json_file import read_json
 from svg_jax.models.config import read_config
+from svg_jax.pixels import as_numpy, channels_last, in_known_range, rgb_of_pillow
+from svg_jax.sampling.image_files import open_image
 
-# Pillow's, or an array: uint8, or floating point from 0 to 1.
+# Pillow's in three colours, or an array: uint8, or floating point from 0 to 1.
 Image = (
-    PIL.Image.Image | UInt8[np.ndarray, "_height _width 3"] | Float[np.ndarray, "_height _width 3"]
+    PIL.Image.Image
+    | UInt8[np.ndarray, "_height _width 3"]
+    | Float32[np.ndarray, "_height _width 3"]
 )
+# What `as_image` takes, or a list with one for each prompt.
+AnyImage = Any
 
 _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 _PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor")
 _LANCZOS = PIL.Image.Resampling.LANCZOS
 
 
-def open_image(path: str | Path) -> PIL.Image.Image:
-    """Reads an image file, turned as its camera was.
+def as_image(image: AnyImage, name: str = "image") -> Image:
+    """Take an image in any form for what it is.
+
+    Args:
+        image: The path of a file, which is turned as its camera was (others are not, as in
+            diffusers); Pillow's image of any mode; or an array of NumPy, JAX or PyTorch [height,
+            width, 3] or [3, height, width] (where both could be meant, the former), alone or in a
+            batch of one, or of greys [height, width]. The dtype decides the range: integers are
+            from 0 to 255, floating point is from 0 to 1.
+        name: The argument's name, for errors.
 
     Raises:
-        ValueError: If it is no image, or one whose greys have no known range.
-        OSError: If it cannot be read.
+        ValueError: If it is no image, has no pixels, or values outside the range.
+        OSError: If a file is not there, or cannot be read.
     """
-    try:
-        with PIL.Image.open(path) as image:
-            return _as_rgb(PIL.ImageOps.exif_transpose(image))
-    except PIL.UnidentifiedImageError as error:
-        raise ValueError(f"{path} is no image") from error
+    if isinstance(image, str | os.PathLike):
+        return open_image(image)
+    if isinstance(image, PIL.Image.Image):
+        return rgb_of_pillow(image, name)
+    array = as_numpy(image, name)
+    if array.ndim == 4 and len(array) == 1:
+        array = array[0]
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3:
+        raise ValueError(
+            f"{name} must be a path, an image, or an array [height, width, 3]: got "
+            f"{type(image).__name__} of the shape {array.shape}"
+        )
+    return in_known_range(channels_last(array, name), name)
 
 
-def images_of_each(image: Image | Sequence[Image], prompts: int) -> list[Image]:
-    """The image of each prompt, or one for all of them; ValueError on another number."""
-    images = [image] if isinstance(image, PIL.Image.Image | np.ndarray) else list(image)
+def as_images(images: AnyImage, name: str = "image") -> list[Image]:
+    """Take one image, or a list or a batch of them with one for each prompt.
+
+    Args:
+        images: One image in any form of `as_image`; a list of such; or an array with a batch axis
+            before an image's.
+        name: The argument's name, for errors.
+
+    Raises:
+        ValueError: If one is no image, or there is none.
+        OSError: If a file is not there, or cannot be read.
+    """
+    if not isinstance(images, list | tuple):
+        if getattr(images, "ndim", 0) != 4:
+            return [as_image(images, name)]
+        images = as_numpy(images, name)
+    if len(images) == 0:
+        raise ValueError(f"{name} is empty: pass one for all prompts, or one for each")
+    if any(isinstance(image, list | tuple) for image in images):
+        raise ValueError(f"{name} must be images, or one: got a list of lists")
+    if len(images) == 1:
+        return [as_image(images[0], name)]
+    return [as_image(image, f"{name} {index}") for index, image in enumerate(images)]
+
+
+def images_of_each(images: AnyImage, prompts: int, name: str = "image") -> list[Image]:
+    """Take the image of each prompt, or one for all of them; see `as_images`.
+
+    Raises:
+        ValueError: If there are neither one nor as many as prompts.
+    """
+    images = as_images(images, name)
     if len(images) not in (1, prompts):
         raise ValueError(
-            f"the images must be one or as many as the prompts: got {len(images)} for {prompts}"
+            f"{name} must be one or as many as the prompts: got {len(images)} for {prompts}"
         )
     return images
 
 
-def as_frame(image: Image, height: int, width: int) -> Float[np.ndarray, "3 height width"]:
-    """An image as a frame of a video: resized without regard to its proportions, from −1 to 1.
+def with_images_read(arguments: Mapping[str, Any], prompts: int | None = None) -> dict[str, Any]:
+    """Read the images among a call's arguments, once for all that will see them.
+
+    Args:
+        arguments: A call's arguments by name; of these, `image` and `last_image` are read.
+        prompts: How many prompts there are, if it is known.
+
+    Returns:
+        The same, with a list in place of each image: of one for all prompts, or one for each.
+
+    Raises:
+        ValueError: If one is no image, or their number fits no prompts; names argument or file.
+        OSError: If a file is not there, or cannot be read.
+    """
+    read = {}
+    for name in ("image", "last_image"):
+        images = arguments.get(name)
+        if images is not None:
+            images = as_images(images, name)
+            read[name] = images if prompts is None else images_of_each(images, prompts, name)
+    return {**arguments, **read}
+
+
+def as_frame(image: AnyImage, height: int, width: int) -> Float[np.ndarray, "3 height width"]:
+    """Show an image as a frame of a video, resized without regard to its proportions.
 
     Arrays in floating point are rounded to 8 bits where they have to be resized.
 
+    Returns:
+        Pixels from −1 to 1.
+
     Raises:
-        ValueError: On an array that is no image.
+        ValueError: If it is no image.
     """
+    image = as_image(image)
     if isinstance(image, np.ndarray) and image.shape[:2] == (height, width):
-        pixels = image
-        if image.dtype == np.uint8:
-            pixels = image.astype(np.float32) / 255
-        _check_range(pixels)
+        pixels = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image
     else:
         resized = _as_pillow(image).resize((width, height), _LANCZOS)
         pixels = np.asarray(resized, np.float32) / 255
-    return np.moveaxis(2 * pixels.astype(np.float32) - 1, -1, 0)
+    return np.moveaxis(2 * pixels - 1, -1, 0)
 
 
 @dataclass(frozen=True)
@@ -116,13 +193,13 @@ class CLIPImageProcessor:
         only: dict[str, Any] = dict.fromkeys(_STEPS, True)
         return read_config(cls, values, ignored={"processor_class"}, only=only)
 
-    def __call__(self, image: Image) -> Float[np.ndarray, "3 size size"]:
-        """An image as the encoder takes it.
+    def __call__(self, image: AnyImage) -> Float[np.ndarray, "3 size size"]:
+        """Show an image as the encoder takes it.
 
         Raises:
-            ValueError: On an array that is no image.
+            ValueError: If it is no image.
         """
-        pillow = _as_pillow(image)
+        pillow = _as_pillow(as_image(image))
         short, long = sorted(pillow.size)
         longer = int(self.size * long / short)
         upright = pillow.width <= pillow.height
@@ -161,28 +238,7 @@ def _side(key: str, value: Any, names: set[str]) -> Any:
 
 def _as_pillow(image: Image) -> PIL.Image.Image:
     if isinstance(image, PIL.Image.Image):
-        return _as_rgb(image)
+        return image
     if image.dtype != np.uint8:
-        _check_range(image)
         image = (image * 255).round().astype(np.uint8)
-    return PIL.Image.fromarray(image)
-
-
-def _as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Three colours of 8 bits; transparency is dropped, as by diffusers' `load_image`."""
-    if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255
-        greys = np.asarray(image) / 257
-        image = PIL.Image.fromarray(greys.round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"an image of mode {image.mode} has no known range: save it with 8 bits")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # or Pillow warns
-    return image.convert("RGB")
-
-
-def _check_range(pixels: np.ndarray) -> None:
-    if not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN is neither
-        raise ValueError(
-            "an image in floating point has values from 0 to 1: got "
-            f"{pixels.min():.3g} to {pixels.max():.3g}"
-        )
+    return PIL.Image.fromarray(np.ascontiguousarray(image))

@@ -28,6 +28,7 @@ from svg_jax.sampling.checkpoint import (
 from svg_jax.sampling.components import component_names, in_memory
 from svg_jax.sampling.denoise import Conditions, check_labels, denoise
 from svg_jax.sampling.flow import FlowSchedule, FlowState
+from svg_jax.sampling.images import with_images_read
 from svg_jax.sampling.record import SamplingInfo, StepRecord
 from svg_jax.sampling.schedulers import SamplerState, Schedule
 from svg_jax.sampling.settings import (
@@ -223,16 +224,20 @@ class VideoPipeline(ABC):
     ) -> dict[str, Any]:
         """All arguments of `prepare` for a call with these: checked, with defaults filled in.
 
-        A default is what the model's folder says, or else the authors'. A seed of None is drawn.
+        A default is what the model's folder says, or else the authors'. A seed of None is drawn,
+        and images are read.
 
         Raises:
             SettingError: On what no run can have.
+            ValueError: On what is no image.
             TypeError: On an argument that the family does not take.
         """
         signature = inspect.signature(self.prepare)
         given = signature.bind(prompt, **arguments)
         given.apply_defaults()
         settings = check_settings(given.arguments)
+        prompts = count_prompts(settings["prompt"], settings["prompt_embeds"])
+        settings = with_images_read(settings, prompts)
         defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
         defaults |= {"guidance_interval": (0.0, 1.0)} | self.authors_settings
         defaults |= self.defaults.given()
@@ -270,6 +275,18 @@ class VideoPipeline(ABC):
         Args:
             height: Of the video, in pixels. Default: as `prepare`'s.
             width: Likewise.
+        """
+
+    @abstractmethod
+    def video_size(
+        self, num_frames: int | None = None, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int]:
+        """Frames, height and width of the video that a call with these makes.
+
+        Args:
+            num_frames: Frames that are asked for. Default: as `prepare`'s.
+            height: Height in pixels. Default: as `prepare`'s.
+            width: Width in pixels. Default: as `prepare`'s.
         """
 
     def paper_sparsity(self, height: int | None = None, width: int | None = None) -> SparsityConfig:

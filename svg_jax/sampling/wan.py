@@ -19,7 +19,7 @@ from svg_jax.prompts import wan_tokens
 from svg_jax.sampling.components import Lazy, in_memory, repeat_each, run_encoder
 from svg_jax.sampling.denoise import guidance_scales, guided_velocity
 from svg_jax.sampling.flow import FlowConfig, FlowSampler, initial_flow_state, make_flow_schedule
-from svg_jax.sampling.images import CLIPImageProcessor, Image
+from svg_jax.sampling.images import AnyImage, CLIPImageProcessor
 from svg_jax.sampling.latents import (
     RELEASED,
     Compression,
@@ -126,8 +126,8 @@ class WanPipeline(VideoPipeline):
         self,
         prompt: str | Sequence[str] | None = None,
         *,
-        image: Image | None = None,
-        last_image: Image | None = None,
+        image: AnyImage | None = None,
+        last_image: AnyImage | None = None,
         negative_prompt: str | Sequence[str] | None = "",
         height: int | None = None,
         width: int | None = None,
@@ -150,9 +150,11 @@ class WanPipeline(VideoPipeline):
 
         Args:
             prompt: One prompt or several; or pass `prompt_embeds`.
-            image: The first frame, of all videos; resized without regard to its proportions. Needed
-                by image-to-video checkpoints.
-            last_image: The last frame; needed by those of first and last frame (FLF2V).
+            image: The first frame: one for all prompts, or one for each, as paths, Pillow's images
+                or arrays (see `svg_jax.sampling.images.as_image`); resized without regard to its
+                proportions. Needed by image-to-video checkpoints.
+            last_image: The last frame, in the same forms; needed by those of first and last frame
+                (FLF2V).
             negative_prompt: What guidance leads away from; one for all prompts, or one for each.
             height: In pixels, a multiple of 16. Default: 480 for 1.3B, and for 14B image to video
                 if the checkpoint's shift is at most 3, by which the 480p one is told from the 720p
@@ -198,9 +200,7 @@ class WanPipeline(VideoPipeline):
         scales = guidance_scales(
             schedule.timesteps, guidance_scale, guidance_interval=guidance_interval
         )
-        default = self._default_size()
-        height = default[0] if height is None else height
-        width = default[1] if width is None else width
+        num_frames, height, width = self.video_size(num_frames, height, width)
         guided, compression = bool((scales != 1).any()), self.compression
         grid = latent_grid(
             num_frames, height, width, compression=compression, patch_size=config.patch_size[1]
@@ -217,6 +217,7 @@ class WanPipeline(VideoPipeline):
             (num_frames, height, width),
             compression,
             (image, last_image),
+            prompts=prompts,
             vae=self.vae,
             image_encoder=self.image_encoder,
             image_processor=self.image_processor,
@@ -247,6 +248,17 @@ class WanPipeline(VideoPipeline):
             scales=scales,
             seed=seed,
             layout=layout,
+        )
+
+    def video_size(
+        self, num_frames: int | None = None, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int]:
+        """See `VideoPipeline.video_size`."""
+        rows, columns = self._default_size()
+        return (
+            _FRAMES if num_frames is None else num_frames,
+            rows if height is None else height,
+            columns if width is None else width,
         )
 
     def paper_preset(self, height: int | None = None, width: int | None = None) -> str:

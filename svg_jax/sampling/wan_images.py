@@ -15,7 +15,13 @@ from jaxtyping import Array, Float
 
 from svg_jax.models import CLIPVisionEncoder, WanConfig, WanVAE
 from svg_jax.sampling.components import Lazy, check_finite, in_memory, run_encoder
-from svg_jax.sampling.images import CLIPImageProcessor, Image, as_frame
+from svg_jax.sampling.images import (
+    AnyImage,
+    CLIPImageProcessor,
+    Image,
+    as_frame,
+    images_of_each,
+)
 from svg_jax.sampling.latents import Compression
 from svg_jax.sampling.settings import SettingError
 
@@ -57,8 +63,9 @@ def encode_first_frames(
     config: WanConfig,
     size: tuple[int, int, int],
     compression: Compression,
-    images: tuple[Image | None, Image | None],
+    images: tuple[AnyImage | None, AnyImage | None],
     *,
+    prompts: int,
     vae: WanVAE | Lazy[WanVAE] | None,
     image_encoder: CLIPVisionEncoder | Lazy[CLIPVisionEncoder] | None,
     image_processor: CLIPImageProcessor | None,
@@ -71,7 +78,8 @@ def encode_first_frames(
         config: Of the transformer.
         size: Frames, height and width of the video, in pixels.
         compression: What the VAE makes of a video.
-        images: Its first and its last frame.
+        images: The first and the last frame of the video: of all videos, or of each prompt's.
+        prompts: How many prompts there are.
         vae: What encodes them as a video.
         image_encoder: CLIP.
         image_processor: CLIP's.
@@ -93,7 +101,8 @@ def encode_first_frames(
             )
         return None
     with_last = config.pos_embed_seq_len is not None
-    known = _known_images(images, with_last, image_embeds is None or image_latents is None)
+    needed = image_embeds is None or image_latents is None
+    known = _known_images(images, prompts, with_last, needed)
     if with_last and size[0] == 1:
         least = 1 + compression.frames
         raise SettingError(
@@ -135,10 +144,14 @@ def known_frames(
 
 
 def _known_images(
-    images: tuple[Image | None, Image | None], with_last: bool, needed: bool
-) -> list[Image]:
-    """The images, checked against what the model takes."""
-    known = [image for image in images if image is not None]
+    images: tuple[AnyImage | None, AnyImage | None], prompts: int, with_last: bool, needed: bool
+) -> list[tuple[Image, ...]]:
+    """The images of all videos or of each prompt's, checked against what the model takes."""
+    known = {
+        name: image
+        for name, image in zip(("image", "last_image"), images, strict=True)
+        if image is not None
+    }
     if not needed:
         if known:
             raise ValueError("pass either images or both of image_embeds and image_latents")
@@ -153,31 +166,36 @@ def _known_images(
         )
     if not with_last and images[1] is not None:
         raise ValueError("this checkpoint takes one image: it has no use for a last_image")
-    return known
+    each = [images_of_each(image, prompts, name) for name, image in known.items()]
+    count = max(map(len, each))
+    return list(zip(*(some * (count // len(some)) for some in each), strict=True))
 
 
 def _encode_video(
-    vae: WanVAE | Lazy[WanVAE], images: Sequence[Image], size: tuple[int, int, int]
-) -> Float[Array, "1 channels latent_frames latent_height latent_width"]:
-    """Normalised latents of the video that has the images at its ends and zeros for the rest."""
-    video = np.zeros((1, 3, *size), np.float32)
-    for frame, image in zip((0, -1), images, strict=False):
-        video[0, :, frame] = as_frame(image, *size[1:])
+    vae: WanVAE | Lazy[WanVAE], images: Sequence[tuple[Image, ...]], size: tuple[int, int, int]
+) -> Float[Array, "videos channels latent_frames latent_height latent_width"]:
+    """Normalised latents of videos that have images at their ends and zeros for the rest."""
+    latents = []
     with in_memory(vae) as module:
-        latents = module.encode(jnp.asarray(video)).mean
-        return module.normalize(latents.astype(jnp.float32))
+        for ends in images:  # one by one: a video in HD takes gigabytes
+            video = np.zeros((1, 3, *size), np.float32)
+            for frame, image in zip((0, -1), ends, strict=False):
+                video[0, :, frame] = as_frame(image, *size[1:])
+            mean = module.encode(jnp.asarray(video)).mean
+            latents.append(module.normalize(mean.astype(jnp.float32)))
+    return jnp.concatenate(latents)
 
 
 def _encode_for_clip(
     encoder: CLIPVisionEncoder | Lazy[CLIPVisionEncoder],
     processor: CLIPImageProcessor,
-    images: Sequence[Image],
-) -> Float[Array, "1 image_tokens features"]:
-    """CLIP's features of all images, one behind the other."""
-    pixels = jnp.asarray(np.stack([processor(image) for image in images]))
+    images: Sequence[tuple[Image, ...]],
+) -> Float[Array, "videos image_tokens features"]:
+    """CLIP's features of each video's images, one behind the other."""
+    pixels = jnp.asarray(np.stack([processor(image) for ends in images for image in ends]))
     with in_memory(encoder) as module:
         features = run_encoder(module, pixels, hidden_state=_HIDDEN_STATE)
-    return features.reshape(1, -1, features.shape[-1])
+    return features.reshape(len(images), -1, features.shape[-1])
 
 
 def _check_arrays(
