@@ -138,7 +138,7 @@ def test_labels_that_no_step_finds_are_told_before_the_work(run):
     [
         ("generate", ["-o", "a.mp4", "--enlarge", "60", "--width", "1024"], "of at most "),
         ("generate", ["-o", "a.gif", "--fps", "60"], "at most 50 for a .gif"),
-        ("generate", ["-o", "a.gif", "--fps", "0.0001"], "at least 0.01"),
+        ("generate", ["-o", "a.gif", "--fps", "0.0001"], "must be a number from 0.01"),
         ("generate", ["-o", "a.gif", "--fps", "0.01", "--num-frames", "9"], "too low for a .gif"),
         ("compare", ["-o", "a", "--enlarge", "60", "--width", "256"], "of at most "),
         ("compare", ["-o", "a", "--fps", "60"], "at most 50 for a .gif"),
