@@ -63,9 +63,10 @@ class Result:
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
+def run(capsys, monkeypatch, tmp_path, tmp_path_factory):
     """Call the command line in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.getbasetemp()))
     # main sets these, and other tests want them back
     monkeypatch.setattr(logging.getLogger("svg_jax"), "handlers", [])
     monkeypatch.setattr(logging.getLogger("svg_jax"), "propagate", True)
@@ -81,3 +82,20 @@ def run(capsys, monkeypatch, tmp_path):
         return Result(exit.value.code or 0, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """A tiny CogVideoX in diffusers' layout, which has no VAE."""
+    from tiny_checkpoint import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("cli") / "source")
+
+
+@pytest.fixture(scope="session")
+def model(source):
+    """The same, converted."""
+    from svg_jax.convert import convert_pipeline
+
+    convert_pipeline(source, source.parent / "model")
+    return source.parent / "model"

@@ -1,109 +1,19 @@
 """The command line on a tiny checkpoint: what it writes, what it prints, and how it fails."""
 
-import contextlib
-import functools
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import jax
 import numpy as np
 import pytest
-import torch
-import transformers
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
+from tiny_checkpoint import PROMPT, QUICK, is_one_sentence, write_checkpoint
 
-from svg_jax import cli, commands
-from svg_jax.sampling import CogVideoXPipeline
+from svg_jax import cli
 from svg_jax.video import save_video
-
-TRANSFORMER = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 3,
-    "out_channels": 3,
-    "time_embed_dim": 16,
-    "text_embed_dim": 16,
-    "num_layers": 2,
-    "sample_width": 16,
-    "sample_height": 12,
-    "sample_frames": 4,
-    "temporal_compression_ratio": 1,
-    "max_text_seq_length": 8,
-    "use_rotary_positional_embeddings": True,
-}
-T5 = {
-    "d_model": 16,
-    "d_ff": 32,
-    "d_kv": 8,
-    "num_heads": 2,
-    "num_layers": 1,
-    "vocab_size": 8,
-    "feed_forward_proj": "gated-gelu",
-}
-SCHEDULER = {
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "timestep_spacing": "trailing",
-    "rescale_betas_zero_snr": True,
-    "clip_sample": False,
-}
-QUICK = ["--steps", "4", "--guidance-scale", "1", "--density", "0.6", "--sampled-rows", "4"]
-PROMPT = ["--prompt", "a red cat"]
-
-
-def write_checkpoint(folder: Path, vae: tuple[str | None, str | None] = (None, None)) -> Path:
-    torch.manual_seed(0)
-    transformer = diffusers.CogVideoXTransformer3DModel(**TRANSFORMER)
-    encoder = transformers.T5EncoderModel(transformers.T5Config(**T5))
-    for module in (transformer, encoder):
-        for parameter in module.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-    transformer.save_pretrained(folder / "transformer")
-    encoder.save_pretrained(folder / "text_encoder")
-    diffusers.CogVideoXDDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
-    words = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "cat"]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer.add_special_tokens(words[:3])
-    (folder / "tokenizer").mkdir()
-    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
-    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"pad_token": "<pad>"}')
-    index = {
-        "_class_name": "CogVideoXPipeline",
-        "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
-        "text_encoder": ["transformers", "T5EncoderModel"],
-        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
-        "vae": vae,
-    }
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("cli") / "source")
-
-
-@pytest.fixture(scope="module")
-def model(source):
-    from svg_jax.convert import convert_pipeline
-
-    convert_pipeline(source, source.parent / "model")
-    return source.parent / "model"
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +24,6 @@ def model_with_vae(tmp_path_factory):
     write_checkpoint(folder / "source", ("diffusers", "AutoencoderKLCogVideoX"))
     convert_pipeline(folder / "source", folder / "model", components=["transformer"])
     return folder / "model"
-
-
-def is_one_sentence(text):
-    return len(text.strip().splitlines()) == 1 and text.startswith("svg-jax: ")
 
 
 def test_convert_and_export_are_inverse(run, source, tmp_path):
@@ -220,46 +126,6 @@ def test_generate_from_files_and_write_labels(run, model):
         assert (file["density"][:, 0] == 1).all()  # the first layer stays dense
         assert np.isnan(file["errors"][:, 0]).all()
         assert np.isfinite(file["errors"][:, 1]).all()
-
-
-def test_compare_reports_and_writes_both_videos(run, model, tmp_path):
-    result = run(
-        "compare", "--model", model, *PROMPT, *QUICK, "--dense-steps", "0.5", "--json", "r.json"
-    )
-    assert (result.code, result.err) == (0, "")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["compare.gif", "compare.mp4", "r.json"]
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert report["dense_steps"] == 2
-    assert report["latents"] == [4, 3, 12, 16]
-    assert report["num_tokens"] == 8 + 4 * 6 * 8
-    assert 0 < report["density"] < 0.7
-    assert 10 < report["psnr"] < 100
-    assert 0 < report["ssim"] <= 1
-    assert len(report["spatial_share"]) == 2
-    assert report["speed_up"] == pytest.approx(report["dense_seconds"] / report["sparse_seconds"])
-    for figure in ("PSNR", "SSIM", "spatial heads", "a red cat"):
-        assert figure in result.out
-
-
-def test_compare_at_density_one_finds_no_difference(run, model):
-    options = ["--steps", "4", "--guidance-scale", "1", "--density", "1", "--json", "r.json"]
-    assert run("compare", "--model", model, *PROMPT, *options).code == 0
-    report = json.loads(Path("r.json").read_text())
-    assert report["density"] == 1
-    assert report["psnr"] is None or report["psnr"] > 80
-
-
-def test_compare_with_one_kind_of_head(run, model):
-    options = ["--pattern", "temporal", "--json", "r.json"]
-    assert run("compare", "--model", model, *PROMPT, *QUICK, *options).code == 0
-    assert json.loads(Path("r.json").read_text())["spatial_share"] == [0, 0]
-
-
-def test_demo_leaves_two_videos(run, source, tmp_path):
-    result = run("demo", "--prompt", "a blue cat", "--source", source)
-    assert (result.code, result.err) == (0, "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.gif", "demo.mp4"]
-    assert "PSNR" in result.out
 
 
 def test_a_checkpoint_with_a_vae_gives_latents(run, model_with_vae, tmp_path):
@@ -367,82 +233,6 @@ def test_wrong_usage_is_one_sentence_and_code_2(run, arguments):
 def test_help_is_quick_because_it_needs_no_jax():
     probe = "import sys; import svg_jax.cli; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe]).returncode == 0
-
-
-def test_ctrl_c_ends_with_130_and_leaves_what_the_run_goes_on_from(run, model, tmp_path):
-    # A shell starts what runs in its background with Ctrl-C ignored, these tests too.
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "from svg_jax.cli import main; main()"
-    command = ["generate", "--model", model, *PROMPT, "--steps", "1000", "-o", "a.mp4"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, command)], cwd=tmp_path, stderr=subprocess.PIPE
-    )
-    state = tmp_path / ".a.mp4.state"
-    while process.poll() is None and not state.exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error == b"svg-jax: a.mp4: its state is saved; --resume goes on from there\n"
-    assert [path.name for path in tmp_path.iterdir()] == [state.name]
-
-    before = state.read_bytes()
-    refused = [
-        ([], "holds a run that was not finished: go on with it by resume=True (--resume)"),
-        (["--resume", "--seed", "4"], "the saved one had seed 0, this one 4"),
-    ]
-    for arguments, sentence in refused:
-        result = run(*command, *arguments)
-        assert (result.code, is_one_sentence(result.err)) == (2, True)
-        assert sentence in result.err
-    assert state.read_bytes() == before
-
-
-def test_ctrl_c_before_the_first_step_leaves_nothing(run, model, monkeypatch, tmp_path):
-    def interrupt(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(
-        CogVideoXPipeline, "prepare", functools.wraps(CogVideoXPipeline.prepare)(interrupt)
-    )
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    result = run("generate", "--model", model, *PROMPT, "-o", "a.mp4")
-    assert (result.code, result.err) == (130, "")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_resume_starts_where_there_is_nothing_to_resume(run, model, tmp_path):
-    result = run("generate", "--model", model, *PROMPT, *QUICK, "-o", "a.npz", "--resume")
-    assert (result.code, result.err) == (0, "")
-    assert "no run of a.npz was saved: it starts at the first step" in result.out
-    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
-
-
-@pytest.mark.parametrize(
-    ("backend", "named", "kept"),
-    [("gpu", None, "cache/xla"), ("gpu", "own", "own"), ("cpu", None, None)],
-)
-def test_a_gpu_s_programs_are_kept_for_runs_that_are_resumed(
-    monkeypatch, tmp_path, backend, named, kept
-):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setenv("SVG_JAX_CACHE", str(tmp_path / "cache"))
-    with (
-        _config("jax_compilation_cache_dir", named and str(tmp_path / named)),
-        _config("jax_persistent_cache_min_compile_time_secs", 1.0),
-    ):
-        commands.keep_programs()
-        assert jax.config.values["jax_compilation_cache_dir"] == (kept and str(tmp_path / kept))
-
-
-@contextlib.contextmanager
-def _config(name, value):
-    before = jax.config.values[name]
-    jax.config.update(name, value)
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)
 
 
 def test_the_bundled_model_knows_the_words_of_the_demo():

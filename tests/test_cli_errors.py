@@ -218,13 +218,16 @@ def test_no_message_holds_control_characters_or_is_long(run, monkeypatch, way):
             case "internal error":
                 raise KeyError(HOSTILE)
             case "warning":
+                warnings.simplefilter("always")
                 warnings.warn(HOSTILE, UserWarning, stacklevel=1)
             case "log":
                 logging.getLogger("svg_jax.convert").warning("%s", HOSTILE)
             case "outcome":
                 commands_checkpoints.say(HOSTILE)
 
-    result = run(*inject(monkeypatch, "convert", fail))
+    with warnings.catch_warnings():
+        result = run(*inject(monkeypatch, "convert", fail))
+    assert result.code == {"error": 2, "internal error": 70}.get(way, 0)
     shown = result.out if way == "outcome" else result.err
     assert "evil" in shown
     assert all(line.isprintable() for line in shown.splitlines())
