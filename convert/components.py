@@ -167,7 +167,7 @@ def read_pipeline_index(folder: Path) -> PipelineIndex:
     pipeline = values.get("_class_name", "")  # null is what a component converted alone has
     if pipeline not in (*PIPELINES, None):
         raise ConversionError(
-            f"{file}: the pipeline is {show(pipeline)!r} and only {', '.join(PIPELINES)} are "
+            f"{file}: the pipeline is '{show(pipeline)}' and only {', '.join(PIPELINES)} are "
             "supported."
         )
     classes = {}
@@ -178,10 +178,10 @@ def read_pipeline_index(folder: Path) -> PipelineIndex:
                     f"{file}: {show(name)} is not [library, class] but {show(value)}."
                 )
             if not name.isidentifier():  # it becomes a folder's name
-                raise ConversionError(f"{file}: {show(name)!r} is no name of a component.")
+                raise ConversionError(f"{file}: '{show(name)}' is no name of a component.")
             if value[1] is not None and not value[1].isidentifier():
                 raise ConversionError(
-                    f"{file}: {show(value[1])!r}, of {name}, is no name of a class: fetch it again."
+                    f"{file}: '{show(value[1])}', of {name}, is no name of a class: fetch it again."
                 )
             if value[1] is not None:
                 classes[name] = value[1]

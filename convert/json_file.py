@@ -51,7 +51,7 @@ def parse_json(text: bytes, where: Path | str) -> dict[str, Any]:
         for name, value in pairs:
             if name in found:
                 raise ConversionError(
-                    f"{where}: the key {show(name)!r} stands twice: fetch it again."
+                    f"{where}: the key '{show(name)}' stands twice: fetch it again."
                 )
             found[name] = value
         return found

@@ -182,7 +182,7 @@ def recognise(
     if not found:
         raise _unknown(stored, where)
     prefix = choose(found, weights_key, where)
-    return _recognise(found[prefix], unwrap(stored, prefix), where, config)
+    return _recognise(found[prefix], unwrap(stored, prefix, found), where, config)
 
 
 def _recognise(
@@ -268,7 +268,8 @@ def identify(
     torch_files = [of.file for of in stored.values() if is_torch(of.file)]
     where = torch_files[0] if torch_files else source
     stored = attach_scales(drop_layer_wrappers(stored))
-    is_ours = named_class(said) in FAMILIES
+    named = named_class(said) or (class_name if said else None)
+    is_ours = named in FAMILIES
     found = _find_releases(stored, _RENAMED if is_ours else RELEASES, weights_key)
     if not found and (is_ours or not torch_files):
         return None
@@ -290,7 +291,7 @@ def identify(
     if said.get("_class_name") != release.class_name:
         said = {}
     given = {key: value for key, value in said.items() if not key.startswith("_")}
-    return _recognise(release, unwrap(stored, prefix), where, given)
+    return _recognise(release, unwrap(stored, prefix, found), where, given)
 
 
 def _find_releases(

@@ -61,7 +61,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     entries = parse_json(header, file)
     entries.pop("__metadata__", None)
     if odd := [name for name in entries if not name.isprintable() or len(name) > _NAME_LIMIT]:
-        raise ConversionError(f"{file}: {show(odd[0])!r} is no name of a tensor: fetch it again.")
+        raise ConversionError(f"{file}: '{show(odd[0])}' is no name of a tensor: fetch it again.")
     data_start = 8 + length
     tensors = {name: _tensor(file, name, entry, data_start) for name, entry in entries.items()}
 

@@ -118,7 +118,7 @@ class Source:
         most = max(counts.values(), default=0)
         prefixes = [prefix for (prefix, _), count in counts.items() if 2 * count >= most]
         prefix = choose(prefixes, self.weights_key, place) if prefixes else ""
-        unwrapped = unwrap(stored, prefix)
+        unwrapped = unwrap(stored, prefix, prefixes)
         return ComponentWeights(unwrapped.tensors, unwrapped.others, None)
 
     def class_of(self, variant: str | None) -> str:

@@ -275,16 +275,21 @@ def _check_beside(file: Path, where: str, held: dict[Any, Any], below: Collectio
             raise ConversionError(f"{file}: {show(where)} holds a key that is no name: {_AGAIN}.")
         if type(value) is TensorRef or name in below or name in _BESIDE:
             continue
-        if value is not None and type(value) not in _NOTES and value not in ({}, [], ()):
-            raise ConversionError(
-                f"{file}: {f'{show(where)}: ' * bool(where)}{show(name)} is no tensor but "
-                f"{_kind(value)}: save the model's state_dict()."
-            )
+        is_number = isinstance(value, Inert) and value.name.endswith(
+            ".multiarray.scalar"
+        )  # numpy's
+        if value is None or is_number or type(value) in _NOTES or value in ({}, [], ()):
+            continue
+        advice = ", or give it as weights_key" if type(value) is dict else ""
+        raise ConversionError(
+            f"{file}: {f'{show(where)}: ' * bool(where)}{show(name)} is no tensor but "
+            f"{_kind(value)}: save the model's state_dict(){advice}."
+        )
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, Inert):
-        return f"a {show(value.name)!r}"
+        return f"a '{show(value.name)}'"
     if type(value) is dict and not value:
         return "an empty dict"
     return f"a {'tensor' if type(value) is TensorRef else type(value).__name__!r}"
@@ -300,7 +305,7 @@ def _locate(
     member = storages.get(storage.key)
     if member is None:
         raise ConversionError(
-            f"{where} has its elements in {show(storage.key)!r}, which is missing: {_AGAIN}."
+            f"{where} has its elements in '{show(storage.key)}', which is missing: {_AGAIN}."
         )
     untyped = storage.kind in _UNTYPED
     if storage.size * (1 if untyped else dtype.itemsize) != member.nbytes:
@@ -341,7 +346,7 @@ def _dtype(storage: StorageRef, dtype: str | None, where: str) -> np.dtype:
     name = dtype or storage.kind
     if name not in _DTYPES:
         raise ConversionError(
-            f"{where} is of {show(name, 60)!r}, which is not read: save the model unquantised, in "
+            f"{where} is of '{show(name, 60)}', which is not read: save the model unquantised, in "
             "float32, float16 or bfloat16."
         )
     return _DTYPES[name]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from svg_jax.convert.files import check_inside
 from svg_jax.convert.json_file import read_json
-from svg_jax.convert.reader import StoredTensor
+from svg_jax.convert.reader import FLOAT8, StoredTensor
 from svg_jax.convert.rules import ConversionError
 from svg_jax.convert.safetensors_file import read_header
 from svg_jax.convert.show import show, show_some
-from svg_jax.convert.torch_file import read_dicts
+from svg_jax.convert.torch_file import read_dicts, read_torch_file
 
 # What diffusers and transformers call the weights, as safetensors and as a file of torch.save.
 STEMS = ("diffusion_pytorch_model", "model")
@@ -20,6 +20,7 @@ _SAFETENSORS = (".safetensors", ".sft")
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (*_SAFETENSORS, *_TORCH)
 _INDEX = re.compile(r"(?P<stem>.+)\.(?P<kind>safetensors|bin)\.index(?P<variant>\.\w+)?\.json")
+_HUNYUAN_BLOCK = re.compile(r"((?:\w+\.)*?)(?:double|single)_blocks\..+\.weight")
 # A part of several, or a variant: never meant where neither an index nor a variant is.
 _NOT_ALONE = re.compile(rf".*-\d+-of-\d+\..*|({'|'.join({*STEMS, *_TORCH_STEMS})})\..*")
 
@@ -49,10 +50,34 @@ def read_file(file: Path, weights_key: str | None = None) -> dict[str, StoredTen
     """
     if not is_torch(file):
         return read_header(file)
-    return {
+    tensors = {
         f"{keys}.{name}" if keys else name: tensor
         for keys, tensors in read_dicts(file, weights_key).items()
         for name, tensor in tensors.items()
+    }
+    return tensors | _scales_beside(file, tensors)
+
+
+def _scales_beside(file: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The scales of HunyuanVideo's float8 release, which are in a file of their own.
+
+    So hyvideo/modules/fp8_optimization.py of Tencent-Hunyuan/HunyuanVideo reads them: by the names
+    of the modules.
+    """
+    named = filter(None, map(_HUNYUAN_BLOCK.match, tensors))
+    prefixes = {found[1] for found in named if tensors[found[0]].dtype in FLOAT8.values()}
+    if not prefixes or any(name.endswith("scale_weight") for name in tensors):
+        return {}
+    scales = file.with_name(f"{file.stem}_map{file.suffix}")
+    if not os.path.lexists(scales):
+        raise ConversionError(
+            f"{file}: holds float8 weights of HunyuanVideo without their scales, which its authors "
+            f"keep in {scales.name}: put it beside."
+        )
+    return {
+        f"{prefix}{name}.scale_weight": scale
+        for prefix in prefixes
+        for name, scale in read_torch_file(scales).items()
     }
 
 
@@ -169,7 +194,7 @@ def _check_shards(index: Path, listed: Mapping[str, object], roots: Collection[P
     for shard in sorted(listed):
         if shard != Path(shard).name or shard in ("", ".."):
             raise ConversionError(
-                f"{index}: the shard {show(shard)!r} leads out of its folder: fetch the index "
+                f"{index}: the shard '{show(shard)}' leads out of its folder: fetch the index "
                 "again."
             )
         check_inside(folder / shard, roots, named_by=index)

@@ -128,7 +128,7 @@ def choose(prefixes: Collection[str], weights_key: str | None, where: object) ->
         return keys[meant[0]]
     if not meant:
         raise ConversionError(
-            f"{where}: holds no weights under weights_key={show(weights_key)!r}, but under "
+            f"{where}: holds no weights under weights_key='{show(weights_key)}', but under "
             f"{show_some(sorted(keys))}: give one of these, or none."
         )
     raise ConversionError(
@@ -137,12 +137,15 @@ def choose(prefixes: Collection[str], weights_key: str | None, where: object) ->
     )
 
 
-def unwrap(stored: Mapping[str, StoredTensor], prefix: str) -> Unwrapped:
-    """Take a prefix off the names that have it."""
-    tensors = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in stored.items()
-        if name.startswith(prefix)
-    }
-    others = tuple(sorted(name for name in stored if not name.startswith(prefix)))
-    return Unwrapped(tensors, others)
+def unwrap(stored: Mapping[str, StoredTensor], prefix: str, prefixes: Collection[str]) -> Unwrapped:
+    """Take a prefix off the names that have it.
+
+    Args:
+        stored: The tensors.
+        prefix: The one that is meant.
+        prefixes: All under which there are weights.
+    """
+    longer = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
+    meant = [name for name in stored if name.startswith(prefix) and not name.startswith(longer)]
+    tensors = {name.removeprefix(prefix): stored[name] for name in meant}
+    return Unwrapped(tensors, tuple(sorted(stored.keys() - set(meant))))
