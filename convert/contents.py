@@ -3,7 +3,7 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from svg_jax.convert.json_file import read_json
 from svg_jax.convert.manifest import NAME, LoraRecord
 from svg_jax.convert.paths import real_path, usable_path
 from svg_jax.convert.progress import Progress, count_bytes
-from svg_jax.convert.reader import DTYPES, read_tensor
+from svg_jax.convert.reader import DTYPES, StoredTensor, read_tensor
 from svg_jax.convert.source import Source, open_source, select_variants
 from svg_jax.convert.staging import standing_folder
 from svg_jax.convert.tensors import open_tensors, read_checked
@@ -255,13 +255,17 @@ def _stored_parts(source: Source, variant: str | None) -> dict[str, _Part]:
             ],
             None if original is None else original.release,
             unused,
-            {
-                of.dtype.name: of.converted_dtype.name
-                for of in tensors.values()
-                if of.dtype not in DTYPES.values() and class_name in FAMILIES
-            },
+            _casts(tensors.values()) if class_name in FAMILIES else {},
         )
     return found
+
+
+def _casts(tensors: Iterable[StoredTensor]) -> dict[str, str]:
+    found: dict[str, set[str]] = {}
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES.values():
+            found.setdefault(tensor.dtype.name, set()).add(tensor.converted_dtype.name)
+    return {dtype: " and ".join(sorted(to)) for dtype, to in sorted(found.items())}
 
 
 def tensor_statistics(array: np.ndarray) -> Statistics:

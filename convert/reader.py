@@ -159,8 +159,9 @@ def _read_strided(tensor: StoredTensor) -> Iterator[np.ndarray]:
         negative=False,
     )
     bytes_apart = tuple(stride * tensor.dtype.itemsize for stride in tensor.strides)
-    view = np.lib.stride_tricks.as_strided(read_tensor(raw), tensor.shape, bytes_apart)
-    yield np.ascontiguousarray(view).reshape(-1)
+    bits = read_tensor(raw).view(f"u{tensor.dtype.itemsize}")  # as_strided knows no float8
+    view = np.lib.stride_tricks.as_strided(bits, tensor.shape, bytes_apart)
+    yield np.ascontiguousarray(view).reshape(-1).view(tensor.dtype)
 
 
 def _read_row_major(tensor: StoredTensor) -> Iterator[np.ndarray]:

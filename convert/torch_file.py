@@ -275,9 +275,7 @@ def _check_beside(file: Path, where: str, held: dict[Any, Any], below: Collectio
             raise ConversionError(f"{file}: {show(where)} holds a key that is no name: {_AGAIN}.")
         if type(value) is TensorRef or name in below or name in _BESIDE:
             continue
-        is_number = isinstance(value, Inert) and value.name.endswith(
-            ".multiarray.scalar"
-        )  # numpy's
+        is_number = isinstance(value, Inert) and value.name.endswith(".multiarray.scalar")
         if value is None or is_number or type(value) in _NOTES or value in ({}, [], ()):
             continue
         advice = ", or give it as weights_key" if type(value) is dict else ""

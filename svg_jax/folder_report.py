@@ -9,6 +9,9 @@ from rich.table import Table
 from svg_jax.console import add_row
 from svg_jax.convert.contents import ComponentContents, Contents
 from svg_jax.convert.plan import ConversionPlan
+from svg_jax.convert.show import show_some
+
+_NAMED = 8  # of many names, how many are printed
 
 
 def contents_tables(contents: Contents) -> Iterator[Table | str]:
@@ -27,6 +30,14 @@ def contents_tables(contents: Contents) -> Iterator[Table | str]:
     for part in contents.components:
         if part.release is not None:
             yield f"{part.name}: {part.release} as released; by the names of {part.class_name}"
+        for dtype, converted in part.casts.items():
+            yield f"{part.name}: {dtype} is converted to {converted}"
+        for what, names in (
+            ("tensors that the model does without", part.unused),
+            ("keys of config.json that change nothing", part.passed_over),
+        ):
+            if names:
+                yield f"{part.name}: {len(names)} {what}: {show_some(names, _NAMED)}"
     for lora in contents.loras:
         digests = ", ".join(f"{name} sha256 {sha256}" for name, sha256 in lora.files.items())
         yield f"merged: {lora.source} at {lora.scale:g} into {lora.into} ({digests})"
@@ -74,7 +85,6 @@ def plan_tables(plan: ConversionPlan) -> Iterator[Table | str]:
     table = _table("component", "class", "tensors", "read", "written", "dtypes", "not needed")
     for part in plan.components:
         dtypes = sorted({dtype.name for dtype in part.dtypes.values()})
-        unused = ", ".join(part.unused[:3]) + (", …" if len(part.unused) > 3 else "")
         add_row(
             table,
             part.name,
@@ -83,7 +93,7 @@ def plan_tables(plan: ConversionPlan) -> Iterator[Table | str]:
             _size(part.nbytes),
             _size(part.stored_nbytes),
             " and ".join(dtypes),
-            f"{len(part.unused)}: {unused}" if part.unused else "",
+            f"{len(part.unused)}: {show_some(part.unused)}" if part.unused else "",
         )
     yield table
     for lora in plan.loras:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -135,11 +136,9 @@ CHOICES = {
 def test_where_weights_are_there_twice_whoever_converts_is_asked_by_name(tmp_path, capsys, case):
     trained, averaged = released(0), released(1)
     file = write(tmp_path / "a.pt", CHOICES[case](trained, averaged))
-    with pytest.raises(
-        ConversionError, match=r"holds weights as .* and as .*ema: say which"
-    ) as found:
+    with pytest.raises(ConversionError, match=r"holds weights as .* and as .*: say which") as found:
         plan_conversion(file)
-    assert "--weights-key" in str(found.value)
+    assert re.search(r"as (\w+\.)?ema\b.*--weights-key", str(found.value))
     assert str(file) in str(found.value)
     same(planned(file, weights_key="ema"), plain(tmp_path, averaged))
     other = {"none and a prefix": "."}.get(case, "model")
@@ -156,7 +155,7 @@ def test_where_weights_are_there_twice_whoever_converts_is_asked_by_name(tmp_pat
 
 def test_an_unknown_key_is_taken_if_it_is_given(tmp_path):
     file = write(tmp_path / "a.pt", {"mine": released()})
-    with pytest.raises(ConversionError, match=r"where a state dict|of no original release"):
+    with pytest.raises(ConversionError, match=r"mine is no tensor but a 'dict'.*weights_key"):
         plan_conversion(file)
     same(planned(file, weights_key="mine"), plain(tmp_path, released()))
 
