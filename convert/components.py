@@ -46,8 +46,9 @@ PIPELINES = (
 )
 COPIED = ("scheduler", "tokenizer", "tokenizer_2", "image_processor")  # small, carried as they are
 _DIFFUSERS, _TRANSFORMERS = STEMS
-# Keys of a config.json that tell which model it is of.
+# Keys of a config.json that tell which model it is of, and what its weights are stored in.
 _NAMES = frozenset({"_class_name", "_diffusers_version", "architectures", "model_type"})
+_NAMES |= {"dtype", "torch_dtype"}
 
 Stored = TypeVar("Stored")
 

@@ -224,9 +224,10 @@ def _tensor(
         raise TypeError
     if not all(map(_is_size, (offset, *shape, *strides))):
         raise ValueError("holds a tensor with a shape, a stride or an offset that is no size")
-    found = dict(bits[0]) if bits and type(bits[0]) is dict else {}
-    negative = found.pop("neg", False) is True
-    if found or len(bits) > 1 or not isinstance(bits[0] if bits else None, dict | None):
+    set_bits = bits[0] if bits else {}
+    negative = type(set_bits) is dict and set_bits.keys() == {"neg"} and set_bits["neg"] is True
+    plain = set_bits is None or (type(set_bits) is dict and not set_bits)
+    if len(bits) > 1 or not (negative or plain):
         raise ValueError("holds a tensor with bits or notes that are not known")
     return TensorRef(storage, offset, shape, strides, dtype, negative)
 

@@ -12,8 +12,10 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.models import WordLevel
 
 from svg_jax.convert.json_file import read_json
-from svg_jax.tokenizer_files import read_backend
+from svg_jax.convert.show import show
+from svg_jax.tokenizer_files import read_backend, readable
 
+_LISTED = 380  # characters of a vocabulary that an error lists
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -88,7 +90,9 @@ class PromptTokenizer:
         """
         index = self.backend.token_to_id(token)
         if index is None:
-            raise ValueError(f"the tokenizer has no token {token!r}: it is not the model's own")
+            raise ValueError(
+                f"the tokenizer has no token '{show(token)}': it is not the model's own"
+            )
         return index
 
     def _encode(self, prompt: str) -> Encoding:
@@ -96,8 +100,11 @@ class PromptTokenizer:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt {prompt!r} is no valid Unicode: {error.reason}") from None
-        encoding = self.backend.encode(prompt, add_special_tokens=False)
+            raise ValueError(
+                f"the prompt {prompt!r:.80} is no valid Unicode: {error.reason}"
+            ) from None
+        with readable("the prompt's tokenizer"):
+            encoding = self.backend.encode(prompt, add_special_tokens=False)
         if self.known_words is not None:
             unknown = self.backend.token_to_id(getattr(self.backend.model, "unk_token", "") or "")
             words = [
@@ -106,10 +113,9 @@ class PromptTokenizer:
                 if token == unknown
             ]
             if words:
-                quoted = ", ".join(repr(word) for word in dict.fromkeys(words))
-                raise ValueError(
-                    f"this model does not know {quoted}; it knows: {', '.join(self.known_words)}"
-                )
+                quoted = show(", ".join(f"'{show(word)}'" for word in dict.fromkeys(words)))
+                known = show(", ".join(map(show, self.known_words)), _LISTED)
+                raise ValueError(f"this model does not know {quoted}; it knows: {known}")
         return encoding
 
 
@@ -136,11 +142,13 @@ def _padding(backend: Tokenizer, settings: Mapping[str, Any], file: Path) -> int
     """The padding token's id."""
     for side in ("padding_side", "truncation_side"):
         if settings.get(side, "right") != "right":
-            raise ValueError(f"{file}: {side}={settings[side]!r} is not implemented, only 'right'.")
+            raise ValueError(
+                f"{file}: {side}={settings[side]!r:.80} is not implemented, only 'right'."
+            )
     pad_token = settings.get("pad_token", "<pad>")
     if isinstance(pad_token, dict):  # older files spell the token out as an object
         pad_token = pad_token.get("content")
     pad_id = backend.token_to_id(pad_token) if isinstance(pad_token, str) else None
     if pad_id is None:
-        raise ValueError(f"{file}: the padding token {pad_token!r} is not in the vocabulary.")
+        raise ValueError(f"{file}: the padding token '{show(pad_token)}' is not in the vocabulary.")
     return pad_id

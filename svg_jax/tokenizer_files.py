@@ -6,7 +6,9 @@ and split into words, and which tokens are recognised as such in a prompt. It is
 5.23 has it.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 from tokenizers.processors import TemplateProcessing
 
+from svg_jax.convert.files import check_regular
+from svg_jax.convert.show import show
+
 _UNIGRAM = 1  # sentencepiece's number for that kind of model
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # and for kinds of pieces
+SIZE_LIMIT = 64 * 2**20  # bytes of a file; the largest vocabulary of a released model has 17 MB
+_EXTRA_LIMIT = 10_000  # tokens; T5 has 100
+_STEPS_LIMIT = 8  # of what is done to a text; each may double it
+_GROWTH_LIMIT = 16  # characters that one can become
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
 _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
 _CLIP_WORD = Regex(
@@ -53,11 +62,10 @@ def read_backend(folder: Path, settings: Mapping[str, Any]) -> Tokenizer:
 
 
 def _read_whole(file: Path) -> Tokenizer:
-    _refuse_pointer(file)
-    try:
+    _check_file(file)
+    with readable(file):
         backend = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise _damaged(file, error) from error
+    _check_steps(backend, file)
     backend.no_padding()
     backend.no_truncation()
     return backend
@@ -65,7 +73,7 @@ def _read_whole(file: Path) -> Tokenizer:
 
 def _read_sentencepiece(file: Path, settings: Mapping[str, Any]) -> Tokenizer:
     """A sentencepiece model of T5's kind, with its `<extra_id_…>` behind the pieces, downwards."""
-    _refuse_pointer(file)
+    _check_file(file)
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         model.ParseFromString(file.read_bytes())
@@ -79,19 +87,17 @@ def _read_sentencepiece(file: Path, settings: Mapping[str, Any]) -> Tokenizer:
         raise ValueError(f"{file}: is no unigram model with T5's rules for spaces.")
 
     extra = settings.get("extra_ids", 100)
-    if type(extra) is not int or extra < 0:
+    if type(extra) is not int or not 0 <= extra <= _EXTRA_LIMIT:
         settings_file = file.with_name("tokenizer_config.json")
-        raise ValueError(f"{settings_file}: extra_ids cannot be {extra!r}: fetch it again.")
+        raise ValueError(f"{settings_file}: extra_ids cannot be '{show(extra)}': fetch it again.")
     extra_ids = [f"<extra_id_{i}>" for i in reversed(range(extra))]
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     pieces += [(token, 0.0) for token in extra_ids]
-    try:
+    with readable(file):
         backend = Tokenizer(Unigram(pieces, trained.unk_id, trained.byte_fallback))
         if spec.precompiled_charsmap:
             charsmap = normalizers.Precompiled(spec.precompiled_charsmap)
             backend.normalizer = charsmap
-    except Exception as error:
-        raise _damaged(file, error) from error
     words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
     backend.pre_tokenizer = pre_tokenizers.Sequence(words)
     special = (_UNKNOWN, _CONTROL, _USER_DEFINED)
@@ -105,8 +111,8 @@ def _read_sentencepiece(file: Path, settings: Mapping[str, Any]) -> Tokenizer:
 
 def _read_byte_pairs(vocabulary: Path, merges: Path, settings: Mapping[str, Any]) -> Tokenizer:
     """CLIP's byte-pair encoding."""
-    _refuse_pointer(vocabulary)
-    _refuse_pointer(merges)
+    _check_file(vocabulary)
+    _check_file(merges)
     try:
         words, pairs = BPE.read_file(str(vocabulary), str(merges))
         model = BPE(
@@ -119,14 +125,14 @@ def _read_byte_pairs(vocabulary: Path, merges: Path, settings: Mapping[str, Any]
     except Exception as error:
         raise ValueError(
             f"{vocabulary} and {merges.name}: hold no vocabulary that can be read "
-            f"({error}): fetch both again."
+            f"({show(str(error))}): fetch both again."
         ) from error
     made = {first + second for first, second in pairs} | {_CLIP_START, _CLIP_END}
     unmade = [word for word in words if len(word.removesuffix("</w>")) > 1 and word not in made]
     if unmade:
         raise ValueError(
             f"{merges}: lacks the merges of {len(unmade)} words of {vocabulary.name}, "
-            f"{unmade[0]!r} among them: fetch both again."
+            f"'{show(unmade[0])}' among them: fetch both again."
         )
     backend = Tokenizer(model)
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
@@ -151,7 +157,7 @@ def _add_special_tokens(
     """
     for token in tokens:
         if backend.token_to_id(token) is None:
-            raise ValueError(f"{file}: its vocabulary lacks {token!r}: fetch it again.")
+            raise ValueError(f"{file}: its vocabulary lacks '{show(token)}': fetch it again.")
     flags: dict[str, dict[str, bool]] = {token: {} for token in tokens}
     # Older files spell out the tokens that have a role, and list no others; the last role counts.
     roles = [settings.get(f"{role}_token") for role in ("unk", "bos", "eos", "pad")]
@@ -167,18 +173,59 @@ def _add_special_tokens(
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file.with_name('tokenizer_config.json')}: the tokens that it lists are damaged "
-            f"({error!r}): fetch it again."
+            f"({show(repr(error))}): fetch it again."
         ) from error
     for index, entry in listed.items():
         found = backend.token_to_id(entry["content"])
         if found != index:
             raise ValueError(
-                f"{file}: has {entry['content']!r} at {found}, and tokenizer_config.json at "
+                f"{file}: has '{show(entry['content'])}' at {found}, and tokenizer_config.json at "
                 f"{index}: the two are not of one tokenizer, fetch both again."
             )
 
 
-def _refuse_pointer(file: Path) -> None:
+@contextlib.contextmanager
+def readable(what: Path | str) -> Iterator[None]:
+    """Turn whatever `tokenizers` raises, also its panics, into one sentence.
+
+    Raises:
+        ValueError: In place of any other error.
+    """
+    try:
+        yield
+    except BaseException as error:  # a bare Exception; a panic is not even one
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise _damaged(what, error) from error
+
+
+def _check_steps(backend: Tokenizer, file: Path) -> None:
+    """Refuse what could make very much of a short text: steps that each make it longer."""
+    for part in (backend.normalizer, backend.pre_tokenizer, backend.post_processor):
+        if part is None:
+            continue
+        left, steps = [json.loads(part.__getstate__())], 0
+        while left:
+            node = left.pop()
+            left += (
+                node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
+            )
+            if not isinstance(node, dict) or "type" not in node:
+                continue
+            steps += 1
+            grown = node.get("content", node.get("prepend", ""))
+            if (
+                steps > _STEPS_LIMIT
+                or len(grown) > _GROWTH_LIMIT
+                or len(node.get("single", "")) > 8
+            ):
+                raise _damaged(file, "it makes too much of a text")
+
+
+def _check_file(file: Path) -> None:
+    check_regular(file)
+    if file.stat().st_size > SIZE_LIMIT:
+        raise ValueError(f"{file}: is larger than {SIZE_LIMIT} bytes: fetch it again.")
     with file.open("rb") as stream:
         if stream.read(8) == b"version ":
             raise ValueError(
@@ -187,5 +234,6 @@ def _refuse_pointer(file: Path) -> None:
             )
 
 
-def _damaged(file: Path, error: Exception | str) -> ValueError:
-    return ValueError(f"{file}: holds no tokenizer that can be read ({error}): fetch it again.")
+def _damaged(file: Path | str, error: BaseException | str) -> ValueError:
+    reason = show(str(error))
+    return ValueError(f"{file}: holds no tokenizer that can be read ({reason}): fetch it again.")

@@ -84,6 +84,47 @@ def test_views_of_shared_storages_are_read_as_what_they_show(tmp_path):
         assert array.shape == tuple(written[name].shape)
 
 
+COMPLEX = torch.complex(torch.arange(6.0).reshape(2, 3), torch.arange(6.0, 12).reshape(2, 3))
+VIEWS = {
+    "a negative imaginary part": COMPLEX.conj().imag,
+    "one of double": COMPLEX.to(torch.complex128).conj().imag,
+    "one that is transposed": COMPLEX.conj().imag.t(),
+    "one of one element": COMPLEX.conj().imag[1, 2],
+    "one with an offset": COMPLEX.conj().imag[1:, ::2],
+    "one as a parameter": torch.nn.Parameter(COMPLEX.conj().imag),
+    "twice negative": torch._neg_view(COMPLEX.conj().imag),
+    "a real part": COMPLEX.conj().real,
+    "repeated within its storage": torch.arange(9.0)[:2, None].expand(2, 3),
+    "overlapping": torch.arange(4.0).as_strided((2, 2), (1, 1)),
+    "empty, with strides": torch.ones(3, 4)[:, :0],
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_odd_views_have_the_values_that_torch_gives(tmp_path, kind, protocol):
+    torch.save({"w": VIEWS[kind]}, tmp_path / "a.pt", pickle_protocol=protocol)
+    expected = torch.load(tmp_path / "a.pt", weights_only=False)["w"].detach().resolve_neg()
+    found = read(tmp_path / "a.pt")["w"]
+    np.testing.assert_array_equal(found, expected.numpy())
+    assert found.dtype.name == str(expected.dtype).removeprefix("torch.")
+
+
+def test_a_parameter_with_attributes_is_read(tmp_path):
+    parameter = torch.nn.Parameter(torch.arange(3.0))
+    parameter.is_shared = True  # as trainers of parallel models mark theirs
+    torch.save({"w": parameter}, tmp_path / "a.pt")
+    assert read(tmp_path / "a.pt")["w"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "bits", [{"conj": True}, {"neg": True, "other": 1}, {"neg": 1}, "neg", [("neg", True)]]
+)
+def test_a_tensor_with_bits_that_are_not_known_is_refused(tmp_path, bits):
+    (tmp_path / "a.pt").write_bytes(archive(pickled({"w": tensor(bits=bits)})))
+    refused(tmp_path / "a.pt", "bits or notes that are not known")
+
+
 @pytest.mark.parametrize("subtree", [None, "module", "state_dict", "model"])
 def test_the_weights_are_found_among_whatever_a_trainer_saved_with_them(tmp_path, subtree):
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
@@ -142,10 +183,11 @@ def storage(size=2, key="0", kind="FloatStorage", what="storage"):
     return (what, getattr(torch, kind, kind), key, "cpu", size)
 
 
-def tensor(offset=0, shape=(2,), strides=(1,), **of):
+def tensor(offset=0, shape=(2,), strides=(1,), bits=None, **of):
     """A tensor as torch pickles it, right or wrong."""
     hooks = OrderedDict()
     arguments = (Storage(storage(**of)), offset, shape, strides, False, hooks)
+    arguments += () if bits is None else (bits,)
     return Call(_rebuild_tensor_v2, *arguments)
 
 

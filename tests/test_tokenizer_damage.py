@@ -1,13 +1,18 @@
 """Tokenizer folders that are not whole."""
 
 import json
+import os
 import shutil
+import time
 
 import pytest
 import sentencepiece
 from real_tokenizers import real_tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 
-from svg_jax.tokenizer import load_tokenizer
+from svg_jax.tokenizer import PromptTokenizer, load_tokenizer
+from svg_jax.tokenizer_files import SIZE_LIMIT
 
 
 def train_byte_pairs(prefix):
@@ -59,6 +64,29 @@ def lose_all_but_settings(folder):
         (folder / name).unlink()
 
 
+def enlarge(name):
+    """A file of more than a vocabulary takes, of holes."""
+    return lambda folder: os.truncate(folder / name, SIZE_LIMIT + 1)
+
+
+def replace_normalizer(*steps):
+    def edit(folder):
+        file = folder / "tokenizer.json"
+        values = json.loads(file.read_text())
+        values["normalizer"] = {"type": "Sequence", "normalizers": list(steps)}
+        file.write_text(json.dumps(values))
+
+    return edit
+
+
+def becomes(content):
+    return {"type": "Replace", "pattern": {"String": "a"}, "content": content}
+
+
+def nest(folder):
+    (folder / "tokenizer.json").write_text('{"a":' * 100_000)
+
+
 SETTINGS = r"tokenizer_config\.json: "
 DAMAGES = {
     "t5-spiece": [
@@ -67,6 +95,13 @@ DAMAGES = {
         (point("spiece.model"), r"spiece\.model: is a Git-LFS pointer"),
         (lambda folder: train_byte_pairs(folder / "spiece"), r"model: is no unigram model"),
         (edit_settings(extra_ids="many"), f"{SETTINGS}extra_ids cannot be 'many'"),
+        (edit_settings(extra_ids=10**9), f"{SETTINGS}extra_ids cannot be '1000000000'"),
+        (enlarge("spiece.model"), r"spiece\.model: is larger than"),
+        (
+            edit_settings(pad_token="\x1b]0;x\x07"),
+            rf"{SETTINGS}the padding token '\\x1b\]0;x\\x07'",
+        ),
+        (edit_settings(extra_ids="\x1b" * 10**6), rf"{SETTINGS}extra_ids cannot be '\\x1b"),
         (edit_settings(extra_ids=99), r"spiece\.model: has '<extra_id_99>' at 32099, and"),
         (edit_settings(added_tokens_decoder={"0": {}}), f"{SETTINGS}the tokens that it lists are"),
         (edit_settings(eos_token={"id": 1}), f"{SETTINGS}the tokens that it lists are damaged"),
@@ -77,6 +112,10 @@ DAMAGES = {
     "t5-json": [
         (halve("tokenizer.json"), r"tokenizer\.json: holds no tokenizer that can be read"),
         (empty("tokenizer.json"), r"tokenizer\.json: holds no tokenizer that can be read"),
+        (enlarge("tokenizer.json"), r"tokenizer\.json: is larger than"),
+        (nest, r"tokenizer\.json: holds no tokenizer that can be read"),
+        (replace_normalizer(*[becomes("aa")] * 60), r"tokenizer\.json: .*makes too much of a text"),
+        (replace_normalizer(becomes("a" * 10**6)), r"tokenizer\.json: .*makes too much of a text"),
         (point("tokenizer.json"), r"tokenizer\.json: is a Git-LFS pointer"),
         (edit_settings(padding_side="left"), f"{SETTINGS}padding_side='left' is not implemented"),
     ],
@@ -101,4 +140,23 @@ def test_a_damaged_folder_is_refused_with_a_sentence_that_names_the_file(name, t
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
             load_tokenizer(folder)
         assert str(folder) in str(error.value)
-        assert "\n" not in str(error.value)
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) <= 500
+
+
+def test_a_pattern_that_would_take_for_ever_ends_in_a_sentence():
+    backend = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"(a+)+$"), behavior="isolated")
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"holds no tokenizer that can be read .*retry-limit"):
+        PromptTokenizer(backend, 0, None)(["a" * 99 + "b"], 10)
+    assert time.process_time() - start < 20
+
+
+def test_a_vocabulary_is_listed_escaped_and_in_part():
+    words = {f"word{i}\x1b": i for i in range(10_000)}
+    tokenizer = PromptTokenizer(Tokenizer(WordLevel(words, unk_token="word0\x1b")), 0, tuple(words))
+    with pytest.raises(ValueError, match=r"does not know 'b.*it knows: word0\\x1b, word1") as error:
+        tokenizer(["b" * 10**4], 10)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) <= 500
