@@ -171,31 +171,37 @@ def check_weights(
     return leaves, files
 
 
-def check_digests(
-    folder: ConvertedFolder, components: Iterable[str], progress: Progress | None = None
+def check_components(
+    folder: ConvertedFolder,
+    components: Iterable[str],
+    *,
+    verify: bool,
+    progress: Progress | None = None,
 ) -> None:
-    """Read the files of components' weights and compare them with the manifest, in little memory.
+    """Check components' weights, before anything is done with them.
 
     Args:
         folder: The folder.
-        components: The components that are read.
-        progress: Called with (bytes done, bytes in all, component).
+        components: Names of the components.
+        verify: Whether to read their files, in little memory, and to compare them with the
+            manifest; otherwise `check_weights` is all.
+        progress: Called with (bytes done, bytes in all, component) while files are compared.
 
     Raises:
-        DamageError: If a bit of them is not as it was converted.
+        DamageError: If a file is not as it was converted.
     """
-    parts = {
-        name: component
-        for component in components
-        for name in folder.manifest.weights
-        if name.startswith(f"{component}/")
-    }
-    sizes = {name: check_file(folder.path, name) for name in parts}
+    sizes = {}
+    for component in components:
+        check_weights(folder, component)
+        if verify:
+            prefix = f"{component}/"
+            names = [name for name in folder.manifest.weights if name.startswith(prefix)]
+            sizes |= {name: check_file(folder.path, name) for name in names}
     advance = count_bytes(sum(sizes.values()), progress)
-    for name, component in parts.items():
+    for name, nbytes in sizes.items():
         if file_digest(folder.path / name) != folder.manifest.weights[name]:
             raise DamageError(
                 f"{folder.path / name}: is not as it was converted: the disk or someone changed "
                 "it; convert the source again."
             )
-        advance(sizes[name], component)
+        advance(nbytes, name.split("/")[0])

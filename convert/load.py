@@ -15,7 +15,7 @@ from svg_jax.convert.components import read_component_config
 from svg_jax.convert.folder import (
     WEIGHTS,
     ConvertedFolder,
-    check_digests,
+    check_components,
     check_weights,
     open_folder,
 )
@@ -98,8 +98,7 @@ def load_component(
     """
     opened = open_folder(folder)
     class_name = _class_of(opened, name, classes)
-    if verify:
-        check_digests(opened, [name], progress)
+    check_components(opened, [name], verify=verify, progress=progress)
 
     def make(config: Any) -> nnx.Module:
         return MODULES[class_name](

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from svg_jax.convert.digests import file_digest
 from svg_jax.convert.folder import check_file, open_folder
-from svg_jax.convert.manifest import NAME, Manifest, read_manifest
+from svg_jax.convert.manifest import NAME, SMALL_BYTES, Manifest, read_manifest
 from svg_jax.convert.paths import real_path
 from svg_jax.convert.progress import Progress, count_bytes
 from svg_jax.convert.rules import DamageError
@@ -45,14 +45,18 @@ def verify_pipeline(source: str | Path, *, progress: Progress | None = None) -> 
     if extra := sorted(there.keys() - expected.keys() - {NAME}):
         raise DamageError(f"{source}: {_list(extra)} not put there by the conversion: remove it.")
     sizes, changed = {}, []
+    most = max(SMALL_BYTES, manifest.tensor_bytes)
     for name in expected:
         try:
-            sizes[name] = check_file(source, name)
+            nbytes = check_file(source, name)
         except DamageError:  # a pipe, say, or a link to elsewhere
             changed.append(name)
+        else:
+            sizes[name] = min(nbytes, most)
     advance = count_bytes(sum(sizes.values()) + manifest.tensor_bytes, progress)
     for name, nbytes in sizes.items():
-        if file_digest(there[name]) != expected[name]:
+        # A file that is larger than all tensors is wrong, and may be endless holes.
+        if there[name].stat().st_size > nbytes or file_digest(there[name]) != expected[name]:
             changed.append(name)
         advance(nbytes, "files")
     if changed:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from svg_jax.convert import load_component
 from svg_jax.convert.components import read_component_config, read_pipeline_index
-from svg_jax.convert.folder import ConvertedFolder, check_digests, open_folder
+from svg_jax.convert.folder import ConvertedFolder, check_components, open_folder
 from svg_jax.convert.json_file import read_json
 from svg_jax.convert.progress import Progress
 from svg_jax.convert.run_defaults import read_run_defaults
@@ -81,8 +81,7 @@ def from_pretrained(
     opened = open_folder(folder)
     _refuse_what_does_not_run(opened.path)
     assert opened.pipeline is not None
-    if verify:
-        check_digests(opened, opened.manifest.components, progress)
+    check_components(opened, opened.manifest.components, verify=verify, progress=progress)
     if dtype is None:
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     pipeline = _PIPELINES[opened.pipeline](_Source(opened, jnp.dtype(dtype)))
