@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tensorstore as ts
 
 from svg_jax.convert.components import COPIED, FAMILIES, component_leaves, read_pipeline_index
 from svg_jax.convert.digests import file_digest
@@ -15,7 +16,7 @@ from svg_jax.convert.paths import real_path
 from svg_jax.convert.progress import Progress, count_bytes
 from svg_jax.convert.rules import ConversionError, DamageError, Leaf, RefusedError
 from svg_jax.convert.staging import standing_folder
-from svg_jax.convert.writer import LeafFiles, unreadable
+from svg_jax.convert.writer import LeafFiles, open_leaves, unreadable
 
 WEIGHTS = "weights"
 
@@ -177,22 +178,26 @@ def check_components(
     *,
     verify: bool,
     progress: Progress | None = None,
-) -> None:
-    """Check components' weights, before anything is done with them.
+) -> dict[str, dict[tuple[str, ...], ts.TensorStore]]:
+    """Check components' weights, before anything is done with them, and open them.
 
     Args:
         folder: The folder.
         components: Names of the components.
         verify: Whether to read their files, in little memory, and to compare them with the
-            manifest; otherwise `check_weights` is all.
+            manifest; otherwise only their layout and sizes are checked.
         progress: Called with (bytes done, bytes in all, component) while files are compared.
+
+    Returns:
+        Each component's leaves, of which no number was read, by their path.
 
     Raises:
         DamageError: If a file is not as it was converted.
     """
-    sizes = {}
+    opened, sizes = {}, {}
     for component in components:
-        check_weights(folder, component)
+        _, files = check_weights(folder, component)
+        opened[component] = open_leaves(folder.path / component / WEIGHTS, files)
         if verify:
             prefix = f"{component}/"
             names = [name for name in folder.manifest.weights if name.startswith(prefix)]
@@ -205,3 +210,4 @@ def check_components(
                 "it; convert the source again."
             )
         advance(nbytes, name.split("/")[0])
+    return opened

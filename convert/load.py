@@ -16,12 +16,11 @@ from svg_jax.convert.folder import (
     WEIGHTS,
     ConvertedFolder,
     check_components,
-    check_weights,
     open_folder,
 )
 from svg_jax.convert.progress import Progress
 from svg_jax.convert.rules import ConversionError
-from svg_jax.convert.writer import open_leaves, readable
+from svg_jax.convert.writer import readable
 from svg_jax.models.clip import CLIPTextEncoder, CLIPVisionEncoder
 from svg_jax.models.cogvideox import CogVideoXTransformer
 from svg_jax.models.cogvideox_vae import CogVideoXVAE
@@ -98,7 +97,7 @@ def load_component(
     """
     opened = open_folder(folder)
     class_name = _class_of(opened, name, classes)
-    check_components(opened, [name], verify=verify, progress=progress)
+    stored = check_components(opened, [name], verify=verify, progress=progress)[name]
 
     def make(config: Any) -> nnx.Module:
         return MODULES[class_name](
@@ -109,7 +108,9 @@ def load_component(
             **options,
         )
 
-    return _load(opened, name, class_name, make, cast=param_dtype is not None)
+    config = read_component_config(opened.path / name, class_name)
+    weights = opened.path / name / WEIGHTS
+    return _load(weights, stored, lambda: make(config), cast=param_dtype is not None)
 
 
 def param_dtypes(
@@ -210,18 +211,13 @@ def _class_of(folder: ConvertedFolder, name: str, known: Collection[str]) -> str
 
 
 def _load(
-    folder: ConvertedFolder,
-    name: str,
-    class_name: str,
-    make: Callable[[Any], nnx.Module],
+    weights: Path,
+    stored: Mapping[tuple[str, ...], ts.TensorStore],
+    make: Callable[[], nnx.Module],
     *,
     cast: bool,
 ) -> nnx.Module:
-    config = read_component_config(folder.path / name, class_name)
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(config)))
-    weights = folder.path / name / WEIGHTS
-    _, files = check_weights(folder, name)
-    stored = open_leaves(weights, files)
+    graph, state = nnx.split(nnx.eval_shape(make))
     # Leaf by leaf: orbax would cast to another dtype without a word, and after a leaf that cannot
     # be read it leaves the others' reads running into its closed event loop.
     params = {}
