@@ -134,7 +134,11 @@ DAMAGE = {
         added("image_processor/preprocessor_config.json"),
         "image_processor/preprocessor_config.json",
     ),
-    "defaults that were added": (added("svg_jax.json"), "svg_jax.json"),
+    "defaults that were edited": (
+        lambda folder: append(folder / "svg_jax.json", " "),
+        "svg_jax.json",
+    ),
+    "a config that was added": (added("config.json"), "config.json"),
     "a config of endless holes": (
         lambda folder: os.truncate(folder / "tokenizer/tokenizer.json", 2**41),
         "tokenizer/tokenizer.json",
