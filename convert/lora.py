@@ -50,7 +50,7 @@ class Lora:
     skipped: tuple[str, ...]
 
     def record(self) -> LoraRecord:
-        """What the manifest says of it; reads the files."""
+        """Make the entry of the manifest, for which its files are read."""
         return LoraRecord(
             source=self.name,
             scale=self.scale,
@@ -68,12 +68,12 @@ def read_loras(
     *,
     strict: bool = False,
 ) -> tuple[Lora, ...]:
-    """Reads what LoRAs change, but not their weights.
+    """Read what LoRAs change, but not their matrices.
 
     Args:
         paths: Files, folders or the hub's, see `convert_pipeline`.
-        scales: One for all, or one for each.
-        leaves: Of each component that is converted.
+        scales: Strength of all, or one for each.
+        leaves: Leaves of each component that is converted.
         into: The component that names of the transformer mean: one for all, or one for each.
         strict: Whether parts for layers that the model lacks are an error, and not skipped.
 
@@ -102,7 +102,7 @@ def read_loras(
 
 
 def changes_of(loras: Sequence[Lora], component: str) -> dict[str, tuple[Change, ...]]:
-    """What LoRAs add to the tensors of a component, by name, in their order."""
+    """Collect what LoRAs add to the tensors of a component, by name, in their order."""
     changes: dict[str, tuple[Change, ...]] = {}
     for lora in loras:
         for name, more in lora.changes.get(component, {}).items():
@@ -146,7 +146,7 @@ def _read_lora(
             changed[name] = (*changed.get(name, ()), change)
     if found.absent and strict:
         raise ConversionError(
-            f"{file}: has parts for what the model lacks, which strict=True forbids: "
+            f"{file}: has parts for what the model lacks, which strict=True (--strict) forbids: "
             f"{list_names(found.absent)}."
         )
     if found.absent:
@@ -169,5 +169,5 @@ def _read_lora(
 
 
 def _name(path: Path) -> str:
-    """What a path is called; a link to a file in the hub's cache has the better name."""
+    """Name a path; a link to a file in the hub's cache has a better name than the file."""
     return path.resolve().name if path.is_dir() else path.absolute().name

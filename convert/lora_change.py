@@ -29,7 +29,7 @@ class Change:
 
 
 def add_changes(tensor: np.ndarray, changes: Sequence[Change]) -> np.ndarray:
-    """A tensor with changes added in float32, one after the other; itself if there are none.
+    """Add changes to a tensor in float32, one after the other; without any it stays as it is.
 
     Raises:
         ConversionError: If a change, or the sum, is NaN or infinite.
@@ -55,7 +55,7 @@ def add_changes(tensor: np.ndarray, changes: Sequence[Change]) -> np.ndarray:
 
 
 def _read_down(change: Change) -> np.ndarray | None:
-    """A as a matrix, [rank, in * kernel], with the core multiplied in."""
+    """Read A as a matrix, [rank, in * kernel], with the core multiplied in."""
     if change.down is None:
         return None
     down = _read_finite(change.down).reshape(change.down.shape[0], -1)

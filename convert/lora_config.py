@@ -53,7 +53,7 @@ class LoraConfig:
     is_peft: bool
 
     def of(self, *components: str) -> "LoraConfig":
-        """The part for the first of some components that has one; all if none has.
+        """Take the part for the first of some components that has one; all if none has.
 
         Raises:
             ConversionError: If it asks for anything but a plain LoRA.
@@ -82,7 +82,7 @@ class LoraConfig:
         return part
 
     def scaling(self, module: str, rank: int) -> float:
-        """What the product B A of a module is multiplied with.
+        """Compute what the product B A of a module is multiplied with.
 
         Args:
             module: Its name in the LoRA, without a prefix.
@@ -101,7 +101,7 @@ class LoraConfig:
         return alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
 
     def _value(self, name: str, patterns: str, module: str) -> float:
-        """The value of the first pattern that is the module's name, or the end of it."""
+        """Take the value of the first pattern that is the module's name, or the end of it."""
         table = self.values.get(patterns) or {}
         if not isinstance(table, dict):
             raise ConversionError(f"{self.where}: {patterns} is {table!r:.80}, and no object.")
@@ -126,7 +126,7 @@ class LoraConfig:
 
 
 def read_lora_config(file: Path, *, is_peft: bool) -> LoraConfig | None:
-    """The config of a LoRA: PEFT's lies beside the weights, diffusers' in their header.
+    """Read the config of a LoRA: PEFT's lies beside the weights, diffusers' in their header.
 
     Args:
         file: The weights, which were checked.

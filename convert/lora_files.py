@@ -72,7 +72,7 @@ def read_lora_file(file: Path) -> Mapping[str, StoredTensor]:
 
 
 def is_float(stored: StoredTensor) -> bool:
-    """Whether a tensor holds floating-point numbers, of 8 to 64 bits."""
+    """Return whether a tensor holds floating-point numbers, of 8 to 64 bits."""
     return stored.dtype in _FLOATS
 
 
@@ -94,5 +94,5 @@ def read_alpha(stored: StoredTensor) -> float:
 
 
 def is_zero(stored: StoredTensor) -> bool:
-    """Whether all elements are zero: some trainers write zeros for all norms and biases."""
+    """Return whether all elements are zero; some trainers write zeros for all norms and biases."""
     return not np.any(read_tensor(stored))

@@ -72,7 +72,7 @@ def group_changes(
 
 
 def _matrices(parts: Mapping[Kind, StoredTensor]) -> tuple[StoredTensor, StoredTensor, int]:
-    """A, B and the rank."""
+    """Check that A and B are there and belong together; return them and their rank."""
     some = next(iter(parts.values()))
     down, up, mid = parts.get("down"), parts.get("up"), parts.get("mid")
     if down is None or up is None:
@@ -93,7 +93,7 @@ def _matrices(parts: Mapping[Kind, StoredTensor]) -> tuple[StoredTensor, StoredT
 
 
 def _strength(group: Group, config: LoraConfig | None, rank: int) -> float:
-    """What B A is multiplied with, but for the LoRA's own scale."""
+    """Compute what B A is multiplied with, but for the LoRA's own scale."""
     stored = group.parts.get("alpha")
     said = None if config is None else config.scaling(group.module, rank)
     where = None if config is None else config.where.name
@@ -133,7 +133,7 @@ def _check_width(
 def _differences(
     stored: StoredTensor, targets: Targets, scale: float, shapes: Shapes, which: int
 ) -> Iterator[tuple[str, Change]]:
-    """The rows that are added to weights (`which` is 0) or biases (1), as they are."""
+    """Give the rows that are added to weights (`which` is 0) or biases (1), as they are."""
     names = [tensor_names(target.module, shapes)[which] for target in targets]
     rows = sum(target.rows for target in targets)
     is_whole = len(targets) == len(targets[0].runs) == 1  # then axes of one element may lack
@@ -156,7 +156,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _misfit(stored: StoredTensor, names: list[str], shapes: Shapes, rows: int) -> ConversionError:
-    """The refusal of a part whose shape is not the one of the tensors that it changes."""
+    """Word the refusal of a part whose shape is not that of the tensors that it changes."""
     if missing := [name for name in names if name not in shapes]:
         return ConversionError(
             f"{stored.file}: {stored.name} is {list(stored.shape)} and does not fit {missing[0]}, "

@@ -170,7 +170,7 @@ def name_method(key: str) -> str | None:
 
 
 def normal_name(module: str) -> str:
-    """The form of a module's name in which all ways of writing it are the same."""
+    """Bring a module's name into the form in which all ways of writing it are the same."""
     name = re.sub(r"[._]+", "_", module).strip("_")
     return name.replace("_processor_", "_")  # diffusers' attention, until 2023
 
@@ -191,7 +191,7 @@ def readings(module: str, components: Collection[str]) -> Iterator[tuple[str, st
 
 
 def is_wrapper(prefix: str) -> bool:
-    """Whether a prefix that is not known can be one."""
+    """Return whether a prefix that is not known can be one."""
     return _WRAPPER.fullmatch(prefix) is not None and _NO_WRAPPER.search(prefix) is None
 
 

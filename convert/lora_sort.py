@@ -89,7 +89,7 @@ def sort_tensors(
     if not found.groups and into not in components:
         raise ConversionError(
             f"{file}: is for the {into}, and what is converted is {where}: choose that with "
-            "lora_into, or other components."
+            "lora_into (--lora-into), or other components."
         )
     if not found.groups or found.foreign > len(found.groups):
         count = len(found.groups)
@@ -145,7 +145,7 @@ def _read_names(
 
 
 def _is_whole(parts: Mapping[str, Part]) -> bool:
-    """Whether SAT wrote the file, which stores the whole model with a LoRA's matrices in it."""
+    """Return whether SAT wrote the file, which stores a LoRA's matrices in the whole model."""
     return any(part.suffix.alpha is not None for part in parts.values())
 
 
@@ -196,7 +196,7 @@ def _readings(
 def _fitting(
     readable: list[tuple[str, str]], part: Part, components: Mapping[str, Component]
 ) -> tuple[str, str, Targets] | None:
-    """The first reading of a name that means modules of the model."""
+    """Find the first reading of a name that means modules of the model."""
     for component, rest in readable:
         own = components.get(component)
         targets = None if own is None else own.names.targets.get(normal_name(rest))
@@ -216,7 +216,7 @@ def _fitting(
 
 
 def _wrappers(modules: Sequence[str]) -> Iterator[str]:
-    """What all names begin with that may be a prefix which is not known."""
+    """Give what all names begin with that may be a prefix which is not known."""
     ends = (match.end() for match in re.finditer(r"[._]", modules[0] if modules else ""))
     for end in itertools.islice(ends, _MOST_WORDS):
         prefix = modules[0][:end]
@@ -227,5 +227,5 @@ def _wrappers(modules: Sequence[str]) -> Iterator[str]:
 
 
 def _pattern(name: str) -> str:
-    """A name with an asterisk for each number between dots or underscores."""
+    """Put an asterisk for each number between dots or underscores of a name."""
     return re.sub(r"(?<!transformer_)(?<!encoder_)(?<=[._])\d+(?=[._])", "*", name)

@@ -32,7 +32,7 @@ class Target:
 
     @property
     def rows(self) -> int:
-        """How many rows it has."""
+        """Number of its rows."""
         return sum(end - begin for begin, end in self.runs)
 
 
@@ -53,19 +53,19 @@ class ModuleNames:
     known: frozenset[str]
 
     def knows(self, module: str) -> bool:
-        """Whether a model of this kind may have a module of that name."""
+        """Return whether a model of this kind may have a module of that name."""
         return _unnumbered(normal_name(module)) in self.known
 
 
 def changeable_shapes(leaves: Sequence[Leaf]) -> dict[str, tuple[int, ...]]:
-    """Shapes of what a LoRA may change: all but tensors that are stored under two names."""
+    """Collect the shapes of what a LoRA may change: all but what is stored under two names."""
     return {
         name: leaf.rule.source_shape for leaf in leaves for (name, *ties) in leaf.names if not ties
     }
 
 
 def tensor_names(module: str, shapes: Shapes) -> tuple[str, str]:
-    """Names of a module's weight and bias; a tensor that is in no module is the weight."""
+    """Name a module's weight and bias; a tensor that is in no module is the weight."""
     return (module if module in shapes else f"{module}.weight"), f"{module}.bias"
 
 
@@ -91,7 +91,7 @@ def module_names(shapes: Shapes) -> ModuleNames:
 
 
 def _names_of(source: str) -> tuple[str, str]:
-    """What a release and ComfyUI call a module."""
+    """Give the names of a module in a release and in ComfyUI."""
     comfyui = source
     for theirs, other in COMFYUI.items():
         comfyui = comfyui.replace(theirs, other)
@@ -103,7 +103,7 @@ def _unnumbered(name: str) -> str:
 
 
 def _released(origin: Origin, rows: Mapping[str, int]) -> Iterator[tuple[str, Targets]]:
-    """The modules that a line of a release's table means in this component, by the names there."""
+    """Give the modules that a line of a release's table means here, by the release's names."""
     for numbers in _numbers(origin.targets[0][0], rows):
         modules = [(target.format(*numbers), pieces) for target, pieces in origin.targets]
         if any(module not in rows for module, _ in modules):

@@ -12,12 +12,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import ml_dtypes
 import numpy as np
 import torch
 from originals import as_released, origins
 from safetensors.numpy import load_file, save_file
-from tiny_lora import WEIGHTS
+from tiny_lora import FAMILIES, WEIGHTS, write_source
+
+from svg_jax.convert import plan_conversion
+from svg_jax.convert.lora_change import add_changes
 
 RELEASES = {"Wan": "wan2.1-i2v-14b-transformer", "HunyuanVideo": "hunyuanvideo-t2v-transformer"}
 WAN_BLOCKS = r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.([qkvo]|[kv]_img)|ffn\.[02])"
@@ -103,7 +107,7 @@ class Trainer:
 
 KOHYA: dict[str, Any] = {"down": ".lora_down.weight", "up": ".lora_up.weight"}
 DEFAULT: dict[str, Any] = {"down": ".lora_A.default.weight", "up": ".lora_B.default.weight"}
-PEFT: dict[str, Any] = {"file": "adapter_model.safetensors", "config": {"r": 4, "lora_alpha": 3}}
+PEFT: dict[str, Any] = {"file": "adapter_model.safetensors", "config": {"r": 4, "lora_alpha": 4}}
 TRAINERS = {
     "diffusers, CogVideoX": Trainer("CogVideoX", ATTENTION, dotted("transformer.")),
     "diffusers, HunyuanVideo": Trainer("HunyuanVideo", ATTENTION, dotted("transformer.")),
@@ -264,3 +268,52 @@ def by_diffusers_names(changes, base, family):
         if int(label[0]) in rows:
             found[name] = np.stack([rows[int(row)] for row in label]).reshape(base[name].shape)
     return found
+
+
+def write_sources(folder):
+    """Write a pipeline's folder of each family, and one of Wan without image layers."""
+    found = {family: write_source(folder / family, family) for family in FAMILIES}
+    found["text to video"] = write_source(folder / "text", "Wan")
+    absent = ("image_dim", "added_kv_proj_dim")
+    config = {key: value for key, value in FAMILIES["Wan"][2].items() if key not in absent}
+    torch.manual_seed(0)
+    diffusers.WanTransformer3DModel(**config).save_pretrained(folder / "text/transformer")
+    return found
+
+
+def merged(source, lora, **options):
+    """The weights that a LoRA changes, by diffusers' names, and what it is planned as."""
+    plan = plan_conversion(source, lora=lora, **options)
+    (found,) = plan.loras
+    base = load_file(source / WEIGHTS)
+    changes = found.changes["transformer"]
+    return {name: add_changes(base[name], of) for name, of in changes.items()}, found
+
+
+def assert_merged(found, changes, source, scale=1.0):
+    """Whether just these weights are changed, by just so much."""
+    base = load_file(source / WEIGHTS)
+    assert found.keys() == changes.keys()
+    for name, tensor in found.items():
+        wanted = base[name] + np.float32(scale) * changes[name]
+        assert not np.array_equal(wanted, base[name])
+        np.testing.assert_allclose(tensor, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+
+
+def save(folder, lora, suffix):
+    """A file of safetensors or torch.save."""
+    file = folder / f"lora.{suffix}"
+    if suffix.lower() == "safetensors":
+        save_file(lora, file)
+    else:
+        state = {n: torch_tensor(t) for n, t in lora.items()}
+        torch.save(state, file)
+    return file
+
+
+def torch_tensor(array):
+    """A torch tensor of numpy's, also of types that torch alone has a name for."""
+    if array.dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        width = {1: np.uint8, 2: np.int16}[array.dtype.itemsize]
+        return torch.from_numpy(array.view(width).copy()).view(getattr(torch, array.dtype.name))
+    return torch.from_numpy(array)

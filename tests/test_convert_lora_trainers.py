@@ -4,18 +4,16 @@ Each file of `lora_trainers.TRAINERS` holds all that its trainer changes, by its
 """
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
-import diffusers
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-from lora_trainers import TRAINERS, write
-from safetensors.numpy import load_file, save_file
-from tiny_lora import FAMILIES, WEIGHTS, Q, random_lora, save_lora, write_source
+from lora_trainers import TRAINERS, assert_merged, merged, save, write, write_sources
+from safetensors.numpy import load_file
+from test_convert_lora import fuse
+from tiny_lora import FAMILIES, WEIGHTS, Q, random_lora, save_lora
 from typer.testing import CliRunner
 
 from svg_jax.cli import app
@@ -27,7 +25,6 @@ from svg_jax.convert import (
     read_contents,
     read_manifest,
 )
-from svg_jax.convert.lora_change import add_changes
 from svg_jax.convert.lora_names import METHODS, PREFIXES, SUFFIXES, normal_name
 from svg_jax.convert.lora_targets import changeable_shapes, module_names
 
@@ -37,36 +34,7 @@ LOG = "svg_jax.convert.lora"
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A pipeline's folder of each family, and one of Wan without image layers."""
-    folder = tmp_path_factory.mktemp("sources")
-    found = {family: write_source(folder / family, family) for family in FAMILIES}
-    found["text to video"] = write_source(folder / "text", "Wan")
-    config = {k: v for k, v in FAMILIES["Wan"][2].items() if k not in IMAGE}
-    torch.manual_seed(0)
-    diffusers.WanTransformer3DModel(**config).save_pretrained(folder / "text/transformer")
-    return found
-
-
-IMAGE = ("image_dim", "added_kv_proj_dim")
-
-
-def merged(source, lora, **options):
-    """The weights that a LoRA changes, by diffusers' names, and what it is planned as."""
-    plan = plan_conversion(source, lora=lora, **options)
-    (found,) = plan.loras
-    base = load_file(source / WEIGHTS)
-    changes = found.changes["transformer"]
-    return {name: add_changes(base[name], of) for name, of in changes.items()}, found
-
-
-def assert_merged(found, changes, source, scale=1.0):
-    """Whether just these weights are changed, by just so much."""
-    base = load_file(source / WEIGHTS)
-    assert found.keys() == changes.keys()
-    for name, tensor in found.items():
-        wanted = base[name] + np.float32(scale) * changes[name]
-        assert not np.array_equal(wanted, base[name])
-        np.testing.assert_allclose(tensor, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+    return write_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -77,6 +45,17 @@ def test_a_whole_model_is_merged_as_its_trainer_means_it(tmp_path, sources, trai
     assert_merged(found, written.changes, sources[of.family], 0.7)
     assert plan.skipped == ()
     assert len(found) >= 8
+
+
+@pytest.mark.parametrize("trainer", ["musubi-tuner, Wan", "ai-toolkit, Wan"])
+def test_diffusers_merges_the_same_where_it_knows_the_trainer(tmp_path, sources, trainer):
+    written = write(TRAINERS[trainer], sources["Wan"], tmp_path / "lora")
+    expected = fuse(sources["Wan"], "Wan", written.path, scale=0.7)
+    found, _ = merged(sources["Wan"], written.path, lora_scale=0.7)
+    base = load_file(sources["Wan"] / WEIGHTS)
+    for name, wanted in expected.items():
+        tensor = found.get(name, base[name])
+        np.testing.assert_allclose(tensor, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize(
@@ -260,7 +239,9 @@ class TestAbsentLayers:
 
     def test_strict_refuses_them(self, tmp_path, sources):
         file, _ = self.lora(sources, tmp_path / "lora")
-        with pytest.raises(ConversionError, match=r"lacks, which strict=True forbids: .*k_img"):
+        with pytest.raises(
+            ConversionError, match=r"lacks, which strict=True \(--strict\) forbids: .*k_img"
+        ):
             plan_conversion(sources["text to video"], lora=file, strict=True)
 
     def test_zeros_are_no_parts(self, tmp_path, sources, caplog):
@@ -307,112 +288,3 @@ class TestAbsentLayers:
         export_pipeline(tmp_path / "python", tmp_path / "back")
         exported, base = (load_file(of / WEIGHTS) for of in (tmp_path / "back", source))
         assert not np.array_equal(exported[f"{Q}.weight"], base[f"{Q}.weight"])
-
-
-class TestFiles:
-    @pytest.mark.parametrize(
-        "suffix", ["SAFETENSORS", "Safetensors", "sft", "pt", "PT", "pth", "bin", "ckpt"]
-    )
-    def test_of_safetensors_or_torch(self, tmp_path, sources, suffix):
-        lora = random_lora(sources["Wan"], [Q])
-        a, b = lora.values()
-        if suffix == "sft":
-            file = save(tmp_path, lora, "safetensors").rename(tmp_path / "lora.sft")
-        else:
-            file = save(tmp_path, lora, suffix)
-        for given in (file, str(file), tmp_path):
-            found, plan = merged(sources["Wan"], given)
-            assert_merged(found, {f"{Q}.weight": b @ a}, sources["Wan"])
-        assert plan.name == tmp_path.name
-
-    def test_torch_tensors_that_are_transposed(self, tmp_path, sources):
-        lora = random_lora(sources["HunyuanVideo"], ["transformer_blocks.0.attn.to_q"])
-        a, _ = lora.values()
-        b = np.random.default_rng(2).normal(size=(64, 4)).astype(np.float32)
-        b[:32] *= 2  # shift, then scale
-        name = "final_layer.adaLN_modulation.1.lora"
-        lora = {f"{name}_A.weight": torch.from_numpy(a)}
-        lora[f"{name}_B.weight"] = torch.from_numpy(b.T.copy()).T
-        torch.save(lora, tmp_path / "lora.pt")
-        found, _ = merged(sources["HunyuanVideo"], tmp_path / "lora.pt")
-        change = np.concatenate([b[32:], b[:32]]) @ a
-        assert_merged(found, {"norm_out.linear.weight": change}, sources["HunyuanVideo"])
-
-    @pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_lora_weights.safetensors"])
-    def test_of_a_known_name_beside_others(self, tmp_path, sources, name):
-        lora = random_lora(sources["Wan"], [Q])
-        a, b = lora.values()
-        save(tmp_path, lora, name.rpartition(".")[2]).rename(tmp_path / name)
-        torch.save({}, tmp_path / "optimizer.pt")
-        factor = 1.0
-        if name == "adapter_model.bin":
-            factor = 0.5
-            (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2}))
-        found, plan = merged(sources["Wan"], tmp_path)
-        assert_merged(found, {f"{Q}.weight": np.float32(factor) * (b @ a)}, sources["Wan"])
-        assert plan.files[0].name == name
-
-    @pytest.mark.parametrize("rest", ["", "/lora.safetensors", "/high/a b.SAFETENSORS"])
-    def test_of_the_hub(self, tmp_path, sources, monkeypatch, rest):
-        snapshot = tmp_path / "models--owner--name/snapshots" / ("0123456789" * 4)
-        (snapshot.parents[1] / "refs").mkdir(parents=True)
-        (snapshot.parents[1] / "refs/main").write_text(snapshot.name)
-        lora = random_lora(sources["Wan"], [Q])
-        a, b = lora.values()
-        file = snapshot / (rest.strip("/") or "any.safetensors")
-        file.parent.mkdir(parents=True)
-        save_file(lora, file)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-        found, plan = merged(sources["Wan"], f"owner/name{rest}")
-        assert_merged(found, {f"{Q}.weight": b @ a}, sources["Wan"])
-        assert plan.name == f"owner/name{rest}"
-        assert plan.record().files.keys() == {file.name}
-        (snapshot / "other.safetensors").touch()
-        if not rest:
-            with pytest.raises(ValueError, match=r"holds any.*, other.safetensors: give"):
-                merged(sources["Wan"], "owner/name")
-        with pytest.raises(ValueError, match=r"owner/name: has no file missing.safetensors: check"):
-            merged(sources["Wan"], "owner/name/missing.safetensors")
-        with pytest.raises(ConnectionError, match="owner/other: is no folder here"):
-            merged(sources["Wan"], "owner/other")
-
-    def test_a_missing_file_is_not_looked_for_on_the_hub(self, tmp_path, sources, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "loras").mkdir()
-        for name in ("loras/a/b.safetensors", "loras/b.safetensors", "wan/b.safetensors", "b.pt"):
-            with pytest.raises(ConversionError, match=f"{name}: cannot be read"):
-                plan_conversion(sources["Wan"], lora=name)
-
-    def test_of_sat_with_the_whole_model(self, tmp_path, sources, caplog):
-        of = TRAINERS["SAT"]
-        written = write(of, sources["CogVideoX"], tmp_path / "lora")
-        whole = {"model.diffusion_model.time_embed.0.weight": np.ones((16, 32), np.float32)}
-        state = {name: torch.from_numpy(t) for name, t in (written.tensors | whole).items()}
-        file = tmp_path / "mp_rank_00_model_states.pt"
-        torch.save({"module": state}, file)
-        found, plan = merged(sources["CogVideoX"], file, strict=True)
-        assert_merged(found, written.changes, sources["CogVideoX"])
-        assert plan.skipped == ()
-        said = [record.getMessage() for record in caplog.records if record.name == LOG]
-        assert len(said) == 2
-        assert "alpha: its default, 1, is taken" in said[0]
-        assert "1 tensors are the model's own, and are passed over" in said[1]
-
-
-def save(folder, lora, suffix):
-    """A file of safetensors or torch.save."""
-    file = folder / f"lora.{suffix}"
-    if suffix.lower() == "safetensors":
-        save_file(lora, file)
-    else:
-        state = {n: torch_tensor(t) for n, t in lora.items()}
-        torch.save(state, file)
-    return file
-
-
-def torch_tensor(array):
-    """A torch tensor of numpy's, also of types that torch alone has a name for."""
-    if array.dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
-        width = {1: np.uint8, 2: np.int16}[array.dtype.itemsize]
-        return torch.from_numpy(array.view(width).copy()).view(getattr(torch, array.dtype.name))
-    return torch.from_numpy(array)
