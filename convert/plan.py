@@ -1,6 +1,7 @@
 """What a conversion will do: everything is checked and counted before anything is written."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
+from svg_jax.convert import scheduler_config
 from svg_jax.convert.components import (
     COPIED,
     FAMILIES,
@@ -19,6 +21,7 @@ from svg_jax.convert.components import (
     select_components,
 )
 from svg_jax.convert.files import check_inside, check_regular
+from svg_jax.convert.json_file import read_json
 from svg_jax.convert.lora import Lora, changes_of, read_loras
 from svg_jax.convert.lora_change import Change
 from svg_jax.convert.manifest import NAME, SMALL_BYTES
@@ -28,10 +31,12 @@ from svg_jax.convert.rules import ConversionError, Leaf
 from svg_jax.convert.run_defaults import FILE as RUN_DEFAULTS
 from svg_jax.convert.run_defaults import read_run_defaults
 from svg_jax.convert.source import Source, open_source, select_variants
+from svg_jax.convert.values import sentence_of
 from svg_jax.convert.writer import LeafFiles, checkpoint_nbytes
 
 _BYTES_A_RECORD = 330  # of the manifest, beside the tensor's name
 _BYTES_A_FILE = 130  # of the manifest
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,24 @@ def _small_files(source: Source) -> dict[str, Path]:
             if file.stat().st_size > SMALL_BYTES:
                 raise ConversionError(f"{file}: is too large for a {name}: remove it.")
             files[f"{name}/{file.name}"] = file
+    if (scheduler := files.get(scheduler_config.FILE)) is not None:
+        _check_scheduler(scheduler, source.index.pipeline)
     return files
+
+
+def _check_scheduler(file: Path, pipeline: str | None) -> None:
+    """Refuse a scheduler config without meaning, and say of what kind none can be sampled here.
+
+    Raises:
+        ConversionError: With all that has no meaning.
+    """
+    classes = scheduler_config.classes_of(pipeline)
+    found = scheduler_config.check_scheduler(read_json(file), classes)
+    if found.malformed:
+        raise ConversionError(f"{file}: {sentence_of(found.malformed, 300)}: correct it.")
+    if found.unported:
+        reasons = sentence_of(found.unported, 300)
+        _LOGGER.warning("%s: %s: it is carried as it is, and cannot be sampled", file, reasons)
 
 
 def _plan_component(

@@ -12,7 +12,7 @@ from typing import Any
 
 from svg_jax.convert.json_file import read_json
 from svg_jax.convert.rules import ConversionError
-from svg_jax.convert.values import Number, Rule, Shares, shown
+from svg_jax.convert.values import Number, Rule, Shares, sentence_of, shown
 
 FILE = "svg_jax.json"
 _LONGEST = 300  # characters of what is wrong
@@ -66,7 +66,7 @@ class RunDefaults:
             if key in entries and (problem := rule.problem(entries[key])) is not None:
                 problems.append(f"{key} {problem}")
         if problems:
-            raise ValueError("; ".join(problems)[:_LONGEST])
+            raise ValueError(sentence_of(problems, _LONGEST))
         values = dict(entries)
         if "guidance_interval" in values:
             start, end = values["guidance_interval"]

@@ -5,7 +5,7 @@ may be anything: NaN, a string, a list, a number that no float holds.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 _SHOWN = 40  # characters of a value in an error
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,60 @@ class Shares:
         return f"is two shares of the steps, of 0 to 1 in order: got {shown(value)}"
 
 
-Rule = Number | Flag | Choice | Shares
+@dataclass(frozen=True)
+class Name:
+    """A short string of letters, digits and underscores."""
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value; None if nothing."""
+        if isinstance(value, str) and len(value) < _LONGEST_NAME and value.isidentifier():
+            return None
+        return f"must be a name: got {shown(value)}"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A list of numbers.
+
+    Attributes:
+        each: Rule of its entries.
+    """
+
+    each: Number
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value; None if nothing."""
+        if not isinstance(value, list | tuple):
+            return f"must be a list of numbers: got {shown(value)}"
+        return next(filter(None, map(self.each.problem, value)), None)
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """Null, or what another rule says.
+
+    Attributes:
+        rule: The other rule.
+    """
+
+    rule: Number | Flag | Name | Numbers
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value; None if nothing."""
+        return None if value is None else self.rule.problem(value)
+
+
+Rule = Number | Flag | Choice | Shares | Name | Numbers | Maybe
+
+
+def sentence_of(problems: Sequence[str], limit: int) -> str:
+    """Problems as one sentence of at most so many characters; of those left out the number."""
+    for count in range(len(problems), 0, -1):
+        left = f"; and {len(problems) - count} more" if count < len(problems) else ""
+        text = "; ".join(problems[:count]) + left
+        if len(text) <= limit:
+            return text
+    return problems[0][: limit - 1] + "…"
 
 
 def is_number(value: Any, *, whole: bool = False) -> bool:

@@ -147,7 +147,7 @@ def test_a_run_may_use_another_sampler_or_shift():
         ({}, "names the scheduler None"),
         (EULER | {"use_dynamic_shifting": True}, "use_dynamic_shifting to True"),
         (EULER | {"flow_shift": 5.0}, "unknown keys: flow_shift"),
-        (EULER | {"shift": 0.0}, "shift is over 0"),
+        (EULER | {"shift": 0.0}, "shift, which must be a number from 0.01 to 1000: got 0.0"),
         (UNIPC | {"solver_order": 3}, "only 2 is implemented"),
         (UNIPC | {"prediction_type": "epsilon"}, "only 'flow_prediction' is implemented"),
         (UNIPC | {"disable_corrector": [0]}, "disable_corrector"),

@@ -18,50 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from svg_jax.convert.scheduler_config import FLOW, check_scheduler
+from svg_jax.convert.values import Number
+from svg_jax.sampling.schedulers import check_finite_steps
+from svg_jax.sampling.settings import SettingError
+
 FlowSampler = Literal["euler", "unipc"]
 NUM_TRAIN_TIMESTEPS = 1000
+_SHIFTS = Number(0.01, 1000)
 
-# Keys of scheduler_config.json of which one value is implemented, with diffusers' default.
-_ONLY: dict[FlowSampler, dict[str, tuple[Any, Any]]] = {
-    "euler": {
-        "num_train_timesteps": (NUM_TRAIN_TIMESTEPS, NUM_TRAIN_TIMESTEPS),
-        "use_dynamic_shifting": (False, False),
-        "invert_sigmas": (False, False),
-        "shift_terminal": (None, None),
-        "use_karras_sigmas": (False, False),
-        "use_exponential_sigmas": (False, False),
-        "use_beta_sigmas": (False, False),
-        "stochastic_sampling": (False, False),
-    },
-    "unipc": {
-        "num_train_timesteps": (NUM_TRAIN_TIMESTEPS, NUM_TRAIN_TIMESTEPS),
-        "prediction_type": ("flow_prediction", "epsilon"),
-        "use_flow_sigmas": (True, False),
-        "solver_order": (2, 2),
-        "solver_type": ("bh2", "bh2"),
-        "predict_x0": (True, True),
-        "lower_order_final": (True, True),
-        "final_sigmas_type": ("zero", "zero"),
-        "thresholding": (False, False),
-        "disable_corrector": ([], []),
-        "solver_p": (None, None),
-        "use_karras_sigmas": (False, False),
-        "use_exponential_sigmas": (False, False),
-        "use_beta_sigmas": (False, False),
-        "use_dynamic_shifting": (False, False),
-        "rescale_betas_zero_snr": (False, False),
-        "sigma_min": (None, None),
-        "sigma_max": (None, None),
-        "shift_terminal": (None, None),
-    },
-}
-# diffusers stores these and does not read them with the values above.
-_WITHOUT_EFFECT: dict[FlowSampler, set[str]] = {
-    "euler": {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}
-    | {"time_shift_type"},
-    "unipc": {"beta_start", "beta_end", "beta_schedule", "trained_betas", "timestep_spacing"}
-    | {"steps_offset", "dynamic_thresholding_ratio", "sample_max_value", "time_shift_type"},
-}
 _CLASSES: dict[str, tuple[FlowSampler, str]] = {
     "FlowMatchEulerDiscreteScheduler": ("euler", "shift"),
     "UniPCMultistepScheduler": ("unipc", "flow_shift"),
@@ -82,40 +47,22 @@ class FlowConfig:
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.shift > 0:
-            raise ValueError(f"shift is over 0: got {self.shift}")
+        problem = _SHIFTS.problem(self.shift)
+        if problem is not None:
+            raise SettingError("shift", problem)
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> "FlowConfig":
         """Read the dict of scheduler_config.json.
 
         Raises:
-            ValueError: At a key that is not known, or a value that is not implemented.
+            ValueError: At values without meaning, and what is not implemented; says all of it.
         """
-        entries = dict(entries)
-        class_name = entries.pop("_class_name", None)
-        if class_name not in _CLASSES:
-            raise ValueError(
-                f"scheduler_config.json names the scheduler {class_name!r}; for flow matching "
-                f"{' and '.join(_CLASSES)} are implemented"
-            )
-        sampler, shift = _CLASSES[class_name]
-        for key, (implemented, default) in _ONLY[sampler].items():
-            if (value := entries.pop(key, default)) != implemented:
-                raise ValueError(
-                    f"scheduler_config.json sets {key} to {value!r}; "
-                    f"only {implemented!r} is implemented"
-                )
-        unknown = [
-            key
-            for key in entries
-            if key != shift and key not in _WITHOUT_EFFECT[sampler] and not key.startswith("_")
-        ]
-        if unknown:
-            raise ValueError(
-                f"scheduler_config.json has unknown keys: {', '.join(sorted(unknown))}"
-            )
-        return cls(sampler=sampler, shift=float(entries.get(shift, 1.0)))
+        found = check_scheduler(entries, FLOW)
+        found.check()
+        assert found.class_name is not None
+        sampler, shift = _CLASSES[found.class_name]
+        return cls(sampler=sampler, shift=float(found.values[shift]))
 
 
 class FlowCoefficients(NamedTuple):
@@ -191,7 +138,9 @@ def _shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
 
 def _check_steps(num_steps: int) -> None:
     if not 1 <= num_steps <= NUM_TRAIN_TIMESTEPS:
-        raise ValueError(f"num_inference_steps must be 1 to {NUM_TRAIN_TIMESTEPS}: got {num_steps}")
+        raise SettingError(
+            "num_inference_steps", f"must be 1 to {NUM_TRAIN_TIMESTEPS}: got {num_steps}"
+        )
 
 
 def euler_schedule(shift: float, num_steps: int) -> FlowSchedule:
@@ -285,8 +234,10 @@ def make_flow_schedule(
     """The schedule of a checkpoint, or with another sampler or shift than its own."""
     make = {"euler": euler_schedule, "unipc": unipc_schedule}.get(sampler or config.sampler)
     if make is None:
-        raise ValueError(f"scheduler is 'euler' or 'unipc': got {sampler!r}")
-    return make(config.shift if shift is None else shift, num_steps)
+        raise SettingError("scheduler", f"is 'euler' or 'unipc': got {sampler!r}")
+    schedule = make(config.shift if shift is None else shift, num_steps)
+    check_finite_steps(schedule.coefficients, num_steps)
+    return schedule
 
 
 def initial_flow_state(latents: Float[Array, "*shape"]) -> FlowState:

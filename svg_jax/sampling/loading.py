@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from svg_jax.convert import load_component
+from svg_jax.convert import load_component, scheduler_config
 from svg_jax.convert.components import read_component_config, read_pipeline_index
 from svg_jax.convert.folder import ConvertedFolder, check_components, open_folder
 from svg_jax.convert.json_file import read_json
@@ -152,6 +152,15 @@ def _refuse_what_does_not_run(folder: Path) -> None:
         raise ValueError(f"{folder}: is a Wan 2.2 of two transformers, and only Wan 2.1 runs.")
     if entries.get("expand_timesteps"):
         raise ValueError(f"{folder}: is a Wan 2.2 with times by token, and only Wan 2.1 runs.")
+    scheduler = folder / scheduler_config.FILE
+    if scheduler.exists():  # of a download it comes later
+        found = scheduler_config.check_scheduler(
+            read_json(scheduler), scheduler_config.classes_of(index.pipeline)
+        )
+        try:
+            found.check()
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
 
 
 def _load_cogvideox(source: _Source) -> CogVideoXPipeline:

@@ -19,34 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from svg_jax.convert.scheduler_config import COGVIDEOX, check_scheduler, field_problem
+from svg_jax.sampling.settings import SettingError
+
 Sampler = Literal["ddim", "dpm"]
 SAMPLER_OF_CLASS: dict[str, Sampler] = {
     "CogVideoXDDIMScheduler": "ddim",
     "CogVideoXDPMScheduler": "dpm",
 }
-
-# What diffusers assumes for a key that scheduler_config.json leaves out.
-_DIFFUSERS_DEFAULTS: dict[str, Any] = {
-    "_class_name": "CogVideoXDDIMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "set_alpha_to_one": True,
-    "rescale_betas_zero_snr": False,
-    "snr_shift_scale": 3.0,
-    "prediction_type": "epsilon",
-    "timestep_spacing": "leading",
-}
-# Keys of which one value is implemented; the second entry of the pair is diffusers' default.
-_ONLY: dict[str, tuple[Any, Any]] = {
-    "beta_schedule": ("scaled_linear", "scaled_linear"),
-    "trained_betas": (None, None),
-    "prediction_type": ("v_prediction", "epsilon"),
-    "timestep_spacing": ("trailing", "leading"),
-    "steps_offset": (0, 0),
-}
-# diffusers stores these and CogVideoX's samplers never read them.
-_WITHOUT_EFFECT = {"clip_sample", "clip_sample_range", "sample_max_value"}
 
 
 @dataclass(frozen=True)
@@ -71,38 +51,25 @@ class SchedulerConfig:
     rescale_betas_zero_snr: bool = True
     set_alpha_to_one: bool = True
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self)[1:]:
+            problem = field_problem(field.name, getattr(self, field.name))
+            if problem is not None:
+                raise ValueError(f"{field.name} {problem}")
+
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> "SchedulerConfig":
         """Read the dict of scheduler_config.json.
 
         Raises:
-            ValueError: At a key that is not known, or a value that is not implemented.
+            ValueError: At values without meaning, and what is not implemented; says all of it.
         """
-        entries = dict(entries)
-        class_name = entries.pop("_class_name", _DIFFUSERS_DEFAULTS["_class_name"])
-        if class_name not in SAMPLER_OF_CLASS:
-            raise ValueError(
-                f"scheduler_config.json names the scheduler {class_name!r}; "
-                f"{' and '.join(SAMPLER_OF_CLASS)} are implemented"
-            )
-        for key, (implemented, default) in _ONLY.items():
-            if (value := entries.pop(key, default)) != implemented:
-                raise ValueError(
-                    f"scheduler_config.json sets {key} to {value!r}; "
-                    f"only {implemented!r} is implemented"
-                )
-        fields = {field.name for field in dataclasses.fields(cls)} - {"sampler"}
-        unknown = [
-            key
-            for key in entries
-            if key not in fields | _WITHOUT_EFFECT and not key.startswith("_")
-        ]
-        if unknown:
-            raise ValueError(
-                f"scheduler_config.json has unknown keys: {', '.join(sorted(unknown))}"
-            )
-        known = {key: entries.get(key, _DIFFUSERS_DEFAULTS[key]) for key in fields}
-        return cls(sampler=SAMPLER_OF_CLASS[class_name], **known)
+        found = check_scheduler(entries, COGVIDEOX)
+        found.check()
+        assert found.class_name is not None
+        fields = [field.name for field in dataclasses.fields(cls)[1:]]
+        known = {name: found.values[name] for name in fields}
+        return cls(sampler=SAMPLER_OF_CLASS[found.class_name], **known)
 
 
 class StepCoefficients(NamedTuple):
@@ -186,7 +153,7 @@ def _timesteps(config: SchedulerConfig, num_steps: int) -> tuple[np.ndarray, np.
     """Timesteps with "trailing" spacing, and those that their steps lead to (negative: clean)."""
     total = config.num_train_timesteps
     if not 1 <= num_steps <= total:
-        raise ValueError(f"num_inference_steps must be 1 to {total}: got {num_steps}")
+        raise SettingError("num_inference_steps", f"must be 1 to {total}: got {num_steps}")
     # numpy's arange returns an entry too many where total / num_steps rounds down (61 steps, say).
     timesteps = np.round(np.arange(total, 0, -total / num_steps))[:num_steps].astype(np.int64) - 1
     return timesteps, timesteps - total // num_steps
@@ -258,11 +225,26 @@ def dpm_schedule(config: SchedulerConfig, num_steps: int) -> Schedule:
 def make_schedule(
     config: SchedulerConfig, num_steps: int, sampler: Sampler | None = None
 ) -> Schedule:
-    """The schedule of `sampler`, by default the checkpoint's own."""
+    """The schedule of `sampler`, by default the checkpoint's own.
+
+    Raises:
+        SettingError: At another sampler or number of steps, or one that makes no finite schedule.
+    """
     make = {"ddim": ddim_schedule, "dpm": dpm_schedule}.get(sampler or config.sampler)
     if make is None:
-        raise ValueError(f"scheduler is 'ddim' or 'dpm': got {sampler!r}")
-    return make(config, num_steps)
+        raise SettingError("scheduler", f"is 'ddim' or 'dpm': got {sampler!r}")
+    schedule = make(config, num_steps)
+    check_finite_steps(schedule.coefficients, num_steps)
+    return schedule
+
+
+def check_finite_steps(coefficients: tuple[Any, ...], num_steps: int) -> None:
+    """SettingError if a step's numbers are not finite, as those of steps that lie too close are."""
+    if not all(np.isfinite(np.float32(column)).all() for column in coefficients):
+        raise SettingError(
+            "num_inference_steps",
+            f"of {num_steps} makes no finite steps with this scheduler and its shift: take fewer",
+        )
 
 
 def initial_state(sampler: Sampler, latents: Float[Array, "*shape"]) -> SamplerState:

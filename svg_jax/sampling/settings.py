@@ -55,7 +55,7 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class ArrayOf:
     """An array.
 
     Attributes:
@@ -114,8 +114,8 @@ class Setting:
 
 
 _COUNT = Number(1, whole=True)
-_LATENTS, _FEATURES = Numbers((5,)), Numbers((3,))
-_MASK = Numbers((2,), ("float", "int", "bool"))
+_LATENTS, _FEATURES = ArrayOf((5,)), ArrayOf((3,))
+_MASK = ArrayOf((2,), ("float", "int", "bool"))
 _ANYTHING = Kind(lambda _: True, "anything")  # images have rules of their own
 
 SETTINGS: Mapping[str, Setting] = {
@@ -139,17 +139,17 @@ SETTINGS: Mapping[str, Setting] = {
     "latents": Setting(_LATENTS),
     "image_latents": Setting(_LATENTS),
     "image_noise": Setting(_LATENTS),
-    "sampler_noise": Setting(Numbers((6,))),
+    "sampler_noise": Setting(ArrayOf((6,))),
     "prompt_embeds": Setting(_FEATURES),
     "negative_prompt_embeds": Setting(_FEATURES),
-    "pooled_prompt_embeds": Setting(Numbers((2,))),
-    "negative_pooled_prompt_embeds": Setting(Numbers((2,))),
+    "pooled_prompt_embeds": Setting(ArrayOf((2,))),
+    "negative_pooled_prompt_embeds": Setting(ArrayOf((2,))),
     "prompt_attention_mask": Setting(_MASK),
     "negative_prompt_attention_mask": Setting(_MASK),
     "image_embeds": Setting(_FEATURES),
     "sparsity": Setting(Kind(lambda value: isinstance(value, SparsityConfig), "a SparsityConfig")),
     "attend": Setting(Kind(lambda value: callable(value) and _is_hashable(value), "a callable")),
-    "labels": Setting(Numbers((3, 4), ("bool",))),
+    "labels": Setting(ArrayOf((3, 4), ("bool",))),
     "output_type": Setting(Choice(("np", "uint8", "latent")), optional=False),
     "vae_tiling": Setting(Flag(), optional=False),
     "callback_on_step_end": Setting(Kind(callable, "a callable")),
@@ -178,7 +178,7 @@ def check_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         if field not in SETTINGS:
             raise SettingError(field, "is no setting of a run")
         setting = SETTINGS[field]
-        if isinstance(setting.rule, Numbers):
+        if isinstance(setting.rule, ArrayOf):
             value = _as_array(value)
         if not (value is None and setting.optional):
             problem = setting.rule.problem(value)
