@@ -24,8 +24,8 @@ class ComparisonReport:
         num_inference_steps: Steps of the run.
         dense_steps: Steps of the warm-up, which both runs share.
         guided_steps: Steps that paid for guidance.
-        requested_density: What was asked for.
-        density: Computed share of the attention maps in sparse steps, exact.
+        requested_density: What was asked for; None of an attention of one's own.
+        density: Computed share of the attention maps in sparse steps, exact; None if not known.
         latents: Shape of the latents, in the transformer's order.
         num_tokens: Length of the sequence that attention runs over, text included.
         psnr: Of the sparse video against the dense one, dB; None where there are no pixels.
@@ -45,8 +45,8 @@ class ComparisonReport:
     num_inference_steps: int
     dense_steps: int
     guided_steps: int
-    requested_density: float
-    density: float
+    requested_density: float | None
+    density: float | None
     latents: tuple[int, int, int, int]
     num_tokens: int
     psnr: float | None
@@ -96,11 +96,11 @@ class ComparisonReport:
         rows = [
             ("latents", size),
             ("steps", steps),
-            (
-                "density",
-                f"{self.density:.3f} of dense attention ({self.requested_density:g} asked)",
-            ),
         ]
+        if self.density is not None:
+            asked = self.requested_density
+            asked = "" if asked is None else f" ({asked:g} asked)"
+            rows.append(("density", f"{self.density:.3f} of dense attention{asked}"))
         if self.psnr is not None:
             rows.append(("PSNR to dense", f"{self.psnr:.2f} dB"))
         if self.ssim is not None:
@@ -110,7 +110,7 @@ class ComparisonReport:
             *rows,
             ("dense step", f"{self.dense_seconds:.2f} s"),
             ("sparse step", f"{self.sparse_seconds:.2f} s, {self.speed_up:.2f} times faster"),
-            ("spatial heads", f"{shares} (by layer; pattern: {self.pattern})"),
+            ("spatial heads", f"{shares or 'not known'} (by layer; pattern: {self.pattern})"),
             ("attention", f"{self.implementation} in {self.dtype}"),
             ("device", self.device),
         ]

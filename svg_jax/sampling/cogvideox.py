@@ -7,7 +7,7 @@ arithmetic; latents stay float32, where diffusers rounds them to the model's dty
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +116,8 @@ class CogVideoXPipeline(VideoPipeline):
         tokenizer: T5's, or None.
         has_vae: Whether latents are a VAE's. Without one they are pixels in −1…1.
     """
+
+    samplers: ClassVar[tuple[str, ...]] = ("ddim", "dpm")
 
     transformer: CogVideoXTransformer | Lazy[CogVideoXTransformer]
     vae: CogVideoXVAE | Lazy[CogVideoXVAE] | None = None

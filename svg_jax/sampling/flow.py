@@ -235,7 +235,8 @@ def make_flow_schedule(
     make = {"euler": euler_schedule, "unipc": unipc_schedule}.get(sampler or config.sampler)
     if make is None:
         raise SettingError("scheduler", f"is 'euler' or 'unipc': got {sampler!r}")
-    schedule = make(config.shift if shift is None else shift, num_steps)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        schedule = make(config.shift if shift is None else shift, num_steps)
     check_finite_steps(schedule.coefficients, num_steps)
     return schedule
 

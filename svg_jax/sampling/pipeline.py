@@ -95,6 +95,26 @@ class PreparedRun:
     sampler_noise: Float[np.ndarray, "..."] | None = None
 
 
+# What a call takes beside the arguments of `prepare`.
+_OF_CALL = ("sparsity", "attend", "labels", "output_type", "vae_tiling", "callback_on_step_end")
+_OF_CALL += ("state_file", "save_every", "resume")
+
+
+def with_checked_call(call: Callable[..., "VideoOutput"]) -> Callable[..., "VideoOutput"]:
+    """A pipeline's call, with settings that are all checked and have their defaults."""
+    defaults = {name: inspect.signature(call).parameters[name].default for name in _OF_CALL}
+
+    @functools.wraps(call)
+    def checked(self: "VideoPipeline", prompt: Any = None, **arguments: Any) -> VideoOutput:
+        given = {name: arguments.pop(name, default) for name, default in defaults.items()}
+        own = check_settings(given)
+        if own["resume"] and arguments.get("seed", 0) is None:
+            arguments["seed"] = saved_fingerprint(own["state_file"]).get("seed")
+        return call(self, **own, **self.settings(prompt, **arguments))
+
+    return checked
+
+
 def with_settings(prepare: Callable[..., PreparedRun]) -> Callable[..., PreparedRun]:
     """A family's `prepare`, called with settings that are checked and have their defaults."""
 
@@ -119,6 +139,7 @@ class VideoPipeline(ABC):
     """
 
     frame_rate: ClassVar[float] = 8.0  # frames per second that the family was trained at
+    samplers: ClassVar[tuple[str, ...]] = ("euler", "unipc")
 
     transformer: Any
     vae: Any = None
@@ -132,6 +153,7 @@ class VideoPipeline(ABC):
         others = ", ".join(name for name in component_names(self) if name != "transformer")
         return f"{type(self).__name__}({size} in {dtype}; with {others or 'no other component'})"
 
+    @with_checked_call
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -179,22 +201,7 @@ class VideoPipeline(ABC):
             FileExistsError: If there is a state, and it is not to be resumed.
             FloatingPointError: If latents stop being finite.
         """
-        check_settings(
-            {
-                "sparsity": sparsity,
-                "attend": attend,
-                "labels": labels,
-                "output_type": output_type,
-                "vae_tiling": vae_tiling,
-                "callback_on_step_end": callback_on_step_end,
-                "state_file": state_file,
-                "save_every": save_every,
-                "resume": resume,
-            }
-        )
-        if resume and state_file is not None and arguments.get("seed", 0) is None:
-            arguments["seed"] = saved_fingerprint(state_file).get("seed")
-        settings = self.settings(prompt, **arguments)
+        settings = {"prompt": prompt, **arguments}
         self._check_labels(labels, settings)
         if sparsity is not None:
             note = few_steps_note(sparsity, settings["num_inference_steps"])
@@ -219,9 +226,7 @@ class VideoPipeline(ABC):
             file.remove()
         return video
 
-    def settings(
-        self, prompt: str | Sequence[str] | None = None, **arguments: Any
-    ) -> dict[str, Any]:
+    def settings(self, prompt: Any = None, **arguments: Any) -> dict[str, Any]:
         """All arguments of `prepare` for a call with these: checked, with defaults filled in.
 
         A default is what the model's folder says, or else the authors'. A seed of None is drawn,
@@ -236,6 +241,9 @@ class VideoPipeline(ABC):
         given = signature.bind(prompt, **arguments)
         given.apply_defaults()
         settings = check_settings(given.arguments)
+        if settings["scheduler"] not in (None, *self.samplers):
+            names = " or ".join(map(repr, self.samplers))
+            raise SettingError("scheduler", f"is {names}: got {settings['scheduler']!r}")
         prompts = count_prompts(settings["prompt"], settings["prompt_embeds"])
         settings = with_images_read(settings, prompts)
         defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
@@ -361,6 +369,8 @@ class VideoPipeline(ABC):
         if steps is not None and not steps:  # nothing to load the transformer for
             return dataclasses.replace(run, state=state), done
         save_run = nullcontext() if file is None else saving(file)
+        if sparsity is not None:
+            sparse_mask(run.layout, sparsity)  # says before anything is loaded what does not fit
         with save_run as save, in_memory(self.transformer) as transformer:
             state, records = denoise(
                 transformer,

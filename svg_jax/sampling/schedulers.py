@@ -233,7 +233,8 @@ def make_schedule(
     make = {"ddim": ddim_schedule, "dpm": dpm_schedule}.get(sampler or config.sampler)
     if make is None:
         raise SettingError("scheduler", f"is 'ddim' or 'dpm': got {sampler!r}")
-    schedule = make(config, num_steps)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        schedule = make(config, num_steps)
     check_finite_steps(schedule.coefficients, num_steps)
     return schedule
 
