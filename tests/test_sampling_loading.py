@@ -204,7 +204,7 @@ def test_only_what_is_needed_comes_from_the_hub(hub, tmp_path):
     shutil.rmtree(hub.snapshot)
     hub.fetched.clear()
     from_pretrained("owner/tiny", cache_dir=tmp_path / "cache")
-    assert hub.fetched == {"model_index.json"}  # the conversion is there
+    assert hub.fetched == {"model_index.json", "svg_jax.json"}  # the conversion is there
 
 
 def test_convert_takes_a_hub_id_too(hub, tmp_path, monkeypatch):
@@ -250,7 +250,7 @@ def test_what_does_not_run_is_refused_before_weights_come(hub, tmp_path, changes
     index.write_text(json.dumps(json.loads(index.read_text()) | changes))
     with pytest.raises(ValueError, match=message):
         from_pretrained("owner/tiny", cache_dir=tmp_path)
-    assert hub.fetched == {"model_index.json"}
+    assert hub.fetched == {"model_index.json", "svg_jax.json"}
 
 
 def test_a_repository_that_is_no_pipeline(hub, tmp_path):

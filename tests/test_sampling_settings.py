@@ -54,7 +54,12 @@ COGVIDEOX: dict[str, Any] = SMALL | {
     "max_text_seq_length": 8,
     "use_rotary_positional_embeddings": True,
 }
-WAN: dict[str, Any] = SMALL | {"attention_head_dim": 12, "text_dim": 16, "ffn_dim": 32, "num_layers": 2}
+WAN: dict[str, Any] = SMALL | {
+    "attention_head_dim": 12,
+    "text_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+}
 HUNYUAN_VIDEO: dict[str, Any] = SMALL | {
     "attention_head_dim": 16,
     "num_layers": 1,

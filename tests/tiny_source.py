@@ -51,7 +51,8 @@ def write_source(folder: Path) -> Path:
     write_json(folder / "model_index.json", INDEX)
     write_json(folder / "transformer/config.json", TRANSFORMER)
     write_json(folder / "text_encoder/config.json", TEXT_ENCODER)
-    write_json(folder / "scheduler/scheduler_config.json", {"beta_end": 0.012})
+    scheduler = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    write_json(folder / "scheduler/scheduler_config.json", scheduler)
     write_json(folder / "tokenizer/tokenizer.json", {})
     save_file(random_state("transformer", ml_dtypes.bfloat16), folder / TRANSFORMER_FILE)
     save_file(random_state("text_encoder", np.float16), folder / ENCODER_FILE)

@@ -67,8 +67,9 @@ class SchedulerConfig:
         found = check_scheduler(entries, COGVIDEOX)
         found.check()
         assert found.class_name is not None
-        fields = [field.name for field in dataclasses.fields(cls)[1:]]
-        known = {name: found.values[name] for name in fields}
+        known = {field.name: found.values[field.name] for field in dataclasses.fields(cls)[1:]}
+        for name in ("beta_start", "beta_end", "snr_shift_scale"):
+            known[name] = float(known[name])
         return cls(sampler=SAMPLER_OF_CLASS[found.class_name], **known)
 
 
