@@ -261,6 +261,7 @@ def _compare(pipeline: VideoPipeline, prompt: str | None = None, **arguments: An
 
 def _write_comparison(comparison: Comparison, output: Path, *, fps: float, factor: int) -> None:
     report, dense, sparse = comparison.report, comparison.dense.frames, comparison.sparse.frames
+    assert report.density is not None  # of an attention of one's own alone
     print_parts(report.table())
     if dense is None or sparse is None:
         say("this checkpoint was converted without its VAE: there are no videos to write")

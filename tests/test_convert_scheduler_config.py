@@ -2,7 +2,9 @@
 
 import json
 import logging
-from importlib.resources import files
+import shutil
+from importlib.resources import as_file, files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,13 +95,8 @@ def test_ranges_keep_every_schedule_real_and_finite():
 @pytest.fixture
 def source(tmp_path):
     """The bundled model, of which a scheduler config may be written."""
-    folder = tmp_path / "source"
-    for file in (files("svg_jax") / "assets" / "tiny_cogvideox").rglob("*"):
-        if file.is_file():
-            target = folder / file.relative_to(files("svg_jax") / "assets" / "tiny_cogvideox")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read_bytes())
-    return folder
+    with as_file(files("svg_jax") / "assets" / "tiny_cogvideox") as bundled:
+        return Path(shutil.copytree(bundled, tmp_path / "source"))
 
 
 def change(source, **entries):
@@ -111,7 +108,7 @@ def test_a_conversion_refuses_what_has_no_meaning(source):
     change(source, beta_start=-1, snr_shift_scale=[])
     with pytest.raises(
         ConversionError, match=r"scheduler_config.json: .*beta_start.*snr_shift"
-    ) as e:
+    ) as error:
         plan_conversion(source)
     assert error.value.exit_code == 2
 
