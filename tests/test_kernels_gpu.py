@@ -17,11 +17,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax import export
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from svg_jax import SparsityConfig, VideoLayout, commands, sparse_attention
-from svg_jax.kernels import BandMask, block_sparse_attention
+from svg_jax.kernels import BandMask, block_list_attention, block_sparse_attention
 from svg_jax.kernels import mosaic_attention as mosaic
+from svg_jax.models.attention import dense_attention as model_attention
 
 pytestmark = pytest.mark.gpu
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -393,10 +394,99 @@ def test_sparse_attention_is_that_of_float32_but_for_rounding(family, head_dim):
     assert out.dtype == jnp.bfloat16
     assert np.isfinite(np.asarray(out, np.float32)).all()
     error = np.abs(np.asarray(out, np.float32) - np.asarray(expected))
-    # Rows of padded text are unspecified: the mask calls them 0 in both.
+    # Rows of padded text are 0 in both.
     np.testing.assert_array_less(error, 1.01 * 2**-7 * np.asarray(most) + 1e-6)
     np.testing.assert_array_equal(info.labels, expected_info.labels)
     assert info.density == expected_info.density
+
+
+@pytest.mark.parametrize("position", ["first", "last"])
+def test_what_padding_holds_never_matters_to_labels_nor_to_dense_attention(position):
+    layout = VideoLayout(8, 120, text_tokens=45, text_position=position)
+    length = jnp.array([45, 5, 0], jnp.int32)
+    text = np.arange(layout.num_tokens) - layout.text_start
+    padding = (text >= np.asarray(length)[:, None]) & (text >= 0) & (text < layout.text_tokens)
+    rng = np.random.default_rng(0)
+    qkv = jnp.asarray(rng.standard_normal((3, 3, layout.num_tokens, 3, 64)), jnp.bfloat16)
+    nan = jnp.array(jnp.nan, jnp.bfloat16)
+    poisoned = jnp.where(jnp.asarray(padding)[None, :, :, None, None], nan, qkv)
+
+    @jax.jit
+    def attend(qkv):
+        def run(qkv, density):
+            return sparse_attention(
+                *qkv, layout=layout, config=SparsityConfig(density=density, sampled_rows=32),
+                rng=jax.random.key(0), text_length=length,
+            )  # fmt: skip
+
+        def loss(qkv, density):
+            return jnp.square(run(qkv, density)[0].astype(jnp.float32)).sum()
+
+        dense, _ = model_attention(*qkv, layout=layout, text_length=length)
+        outputs = run(qkv, 0.5), run(qkv, 1.0), dense
+        return outputs, [jax.grad(loss)(qkv, density) for density in (0.5, 1.0)]
+
+    outputs, gradients = attend(qkv)
+    poisoned_outputs, poisoned_gradients = attend(poisoned)
+    assert_same_bits(poisoned_outputs, outputs)
+    assert np.asarray(outputs[0][1].labels).any()
+    for x in jax.tree.leaves((outputs, gradients, poisoned_gradients)):
+        assert np.isfinite(np.asarray(x, np.float32)).all()
+    for gradient, expected in zip(poisoned_gradients, gradients, strict=True):
+        assert_near(gradient, expected, 2**-9)  # cuDNN adds gradients in no order
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_profiling_and_layout_run_on_meshes(kind):
+    layout = FAMILIES["HunyuanVideo"]
+    rng = np.random.default_rng(0)
+    qkv = jnp.asarray(rng.standard_normal((3, 2, layout.num_tokens, 4, 64)), jnp.bfloat16)
+    length = jnp.array([45, 5], jnp.int32)
+    mesh = jax.make_mesh((1, 1), ("data", "heads"), axis_types=(kind,) * 2)
+    spec = PartitionSpec("data", None, "heads")
+
+    def attend(query, key, value, rng, text_length):
+        def loss(query):
+            out, info = sparse_attention(
+                query, key, value, layout=layout, rng=rng, text_length=text_length,
+                config=SparsityConfig(density=0.4, sampled_rows=32),
+            )  # fmt: skip
+            return jnp.square(out.astype(jnp.float32)).sum(), (out, info.labels)
+
+        return jax.grad(loss, has_aux=True)(query)
+
+    arguments = (*qkv, jax.random.key(0), length)
+    expected = jax.jit(attend)(*arguments)
+    run = attend
+    if kind == AxisType.Auto:
+        run = jax.shard_map(
+            attend,
+            mesh=mesh,
+            in_specs=(spec, spec, spec, PartitionSpec(), PartitionSpec("data")),
+            out_specs=(spec, (spec, PartitionSpec("data", "heads"))),
+        )
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in qkv]
+    gradient, outputs = jax.jit(run)(*placed, *arguments[3:])
+    assert_same_bits(outputs, expected[1])
+    assert_near([gradient], [expected[0]], 2**-9)
+
+
+def test_listed_blocks_have_the_oracles_gradient():
+    qkv = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, 300, 2, 64)), jnp.float32)
+    counts = jnp.array([[[2, 0, 3], [1, 1, 0]]], jnp.int32)
+    blocks = jnp.asarray(np.tile([2, 0, 1], (1, 2, 3, 1)), jnp.int32)
+
+    def loss(qkv, implementation):
+        out, _ = block_list_attention(
+            *qkv, counts=counts, blocks=blocks, implementation=implementation
+        )
+        return jnp.square(out.astype(jnp.float32)).sum()
+
+    gradients = jax.jit(jax.grad(partial(loss, implementation="mosaic_gpu")))(
+        qkv.astype(jnp.bfloat16)
+    )
+    expected = jax.jit(jax.grad(partial(loss, implementation="reference")))(qkv)
+    assert_near(gradients, expected, 2**-5)  # inputs and outputs are rounded to bfloat16
 
 
 def test_what_it_cannot_run_is_refused_in_a_sentence():

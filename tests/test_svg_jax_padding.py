@@ -52,7 +52,7 @@ def test_what_padding_holds_never_matters(position):
     weight, qkv = random[0], random[1:]
     text = np.arange(layout.num_tokens) - layout.text_start
     padding = (text >= np.asarray(length)[:, None]) & (text >= 0) & (text < layout.text_tokens)
-    hostile = np.resize(np.float32([np.nan, np.inf, -np.inf, 3e38, -3e38]), qkv.shape[1:])
+    hostile = np.resize(np.array([np.nan, np.inf, -np.inf, 3e38, -3e38], np.float32), qkv.shape[1:])
 
     @jax.jit
     def attend(query, key, value):
