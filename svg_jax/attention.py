@@ -13,7 +13,7 @@ from svg_jax.classify import check_arguments, errors_of_masks, sample_rows
 from svg_jax.config import SparsityConfig, dense_layer_count
 from svg_jax.kernels import checks
 from svg_jax.layout import clamped_length, to_frame_major, to_token_major
-from svg_jax.masks import realised_density, sparse_mask
+from svg_jax.masks import realised_density, sparse_mask, warn_of_lost_sparsity
 from svg_jax.models import Attend, VideoLayout
 
 Key = PRNGKeyArray | UInt32[Array, " words"]
@@ -129,6 +129,7 @@ def _sparse_attention(
             density=jnp.ones((), jnp.float32),
         )
         return _dense(query, key, value, layout, text_length, implementation), info
+    warn_of_lost_sparsity(layout, config)
     mask = sparse_mask(layout, config)
     implementation = kernels.pick_implementation(implementation, query.shape[-1], query.dtype)
     # A Hopper kernel wants tokens in eights: laying out can add the rest at no cost.

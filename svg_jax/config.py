@@ -69,17 +69,6 @@ def dense_step_count(config: SparsityConfig, num_inference_steps: int) -> int:
     return max(share_of(config.dense_steps, num_inference_steps), min(num_inference_steps, 1))
 
 
-def describe_few_steps(config: SparsityConfig, num_inference_steps: int) -> str | None:
-    """A sentence on how many steps are dense, for runs of under 12 steps; else None."""
-    if num_inference_steps >= 12 or config.density >= 1:
-        return None
-    dense = dense_step_count(config, num_inference_steps)
-    return (
-        f"{dense} of the {num_inference_steps} steps {'is' if dense == 1 else 'are'} dense "
-        f"(a warm-up of {config.dense_steps:g}), {num_inference_steps - dense} sparse"
-    )
-
-
 def dense_layer_count(config: SparsityConfig, num_layers: int) -> int:
     """Layers that run dense in every step."""
     return share_of(config.dense_layers, num_layers)

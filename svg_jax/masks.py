@@ -5,7 +5,9 @@ diagonal. A temporal head looks at one place in all frames: in token-major order
 (Sparse VideoGen, section 4).
 """
 
+import logging
 import math
+from functools import cache
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -13,6 +15,8 @@ from jaxtyping import Array, Float, Int
 from svg_jax.config import SparsityConfig
 from svg_jax.kernels import BandMask, kept_pairs
 from svg_jax.models import VideoLayout
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def band_width(layout: VideoLayout, config: SparsityConfig) -> int:
@@ -72,23 +76,28 @@ def sparse_mask(layout: VideoLayout, config: SparsityConfig) -> BandMask:
     )
 
 
-def describe_lost_sparsity(layout: VideoLayout, config: SparsityConfig) -> str | None:
-    """A sentence on the density that is computed, if less than half of the saving is left.
+def warn_of_lost_sparsity(layout: VideoLayout, config: SparsityConfig) -> None:
+    """Log the density that is computed, once, if less than half of the saving asked for is left.
 
-    None where the mask does what was asked for.
+    Short sequences lose it: the band is rounded to whole blocks of tokens, and the sink comes on
+    top.
 
-    Short sequences do: the band is rounded to whole blocks of tokens, and the sink comes on top.
+    Raises:
+        ValueError: The density is too small for the text (see `band_width`).
     """
-    mask = sparse_mask(layout, config)
+    _warn_once(sparse_mask(layout, config), float(config.density), int(config.band_multiple))
+
+
+@cache
+def _warn_once(mask: BandMask, density: float, band_multiple: int) -> None:
     kept = kept_pairs(mask) / mask.num_tokens**2
-    if 1 - kept >= (1 - config.density) / 2:
-        return None
-    return (
-        f"density {config.density:g} was asked for, but {kept:.4f} is computed: of "
-        f"{mask.num_tokens} tokens the band is {mask.band_width} wide (band_multiple="
-        f"{config.band_multiple}) and {mask.sink_tokens} are a sink; a smaller band_multiple or a "
-        "longer video saves more"
-    )
+    if 1 - kept < (1 - density) / 2:
+        _LOGGER.warning(
+            "density %g was asked for, but %.4f is computed: of %d tokens the band is %d wide "
+            "(band_multiple=%d) and %d are a sink; a smaller band_multiple or a longer video saves "
+            "more",
+            *(density, kept, mask.num_tokens, mask.band_width, band_multiple, mask.sink_tokens),
+        )
 
 
 def realised_density(

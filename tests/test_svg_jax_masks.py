@@ -1,29 +1,31 @@
 """From a density to the exact mask, for the three families of the paper."""
 
+import dataclasses
 import json
 import math
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from svg_jax.attention import sparse_attention
 from svg_jax.config import (
     PAPER_PRESETS,
     SparsityConfig,
     dense_layer_count,
     dense_step_count,
-    describe_few_steps,
 )
 from svg_jax.masks import (
     band_width,
-    describe_lost_sparsity,
     realised_density,
     sparse_mask,
     text_share_of,
+    warn_of_lost_sparsity,
 )
 from svg_jax.models import CogVideoXConfig, HunyuanVideoConfig, VideoLayout, WanConfig
 
@@ -169,19 +171,35 @@ def test_a_density_that_the_text_eats_up_names_the_smallest_that_works(frames, t
             assert band_width(layout, SparsityConfig(density=density)) == 1
 
 
-def test_a_mask_that_saves_next_to_nothing_is_told_with_the_density_that_is_computed():
-    wan, hunyuan = VideoLayout(4, 24), VideoLayout(1, 48, text_tokens=8)
-    sentence = describe_lost_sparsity(wan, SparsityConfig(density=0.3))
-    assert sentence is not None
-    assert "density 0.3 was asked for, but 1.0000 is computed" in sentence
+def test_a_mask_that_saves_next_to_nothing_is_told_once_with_the_density_that_is_computed(caplog):
+    wan, hunyuan = VideoLayout(4, 25), VideoLayout(1, 48, text_tokens=8)
     with_sink = SparsityConfig(density=0.35, first_frame_sink=True)
-    sentence = describe_lost_sparsity(hunyuan, with_sink)
-    assert sentence is not None
-    assert f"but {realised_density(sparse_mask(hunyuan, with_sink)):.4f} is computed" in sentence
-    assert describe_lost_sparsity(hunyuan, SparsityConfig(density=0.35)) is None
-    assert describe_lost_sparsity(wan, SparsityConfig(density=0.3, band_multiple=1)) is None
-    assert describe_lost_sparsity(wan, SparsityConfig(density=1)) is None
-    assert describe_lost_sparsity(VideoLayout(21, 3600), PAPER_PRESETS["wan-t2v-720p"]) is None
+    for layout, config in ((wan, SparsityConfig(density=0.3)), (hunyuan, with_sink)):
+        caplog.clear()
+        for dense_steps in (0.2, 0.5):
+            warn_of_lost_sparsity(layout, dataclasses.replace(config, dense_steps=dense_steps))
+        (sentence,) = caplog.messages
+        kept = float(realised_density(sparse_mask(layout, config)))
+        assert f"density {config.density} was asked for, but {kept:.4f} is computed" in sentence
+    caplog.clear()
+    for layout, config in (
+        (hunyuan, SparsityConfig(density=0.35)),
+        (wan, SparsityConfig(density=0.3, band_multiple=1)),
+        (wan, SparsityConfig(density=1)),
+        (WAN_720P, PAPER_PRESETS["wan-t2v-720p"]),
+    ):
+        warn_of_lost_sparsity(layout, config)
+    assert not caplog.messages
+
+
+def test_sparse_attention_tells_of_lost_sparsity_too(caplog):
+    layout = VideoLayout(num_frames=2, tokens_per_frame=9)
+    query = jnp.zeros((1, 18, 1, 8))
+    sparse_attention(
+        query, query, query, layout=layout, config=SparsityConfig(), rng=jax.random.key(0)
+    )
+    (sentence,) = caplog.messages
+    assert "1.0000 is computed" in sentence
 
 
 def test_warm_up_counts_are_floors_that_forgive_rounding():
@@ -196,14 +214,5 @@ def test_warm_up_counts_are_floors_that_forgive_rounding():
     ("share", "steps", "dense"),
     [(0.2, 4, 1), (0.04, 20, 1), (1e-9, 50, 1), (0.2, 1, 1), (0.2, 0, 0), (0, 4, 0), (1, 4, 4)],
 )
-def test_a_warm_up_is_at_least_one_step_and_a_short_run_says_how_many(share, steps, dense):
-    config = SparsityConfig(dense_steps=share)
-    assert dense_step_count(config, steps) == dense
-    sentence = describe_few_steps(config, steps)
-    if steps >= 12:
-        assert sentence is None
-    else:
-        assert sentence is not None
-        assert sentence.startswith(f"{dense} of the {steps} steps")
-        assert sentence.endswith(f"{steps - dense} sparse")
-    assert describe_few_steps(SparsityConfig(density=1), steps) is None
+def test_a_warm_up_is_at_least_one_step(share, steps, dense):
+    assert dense_step_count(SparsityConfig(dense_steps=share), steps) == dense

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from svg_jax.config import PAPER_PRESETS, SparsityConfig
 from svg_jax.convert.run_defaults import RunDefaults
-from svg_jax.masks import sparse_mask
+from svg_jax.masks import warn_of_lost_sparsity
 from svg_jax.models import Attend, VideoLayout
 from svg_jax.sampling.checkpoint import (
     RunFile,
@@ -358,7 +358,8 @@ class VideoPipeline(ABC):
         the saved steps, too.
         """
         if sparsity is not None:
-            sparse_mask(run.layout, sparsity)  # a density that leaves nothing: not after warm-up
+            # What a density leaves, or that it leaves nothing, is told before the warm-up.
+            warn_of_lost_sparsity(run.layout, sparsity)
         state, done = run.state, ()
         if file is not None:
             if steps is not None:
