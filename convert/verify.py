@@ -12,7 +12,7 @@ from svg_jax.convert.rules import DamageError
 from svg_jax.convert.staging import standing_folder
 from svg_jax.convert.tensors import open_tensors, read_checked
 
-_NAMED = 5  # how many files an error spells out
+_NAMED = 3  # how many files an error spells out
 
 
 def verify_pipeline(source: str | Path, *, progress: Progress | None = None) -> Manifest:
@@ -74,5 +74,6 @@ def verify_pipeline(source: str | Path, *, progress: Progress | None = None) -> 
 def _list(names: Sequence[str]) -> str:
     if len(names) == 1:
         return f"{names[0]} is"
+    shown = [f"{name:.80}" for name in names[:_NAMED]]
     more = "" if len(names) <= _NAMED else f" and {len(names) - _NAMED} more"
-    return f"{len(names)} files ({', '.join(names[:_NAMED])}{more}) are"
+    return f"{len(names)} files ({', '.join(shown)}{more}) are"

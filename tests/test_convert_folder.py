@@ -248,14 +248,12 @@ def test_numbers_are_compared_on_request(own_copy, tmp_path, run, harm):
     assert (result.code, result.err.count("\n"), result.out) == (4, 1, "")
 
 
-def test_a_sound_folder_passes_every_check(own_copy, run):
+def test_a_sound_folder_passes_every_check(own_copy):
     (own_copy / "README.md").write_text("of the user")  # which no reader looks for
     (own_copy / "tokenizer/.DS_Store").touch()
     calls = []
     svg_jax.from_pretrained(own_copy, verify=True, progress=lambda *call: calls.append(call))
     assert calls[-1][0] == calls[-1][1] > 0
-    result = run("generate", "--model", own_copy, "--verify", *GENERATE)
-    assert result.code == 0
 
 
 def test_a_folder_in_the_hubs_cache_has_its_files_in_blobs(converted, tmp_path):
@@ -312,14 +310,17 @@ class TestPaths:
     def test_of_a_destination(self, place, run, monkeypatch, path):
         monkeypatch.chdir(place / "other")
         (place / "other" / "a").mkdir()
-        convert_pipeline(BUNDLED, path, components=["transformer"])
+        convert_pipeline(BUNDLED, path, components=["text_encoder"])
         made = place / ("other" if path.startswith("./") else "real") / "new"
         verify_pipeline(made)
-        assert run("convert", BUNDLED, path, "--overwrite").code == 0
+        again = run("convert", BUNDLED, path, "--components=text_encoder", "--overwrite")
+        assert again.code == 0
+        assert f"will delete {made} (" in again.err  # before it does
+        assert "manifest.json, model_index.json" in again.err
         verify_pipeline(made)
         assert not list(made.parent.glob(".new*"))
 
-    @pytest.mark.parametrize("cache", ["../cache", "cache/../cache", "~/cache"])
+    @pytest.mark.parametrize("cache", ["../link/../cache", "~/cache"])
     def test_of_the_cache(self, place, monkeypatch, cache):
         monkeypatch.chdir(place / "other")
         monkeypatch.setenv("SVG_JAX_CACHE", cache)
@@ -350,7 +351,8 @@ class TestPaths:
             str(caught.value).encode()  # can be printed
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("name", ["漢字", "a b%20#?", "ünï", "-x", "emoji 🎞"])
-    def test_of_any_name_in_utf8(self, tmp_path, run, name):
-        convert_pipeline(BUNDLED, tmp_path / name / "m", components=["transformer"])
+    def test_of_any_name_in_utf8(self, tmp_path, run):
+        name = "-漢字 ü%20#?🎞"
+        convert_pipeline(BUNDLED, tmp_path / name / "m", components=["text_encoder"])
         assert run("verify", f"./{name}/m").code == 0
+        load_component(tmp_path / name / "m", "text_encoder")

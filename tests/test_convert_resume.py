@@ -18,6 +18,7 @@ from svg_jax.convert import (
     RefusedError,
     convert_pipeline,
     export_pipeline,
+    pipeline,
     read_manifest,
     verify_pipeline,
 )
@@ -193,6 +194,51 @@ def test_a_second_conversion_at_once_is_refused_and_the_first_ends_well(source, 
     convert_pipeline(source, tmp_path / "out", progress=second)
     assert tried
     verify_pipeline(tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_told_to_end_says_what_stands_and_goes_on(
+    source, tmp_path, run, monkeypatch, number
+):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    write = pipeline._write_component
+
+    def end(at):
+        def writing(component, staging, *arguments):
+            if component.name == at:
+                (staging / at).mkdir()
+                signal.raise_signal(number)
+            return write(component, staging, *arguments)
+
+        return writing
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(pipeline, "_write_component", end("text_encoder"))
+        early = run("convert", source, "out")
+        monkeypatch.setattr(pipeline, "_write_component", end("transformer"))
+        late = run("convert", source, "out")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    out, partial = tmp_path / "out", tmp_path / PARTIAL
+    assert (early.code, late.code) == (130, 130)
+    assert early.err == (
+        f"svg-jax: stopped: {out} was not made, and nothing else was left; convert again\n"
+    )
+    assert late.err == (
+        f"svg-jax: stopped: {out} was not made; the components that are done are kept in "
+        f"{partial}, from which the same command goes on\n"
+    )
+    assert {path.name for path in partial.iterdir()} == {
+        "manifest.partial.json",
+        "text_encoder",
+    }
+    kept = weights_of(partial)
+    monkeypatch.setattr(pipeline, "_write_component", write)
+    assert run("convert", source, "out").code == 0
+    assert weights_of(out) == kept
+    verify_pipeline(out)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
 
 
 def test_the_lock_goes_with_its_process(source, half, tmp_path):

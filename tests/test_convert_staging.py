@@ -7,11 +7,13 @@ import subprocess
 import sys
 import textwrap
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
-from svg_jax.convert import ConversionError, RefusedError
-from svg_jax.convert.staging import check_destination, staged_folder
+from svg_jax.convert import ConversionError, RefusedError, staging
+from svg_jax.convert.progress import Terminated
+from svg_jax.convert.staging import check_destination, staged_folder, standing_folder
 
 
 def make(destination, text="new", **options):
@@ -125,6 +127,63 @@ def test_an_old_folder_that_a_kill_left_aside_stays_until_a_new_one_is_there(tmp
     make(tmp_path / "out")
     make(tmp_path / "out", overwrite=True)
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_while_a_folder_is_replaced_one_of_the_two_is_found_at_every_moment(
+    tmp_path, monkeypatch, can_exchange
+):
+    """On Linux by one step; elsewhere a run that is killed between two leaves both, whole."""
+    found = []
+    rename = Path.rename
+
+    def watched(path, target):
+        found.append((standing_folder(tmp_path / "out") / "manifest.json").read_text())
+        moved = rename(path, target)
+        found.append((standing_folder(tmp_path / "out") / "manifest.json").read_text())
+        return moved
+
+    make(tmp_path / "out", "old")
+    if not can_exchange:
+        monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(Path, "rename", watched)
+    make(tmp_path / "out", "new", overwrite=True)
+    assert found == (["new", "new"] if can_exchange else ["old", "old", "old", "new"])
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_run_that_was_killed_between_the_two_renames_is_mended_by_the_next(tmp_path, monkeypatch):
+    def killed(path, target):
+        rename(path, target)
+        raise SystemExit
+
+    rename = Path.rename
+    make(tmp_path / "out", "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "_exchange", lambda one, other: False)
+        patch.setattr(Path, "rename", killed)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing
+        with pytest.raises(SystemExit):
+            make(tmp_path / "out", "new", overwrite=True)
+    assert names(tmp_path) == [".out.partial", ".out.replaced"]
+    assert (standing_folder(tmp_path / "out") / "manifest.json").read_text() == "old"
+    make(tmp_path / "out", "newer", overwrite=True)
+    assert names(tmp_path) == ["out"]
+    assert (standing_folder(tmp_path / "out") / "manifest.json").read_text() == "newer"
+
+
+def test_what_is_terminated_stays_for_the_next_run_where_it_may(tmp_path):
+    def terminated(**options):
+        with staged_folder(tmp_path / "out", **options) as staging:
+            (staging / "done").touch()
+            raise Terminated
+
+    with pytest.raises(KeyboardInterrupt):
+        terminated(take_over=True)
+    assert names(tmp_path) == [".out.partial"]
+    with pytest.raises(KeyboardInterrupt):
+        terminated()
+    assert names(tmp_path) == []
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
