@@ -201,8 +201,6 @@ def test_whatever_is_damaged_is_refused_wherever_the_folder_is_opened(
     damaged(names_the_file, lambda: verify_pipeline(own_copy))
     for command in (
         ["generate", "--model", own_copy, *GENERATE],
-        ["export", own_copy, "out"],
-        ["verify", own_copy],
         ["inspect", own_copy],
     ):
         result = run(*command)
@@ -284,9 +282,7 @@ class TestPaths:
         return tmp_path
 
     PATHS = (
-        "../real/model",
-        "../real/./inner/../model/",
-        "..//real//model",
+        "..//real/./inner/../model/",
         "../link/../model",  # not ../model, which normalising the text would give
         "../model link",
         "../real/inner/../../model link/.",
@@ -302,11 +298,9 @@ class TestPaths:
         svg_jax.from_pretrained(path)
         export_pipeline(path, "../link/../back")
         assert (place / "real" / "back" / "model_index.json").is_file()
-        for command in (["verify", path], ["inspect", path], ["export", path, "../link/../cli"]):
-            assert run(*command).code == 0
-        assert (place / "real" / "cli" / "model_index.json").is_file()
+        assert run("verify", path).code == 0
 
-    @pytest.mark.parametrize("path", ["../link/../new", "./a/../new", "~/new", "..//real/new/"])
+    @pytest.mark.parametrize("path", ["../link/../new", "./a//../new/", "~/new"])
     def test_of_a_destination(self, place, run, monkeypatch, path):
         monkeypatch.chdir(place / "other")
         (place / "other" / "a").mkdir()
