@@ -244,6 +244,18 @@ class TestAbsentLayers:
         ):
             plan_conversion(sources["text to video"], lora=file, strict=True)
 
+    def test_blocks_beyond_the_last_are_absent_and_no_other_model(self, tmp_path, sources, caplog):
+        a, b = random_lora(sources["Wan"], [Q]).values()
+        lora = {}
+        for block in range(40):
+            lora[f"lora_unet_blocks_{block}_self_attn_q.lora_down.weight"] = a
+            lora[f"lora_unet_blocks_{block}_self_attn_q.lora_up.weight"] = b
+        found, plan = merged(sources["Wan"], save(tmp_path, lora, "safetensors"))
+        changes = {f"blocks.{block}.attn1.to_q.weight": b @ a for block in range(2)}
+        assert_merged(found, changes, sources["Wan"])
+        assert plan.skipped == ("blocks_*_self_attn_q",)
+        assert len(caplog.messages) == 1
+
     def test_zeros_are_no_parts(self, tmp_path, sources, caplog):
         lora = random_lora(sources["text to video"], [Q])
         lora["blocks.0.attn2.norm_added_k.diff"] = np.zeros(32, np.float32)
