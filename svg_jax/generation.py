@@ -35,7 +35,7 @@ class VideoJob:
     Attributes:
         prompt: What to show; None where embeddings were given.
         output: The file to write.
-        fingerprint: Of the run and of what is written of it.
+        fingerprint: What tells this run, and what is written of it, from others.
         file: The state to go on from and to save.
     """
 
@@ -46,7 +46,7 @@ class VideoJob:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line, in UTF-8; blank lines and those that begin with # are skipped.
+    """Read one prompt a line, in UTF-8; blank lines and those that begin with # are skipped.
 
     Raises:
         OSError: If the file cannot be read.
@@ -110,7 +110,7 @@ def plan_videos(
             made by the same settings are then left out. None makes an output in any case.
         save_every: See `open_run_file`.
         resume: See `open_run_file`.
-        **arguments: Of `pipeline.fingerprint`.
+        **arguments: Arguments of `pipeline.fingerprint`.
 
     Raises:
         FileExistsError: If work would be lost: a state that is not to be resumed or, where
@@ -148,7 +148,7 @@ def generate_videos(
     callback_on_step_end: Callable[[StepRecord], None] | None = None,
     **arguments: Any,
 ) -> None:
-    """Makes the planned videos.
+    """Make the planned videos.
 
     The weights of a stage are freed before the next one loads, and are loaded once for up to
     16 prompts. Of several, a video is decoded while the transformer waits in memory if there is
@@ -156,7 +156,7 @@ def generate_videos(
 
     Args:
         pipeline: What generates.
-        jobs: Of `plan_videos`, with the same settings.
+        jobs: What `plan_videos` gave for the same settings.
         write: Writes what the pipeline made to a file.
         keep_record: Leave behind by what settings each output was made.
         sparsity: See `VideoPipeline`.

@@ -103,6 +103,11 @@ def test_one_for_all_prompts_or_one_for_each(tmp_path):
             images_of_each(given, 2)
 
 
+def test_an_image_that_is_too_narrow_is_not_resized():
+    with pytest.raises(ValueError, match="image of 1 x 9000 pixels is too narrow for CLIP"):
+        CLIPImageProcessor()(PIL.Image.new("RGB", (1, 9000)))
+
+
 def test_an_image_that_was_opened_and_is_damaged_is_one_sentence(tmp_path):
     PIL.Image.fromarray(PIXELS).save(tmp_path / "a.png")
     content = (tmp_path / "a.png").read_bytes()

@@ -58,17 +58,17 @@ def encode_first_frame(
     image_noise: ImageLatents | None,
     seed: int,
 ) -> Float[Array, "batch frames channels height width"] | None:
-    """Encodes an image, or takes what was encoded; None if there is neither.
+    """Encode an image, or take what was encoded; None if there is neither.
 
     Args:
-        shape: Of the video's latents: batch, frames, channels, height, width.
+        shape: Batch, frames, channels, height and width of the video's latents.
         prompts: How many there are; the batch is of as many videos of each.
         vae: What encodes an image.
         image: One for all prompts, or one for each.
         image_latents: In its place: scaled as the model expects them.
         image_noise: Standard normal numbers that the latents are drawn with, in place of the
             seed's; of image_latents' shape.
-        seed: Of that noise.
+        seed: Seed of that noise.
 
     Returns:
         What is appended to the latents' channels.

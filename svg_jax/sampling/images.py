@@ -30,6 +30,7 @@ AnyImage = Any
 
 _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 _PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor")
+_MOST_RESIZED = 2**26  # pixels
 _LANCZOS = PIL.Image.Resampling.LANCZOS
 
 
@@ -156,8 +157,8 @@ class CLIPImageProcessor:
         crop_size: Rows and columns of what is cut out of the middle.
         resample: Pillow's number of the filter; 3 is bicubic.
         rescale_factor: Multiplies pixels from 0 to 255.
-        image_mean: Of each colour.
-        image_std: Of each colour.
+        image_mean: Mean of each colour, which is subtracted.
+        image_std: Standard deviation of each colour, which is divided by.
     """
 
     size: int = 224
@@ -178,7 +179,7 @@ class CLIPImageProcessor:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPImageProcessor":
-        """Reads a parsed preprocessor_config.json; ValueError on what is not implemented."""
+        """Read a parsed preprocessor_config.json; ValueError on what is not implemented."""
         values = dict(values)
         for key in ("image_processor_type", "feature_extractor_type"):
             if values.pop(key, _PROCESSORS[0]) not in _PROCESSORS:
@@ -197,11 +198,16 @@ class CLIPImageProcessor:
         """Show an image as the encoder takes it.
 
         Raises:
-            ValueError: If it is no image.
+            ValueError: If it is no image, or so narrow that it would be resized to a huge one.
         """
         pillow = _as_pillow(as_image(image))
         short, long = sorted(pillow.size)
         longer = int(self.size * long / short)
+        if self.size * longer > _MOST_RESIZED:
+            raise ValueError(
+                f"image of {pillow.width} x {pillow.height} pixels is too narrow for CLIP, which "
+                f"resizes its shorter side to {self.size}"
+            )
         upright = pillow.width <= pillow.height
         width, height = (self.size, longer) if upright else (longer, self.size)
         pixels = np.asarray(pillow.resize((width, height), self.resample))
@@ -213,7 +219,7 @@ class CLIPImageProcessor:
 
 
 def load_image_processor(folder: str | Path) -> CLIPImageProcessor:
-    """Reads the folder of a CLIP image processor.
+    """Read the folder of a CLIP image processor.
 
     Raises:
         ValueError: If its file is missing, damaged, or says what is not implemented.

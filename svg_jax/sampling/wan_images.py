@@ -72,19 +72,19 @@ def encode_first_frames(
     image_embeds: Array | np.ndarray | None,
     image_latents: Array | np.ndarray | None,
 ) -> ImageConditions | None:
-    """Encodes images, or takes what was encoded.
+    """Encode images, or take what was encoded.
 
     Args:
-        config: Of the transformer.
+        config: Config of the transformer.
         size: Frames, height and width of the video, in pixels.
         compression: What the VAE makes of a video.
         images: The first and the last frame of the video: of all videos, or of each prompt's.
         prompts: How many prompts there are.
         vae: What encodes them as a video.
         image_encoder: CLIP.
-        image_processor: CLIP's.
-        image_embeds: In place of CLIP's features.
-        image_latents: In place of the VAE's latents, normalised.
+        image_processor: What CLIP does to images.
+        image_embeds: Features to take in place of CLIP's.
+        image_latents: Normalised latents to take in place of the VAE's.
 
     Returns:
         The conditions, of one image or of one for each prompt; None for text to video.
