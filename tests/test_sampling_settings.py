@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 import svg_jax
@@ -196,6 +197,11 @@ class Tensor:
 
 def test_tensors_of_other_libraries_are_taken_if_numpy_can_read_them():
     assert isinstance(check_settings({"latents": Tensor()})["latents"], np.ndarray)
+    ones = torch.ones(1, 2, 3, 4, 5)
+    for tensor in (ones.bfloat16(), ones.clone().requires_grad_()):
+        found = check_settings({"latents": tensor})["latents"]
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, np.ones((1, 2, 3, 4, 5)))
     for error in (TypeError("on a GPU"), RuntimeError("needs a gradient")):
         with pytest.raises(SettingError, match="latents must be an array: got Tensor"):
             check_settings({"latents": Tensor(error)})

@@ -473,7 +473,7 @@ def test_arguments_that_do_not_fit(make, variant, arguments, message):
 def test_wan_2_2_is_refused(make, more, message, tmp_path):
     _, _, folder = make("T2V")
     source = tmp_path / "source"
-    for part in ("transformer", "scheduler"):
+    for part in ("transformer", "scheduler", "tokenizer"):
         shutil.copytree(folder.parent / "source" / part, source / part)
     index = json.loads((folder / "model_index.json").read_text())
     (source / "model_index.json").write_text(json.dumps(index | more))

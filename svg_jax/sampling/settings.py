@@ -18,6 +18,7 @@ import numpy as np
 
 from svg_jax.config import SparsityConfig, dense_step_count
 from svg_jax.convert.values import Choice, Flag, Number, Shares, shown
+from svg_jax.pixels import as_numpy
 
 _SEEDS = 2**64
 _FEW_STEPS = 12  # of fewer a share is rounded so much that it is worth a line
@@ -252,8 +253,8 @@ def _as_array(value: Any) -> Any:
     if isinstance(value, np.generic) or not hasattr(value, "__array__"):
         return value
     try:
-        return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError):  # of a dtype or on a device that numpy lacks
+        return as_numpy(value, "value")
+    except ValueError:  # which its rule says
         return value
 
 
