@@ -357,9 +357,6 @@ class VideoPipeline(ABC):
         With a `file` it goes on from what is saved there, and saves; the records are then those of
         the saved steps, too.
         """
-        if sparsity is not None:
-            # What a density leaves, or that it leaves nothing, is told before the warm-up.
-            warn_of_lost_sparsity(run.layout, sparsity)
         state, done = run.state, ()
         if file is not None:
             if steps is not None:
@@ -371,7 +368,8 @@ class VideoPipeline(ABC):
             return dataclasses.replace(run, state=state), done
         save_run = nullcontext() if file is None else saving(file)
         if sparsity is not None:
-            sparse_mask(run.layout, sparsity)  # says before anything is loaded what does not fit
+            # What a density leaves, or that it leaves nothing, is told before anything is loaded.
+            warn_of_lost_sparsity(run.layout, sparsity)
         with save_run as save, in_memory(self.transformer) as transformer:
             state, records = denoise(
                 transformer,
