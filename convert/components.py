@@ -23,7 +23,7 @@ from svg_jax.convert import (
 from svg_jax.convert.buffers import BUFFERS
 from svg_jax.convert.json_file import read_json
 from svg_jax.convert.rules import ConversionError, Leaf, Rule, match_rules
-from svg_jax.convert.show import show
+from svg_jax.convert.show import show, show_some
 from svg_jax.convert.weights import STEMS
 from svg_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from svg_jax.models.cogvideox_config import CogVideoXConfig
@@ -49,6 +49,7 @@ _DIFFUSERS, _TRANSFORMERS = STEMS
 # Keys of a config.json that tell which model it is of, and what its weights are stored in.
 _NAMES = frozenset({"_class_name", "_diffusers_version", "architectures", "model_type"})
 _NAMES |= {"dtype", "torch_dtype"}
+_LONGEST = 100  # characters of a component's or a class's name
 
 Stored = TypeVar("Stored")
 
@@ -178,9 +179,10 @@ def read_pipeline_index(folder: Path) -> PipelineIndex:
                 raise ConversionError(
                     f"{file}: {show(name)} is not [library, class] but {show(value)}."
                 )
-            if not name.isidentifier():  # it becomes a folder's name
+            if not name.isidentifier() or len(name) > _LONGEST:  # it becomes a folder's name
                 raise ConversionError(f"{file}: '{show(name)}' is no name of a component.")
-            if value[1] is not None and not value[1].isidentifier():
+            class_name = value[1] or "None"
+            if not class_name.isidentifier() or len(class_name) > _LONGEST:
                 raise ConversionError(
                     f"{file}: '{show(value[1])}', of {name}, is no name of a class: fetch it again."
                 )
@@ -212,7 +214,7 @@ def select_components(
         )
     if foreign := [f"{name} ({index.classes[name]})" for name in wanted if name not in ported]:
         raise ConversionError(
-            f"{where}: {', '.join(foreign)} cannot be converted yet: leave it out with "
+            f"{where}: {show_some(foreign, 3, 120)} cannot be converted yet: leave it out with "
             f"components={tuple(ported)!r} (--components {','.join(ported)})."
         )
     if not wanted:

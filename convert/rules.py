@@ -13,10 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from svg_jax.convert.show import show_some
+
 # Raised when a table or a transform changes what the same source is converted to.
 RULES_VERSION = 1
 LAYER = "{layer}"
 _NAMED = 5  # how many names of each kind of problem an error spells out
+_REPORT = 300  # characters, beyond which it spells out fewer
 
 
 class ConversionError(ValueError):
@@ -270,19 +273,19 @@ def match_rules(
         "made by two rules": sorted(path for path, count in targets.items() if count > 1),
     }
     if any(problems.values()):
-        report = "; ".join(
-            f"{len(found)} {kind} ({_some(found)})" for kind, found in problems.items() if found
-        )
+        for count in (_NAMED, 2, 1):
+            report = "; ".join(
+                f"{len(found)} {kind} ({show_some(found, count)})"
+                for kind, found in problems.items()
+                if found
+            )
+            if len(report) <= _REPORT:
+                break
         raise ConversionError(
             f"{where}: the tensors do not fit the config: {report}. "
             "Check that config.json belongs to these weights."
         )
     return tuple(leaves)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f", and {more} more" if more > 0 else "")
 
 
 def convert_state(tensors: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict[str, Any]:

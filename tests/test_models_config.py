@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from svg_jax.convert.components import FAMILIES, passed_over
 from svg_jax.models.config import read_config
 
 
@@ -30,3 +31,52 @@ def test_lists_become_tuples_of_the_fields_types():
 def test_a_value_of_another_type_is_refused_by_name(values):
     with pytest.raises(ValueError, match=f"Config: {next(iter(values))} cannot be"):
         read_config(Config, values)
+
+
+# LLaVA's config has two of its own, and needs them.
+CLASSES = sorted(FAMILIES.keys() - {"LlavaForConditionalGeneration"})
+HARMLESS = {
+    "_name_or_path": "runs/3",
+    "_use_default_values": ["eps"],
+    "transformers_version": "4.40",
+    "torch_dtype": "bfloat16",
+    "quantization_config": None,
+    "gradient_checkpointing": True,
+    "use_cache": True,
+    "attention_dropout": 0.1,
+    "dropout": 0.1,
+    "hidden_dropout_prob": 0.5,
+    "tie_word_embeddings": False,
+    "id2label": {"0": "LABEL_0"},
+    "num_beams": 4,
+    "pruned_heads": {},
+    "add_cross_attention": False,
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_changes_nothing_that_a_model_computes_is_passed_over_and_named(name):
+    family = FAMILIES[name]
+    plain, noted = (family.read_config(values).to_dict() for values in ({}, HARMLESS))
+    plain |= {"dropout": noted["dropout"]} if "dropout" in plain else {}
+    assert noted == plain
+    assert {"use_cache", "_name_or_path"} <= set(passed_over(name, HARMLESS))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("quantization_config", {"quant_method": "bitsandbytes"}),
+        ("pruned_heads", {"0": [1]}),
+        ("add_cross_attention", True),
+        ("a_new_norm", None),
+        ("scale_factor_of_rope", 2.0),
+        ("\x1b[31m" * 1000, 1),
+    ],
+)
+def test_what_may_change_it_is_refused_in_one_sentence(name, key, value):
+    with pytest.raises(ValueError, match=r"unknown keys|is not implemented, only") as found:
+        FAMILIES[name].read_config({key: value})
+    assert str(found.value).isprintable()
+    assert len(str(found.value)) < 400
