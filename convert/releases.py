@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svg_jax.convert import original_cogvideox, original_hunyuan_video, original_wan
+from svg_jax.convert import (
+    original_cogvideox,
+    original_hunyuan_video,
+    original_t5,
+    original_wan,
+    t5,
+)
 from svg_jax.convert.buffers import attach_scales
 from svg_jax.convert.components import FAMILIES, named_class, split_unused
 from svg_jax.convert.json_file import read_json
@@ -113,11 +119,28 @@ RELEASES = (
         original_cogvideox.vae_config,
         unused=original_cogvideox.VAE_UNUSED,
     ),
+    Release(
+        "T5's text encoder",
+        "T5EncoderModel",
+        original_t5.T5_MARK,
+        original_t5.table,
+        original_t5.t5_config,
+        unused=t5.UNUSED,
+    ),
+    Release(  # behind T5's, whose mark it has too
+        "UMT5's text encoder",
+        "UMT5EncoderModel",
+        original_t5.UMT5_MARK,
+        original_t5.table,
+        original_t5.umt5_config,
+        unused=t5.UNUSED,
+    ),
 )
 
 
-# The VAE of HunyuanVideo has the same names in both worlds.
-_RENAMED = tuple(r for r in RELEASES if r.class_name != "AutoencoderKLHunyuanVideo")
+# Some have the same names in both worlds: without a config.json alone they are a release.
+_SAME_NAMES = ("HunyuanVideo's VAE", "T5's text encoder", "UMT5's text encoder")
+_RENAMED = tuple(release for release in RELEASES if release.name not in _SAME_NAMES)
 
 
 @dataclass(frozen=True)
@@ -270,7 +293,8 @@ def identify(
     stored = attach_scales(drop_layer_wrappers(stored))
     named = named_class(said) or (class_name if said else None)
     is_ours = named in FAMILIES
-    found = _find_releases(stored, _RENAMED if is_ours else RELEASES, weights_key)
+    is_told = is_ours or (said and named is None)
+    found = _find_releases(stored, _RENAMED if is_told else RELEASES, weights_key)
     if not found and (is_ours or not torch_files):
         return None
     if not found:
@@ -299,7 +323,13 @@ def _find_releases(
 ) -> dict[str, Release]:
     """The releases that tensors are of, by what stands before their names."""
     marks = {release.mark: release for release in releases}
-    return {prefix: release for prefix, release in find_wrapped(stored, marks.get, weights_key)}
+    found = set(find_wrapped(stored, marks.get, weights_key))
+    return {
+        prefix: release
+        for release in marks.values()
+        for prefix, of in sorted(found, key=lambda pair: pair[0])
+        if of is release
+    }
 
 
 def _unknown(stored: Mapping[str, StoredTensor], where: Path) -> ConversionError:

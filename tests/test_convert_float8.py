@@ -260,3 +260,23 @@ def test_what_is_no_buffer_is_refused(tmp_path):
         source = component(tmp_path / "t5", {**ours(), name: tensor})
         with pytest.raises(ConversionError, match=rf"1 unexpected \({name}\)"):
             plan_conversion(source)
+
+
+@pytest.mark.parametrize("umt5", [True, False])
+@pytest.mark.parametrize("name", ["umt5_xxl_fp8.safetensors", "t5xxl.ckpt"])
+def test_comfyuis_text_encoders_need_no_config(tmp_path, umt5, name):
+    tensors = ours()
+    if umt5:  # which has a bias in each layer
+        bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+        tensors[bias.format(1)] = tensors[bias.format(0)] + 1
+    held = {**tensors, "spiece_model": torch.zeros(9, dtype=torch.uint8)}
+    source = component(tmp_path / "t5", {n: t.contiguous() for n, t in held.items()}, name)
+    (source / "config.json").unlink()
+    (part,) = plan_conversion(source / name).components
+    assert part.class_name == ("UMT5EncoderModel" if umt5 else "T5EncoderModel")
+    assert part.unused == ("spiece_model",)
+    found = {n: read_tensor(tensor) for n, tensor in part.tensors.items()}
+    assert found.keys() == tensors.keys()
+    assert all(np.array_equal(found[n], tensor.numpy()) for n, tensor in tensors.items())
+    sizes = ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "vocab_size")
+    assert {n: part.config[n] for n in sizes} == {n: TEXT_ENCODER[n] for n in sizes}
