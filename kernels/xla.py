@@ -280,7 +280,7 @@ def _window_bias(
 ) -> Float[Array, "rows keys"]:
     """Bias of a block's rows over text, sink and its window of the band.
 
-    A row keeps a key that is nearer to it than the key's reach. Places and reaches are
+    A row keeps a key that is no further from it than the key's reach. Places and reaches are
     vectors, and what is made of them is made again wherever the logits are read: an array of it
     would take as much of the cache as the logits do.
     """
@@ -288,12 +288,15 @@ def _window_bias(
     row += jnp.arange(window.block_rows, dtype=jnp.int32)
     in_band = jnp.arange(-_front(mask), window.num_keys, dtype=jnp.int32)
     place = window.first_key + index * window.key_step + in_band
-    reach = jnp.where(in_band < 0, jnp.inf, float(mask.band_width))
+    reach = jnp.where(in_band < 0, jnp.inf, mask.band_width - 0.5)
     if text_length is not None:
         text = jnp.arange(len(in_band), dtype=jnp.int32)
-        reach = jnp.where((text_length <= text) & (text < mask.text_tokens), 0.0, reach)
-    distance = jnp.abs(row.astype(dtype)[:, None] - place.astype(dtype)[None])
-    return jnp.where(distance < reach.astype(dtype)[None], 0.0, -jnp.inf).astype(dtype)
+        reach = jnp.where((text_length <= text) & (text < mask.text_tokens), -1.0, reach)
+    # Four times as far, so that the smallest excess, of a half, times the largest number is −inf:
+    # a product is faster than a choice.
+    row, place, reach = (4 * x.astype(dtype) for x in (row, place, reach))
+    excess = jnp.minimum(reach[None] - jnp.abs(row[:, None] - place[None]), 0.0)
+    return excess * jnp.finfo(dtype).max
 
 
 def _front(mask: BandMask) -> int:
