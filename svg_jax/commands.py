@@ -214,6 +214,9 @@ def demo(
     Another model is run as the bundled one is, unless its folder says how.
     """
     check_outputs([("--output", path) for path in _comparison_paths(output)], {"--source": source})
+    arguments = {"prompt": prompt, "seed": seed, "num_inference_steps": steps}
+    given = {} if density is None else {"density": density}
+    _check(arguments, prompt, given)
     with tempfile.TemporaryDirectory() as scratch:
         converted = Path(scratch) / "model"
         with bytes_bar() as progress:
@@ -222,10 +225,7 @@ def demo(
         if not pipeline.defaults.given():
             pipeline = dataclasses.replace(pipeline, defaults=read_run_defaults(FOLDER))
         fps, enlarge = _shown_at(pipeline, None, None)
-        arguments = _arguments_of(
-            pipeline, {"prompt": prompt, "seed": seed, "num_inference_steps": steps}
-        )
-        given = {} if density is None else {"density": density}
+        arguments = _arguments_of(pipeline, arguments)
         config = _sparsity_of(pipeline, given, arguments)
         comparison = _compare(pipeline, sparsity=config, pattern="svg", **arguments)
     _write_comparison(comparison, output, fps=fps, factor=enlarge)

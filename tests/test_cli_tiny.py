@@ -120,6 +120,14 @@ def test_a_run_without_a_terminal_prints_a_line_now_and_then(monkeypatch, capsys
     assert capsys.readouterr().out.splitlines() == lines
 
 
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--density", "nan"], ["--seed", "-1"]])
+def test_demo_checks_what_is_given_before_it_converts(run, monkeypatch, arguments):
+    monkeypatch.setattr(commands, "convert_pipeline", lambda *_, **__: pytest.fail("converted"))
+    result = run("demo", *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"svg-jax: {arguments[0]} ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
