@@ -282,7 +282,7 @@ def _sparsity(
     dense_layers: float | None,
     sampled_rows: int | None,
 ) -> dict[str, float | int]:
-    """What was given of SparsityConfig's fields."""
+    """Collect what was given of SparsityConfig's fields."""
     options = {
         "density": density,
         "dense_steps": dense_steps,
@@ -327,7 +327,7 @@ def main() -> None:
 
 
 def _run(arguments: list[str], *, debug: bool) -> int:
-    """Run a command; gives the exit code."""
+    """Run a command, and give its exit code."""
     warnings.showwarning = _show_warning
     logger = logging.getLogger("svg_jax")
     logger.handlers, logger.propagate = [_Echo()], False  # else absl's handler says it again
@@ -351,7 +351,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
 
 
 def _fields(group: Any, arguments: list[str]) -> set[str]:
-    """Names of what the options of the called command give."""
+    """Collect the names of what the options of the called command give."""
     command = next((group.commands[name] for name in arguments if name in group.commands), group)
     options = [given.name for given in command.params if given.param_type_name == "option"]
     return {*options, *RENAMED} if "steps" in options else set(options)

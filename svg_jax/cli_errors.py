@@ -81,7 +81,7 @@ def failure_of(error: BaseException, fields: Collection[str] = ()) -> Failure:
 
 
 def _foreseen_code(error: BaseException) -> int | None:
-    """The exit code of a foreseen exception; None if nobody foresaw it."""
+    """Give the exit code of a foreseen exception; None if nobody foresaw it."""
     own = getattr(error, "exit_code", None)
     if isinstance(own, int):
         return own
@@ -108,7 +108,7 @@ def _foreseen_code(error: BaseException) -> int | None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is how Python, XLA or CUDA say so."""
+    """Tell whether Python, XLA or CUDA ran out of memory, each of which says so in its way."""
     words = "RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "out of memory"
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
@@ -121,13 +121,13 @@ def _last_frame(error: BaseException) -> TracebackType | None:
 
 
 def _package_of(error: BaseException) -> str:
-    """The top package of the code that ran last."""
+    """Name the top package of the code that ran last."""
     last = _last_frame(error)
     return "" if last is None else last.tb_frame.f_globals.get("__name__", "").partition(".")[0]
 
 
 def _is_meant(error: ValueError) -> bool:
-    """Whether somebody raised it about the input: not compiled code, not what only computes."""
+    """Tell whether somebody raised it about the input: not compiled code, not what computes."""
     last, package = _last_frame(error), _package_of(error)
     if last is not None and package == __package__:
         return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
@@ -135,7 +135,7 @@ def _is_meant(error: ValueError) -> bool:
 
 
 def _sentence(error: BaseException, fields: Collection[str]) -> str:
-    """What a foreseen exception says."""
+    """Say in words what a foreseen exception is about."""
     if reason := getattr(error, "strerror", None):  # OSError and FFmpeg's
         return f"{_paths_of(error)}{reason}"
     match error:
@@ -172,7 +172,7 @@ def _without_bytes(error: UnicodeError) -> str:
 
 
 def _with_flags(message: str, field: str, fields: Collection[str]) -> str:
-    """A message about a field by the names of options, as `--num-frames` for `num_frames`."""
+    """Put the names of options for those of fields, as `--num-frames` for `num_frames`."""
     # Fields of one word are English, too: only the one that it is about is surely a field.
     for name in (field, *(other for other in fields if "_" in other)):
         if flag_of(name) not in message:

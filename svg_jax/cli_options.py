@@ -48,12 +48,12 @@ RENAMED = {
 
 
 def flag_of(field: str) -> str:
-    """The option that gives a field, as `--num-frames` gives `num_frames`."""
+    """Name the option that gives a field, as `--num-frames` gives `num_frames`."""
     return RENAMED.get(field, "--" + field.replace("_", "-"))
 
 
 def option(*names: str, help: str, **settings: Any):
-    """An option of these names; `settings` are typer's."""
+    """Make an option of these names; `settings` are typer's."""
     return typer.Option(*names, help=help, **settings)
 
 

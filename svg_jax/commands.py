@@ -70,7 +70,7 @@ def generate(
     files: Mapping[str, Path | None],
     **arguments: Any,
 ) -> None:
-    """Generates a video, or one of each prompt of a file, and writes it, or its latents."""
+    """Generate a video, or one of each prompt of a file, and write it, or its latents."""
     outputs, texts = {output: prompt}, prompt
     if prompts is not None:
         if prompt is not None or files["prompt_embeds"] is not None or labels_out is not None:
@@ -177,7 +177,7 @@ def compare(
     files: Mapping[str, Path | None],
     **arguments: Any,
 ) -> None:
-    """Generates a video with dense and with sparse attention; writes both side by side."""
+    """Generate a video with dense and with sparse attention; write both side by side."""
     written = [("--output", path) for path in _comparison_paths(output)]
     if json_file is not None:
         written.append(("--json", json_file))
@@ -240,7 +240,7 @@ def _load(model: str, **options: Any) -> VideoPipeline:
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs in the cache, unless the user says where or there is no GPU.
+    """Keep compiled programs in the cache, unless the user says where or there is no GPU.
 
     For a GPU XLA chooses algorithms by timing them, and not always the same: a run that is resumed
     gives the same bytes only with the programs that it began with. Making them takes a minute.
@@ -295,7 +295,7 @@ def _comparison_paths(output: Path) -> list[Path]:
 
 
 def _inputs(**given: Any) -> dict[str, Any]:
-    """The files and folders among what was given, by their options."""
+    """Pick the files and folders among what was given, by their options."""
     names = {"model", "prompts", *_IMAGES, *_ARRAYS} & given.keys()
     return {flag_of(name): given[name] for name in names}
 
@@ -306,14 +306,14 @@ def _check(
     sparsity: Mapping[str, Any],
     **others: int | float | None,
 ) -> None:
-    """ValueError if no model could be run so: before one is brought here and converted."""
+    """Raise ValueError if no model could be run so: before one is brought here and converted."""
     SparsityConfig(**sparsity)
     given = {name: value for name, value in {**arguments, **others}.items() if value is not None}
     check_settings({"prompt_embeds": None} | given | {"prompt": prompt})
 
 
 def _shown_at(pipeline: VideoPipeline, fps: float | None, enlarge: int | None) -> tuple[float, int]:
-    """Frames per second, and pixels to show each pixel as: what was given, or the model's."""
+    """Choose frames per second, and pixels for each pixel: what was given, or the model's."""
     fps = pipeline.default_fps if fps is None else fps
     enlarge = (pipeline.defaults.enlarge or 1) if enlarge is None else enlarge
     check_settings({"fps": fps, "enlarge": enlarge})
@@ -321,7 +321,7 @@ def _shown_at(pipeline: VideoPipeline, fps: float | None, enlarge: int | None) -
 
 
 def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that were given, and the number of steps.
+    """Pick the arguments that were given, and add the number of steps.
 
     Raises:
         ValueError: If the model takes no such argument.
@@ -333,7 +333,7 @@ def _arguments_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> dict
 
 
 def _size_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Frames, height and width of the video that the arguments make."""
+    """Count frames, height and width of the video that the arguments make."""
     names = ("num_frames", "height", "width")
     return pipeline.video_size(**{name: arguments[name] for name in names if name in arguments})
 
@@ -341,7 +341,7 @@ def _size_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> tuple[int
 def _sparsity_of(
     pipeline: VideoPipeline, given: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> SparsityConfig:
-    """What was given and, for the rest, the model's or the paper's; says which in one line."""
+    """Take what was given and, for the rest, the model's or the paper's; say which in a line."""
     size = arguments.get("height"), arguments.get("width")
     config = dataclasses.replace(pipeline.default_sparsity(*size), **given)
     preset = pipeline.paper_preset(*size)

@@ -87,7 +87,7 @@ def forgiving_streams() -> Iterator[None]:
 
 
 def _escaping(stream: Any, policy: str | None) -> str | None:
-    """Say what becomes of what a stream's encoding lacks; gives back what became of it before."""
+    """Set what becomes of what a stream's encoding lacks, and give back what was set before."""
     before = getattr(stream, "errors", None)
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors=policy)
@@ -128,7 +128,7 @@ def tell_lines(lines: Iterable[str]) -> None:
 
 
 def shortened(text: str, length: int) -> str:
-    """A text of at most so many characters: of a longer one the beginning and the end."""
+    """Cut a text to so many characters: of a longer one the beginning and the end are left."""
     if len(text) <= length:
         return text
     end = length // 3
@@ -161,7 +161,7 @@ def check_printed() -> None:
 
 @contextmanager
 def _bar(*columns: Any) -> Iterator[Progress]:
-    """A progress bar on the terminal; nothing where there is none."""
+    """Show a progress bar on the terminal; nothing where there is none."""
     console = Console(stderr=True)
     text = TextColumn("{task.description:10}", markup=False)
     bar, elapsed = BarColumn(), TimeElapsedColumn()

@@ -15,7 +15,7 @@ _NAMED = 8  # of many names, how many are printed
 
 
 def contents_tables(contents: Contents) -> Iterator[Table | str]:
-    """A table of the components, their configs, and the tensors if they were measured."""
+    """Tabulate the components, their configs, and the tensors if they were measured."""
     what = contents.pipeline or "a component alone"
     yield f"{what}, {'' if contents.converted else 'not '}converted"
     table = _table("component", "class", "parameters", "size", "dtypes")
@@ -69,7 +69,7 @@ def _tensors_table(part: ComponentContents) -> Table:
 
 
 def contents_values(contents: Contents) -> dict[str, Any]:
-    """The same for JSON."""
+    """Give what a folder holds as values for JSON."""
     values = dataclasses.asdict(contents)
     for part, component in zip(values["components"], contents.components, strict=True):
         part |= {
@@ -81,7 +81,7 @@ def contents_values(contents: Contents) -> dict[str, Any]:
 
 
 def plan_tables(plan: ConversionPlan) -> Iterator[Table | str]:
-    """What a conversion would write."""
+    """Tabulate what a conversion would write."""
     table = _table("component", "class", "tensors", "read", "written", "dtypes", "not needed")
     for part in plan.components:
         dtypes = sorted({dtype.name for dtype in part.dtypes.values()})

@@ -18,25 +18,26 @@ class ComparisonReport:
     """Dense and sparse attention from the same noise, over the same schedule.
 
     Attributes:
-        prompt: What was generated.
-        seed: Of the noise.
+        prompt: Prompt of both videos.
+        seed: Seed of the noise.
         pattern: "svg" (online profiling), or the labels that all heads were given.
-        num_inference_steps: Steps of the run.
+        num_inference_steps: Denoising steps of the run.
         dense_steps: Steps of the warm-up, which both runs share.
         guided_steps: Steps that paid for guidance.
         requested_density: What was asked for; None of an attention of one's own.
         density: Computed share of the attention maps in sparse steps, exact; None if not known.
         latents: Shape of the latents, in the transformer's order.
         num_tokens: Length of the sequence that attention runs over, text included.
-        psnr: Of the sparse video against the dense one, dB; None where there are no pixels.
-        ssim: Likewise; None too where frames are too small for it.
+        psnr: PSNR of the sparse video against the dense one, dB; None where there are no pixels.
+        ssim: SSIM of the sparse video against the dense one; None, too, where frames are too small
+            for it.
         dense_seconds: Median wall time of a dense step after the warm-up.
         sparse_seconds: Median wall time of a sparse step.
         spatial_share: Share of spatial heads, by layer.
-        implementation: Of block-sparse attention: the kernel that ran.
-        dtype: Of matrix products and attention.
-        device: That it ran on.
-        versions: Of what it ran with.
+        implementation: Kernel of block-sparse attention that ran.
+        dtype: Dtype of matrix products and attention.
+        device: Device that it ran on.
+        versions: Versions of the packages that it ran with.
     """
 
     prompt: str
@@ -72,12 +73,12 @@ class ComparisonReport:
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
     def save(self, path: str | Path) -> None:
-        """Writes `to_json`, whole or not at all."""
+        """Write `to_json`, whole or not at all."""
         with written_atomically(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
 
     def table(self) -> "Table":
-        """For a terminal."""
+        """Lay the figures out for a terminal."""
         from rich.table import Table
 
         title = printable(f"{self.prompt} (seed {self.seed})")
