@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from svg_jax.sampling import from_pretrained
     from svg_jax.video import save_video
 
+    __version__: str
+
 __all__ = [
     "PAPER_PRESETS",
     "Attend",
