@@ -56,7 +56,7 @@ from svg_jax.sampling.checkpoint import open_run_file, saving
 from svg_jax.sampling.components import run_encoder
 from svg_jax.sampling.flow import FlowConfig
 from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
-from svg_jax.sampling.pipeline import to_frames
+from svg_jax.sampling.latents import to_frames
 from svg_jax.sampling.schedulers import SchedulerConfig
 
 Row = dict[str, Any]

@@ -16,8 +16,7 @@ from svg_jax.config import PAPER_PRESETS, SparsityConfig
 from svg_jax.convert import convert_pipeline
 from svg_jax.models import CogVideoXConfig
 from svg_jax.sampling import from_pretrained
-from svg_jax.sampling.latents import NO_VAE, RELEASED, Compression, latent_shape
-from svg_jax.sampling.pipeline import to_frames
+from svg_jax.sampling.latents import NO_VAE, RELEASED, Compression, latent_shape, to_frames
 from svg_jax.sampling.schedulers import step_noise
 
 MODEL_1_5 = COGVIDEOX | {"patch_size_t": 2, "patch_bias": False, "sample_height": 300}

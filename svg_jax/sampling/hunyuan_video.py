@@ -33,6 +33,7 @@ from svg_jax.sampling.latents import (
     RELEASED,
     Compression,
     check_shape,
+    is_480p,
     latent_grid,
     starting_latents,
 )
@@ -42,7 +43,6 @@ from svg_jax.sampling.pipeline import (
     PreparedRun,
     VideoOutput,
     VideoPipeline,
-    is_480p,
     with_settings,
 )
 from svg_jax.sampling.record import SamplingInfo

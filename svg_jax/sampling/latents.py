@@ -1,4 +1,4 @@
-"""The shape of latents for a size in pixels, the noise that a run begins with, and an image."""
+"""The shape of latents for a size in pixels, what a run begins with, and the pixels at its end."""
 
 from typing import Any, NamedTuple
 
@@ -149,3 +149,16 @@ def place_image(
     """
     image = jnp.asarray(image_latents, jnp.float32)
     return jnp.pad(image, ((0, 0), (0, num_frames - 1), (0, 0), (0, 0), (0, 0)))
+
+
+def to_frames(
+    video: Float[Array | np.ndarray, "batch 3 frames height width"],
+) -> Float[np.ndarray, "batch frames height width 3"]:
+    """A video from −1 to 1 as pixels in 0…1, float32."""
+    video = np.moveaxis(np.asarray(video, np.float32), 1, -1)
+    return np.clip(video / 2 + np.float32(0.5), 0, 1)
+
+
+def is_480p(height: int, width: int) -> bool:
+    """Whether a video is nearer to 480 × 832 pixels than to 720 × 1280, by their number."""
+    return 2 * height * width < 480 * 832 + 720 * 1280

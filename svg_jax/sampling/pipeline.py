@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float
 
 from svg_jax.config import PAPER_PRESETS, SparsityConfig
 from svg_jax.convert.run_defaults import RunDefaults
@@ -29,7 +29,8 @@ from svg_jax.sampling.components import component_names, in_memory
 from svg_jax.sampling.denoise import Conditions, check_labels, denoise
 from svg_jax.sampling.flow import FlowSchedule, FlowState
 from svg_jax.sampling.images import with_images_read
-from svg_jax.sampling.record import SamplingInfo, StepRecord
+from svg_jax.sampling.latents import to_frames
+from svg_jax.sampling.record import SamplingInfo, StepRecord, VideoOutput
 from svg_jax.sampling.schedulers import SamplerState, Schedule
 from svg_jax.sampling.settings import (
     SettingError,
@@ -43,31 +44,6 @@ _LOGGER = logging.getLogger(__name__)
 _NO_DEFAULTS = RunDefaults()
 
 OutputType = Literal["np", "uint8", "latent"]
-
-
-@dataclass(frozen=True, eq=False)
-class VideoOutput:
-    """What a pipeline returns.
-
-    Attributes:
-        frames: Pixels, float32 in 0…1 or uint8; None where latents were asked for, or where the
-            checkpoint was converted without its VAE.
-        latents: Float32 in the transformer's order, without padding frames.
-        info: What happened on the way.
-    """
-
-    frames: (
-        Float[np.ndarray, "batch frames height width 3"]
-        | UInt8[np.ndarray, "batch frames height width 3"]
-        | None
-    )
-    latents: Float[np.ndarray, "batch _ _ latent_height latent_width"]
-    info: SamplingInfo
-
-    def __repr__(self) -> str:
-        frames = None if self.frames is None else f"{self.frames.dtype}{list(self.frames.shape)}"
-        latents = f"{self.latents.dtype}{list(self.latents.shape)}"
-        return f"VideoOutput(frames={frames}, latents={latents}, info={self.info!r})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -428,16 +404,3 @@ class VideoPipeline(ABC):
     @abstractmethod
     def decode_latents(self, latents: Array, *, vae_tiling: bool = False) -> Array:
         """Videos [batch, 3, frames, height, width] of latents, about from −1 to 1."""
-
-
-def is_480p(height: int, width: int) -> bool:
-    """Whether a video is nearer to 480 × 832 pixels than to 720 × 1280, by their number."""
-    return 2 * height * width < 480 * 832 + 720 * 1280
-
-
-def to_frames(
-    video: Float[Array | np.ndarray, "batch 3 frames height width"],
-) -> Float[np.ndarray, "batch frames height width 3"]:
-    """A video from −1 to 1 as pixels in 0…1, float32."""
-    video = np.moveaxis(np.asarray(video, np.float32), 1, -1)
-    return np.clip(video / 2 + np.float32(0.5), 0, 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 
 from svg_jax.files import written_atomically
 
@@ -107,6 +107,31 @@ class SamplingInfo:
         }
         with written_atomically(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
+
+
+@dataclass(frozen=True, eq=False)
+class VideoOutput:
+    """What a pipeline returns.
+
+    Attributes:
+        frames: Pixels, float32 in 0…1 or uint8; None where latents were asked for, or where the
+            checkpoint was converted without its VAE.
+        latents: Float32 in the transformer's order, without padding frames.
+        info: What happened on the way.
+    """
+
+    frames: (
+        Float[np.ndarray, "batch frames height width 3"]
+        | UInt8[np.ndarray, "batch frames height width 3"]
+        | None
+    )
+    latents: Float[np.ndarray, "batch _ _ latent_height latent_width"]
+    info: SamplingInfo
+
+    def __repr__(self) -> str:
+        frames = None if self.frames is None else f"{self.frames.dtype}{list(self.frames.shape)}"
+        latents = f"{self.latents.dtype}{list(self.latents.shape)}"
+        return f"VideoOutput(frames={frames}, latents={latents}, info={self.info!r})"
 
 
 def _widen(array: np.ndarray, entries: int, fill: float | bool) -> np.ndarray:

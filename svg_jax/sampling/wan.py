@@ -23,11 +23,12 @@ from svg_jax.sampling.images import AnyImage, CLIPImageProcessor
 from svg_jax.sampling.latents import (
     RELEASED,
     Compression,
+    is_480p,
     latent_grid,
     starting_latents,
 )
 from svg_jax.sampling.memory import check_memory
-from svg_jax.sampling.pipeline import PreparedRun, VideoPipeline, is_480p, with_settings
+from svg_jax.sampling.pipeline import PreparedRun, VideoPipeline, with_settings
 from svg_jax.sampling.settings import SettingError, count_prompts
 from svg_jax.sampling.text import take_prompts
 from svg_jax.sampling.wan_images import ImageConditions, encode_first_frames
