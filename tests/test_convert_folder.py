@@ -23,6 +23,7 @@ from svg_jax.convert import (
 )
 from svg_jax.convert.digests import file_digest
 from svg_jax.convert.manifest import read_manifest, write_manifest
+from svg_jax.sampling.checkpoint import check_same_run
 
 BUNDLED = Path(svg_jax.__file__).parent / "assets" / "tiny_cogvideox"
 LEAF = "transformer/weights/blocks.attention.query.kernel"
@@ -252,6 +253,18 @@ def test_a_sound_folder_passes_every_check(own_copy):
     calls = []
     svg_jax.from_pretrained(own_copy, verify=True, progress=lambda *call: calls.append(call))
     assert calls[-1][0] == calls[-1][1] > 0
+
+
+def test_a_saved_run_is_of_the_scheduler_that_the_pipeline_has(converted, tmp_path):
+    """The folder's cannot be edited, and one that was put in by hand is told from it."""
+    pipeline: Any = svg_jax.from_pretrained(converted)
+    other = dataclasses.replace(pipeline.scheduler, snr_shift_scale=1.5)
+    saved, current = (
+        pipe.fingerprint("a red three", seed=0)
+        for pipe in (pipeline, dataclasses.replace(pipeline, scheduler=other))
+    )
+    with pytest.raises(ValueError, match=r"scheduler\.snr_shift_scale .*, this one 1\.5"):
+        check_same_run(tmp_path / "state", saved, current)
 
 
 def test_a_folder_in_the_hubs_cache_has_its_files_in_blobs(converted, tmp_path):

@@ -107,6 +107,7 @@ class VideoPipeline(ABC):
 
     Attributes:
         transformer: The denoiser.
+        scheduler: What scheduler_config.json says.
         vae: Decodes latents, and encodes images; None where the checkpoint was converted without
             it: the outcome is then latents.
         weights: Digest of the folder that it was loaded from, by which a saved run is known to be
@@ -118,6 +119,7 @@ class VideoPipeline(ABC):
     samplers: ClassVar[tuple[str, ...]] = ("euler", "unipc")
 
     transformer: Any
+    scheduler: Any
     vae: Any = None
     weights: str | None = None
     defaults: RunDefaults = _NO_DEFAULTS
@@ -250,6 +252,7 @@ class VideoPipeline(ABC):
             labels=labels,
             dtype=np.dtype(self.transformer.dtype).name,
             weights=self.weights,
+            model_scheduler=self.scheduler,
         )
 
     @abstractmethod
