@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svg_jax.convert.json_file import parse_json, read_json
+from svg_jax.convert.json_file import read_json
 from svg_jax.convert.rules import ConversionError
 from svg_jax.convert.weights import is_torch
 
@@ -148,7 +148,7 @@ def read_lora_config(file: Path, *, is_peft: bool) -> LoraConfig | None:
     if not text:
         return None
     try:
-        values = parse_json(str(text).encode("utf-8"), file)
+        values = json.loads(text)
     except (TypeError, ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
