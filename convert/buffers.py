@@ -39,6 +39,28 @@ def attach_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
     return tensors
 
 
+def check_scales(tensors: Mapping[str, StoredTensor], prefix: str) -> None:
+    """Refuse a scale that `attach_scales` gave to no weight.
+
+    Args:
+        tensors: All tensors.
+        prefix: What stands before the names of the weights that are meant. What others there are
+            with a scale may be in any dtype.
+
+    Raises:
+        ConversionError: If there is one: what it scales is lacking, or no float8.
+    """
+    for name, scale in tensors.items():
+        weight = f"{name.rpartition('.')[0]}.weight"
+        if not name.endswith(_SCALES) or (weight in tensors and not name.startswith(prefix)):
+            continue
+        what = f"is {tensors[weight].dtype}" if weight in tensors else "is not there"
+        raise ConversionError(
+            f"{scale.file}: {show(name)} is a scale and {show(weight)} {what}: only float8 weights "
+            "are read with scales; fetch the unquantised weights."
+        )
+
+
 def _scaled(weight: StoredTensor, scale: StoredTensor) -> StoredTensor:
     rows, columns = weight.shape[0] if weight.shape else 1, math.prod(weight.shape[1:])
     count = math.prod(scale.shape)

@@ -5,10 +5,12 @@ and where they drop a part, or do not know a trainer's names, what ComfyUI or th
 """
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from svg_jax.convert.digests import file_digest
 from svg_jax.convert.lora_change import Change
@@ -21,8 +23,10 @@ from svg_jax.convert.lora_targets import changeable_shapes, module_names
 from svg_jax.convert.manifest import LoraRecord
 from svg_jax.convert.paths import usable_path
 from svg_jax.convert.rules import ConversionError, Leaf
+from svg_jax.convert.values import is_number, shown
 
 _LOGGER = logging.getLogger(__name__)
+_LARGEST = float(np.finfo(np.float32).max)
 
 Changes = Mapping[str, tuple[Change, ...]]
 
@@ -61,7 +65,7 @@ class Lora:
 
 
 def read_loras(
-    paths: str | Path | Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path] | None,
     scales: float | Sequence[float],
     leaves: Mapping[str, Sequence[Leaf]],
     into: str | Sequence[str] = TRANSFORMER,
@@ -71,7 +75,7 @@ def read_loras(
     """Read what LoRAs change, but not their matrices.
 
     Args:
-        paths: Files, folders or the hub's, see `convert_pipeline`.
+        paths: Files, folders or the hub's, or None; see `convert_pipeline`.
         scales: Strength of all, or one for each.
         leaves: Leaves of each component that is converted.
         into: The component that names of the transformer mean: one for all, or one for each.
@@ -81,9 +85,11 @@ def read_loras(
         ConversionError: If nothing of one fits, a part is missing or has another shape, or needs
             another kind of merge.
     """
-    paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    scales = list(scales) if isinstance(scales, Sequence) else [scales]
-    names = [into] if isinstance(into, str) else list(into)
+    paths, scales, names = _listed(paths), _listed(scales), _listed(into)
+    if odd := [path for path in paths if not isinstance(path, str | Path)]:
+        raise ConversionError(f"lora={shown(odd[0])}: must be a path, or a list of paths.")
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise ConversionError(f"lora_into={shown(odd[0])}: must be a component's name.")
     for what, given in (("scales", scales), ("components", names)):
         if len(given) == 1:
             given *= len(paths)
@@ -96,9 +102,24 @@ def read_loras(
         shapes = changeable_shapes(leaves[name])
         components[name] = Component(shapes, module_names(shapes))
     return tuple(
-        _read_lora(path, scale, name, components, strict=strict)
+        _read_lora(path, _checked_scale(path, scale), name, components, strict=strict)
         for path, scale, name in zip(paths, scales, names, strict=True)
     )
+
+
+def _listed(given: Any) -> list[Any]:
+    """Make a list of one thing, or of a list, a tuple or an array of them; None is none."""
+    if isinstance(given, list | tuple | np.ndarray):
+        return list(np.atleast_1d(given)) if isinstance(given, np.ndarray) else list(given)
+    return [] if given is None else [given]
+
+
+def _checked_scale(path: str | Path, scale: Any) -> float:
+    if not is_number(scale) or not -_LARGEST <= scale <= _LARGEST:
+        raise ConversionError(
+            f"{path}: its scale is {shown(scale)} and must be a finite number of float32."
+        )
+    return float(scale)
 
 
 def changes_of(loras: Sequence[Lora], component: str) -> dict[str, tuple[Change, ...]]:
@@ -123,8 +144,6 @@ def _read_lora(
             f"{path}: is meant for the component {into!r} and those that are converted are "
             f"{', '.join(sorted(components))}: choose one of them."
         )
-    if not math.isfinite(scale):
-        raise ConversionError(f"{path}: its scale is {scale} and must be a finite number.")
     file = find_lora(path)
     tensors = read_lora_file(file)
     is_peft = any(key.startswith(PEFT) for key in tensors)

@@ -12,7 +12,8 @@ from svg_jax.convert.paths import usable_path
 from svg_jax.convert.reader import StoredTensor, read_tensor
 from svg_jax.convert.rules import ConversionError
 from svg_jax.convert.safetensors_file import read_header
-from svg_jax.convert.torch_file import read_torch_file
+from svg_jax.convert.show import show_some
+from svg_jax.convert.torch_file import read_dicts
 from svg_jax.convert.weights import SUFFIXES, is_torch, is_weights
 from svg_jax.convert.wrappers import drop_layer_wrappers
 
@@ -36,7 +37,13 @@ def find_lora(path: str | Path) -> Path:
         OSError: See `hub.download_index`.
     """
     local = usable_path(path)
-    if not local.exists() and is_hub_lora(str(path)) and not Path(local.parts[0]).is_dir():
+    is_file = len(local.parts) > 2  # on the hub: "owner/name/file"
+    if (
+        is_hub_lora(str(path))
+        and not local.exists()
+        and not Path(local.parts[0]).is_dir()
+        and (is_weights(local) or not is_file)
+    ):
         local = download_lora(str(path))
     if not local.is_dir():
         if not is_weights(local):
@@ -67,8 +74,18 @@ def read_lora_file(file: Path) -> Mapping[str, StoredTensor]:
         ConversionError: If the file is damaged or holds what no LoRA does.
     """
     check_regular(file)
-    stored = read_torch_file(file) if is_torch(file) else read_header(file)
-    return drop_layer_wrappers(stored)
+    return drop_layer_wrappers(_read_torch(file) if is_torch(file) else read_header(file))
+
+
+def _read_torch(file: Path) -> Mapping[str, StoredTensor]:
+    dicts = read_dicts(file)
+    if len(dicts) > 1:
+        raise ConversionError(
+            f"{file}: holds tensors under {show_some(sorted(dicts))}: save the LoRA that is meant "
+            "in a file of its own."
+        )
+    (tensors,) = dicts.values()
+    return tensors
 
 
 def is_float(stored: StoredTensor) -> bool:
@@ -87,6 +104,10 @@ def read_alpha(stored: StoredTensor) -> float:
         alpha = float(read_tensor(stored).reshape(()))
         if np.isfinite(alpha):
             return alpha
+        raise ConversionError(
+            f"{stored.file}: {stored.name} is not one finite number, but {alpha}: fetch the LoRA "
+            "again."
+        )
     raise ConversionError(
         f"{stored.file}: {stored.name} is not one finite number, but {stored.dtype} "
         f"{list(stored.shape)}: fetch the LoRA again."

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from svg_jax.convert.rules import ConversionError
 
+_LONGEST = 4000  # characters; Linux takes 4096 bytes
+_LONGEST_NAME = 255  # bytes, of each part
+
 
 def usable_path(path: str | os.PathLike[str]) -> Path:
     """Take a path as it is, but for `~`, which is the home.
@@ -25,6 +28,8 @@ def usable_path(path: str | os.PathLike[str]) -> Path:
         )
     if not text or "\0" in text:
         raise ConversionError(f"{text!r:.300}: is no path: give the name of a file or folder.")
+    if len(text) > _LONGEST or max(map(len, text.encode().split(b"/"))) > _LONGEST_NAME:
+        raise ConversionError(f"{text!a:.100}…: is too long for a path.")
     try:
         return Path(text).expanduser()
     except RuntimeError:  # no such user, so that it is a name like any other

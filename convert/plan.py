@@ -178,7 +178,7 @@ def plan_conversion(
     dtype: DTypeLike | None = None,
     variant: str | None = None,
     weights_key: str | None = None,
-    lora: str | Path | Sequence[str | Path] = (),
+    lora: str | Path | Sequence[str | Path] | None = (),
     lora_scale: float | Sequence[float] = 1.0,
     lora_into: str | Sequence[str] = "transformer",
     strict: bool = False,

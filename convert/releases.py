@@ -13,7 +13,7 @@ from svg_jax.convert import (
     original_wan,
     t5,
 )
-from svg_jax.convert.buffers import attach_scales
+from svg_jax.convert.buffers import attach_scales, check_scales
 from svg_jax.convert.components import FAMILIES, named_class, split_unused
 from svg_jax.convert.json_file import read_json
 from svg_jax.convert.original import Origin, Shapes, rename_tensors
@@ -23,6 +23,7 @@ from svg_jax.convert.show import show, show_some
 from svg_jax.convert.weights import is_torch, read_file, read_weights
 from svg_jax.convert.wrappers import (
     Unwrapped,
+    check_prefix,
     choose,
     drop_layer_wrappers,
     find_wrapped,
@@ -205,6 +206,7 @@ def recognise(
     if not found:
         raise _unknown(stored, where)
     prefix = choose(found, weights_key, where)
+    check_scales(stored, prefix)
     return _recognise(found[prefix], unwrap(stored, prefix, found), where, config)
 
 
@@ -295,6 +297,8 @@ def identify(
     is_ours = named in FAMILIES
     is_told = is_ours or (said and named is None)
     found = _find_releases(stored, _RENAMED if is_told else RELEASES, weights_key)
+    if not found and not is_ours:
+        check_prefix(stored, {release.mark: release for release in RELEASES}.get, where)
     if not found and (is_ours or not torch_files):
         return None
     if not found:
@@ -312,6 +316,7 @@ def identify(
         )
     prefix = choose(fitting, weights_key, where)
     release = fitting[prefix]
+    check_scales(stored, prefix)
     if said.get("_class_name") != release.class_name:
         said = {}
     given = {key: value for key, value in said.items() if not key.startswith("_")}

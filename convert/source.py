@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from svg_jax.convert.buffers import attach_scales
+from svg_jax.convert.buffers import attach_scales, check_scales
 from svg_jax.convert.components import (
     FAMILIES,
     PipelineIndex,
@@ -25,7 +25,13 @@ from svg_jax.convert.repository import read_repository
 from svg_jax.convert.rules import ConversionError
 from svg_jax.convert.show import show
 from svg_jax.convert.weights import SUFFIXES, is_weights, read_file, read_weights, weights_files
-from svg_jax.convert.wrappers import choose, drop_layer_wrappers, find_wrapped, unwrap
+from svg_jax.convert.wrappers import (
+    check_prefix,
+    choose,
+    drop_layer_wrappers,
+    find_wrapped,
+    unwrap,
+)
 
 _GIVE = (
     f"give the folder of a pipeline or of a component, or a file of weights ({', '.join(SUFFIXES)})"
@@ -111,13 +117,14 @@ class Source:
         if class_name not in FAMILIES:
             return ComponentWeights(stored, (), None)
         rules = FAMILIES[class_name].rules(read_component_config(_folder(place), class_name))
-        known = set(rule_names(rules, layers=1))
-        counts = find_wrapped(
-            stored, lambda name: True if name in known else None, self.weights_key
-        )
+        ours = dict.fromkeys(rule_names(rules, layers=1), True).get
+        counts = find_wrapped(stored, ours, self.weights_key)
+        if not counts:
+            check_prefix(stored, ours, place)
         most = max(counts.values(), default=0)
         prefixes = [prefix for (prefix, _), count in counts.items() if 2 * count >= most]
         prefix = choose(prefixes, self.weights_key, place) if prefixes else ""
+        check_scales(stored, prefix)
         unwrapped = unwrap(stored, prefix, prefixes)
         return ComponentWeights(unwrapped.tensors, unwrapped.others, None)
 

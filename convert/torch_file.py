@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,9 +26,10 @@ from svg_jax.convert.reader import StoredTensor, row_major
 from svg_jax.convert.rules import ConversionError
 from svg_jax.convert.show import show
 from svg_jax.convert.torch_pickle import SIZE_LIMIT, Inert, StorageRef, TensorRef, unpickle
-from svg_jax.convert.wrappers import WRAPPERS, choose
+from svg_jax.convert.wrappers import choose, words_of
 
-_DEPTH = 3  # keys that lead to weights
+_DEPTH = 3  # keys that lead to weights, unless more are given
+_DICTS_LIMIT = 1000  # that are looked at; a pickle may hold one in itself
 _NOTES = (bool, int, float, str, bytes)
 # What trainers save of themselves beside tensors.
 _BESIDE = frozenset(
@@ -36,6 +38,7 @@ _BESIDE = frozenset(
         *("lr_scheduler", "lr_schedulers", "scheduler", "scheduler_state_dict", "scaler"),
         *("callbacks", "loops", "hyper_parameters", "hparams", "config", "rng_state", "rng_states"),
         *("grad_scaler", "dataloader", "metadata", "_metadata"),
+        *("critic", "discriminator", "teacher", "fake_score", "real_score"),
     }
 )
 _DIRECTORY_LIMIT = 16 * 2**20  # bytes, about 200,000 members
@@ -248,15 +251,25 @@ def _check_byte_order(stream: BinaryIO, member: _Member | None, file: Path) -> N
 
 def _find_dicts(tree: Any, file: Path, weights_key: str | None) -> dict[str, dict[str, TensorRef]]:
     """The dicts of tensors in what the pickle describes, by the keys that lead to them."""
-    words = WRAPPERS | set((weights_key or "").split("."))
+    words = words_of(weights_key)
     found: dict[str, dict[str, TensorRef]] = {}
+    others: dict[str, dict[Any, Any]] = {}
     left: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    visited, depth = 0, max(_DEPTH, 1 + (weights_key or "").count("."))
     while left:
         keys, held = left.pop()
         if type(held) is not dict:
             continue
-        below = {key: of for key, of in held.items() if key in words and type(of) is dict}
-        if len(keys) < _DEPTH:
+        if (visited := visited + 1) > _DICTS_LIMIT:
+            raise ConversionError(f"{file}: nests more than {_DICTS_LIMIT} dicts: {_AGAIN}.")
+        dicts = {key: of for key, of in held.items() if type(key) is str and type(of) is dict}
+        below = {key: of for key, of in dicts.items() if key in words}
+        others |= {
+            ".".join((*keys, key)): of
+            for key, of in dicts.items()
+            if key not in words and key not in _BESIDE
+        }
+        if len(keys) < depth:
             left += [((*keys, key), of) for key, of in below.items()]
         tensors = {key: of for key, of in held.items() if type(of) is TensorRef}
         if below and not any(of.shape for of in tensors.values()):
@@ -265,14 +278,23 @@ def _find_dicts(tree: Any, file: Path, weights_key: str | None) -> dict[str, dic
             continue  # a config
         found[".".join(keys)] = tensors
         _check_beside(file, ".".join(keys), held, below)
+    twins = [keys for keys, of in others.items() if any(map(partial(_is_twin, of), found.values()))]
+    if twins:  # under keys that are not known: which are meant is asked
+        choose([f"{keys}." if keys else "" for keys in (*found, *twins)], weights_key, file)
     return found
+
+
+def _is_twin(held: dict[Any, Any], weights: dict[str, TensorRef]) -> bool:
+    """Return whether a dict holds the same weights once more: half of the names are in it."""
+    return len(weights) > 0 and 2 * sum(name in held for name in weights) > len(weights)
 
 
 def _check_beside(file: Path, where: str, held: dict[Any, Any], below: Collection[str]) -> None:
     """Refuse what stands among tensors and may be a part of the model."""
     for name, value in held.items():
         if type(name) is not str or not name.isprintable():
-            raise ConversionError(f"{file}: {show(where)} holds a key that is no name: {_AGAIN}.")
+            inside = f"{show(where)} " * bool(where)
+            raise ConversionError(f"{file}: {inside}holds a key that is no name: {_AGAIN}.")
         if type(value) is TensorRef or name in below or name in _BESIDE:
             continue
         is_number = isinstance(value, Inert) and value.name.endswith(".multiarray.scalar")

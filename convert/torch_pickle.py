@@ -16,6 +16,10 @@ SIZE_LIMIT = 32 * 2**20  # bytes; that of a model of 1,300 tensors has 200 kB
 OPERATION_LIMIT = 500_000  # about 35 make a tensor
 DEPTH_LIMIT = 100  # containers that are being filled at once
 
+# A tensor with attributes of its own, or a buffer: a function, a class, its arguments, a state.
+_TYPED = "torch._tensor._rebuild_from_type_v2"
+_PLAIN = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Buffer")
+_TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 # With a state: attributes, which trainers give to parameters.
 _PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -202,11 +206,18 @@ def _reduce(stack: list[Any], _: Any) -> None:
             made = _tensor(*arguments[:4], bits=arguments[6:])
         case "torch._utils._rebuild_tensor_v3":
             made = _tensor(*arguments[:4], dtype=arguments[6].name, bits=arguments[7:])
+        case _ if name == _TYPED and _is_plain(*arguments[:2]):
+            stack += arguments[0], arguments[2]
+            return _reduce(stack, None)
         case _ if name in _PARAMETERS and type(arguments[0]) is TensorRef:
             made = arguments[0]
         case _:
             made = Inert(name)
     stack.append(made)
+
+
+def _is_plain(function: Any, kind: Any) -> bool:
+    return function.name in _TENSORS and kind.name in _PLAIN
 
 
 def _tensor(

@@ -22,7 +22,7 @@ SUFFIXES = (*_SAFETENSORS, *_TORCH)
 _INDEX = re.compile(r"(?P<stem>.+)\.(?P<kind>safetensors|bin)\.index(?P<variant>\.\w+)?\.json")
 _HUNYUAN_BLOCK = re.compile(r"((?:\w+\.)*?)(?:double|single)_blocks\..+\.weight")
 # A part of several, or a variant: never meant where neither an index nor a variant is.
-_NOT_ALONE = re.compile(rf".*-\d+-of-\d+\..*|({'|'.join({*STEMS, *_TORCH_STEMS})})\..*")
+_NOT_ALONE = re.compile(rf".*-\d+-of-\d+\..*|({'|'.join({*STEMS, *_TORCH_STEMS})})\.\w+\.\w+")
 
 
 def is_weights(file: Path) -> bool:

@@ -22,7 +22,9 @@ WRAPPERS = frozenset(
         *("state_dict", "model_state_dict", "model_state", "params", "student", "generator"),
         # Moving averages of them.
         *("ema", "ema_model", "ema_state_dict", "model_ema", "state_dict_ema", "params_ema"),
-        *("generator_ema", "net_ema", "ema_weights", "shadow"),
+        *("generator_ema", "net_ema", "ema_weights", "shadow", "online_model"),
+        # LoRAs, in a file of torch.save.
+        *("lora", "lora_state_dict", "lora_weights"),
         # Parts of a pipeline.
         *("pipe", "pipeline", "dit", "transformer", "diffusion_model", "denoiser", "unet"),
         *("vae", "first_stage_model", "autoencoder", "text_encoder", "text_encoders"),
@@ -90,7 +92,7 @@ def find_wrapped(
     Returns:
         How many names tell what under which prefix, the dot at its end included.
     """
-    words = WRAPPERS | set((weights_key or "").split("."))
+    words = words_of(weights_key)
     found: dict[tuple[str, Found], int] = {}
     for name in names:
         start = 0
@@ -105,6 +107,37 @@ def find_wrapped(
                 break
             start = end + 1
     return found
+
+
+def check_prefix(
+    names: Collection[str], known: Callable[[str], Found | None], where: object
+) -> None:
+    """Refuse a prefix that is not in `WRAPPERS`, stands before all names, and leads to weights.
+
+    Args:
+        names: The names of all tensors, none of which was found.
+        known: See `find_wrapped`.
+        where: The file or folder, for errors.
+
+    Raises:
+        ConversionError: If there is one.
+    """
+    first = min(names, default="")
+    for match in re.finditer(r"\.", first):
+        prefix = first[: match.end()]
+        if not all(name.startswith(prefix) for name in names):
+            return
+        if any(known(name.removeprefix(prefix)) is not None for name in names):
+            key = show(prefix.removesuffix("."))
+            raise ConversionError(
+                f"{where}: all names begin with '{key}', which is not known to stand around "
+                f"weights: if these are meant, give weights_key='{key}' (--weights-key)."
+            )
+
+
+def words_of(weights_key: str | None) -> frozenset[str]:
+    """Return the words that may stand around weights: those of the table and of a given key."""
+    return WRAPPERS | {*(weights_key or "").split(".")}
 
 
 def choose(prefixes: Collection[str], weights_key: str | None, where: object) -> str:
@@ -122,6 +155,7 @@ def choose(prefixes: Collection[str], weights_key: str | None, where: object) ->
     keys = {prefix.removesuffix(".") or TOP: prefix for prefix in prefixes}
     meant = list(keys)
     if weights_key is not None:
+        weights_key = weights_key.removesuffix(".") or TOP
         meant = [key for key in meant if weights_key in key.split(".") and key != TOP]
         meant = [weights_key] if weights_key in keys else meant
     if len(meant) == 1:

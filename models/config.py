@@ -31,6 +31,9 @@ NOTES = frozenset(
         *("top_p", "typical_p", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
         *("output_scores", "return_dict_in_generate", "remove_invalid_values"),
         "exponential_decay_length_penalty",
+        # Of a moving average, which diffusers' EMAModel saves with the weights.
+        *("decay", "min_decay", "inv_gamma", "power", "use_ema_warmup"),
+        *("optimization_step", "update_after_step"),
     }
 )
 # The same where they have this value; any other changes what a model computes.

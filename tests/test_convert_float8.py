@@ -224,6 +224,27 @@ BUFFERS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, None], ids=str)
+@pytest.mark.parametrize("layout", ["ours", "released"])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_scale_of_what_is_no_float8_is_refused(tmp_path, dtype, layout, prefix):
+    tensors, module = ours(), Q
+    if layout == "released":
+        tensors = {n: torch.zeros(shape) for n, shape in GOLDENS["umt5"]["shapes"].items()}
+        module = "blocks.0.attn.q"
+    if dtype is not None:
+        tensors[f"{module}.weight"] = tensors[f"{module}.weight"].to(dtype)
+    held = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+    # without a dtype, a scale that has lost the prefix of its weight
+    scale = f"{prefix if dtype else 'other.'}{module}.weight_scale"
+    source = component(tmp_path / "t5", {**held, scale: torch.ones(1)})
+    if layout == "released":
+        (source / "config.json").unlink()
+    what = "is not there" if dtype is None else f"is {str(dtype).removeprefix('torch.')}"
+    with pytest.raises(ConversionError, match=f"{scale} is a scale and .*weight {what}: only"):
+        plan_conversion(source)
+
+
 @pytest.mark.parametrize(
     ("layout", "kind"),
     [("ours", kind) for kind in BUFFERS]

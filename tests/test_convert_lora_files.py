@@ -35,6 +35,18 @@ class TestFiles:
             assert_merged(found, {f"{Q}.weight": b @ a}, sources["Wan"])
         assert plan.name == tmp_path.name
 
+    @pytest.mark.parametrize("key", ["state_dict", "lora", "lora_state_dict", "lora_weights"])
+    def test_under_a_key_of_torch(self, tmp_path, sources, key):
+        lora = random_lora(sources["Wan"], [Q])
+        tensors = {name: torch.from_numpy(array) for name, array in lora.items()}
+        torch.save({key: tensors, "step": 3, "optimizer": {"x": 1}}, tmp_path / "lora.pt")
+        a, b = lora.values()
+        found, _ = merged(sources["Wan"], tmp_path / "lora.pt")
+        assert_merged(found, {f"{Q}.weight": b @ a}, sources["Wan"])
+        torch.save({key: tensors, "ema": tensors}, tmp_path / "lora.pt")
+        with pytest.raises(ConversionError, match=f"under ema, {key}: save the LoRA that is meant"):
+            merged(sources["Wan"], tmp_path / "lora.pt")
+
     def test_torch_tensors_that_are_transposed(self, tmp_path, sources):
         lora = random_lora(sources["HunyuanVideo"], ["transformer_blocks.0.attn.to_q"])
         a, _ = lora.values()

@@ -2,11 +2,12 @@
 
 import os
 
+import jaxtyping
 import numpy as np
 import pytest
 from tiny_lora import Q, random_lora, save_lora, write_source
 
-from svg_jax.convert import ConversionError, convert_pipeline
+from svg_jax.convert import ConversionError, convert_pipeline, plan_conversion
 
 
 def without(*names):
@@ -108,6 +109,15 @@ WRONG_CONFIGS = {
 }
 
 
+@pytest.fixture
+def types_unchecked():
+    """Leave wrong types to the library, as a caller's own Python does."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
 class TestRefusals:
     def refuse(self, tmp_path, lora, message, **options):
         with pytest.raises(ConversionError, match=message) as caught:
@@ -178,10 +188,22 @@ class TestRefusals:
         self.refuse(tmp_path, tmp_path / "lora", both)
         self.refuse(tmp_path, tmp_path / "lora.gguf", "is no .safetensors, .* file, and no folder")
 
-    def test_scales(self, tmp_path):
+    def test_what_is_no_scale_path_or_name(self, tmp_path, types_unchecked):
         source = write_source(tmp_path / "source")
         file = save_lora(tmp_path / "lora.safetensors", random_lora(source, [Q]))
-        self.refuse(tmp_path, file, "its scale is nan and must be", lora_scale=float("nan"))
+        for scale in (float("nan"), True, "0.5", [None], 1e39, 10**400):
+            self.refuse(tmp_path, file, "its scale is .* and must be", lora_scale=scale)
+        (half,) = plan_conversion(source, lora=[file], lora_scale=np.array([0.5])).loras
+        assert half.scale == 0.5
+        assert plan_conversion(source, lora=None).loras == ()
+        for wrong in (5, [None], {file}, b"a"):
+            with pytest.raises(ConversionError, match=r"lora=.*: must be a path, or a list"):
+                plan_conversion(source, lora=wrong)
+        with pytest.raises(ConversionError, match="lora_into=5: must be a component's name"):
+            plan_conversion(source, lora=file, lora_into=5)
+        with pytest.raises(ConversionError, match="is too long for a path") as caught:
+            plan_conversion(source, lora="a/" + 300 * "b")
+        assert len(str(caught.value)) <= 500
         with pytest.raises(ConversionError, match="2 scales for 1 LoRAs"):
             convert_pipeline(source, tmp_path / "out", lora=file, lora_scale=[1.0, 2.0])
 

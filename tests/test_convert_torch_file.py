@@ -117,6 +117,22 @@ def test_a_parameter_with_attributes_is_read(tmp_path):
     assert read(tmp_path / "a.pt")["w"].tolist() == [0, 1, 2]
 
 
+class Subclass(torch.Tensor):
+    """A tensor that may compute in its own way."""
+
+
+def test_a_buffer_and_a_tensor_with_attributes_are_read(tmp_path):
+    marked = COMPLEX.conj().imag
+    marked.is_shared = True
+    buffer = torch.nn.Buffer(torch.arange(6.0).reshape(2, 3).t())
+    torch.save({"w": marked, "b": buffer}, tmp_path / "a.pt")
+    found = read(tmp_path / "a.pt")
+    np.testing.assert_array_equal(found["w"], marked.resolve_neg().numpy())
+    np.testing.assert_array_equal(found["b"], buffer.numpy())
+    torch.save({"w": torch.ones(2).as_subclass(Subclass)}, tmp_path / "b.pt")
+    refused(tmp_path / "b.pt", "w is no tensor but a '.*_rebuild_from_type_v2'")
+
+
 @pytest.mark.parametrize(
     "bits", [{"conj": True}, {"neg": True, "other": 1}, {"neg": 1}, "neg", [("neg", True)]]
 )

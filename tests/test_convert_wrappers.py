@@ -21,6 +21,7 @@ from svg_jax.convert import (
     read_manifest,
 )
 from svg_jax.convert.reader import read_tensor
+from svg_jax.convert.wrappers import WRAPPERS
 
 GOLDEN = json.loads((Path(__file__).parent / "data/original/wan_encoders.json").read_text())["umt5"]
 MARK = "blocks.0.pos_embedding.embedding.weight"  # of Wan's text encoder as released
@@ -226,6 +227,49 @@ def test_what_is_outside_the_prefix_is_named(tmp_path):
 
 
 def test_a_prefix_that_nobody_knows_is_refused(tmp_path):
-    held = {f"a.b.{name}": array for name, array in ours().items()}
-    with pytest.raises(ConversionError, match=r"missing .*unexpected \(a\.b\."):
-        plan_conversion(write(tmp_path / "a.safetensors", held))
+    for tensors in (ours(), released()):
+        held = {f"a.b.{name}": array for name, array in tensors.items()}
+        file = write(tmp_path / "a.safetensors", held)
+        if tensors.keys() == released().keys():
+            (tmp_path / "config.json").unlink()
+        with pytest.raises(
+            ConversionError, match=r"names begin with 'a\.b', .* weights_key='a\.b'"
+        ):
+            plan_conversion(file)
+        for key in ("a.b", "a.b."):
+            same(planned(file, weights_key=key), plain(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("stem", ["model", "pytorch_model", "diffusion_pytorch_model"])
+@pytest.mark.parametrize("suffix", ["SAFETENSORS", "sft", "pt", "BIN", "ckpt"])
+def test_a_librarys_name_with_another_suffix_is_no_variant(tmp_path, stem, suffix):
+    kind = "safetensors" if suffix[0] in "sS" else "pt"
+    file = write(tmp_path / f"a.{kind}", ours()).rename(tmp_path / f"{stem}.{suffix}")
+    same(planned(tmp_path), plain(tmp_path, ours()))
+    file.rename(tmp_path / f"{stem}.fp16.{suffix}")
+    with pytest.raises(ConversionError, match=r"choose the variant"):
+        plan_conversion(tmp_path)
+
+
+@pytest.mark.parametrize("beside", [{}, {"model": 3}, {"critic": {"x.weight": np.ones(2)}}])
+def test_the_same_weights_under_a_key_that_nobody_knows_are_a_choice_too(tmp_path, beside):
+    trained, averaged = released(0), released(1)
+    held = {"generator": trained, "averaged_2": averaged, "teacher": averaged, **beside}
+    file = write(tmp_path / "a.pt", held)
+    with pytest.raises(ConversionError, match="as generator and as averaged_2: say which"):
+        plan_conversion(file)
+    for key, expected in (("generator", trained), ("averaged_2", averaged), ("teacher", averaged)):
+        same(planned(file, weights_key=key), plain(tmp_path, expected))
+
+
+def test_keys_may_lead_as_deep_as_they_are_given(tmp_path):
+    file = write(tmp_path / "a.pt", {"a": {"b": {"c": {"d": released()}}}})
+    same(planned(file, weights_key="a.b.c.d"), plain(tmp_path, released()))
+
+
+def test_a_dict_in_itself_is_not_followed_for_ever(tmp_path):
+    held: dict = {"w": 1}
+    held |= dict.fromkeys(sorted(WRAPPERS), held)
+    torch.save(held, tmp_path / "a.pt")
+    with pytest.raises(ConversionError, match="nests more than 1000 dicts"):
+        plan_conversion(tmp_path / "a.pt")
