@@ -16,6 +16,7 @@ import numpy as np
 from svg_jax.convert.json_file import read_json
 from svg_jax.convert.reader import DTYPES
 from svg_jax.convert.rules import RULES_VERSION, ConversionError, DamageError
+from svg_jax.convert.show import show
 
 FORMAT_VERSION = 3
 NAME = "manifest.json"
@@ -203,10 +204,28 @@ def read_manifest(folder: Path, name: str = NAME) -> Manifest:
         )
         read = {"components": components, "skipped": skipped, "loras": loras}
         manifest = Manifest(**{**body, **read})
+        _check_types(manifest)
         _check_names(manifest)
         return manifest
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DamageError(f"{file}: is damaged ({error!r}): convert the source again.") from error
+        reason = show(repr(error))
+        raise DamageError(f"{file}: is damaged ({reason}): convert the source again.") from error
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Refuses values of other types: whoever signs a manifest may have written anything."""
+    for name in ("sources", "files", "weights", "versions"):
+        table = getattr(manifest, name)
+        if not isinstance(table, dict) or not all(isinstance(text, str) for text in table.values()):
+            raise TypeError(f"{name} is no table of strings")
+    for tensors in manifest.components.values():
+        for name, record in tensors.items():
+            digests = record.sha256, record.stored_sha256
+            numbers = *record.shape, record.nonfinite
+            if not all(isinstance(text, str) for text in digests) or not all(
+                type(number) is int and number >= 0 for number in numbers
+            ):
+                raise TypeError(f"{name} has no shape, no digest or no count")
 
 
 def _check_names(manifest: Manifest) -> None:

@@ -1,6 +1,7 @@
 """A converted folder is believed only as far as it was checked, through every entry point."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -111,6 +112,25 @@ def forged(damage):
     return both
 
 
+def claimed(change):
+    """A manifest with its right digest, of whatever somebody put into it."""
+
+    def damage(folder):
+        values = json.loads((folder / "manifest.json").read_text())
+        del values["sha256"]
+        change(values)
+        text = json.dumps(values, indent=1, sort_keys=True)
+        values["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        text = json.dumps(values, indent=1, sort_keys=True) + "\n"
+        (folder / "manifest.json").write_text(text)
+
+    return damage
+
+
+def claimed_of_a_tensor(**changes):
+    return claimed(lambda v: next(iter(v["components"]["transformer"].values())).update(changes))
+
+
 GRID = ("chunk_grid", "configuration", "chunk_shape")
 DAMAGE = {
     "a scheduler that was edited": (
@@ -175,6 +195,11 @@ DAMAGE = {
     ),
     "no transpose, forged": (forged(edit(ZARR, lambda v: v["codecs"].pop(0))), "query.kernel"),
     "another dtype, forged": (forged(zarr("data_type", value="bfloat16")), "query.kernel"),
+    "a list of weights": (claimed(lambda v: v.update(weights=[])), "manifest.json"),
+    "sources of a number": (claimed(lambda v: v.update(sources=3)), "manifest.json"),
+    "a shape of text": (claimed_of_a_tensor(shape=["3"]), "manifest.json"),
+    "a negative shape": (claimed_of_a_tensor(shape=[-3]), "manifest.json"),
+    "a digest of a number": (claimed_of_a_tensor(stored_sha256=3), "manifest.json"),
     "another shape, forged": (forged(zarr("shape", value=[6, 96, 384])), "query.kernel"),
 }
 
