@@ -1,6 +1,9 @@
 """A run that is saved, killed and gone on with is the run: bit for bit, or it is refused."""
 
 import dataclasses
+import hashlib
+import io
+import json
 import os
 import random
 import signal
@@ -8,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,7 @@ from svg_jax.sampling.checkpoint import (
     make_fingerprint,
     open_run_file,
     save_run,
+    saved_fingerprint,
     saving,
     weights_digest,
 )
@@ -43,6 +48,7 @@ from svg_jax.sampling.flow import FlowConfig, FlowState
 from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
 from svg_jax.sampling.record import HeadProfile, StepRecord
 from svg_jax.sampling.schedulers import SamplerState, SchedulerConfig
+from svg_jax.video import enlarge, to_uint8
 
 KILLS = int(os.environ.get("SVG_JAX_KILLS", "3"))
 SPARSITY = svg_jax.SparsityConfig(density=0.6, dense_steps=0.3, sampled_rows=4, band_multiple=1)
@@ -240,6 +246,76 @@ def test_a_damaged_file_is_refused_wherever_the_damage_is(tmp_path):
             load_run(path, {"seed": 3})
 
 
+def signed(arrays):
+    """A file with its right digest, of whatever somebody put into it."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.comment = bytes(64)
+    body = file.getvalue()[:-64]
+    return body + hashlib.sha256(body).hexdigest().encode()
+
+
+def in_header(change):
+    def harm(arrays):
+        header = json.loads(str(arrays["header"]))
+        change(header)
+        return {"header": np.array(json.dumps(header))}
+
+    return harm
+
+
+FORGED: dict[str, Any] = {
+    "no header": lambda a: {"header": None},
+    "a header of a number": lambda a: {"header": np.array(3)},
+    "a header of a list": lambda a: {"header": np.array("[]")},
+    "a header that nests": lambda a: {"header": np.array("[" * 99_999)},
+    "no version": in_header(lambda h: h.pop("format_version")),
+    "a fingerprint of a number": in_header(lambda h: h.update(fingerprint=3)),
+    "steps of a number": in_header(lambda h: h.update(steps=3)),
+    "a step without a number": in_header(lambda h: h["steps"][1].pop("step")),
+    "a step with something more": in_header(lambda h: h["steps"][1].update(more=1)),
+    "a step twice": in_header(lambda h: h.update(steps=h["steps"] * 2)),
+    "a step's profile that is not there": in_header(lambda h: h["steps"][0].update(profile=True)),
+    "labels of numbers": lambda a: {"steps.1.labels": a["steps.1.labels"].astype(int)},
+    "errors of other heads": lambda a: {"steps.1.errors": a["steps.1.errors"][..., :1, :]},
+    "latents that are missing": lambda a: {"state.latents": None},
+    "latents of another shape": lambda a: {"state.latents": a["state.latents"][:, :1]},
+    "latents of another dtype": lambda a: {"state.latents": a["state.latents"].astype(float)},
+    "latents of text": lambda a: {"state.latents": np.array("a")},
+    "an array too much": lambda a: {"state.other": a["state.latents"]},
+    "more steps than there are": in_header(
+        lambda h: h.update(steps=[{**h["steps"][0], "step": step} for step in range(9)])
+    ),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGED)
+def test_a_file_that_was_made_by_hand_is_refused(forgery, tmp_path):
+    pipeline, arguments = pipeline_of("CogVideoX, DDIM, guided")
+    path = tmp_path / "state"
+    begun = pipeline.prepare(**{k: v for k, v in arguments.items() if k != "sparsity"}).state
+    save_run(path, begun, records_of(2), pipeline.fingerprint(**arguments))
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays |= FORGED[forgery](arrays)
+    path.write_bytes(signed({name: array for name, array in arrays.items() if array is not None}))
+    with pytest.raises(ValueError, match=r"state is damaged or no run's state: remove it"):
+        pipeline(**arguments, state_file=path, resume=True, callback_on_step_end=kill_after(2))
+
+
+def test_what_is_too_large_or_a_pipe_is_not_read(tmp_path):
+    path = tmp_path / "state"
+    path.touch()
+    os.truncate(path, 2**40)
+    with pytest.raises(ValueError, match="is damaged or no run's state"):
+        load_run(path, {})
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="is no file but a device or a pipe"):
+        saved_fingerprint(path)
+
+
 def test_a_state_file_is_a_plain_npz(tmp_path):
     save_run(tmp_path / "state", STATES["DPM"], records_of(1), {"seed": 3})
     with np.load(tmp_path / "state", allow_pickle=False) as file:
@@ -271,7 +347,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"labels": np.ones((2, 1, 2), bool)}, "had labels none, this one bool[2, 1, 2] of digest"),
     ({"prompt_embeds": normal(1, 2, 16)}, "had prompt_embeds float32[1, 2, 16] of digest"),
     ({"scheduler": "euler"}, "had scheduler none, this one euler"),
-    ({"image": GRAY}, "had image none, this one L image uint8[4, 4, 4] of digest"),
+    ({"image": GRAY}, "had image none, this one ['RGB image uint8[4, 4, 4] of digest"),
 ]
 
 
@@ -440,7 +516,8 @@ def test_kill_9_at_any_moment_changes_nothing_but_the_time(model, tmp_path):
         guidance_scale=1,
         num_frames=2,
         seed=3,
-        sparsity=svg_jax.SparsityConfig(),
+        sparsity=pipeline.default_sparsity(),
     )
-    svg_jax.save_video(video, tmp_path / "whole.mp4", fps=pipeline.frame_rate)
+    shown = enlarge(to_uint8(video), pipeline.defaults.enlarge or 1)
+    svg_jax.save_video(shown, tmp_path / "whole.mp4", fps=pipeline.default_fps)
     assert (work / "a.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()

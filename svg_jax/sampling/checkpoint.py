@@ -29,14 +29,16 @@ import numpy as np
 import PIL.Image
 
 from svg_jax.convert import Manifest
-from svg_jax.files import check_writable, remove_leftovers, written_atomically
+from svg_jax.files import check_writable, open_regular, remove_leftovers, written_atomically
 from svg_jax.sampling.flow import FlowState
 from svg_jax.sampling.record import HeadProfile, StepRecord
 from svg_jax.sampling.schedulers import SamplerState
 
 FORMAT_VERSION = 1
 _DIGEST_BYTES = 64  # sha256 in hexadecimal
+_MOST_BYTES = 2**31  # of a state file; HunyuanVideo's in 720p has 0.1 GB
 _SHOWN = 60  # characters of a setting in an error
+_NAMED = 3  # settings that an error names
 _PROFILE = tuple(field.name for field in dataclasses.fields(HeadProfile))
 
 State = SamplerState | FlowState
@@ -48,17 +50,25 @@ class SavedRun:
     """What a state file holds.
 
     Attributes:
+        path: The file.
         arrays: Those of the sampler's state, by their place in it.
         records: Of the steps that are done.
     """
 
+    path: Path
     arrays: Mapping[str, np.ndarray]
     records: tuple[StepRecord, ...]
 
     def state_like(self, state: State) -> State:
-        """The saved state, in the structure of another one of the same run."""
-        names, structure = list(_named_leaves(state)), jax.tree.structure(state)
-        return jax.tree.unflatten(structure, [jnp.asarray(self.arrays[name]) for name in names])
+        """Give the saved state the structure of another one of the same run.
+
+        Raises:
+            ValueError: If its arrays are others, or of other shapes or dtypes.
+        """
+        leaves, structure = _named_leaves(state), jax.tree.structure(state)
+        if _kinds(self.arrays) != _kinds(leaves):
+            raise damaged(self.path)
+        return jax.tree.unflatten(structure, [jnp.asarray(self.arrays[name]) for name in leaves])
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,14 +212,25 @@ def load_run(path: Path, fingerprint: Fingerprint) -> SavedRun:
     """
     arrays, header = _read_file(path)
     check_same_run(path, header["fingerprint"], fingerprint)
-    records = []
-    for values in header["steps"]:
-        profile = None
-        if values.pop("profile"):
-            found = [arrays.pop(f"steps.{values['step']}.{name}") for name in _PROFILE]
-            profile = HeadProfile(*found)
-        records.append(StepRecord(**values, profile=profile))
-    return SavedRun(arrays, tuple(records))
+    try:
+        records = tuple(_read_record(values, arrays) for values in header["steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path) from error
+    if [record.step for record in records] != list(range(len(records))):
+        raise damaged(path)
+    return SavedRun(path, arrays, records)
+
+
+def _read_record(values: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> StepRecord:
+    """A step's record; its arrays are taken out of the file's."""
+    profile = None
+    if values["profile"]:
+        profile = HeadProfile(*(arrays.pop(f"steps.{values['step']}.{name}") for name in _PROFILE))
+        layers, entries, heads = profile.labels.shape
+        shapes = profile.errors.shape, profile.density.shape
+        if profile.labels.dtype != np.bool_ or shapes != ((layers, entries, heads, 2), (layers,)):
+            raise ValueError(f"the profile of step {values['step']} has other shapes")
+    return StepRecord(**{**values, "profile": profile})
 
 
 def saved_fingerprint(path: str | Path) -> Fingerprint:
@@ -220,16 +241,29 @@ def saved_fingerprint(path: str | Path) -> Fingerprint:
 
 def _read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays and the header of a state file; see `load_run`."""
-    content = memoryview(path.read_bytes())
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > _MOST_BYTES:
+            raise damaged(path)
+        content = memoryview(file.read())
     body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
     if hashlib.sha256(body).hexdigest().encode() != digest:
-        raise ValueError(f"{path} is damaged or no run's state: remove it to start anew")
-    with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        arrays = dict(file)
-    header = json.loads(arrays.pop("header").item())
-    if header["format_version"] != FORMAT_VERSION:
+        raise damaged(path)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = dict(file)
+        header = dict(json.loads(arrays.pop("header").item()))
+        version = header["format_version"]
+        header |= {"fingerprint": dict(header["fingerprint"]), "steps": list(header["steps"])}
+    except Exception as error:  # anybody can write a file with its right digest
+        raise damaged(path) from error
+    if version != FORMAT_VERSION:
         raise ValueError(f"{path} is of another version of svg-jax: remove it to start anew")
     return arrays, header
+
+
+def damaged(path: Path) -> ValueError:
+    """Make the error of a file that `save_run` did not write so."""
+    return ValueError(f"{path} is damaged or no run's state: remove it to start anew")
 
 
 def make_fingerprint(**settings: Any) -> dict[str, Any]:
@@ -247,11 +281,13 @@ def check_same_run(path: Path, saved: Fingerprint, current: Fingerprint) -> None
     """ValueError if two fingerprints differ, which says in what; what is missing is None."""
     names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
     if names:
-        before = " and ".join(f"{name} {_shown(saved.get(name))}" for name in names)
-        now = " and ".join(_shown(current.get(name)) for name in names)
+        shown = names[:_NAMED]
+        before = " and ".join(f"{_shown(name)} {_shown(saved.get(name))}" for name in shown)
+        now = " and ".join(_shown(current.get(name)) for name in shown)
+        more = "" if shown == names else f"; {len(names) - _NAMED} more differ"
         raise ValueError(
-            f"{path} is another run's: the saved one had {before}, this one {now} (remove that "
-            "file to start anew)"
+            f"{path} is another run's: the saved one had {before}, this one {now}{more} (remove "
+            "that file to start anew)"
         )
 
 
@@ -268,6 +304,11 @@ def weights_digest(manifest: Manifest) -> str:
 def _named_leaves(state: State | None) -> dict[str, Any]:
     leaves = jax.tree.leaves_with_path(state)
     return {"state" + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _kinds(arrays: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Shape and dtype of each array."""
+    return {name: (array.shape, array.dtype) for name, array in arrays.items()}
 
 
 def _plain(value: Any) -> Any:

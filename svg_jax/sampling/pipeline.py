@@ -20,6 +20,7 @@ from svg_jax.masks import warn_of_lost_sparsity
 from svg_jax.models import Attend, VideoLayout
 from svg_jax.sampling.checkpoint import (
     RunFile,
+    damaged,
     make_fingerprint,
     open_run_file,
     saved_fingerprint,
@@ -342,6 +343,8 @@ class VideoPipeline(ABC):
                 raise ValueError("a saved run knows its steps: pass either steps or a file")
             if file.saved is not None:
                 state, done = file.saved.state_like(state), file.records
+                if len(done) > run.schedule.num_steps:
+                    raise damaged(file.path)
             steps = range(len(done), run.schedule.num_steps)
         if steps is not None and not steps:  # nothing to load the transformer for
             return dataclasses.replace(run, state=state), done
