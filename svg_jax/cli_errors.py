@@ -85,7 +85,8 @@ def _foreseen_code(error: BaseException) -> int | None:
     own = getattr(error, "exit_code", None)
     if isinstance(own, int):
         return own
-    for kind in type(error).__mro__:
+    of_system = isinstance(error, OSError) and error.errno  # a reader may pass on the disk's
+    for kind in () if of_system else type(error).__mro__:
         if (named := _READERS.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
             return named
     match error:

@@ -89,6 +89,12 @@ def generate(
     if labels_out is not None and sparsity is None:
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
     arguments = with_images_read(arguments) | read_arrays(files)
+    videos = len(arguments.get("prompt_embeds", "1"))
+    if videos > 1 and not wants_latents:
+        raise ValueError(
+            f"prompt_embeds are of {videos} videos, and {output.name} holds one: give those of one "
+            "prompt, or write latents (.npz)"
+        )
     _check(arguments, texts, sparsity or {}, fps=fps, enlarge=enlarge, save_every=save_every)
     pipeline = _load(model, revision=revision, variant=variant, verify=verify, dtype=dtype)
     fps, enlarge = _shown_at(pipeline, fps, enlarge)
@@ -289,7 +295,7 @@ def _captions(
 
 
 def _comparison_paths(output: Path) -> list[Path]:
-    if not output.name:
+    if output.name in ("", ".."):
         raise ValueError(f"output is the beginning of two files' names: got {str(output)!r}")
     return [output.with_name(output.name + suffix) for suffix in (".mp4", ".gif")]
 

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and only files."""
 
+import errno
 import os
 import re
 import stat
@@ -20,6 +21,7 @@ def written_atomically(path: str | Path) -> Iterator[Path]:
     Raises:
         FileNotFoundError: If the folder does not exist.
         IsADirectoryError: If `path` is a folder.
+        OSError: If it cannot be written; names `path`, not the temporary file.
     """
     path = Path(path)
     _check_place(path)
@@ -27,6 +29,11 @@ def written_atomically(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:  # a full disk is found by a stream that knows no name
+        if error.filename and temporary.name not in str(error.filename):
+            raise
+        reason = error.strerror or str(error)
+        raise OSError(error.errno or errno.EIO, reason, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -8,6 +8,8 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ from svg_jax.sampling.record import SamplingInfo, StepRecord
 
 _PROMPTS_AT_ONCE = 16  # encoded together: Wan's 720p waits with 0.1 GB of host memory for each
 _PROMPTS_BYTES = 2**24
+_RECORD_BYTES = 2**20
+_FIELD = re.compile(r"0?[0-9]{0,2}d?")  # what may stand behind {index:
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -81,15 +85,24 @@ def output_paths(output: Path, count: int) -> list[Path]:
                 f"{output.stem}-{{index:03d}}{output.suffix}: got {output}"
             )
         output = output / "{index:03d}.mp4"
-    try:
-        paths = [Path(str(output).format(index=index)) for index in range(count)]
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"--output's pattern is like out/{{index:03d}}.mp4: got {output}"
-        ) from error
+    if not _is_pattern(str(output)):
+        raise ValueError(f"--output's pattern is like out/{{index:03d}}.mp4: got {output}")
+    paths = [Path(str(output).format(index=index)) for index in range(count)]
     if len(set(paths)) != count:
         raise ValueError(f"--output gives two prompts one file: put {{index}} into {output}")
     return paths
+
+
+def _is_pattern(text: str) -> bool:
+    """Whether the only fields of a format are {index}, of at most 99 digits."""
+    try:
+        fields = [part[1:] for part in string.Formatter().parse(text) if part[1] is not None]
+    except ValueError:
+        return False
+    return all(
+        name == "index" and _FIELD.fullmatch(form or "") and conversion is None
+        for name, form, conversion in fields
+    )
 
 
 def plan_videos(
@@ -171,11 +184,11 @@ def generate_videos(
         except OSError as error:
             if not job.file.path.exists():
                 raise
-            reason = error.strerror or error
             raise OSError(
                 error.errno,
-                f"cannot be written ({reason}): the run is saved; --resume goes on from there",
-                str(job.output),
+                f"cannot be written ({error.strerror}): the run is saved; --resume goes on from "
+                "there",
+                error.filename or str(job.output),
             ) from error
         if keep_record:
             _write_record(job)
@@ -250,9 +263,10 @@ def _is_done(output: Path, fingerprint: Mapping[str, Any]) -> bool:
     if not (output.exists() and file.exists()):
         return False
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        saved, digest = record["fingerprint"], record["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+        with open_regular(file) as content:
+            record = json.loads(content.read(_RECORD_BYTES))
+        saved, digest = dict(record["fingerprint"]), record["sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: remove it and {output.name} to start anew") from error
     check_same_run(output, saved, fingerprint)
     return digest == _digest(output)

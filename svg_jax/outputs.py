@@ -22,8 +22,8 @@ def check_outputs(
             or is a device or a pipe.
         OSError: If one cannot be written; see `check_writable`.
     """
-    read = {name: Path(path) for name, path in inputs.items() if path is not None}
-    read = {name: path for name, path in read.items() if os.path.exists(path)}
+    given = {name: os.path.expanduser(path) for name, path in inputs.items() if path is not None}
+    read = {name: Path(path) for name, path in given.items() if os.path.exists(path)}
     taken: dict[tuple[int | str, ...], str] = {}
     for name, path in outputs:
         check_writable(path)

@@ -135,7 +135,16 @@ def test_what_was_made_otherwise_is_not_overwritten(generate):
         code, _, error = generate(*change)
         assert code == 2
         assert f"out/0.npz is another run's: the saved one {sentence}" in error
-    Path("out/.0.npz.json").write_text("{")
+    record = Path("out/.0.npz.json")
+    for text in ("{", "[]", '{"sha256": "", "fingerprint": 3}', "[" * 99_999):
+        record.write_text(text)
+        assert "out/.0.npz.json is damaged: remove it and 0.npz" in generate()[2]
+    record.write_text(json.dumps({"sha256": "", "fingerprint": {"k" * 99: "v" * 99}}))
+    code, _, error = generate()
+    assert (code, len(error) < 500) == (2, True)
+    assert error.endswith("more differ (remove that file to start anew)\n")
+    record.unlink()
+    os.mkfifo(record)  # which nobody writes to
     assert "out/.0.npz.json is damaged: remove it and 0.npz" in generate()[2]
 
 
@@ -184,6 +193,11 @@ def test_a_bad_file_is_one_sentence(content, sentence, generate):
         ([], "out/{name}.mp4", "pattern is like out/{index:03d}.mp4: got out/{name}.mp4"),
         ([], "out/{index.mp4", "pattern is like"),
         ([], "out/{index:q}.mp4", "pattern is like"),
+        ([], "out/{index[0]}.mp4", "pattern is like"),
+        ([], "out/{index.real}.mp4", "pattern is like"),
+        ([], "out/{index!r}.mp4", "pattern is like"),
+        ([], "out/{index:999999999999}.mp4", "pattern is like"),  # digits, which fill the memory
+        ([], "out/{index:{index}}.mp4", "pattern is like"),
         ([], "out/{{index}}.mp4", "gives two prompts one file"),
         ([], "out/{index}.avi", "a video is written as .mp4, .gif, .png"),
         ([], "none/{index}.mp4", "there is no folder none"),

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import resource
+import signal
 import socket
 import sys
 from importlib.resources import files
@@ -12,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import svg_jax
 from svg_jax import cli, commands
+from svg_jax.cli_errors import failure_of
 from svg_jax.convert import convert_pipeline
 from svg_jax.files import check_writable, open_regular
 from svg_jax.outputs import check_outputs
@@ -84,6 +87,10 @@ def read_only_folder(tmp_path):
         ("demo", ["-o", "folder"], 2, "there is a folder of that name"),
         ("demo", ["-o", "none/a"], 2, "there is no folder none"),
         ("compare", ["-o", "."], 2, "the beginning of two files' names"),
+        ("compare", ["-o", "folder.npz/.."], 2, "the beginning of two files' names"),
+        ("generate", ["-o", "a.gif", "--prompt-embeds", "two.npy"], 2, "--prompt-embeds are of 2"),
+        ("generate", ["-o", "~/.a.npz", "--model", "~"], 2, "there is no folder ~"),
+        ("generate", ["-o", "HOME/a.npz", "--model", "~"], 2, "is in the folder HOME that is read"),
         ("generate", ["-o", "null.npz"], 2, "null.npz is no file but a device or a pipe"),
         ("generate", ["-o", "pipe.gif"], 2, "pipe.gif is no file but a device or a pipe"),
         ("generate", ["-o", "a" * 250 + ".mp4"], 2, "name has 25"),
@@ -106,9 +113,16 @@ def read_only_folder(tmp_path):
     ],
 )
 def test_every_command_finds_it_before_the_work(
-    command, arguments, code, sentence, run, no_work, model, tmp_path
+    command, arguments, code, sentence, run, no_work, model, tmp_path, monkeypatch
 ):
-    places = {"RO": str(read_only_folder(tmp_path)), "MODEL": str(model)}
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    np.save("two.npy", np.ones((2, 16, 64), np.float32))
+    places = {
+        "HOME": str(tmp_path / "home"),
+        "RO": str(read_only_folder(tmp_path)),
+        "MODEL": str(model),
+    }
     for name in ("folder.npz", "folder.mp4"):
         Path(name).mkdir()
     Path("null.npz").symlink_to("/dev/null")
@@ -119,6 +133,7 @@ def test_every_command_finds_it_before_the_work(
     before = sorted(os.listdir())
     for place, path in places.items():
         arguments = [word.replace(place, path) for word in arguments]
+        sentence = sentence.replace(place, path)
     found, _, error = run(command, *arguments)
     assert (found, sentence in error) == (code, True), error
     assert len(error.splitlines()) == 1
@@ -179,6 +194,26 @@ def test_a_video_that_cannot_be_written_is_not_lost(run, monkeypatch):
     monkeypatch.setattr("svg_jax.sampling.pipeline.denoise", None)  # no step is left
     code, _, error = run("generate", "-o", "a.gif", "--resume")
     assert (code, os.listdir()) == (0, ["a.gif"]), error
+
+
+def test_what_fills_the_disk_is_named_and_is_not_the_users_fault(tmp_path, run):
+    """A stream knows no name, and FFmpeg gives its own; nothing is half there."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    noise = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3)).astype(np.uint8)
+    ours = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, limits[1]))
+    try:
+        for name in ("a.mp4", "a.gif", "a.png"):
+            with pytest.raises(OSError, match="File too large") as caught:
+                svg_jax.save_video(noise, tmp_path / name)
+            assert caught.value.filename == str(tmp_path / name)
+            assert failure_of(caught.value).code == 3
+        code, _, error = run("generate", "-o", "a.npz", "--save-every", 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ours)
+    assert (code, error) == (3, "svg-jax: a.npz: File too large\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_found_by_writing(tmp_path):

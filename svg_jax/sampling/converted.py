@@ -94,7 +94,11 @@ def _convert_once(
     fetch: Callable[[], None] | None,
 ) -> None:
     """Fetches and converts; of several processes one does, and the others wait for it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"conversions cannot be kept there ({error.strerror}): set SVG_JAX_CACHE"
+        raise OSError(error.errno, reason, str(target.parent)) from error
     lock = FileLock(target.with_name(f".{target.name}.lock"))
     try:
         lock.acquire(timeout=0)
