@@ -110,7 +110,10 @@ def _read_file(file: BufferedReader, name: str) -> dict[str, np.ndarray]:
             shown = ", ".join(_printable(member) for member in list(members)[:_MOST_SHOWN])
             more = ", ..." if len(members) > _MOST_SHOWN else ""
             raise _ArrayError(f"has no array {name}: it has {shown or 'none'}{more}")
-        wanted = {name: members[name if name in members else next(iter(members))]}
+        found = name if name in members else next(iter(members))
+        if found != name and found in _WITH_PROMPT_EMBEDS:
+            raise _ArrayError(f"has no array {name}: it has {found}, which is another argument's")
+        wanted = {name: members[found]}
         if name == "prompt_embeds":
             wanted |= {other: members[other] for other in _WITH_PROMPT_EMBEDS if other in members}
         arrays = {}
@@ -158,7 +161,7 @@ def _check_header(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
     rule = _RULES[name]
     if dtype.kind not in rule.kinds:
         kinds = " or ".join(dict.fromkeys(rule.kinds.values()))
-        hint = "; NumPy knows no bfloat16: save it as float32" if dtype.kind == "V" else ""
+        hint = "; NumPy knows no bfloat16: save it as float32" if dtype.str == "|V2" else ""
         raise _ArrayError(f"must hold {name} in {kinds}: got {str(dtype)[:40]}{hint}")
     if len(shape) != len(rule.axes) or min(shape) < 1:
         axes = ", ".join(rule.axes)

@@ -1,6 +1,5 @@
 """A video that a user gives, as the array of its frames."""
 
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -53,11 +52,11 @@ def stacked_frames(video: AnyVideo, name: str) -> Shaped[np.ndarray, "frames hei
     frames = video.frames if isinstance(video, HasFrames) else video
     if frames is None and video is not None:
         raise ValueError(f"{name}: this output has latents only: there are no frames")
-    if frames is None or isinstance(frames, str | bytes | Path | PIL.Image.Image):
+    array = _stack(frames, name) if isinstance(frames, list | tuple) else as_numpy(frames, name)
+    if array.ndim == 0 or isinstance(frames, PIL.Image.Image):  # a path or a generator, say
         raise ValueError(
             f"{name} must be an array or a list of frames: got one {type(frames).__name__}"
         )
-    array = _stack(frames, name) if isinstance(frames, list | tuple) else as_numpy(frames, name)
     if array.ndim == 5:
         if len(array) != 1:
             raise ValueError(f"{name} must be one video: pick one of these {len(array)}")

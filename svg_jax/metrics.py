@@ -1,8 +1,8 @@
 """How far one video is from another: PSNR and SSIM, as the paper's comparison uses them.
 
 Both compare the sparse video with the dense one of the same noise, before any encoding. Arrays in
-floating point are from −1 to 1 (values outside are clipped). Bytes and what a pipeline returns say
-their range themselves, and need not be scaled.
+floating point are from −1 to 1 (what a decoder overshoots is clipped). Bytes and what a pipeline
+returns say their range themselves, and need not be scaled.
 """
 
 import jax
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from svg_jax.frames import AnyVideo, HasFrames, as_frames, stacked_frames
 
 _Signed = Float[np.ndarray, "frames height width 3"]
+_FURTHEST = 10  # no decoder overshoots as far, and no picture from 0 to 255 is as dark
 SSIM_WINDOW = 11  # pixels a side: σ = 1.5, cut at 3.5σ
 
 
@@ -104,4 +105,9 @@ def _clipped(array: np.ndarray, name: str) -> _Signed:
     pixels = array if array.dtype == np.float64 else array.astype(np.float32)
     if not np.isfinite(pixels).all():
         raise ValueError(f"{name} has pixels that are not finite")
+    if (furthest := np.abs(pixels).max()) > _FURTHEST:
+        raise ValueError(
+            f"{name} in floating point has values from -1 to 1: got some of {furthest:.3g}; if "
+            "they are from 0 to 255, cast them to uint8"
+        )
     return np.clip(pixels, -1, 1)

@@ -30,7 +30,7 @@ def as_numpy(value: Any, name: str) -> Shaped[np.ndarray, "..."]:
         ValueError: If NumPy can make no array of it.
     """
     try:
-        if callable(getattr(value, "detach", None)):
+        if callable(getattr(value, "cpu", None)):
             value = value.detach().cpu()
             value = (value.float() if value.is_floating_point() else value).numpy()
         return np.asarray(value)
@@ -44,7 +44,7 @@ def as_numpy(value: Any, name: str) -> Shaped[np.ndarray, "..."]:
 def channels_last(array: np.ndarray, name: str) -> Shaped[np.ndarray, "*frames height width 3"]:
     """Put the colours of [..., height, width, 3] or [..., 3, height, width] last.
 
-    Where both axes are 3 the last one is the colours. Greys [..., height, width, 1] are repeated.
+    Where both axes are 3 the last one is the colours. Greys, of one colour, are repeated.
 
     Raises:
         ValueError: If neither axis is the colours, or there are no pixels.
@@ -55,8 +55,9 @@ def channels_last(array: np.ndarray, name: str) -> Shaped[np.ndarray, "*frames h
         return array
     if array.shape[-3] == _COLOURS:
         return np.moveaxis(array, -3, -1)
-    if array.shape[-1] == 1:
-        return np.repeat(array, _COLOURS, axis=-1)
+    for axis in (-1, -3):
+        if array.shape[axis] == 1:
+            return np.repeat(np.moveaxis(array, axis, -1), _COLOURS, axis=-1)
     hint = ""
     if 4 in (array.shape[-1], array.shape[-3]):
         hint = "; transparency has to be dropped first"
@@ -79,7 +80,7 @@ def in_known_range(array: np.ndarray, name: str) -> UInt8[np.ndarray, "..."] | F
     if dtype == np.uint8:
         return array
     is_float = jax.dtypes.issubdtype(dtype, np.floating)  # NumPy does not know bfloat16
-    if dtype == np.uint16 or not (is_float or np.issubdtype(dtype, np.integer)):
+    if dtype == np.uint16 or not (is_float or dtype.kind in "iu"):
         hint = " (divide 16 bits by 65535)" if dtype == np.uint16 else ""
         raise ValueError(
             f"{name} must have pixels of uint8 from 0 to 255, or in floating point from 0 to 1: "

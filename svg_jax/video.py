@@ -11,6 +11,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from svg_jax.captions import caption_bar, draw_caption
+from svg_jax.convert.values import Number
 from svg_jax.files import written_atomically
 from svg_jax.frames import AnyVideo, Frames, as_frames
 
@@ -54,10 +55,10 @@ def check_fps(fps: Any, path: str | Path = "") -> None:
     """
     if isinstance(fps, bool | np.bool_) or not isinstance(fps, int | float | np.number):
         raise ValueError(f"fps must be a number: got {fps!r}")
-    fps = float(fps)
     if not _SLOWEST <= fps <= _FASTEST:
+        shown = f"{fps:g}" if abs(fps) < 1e100 else "more"  # an integer may be no float
         raise ValueError(
-            f"fps must be positive, at least {_SLOWEST} and at most {_FASTEST}: got {fps:g}"
+            f"fps must be positive, at least {_SLOWEST} and at most {_FASTEST}: got {shown}"
         )
     if Path(path).suffix.lower() == ".gif" and fps > _FASTEST_GIF:
         raise ValueError(
@@ -147,8 +148,9 @@ def side_by_side(*videos: AnyVideo, gap: int = 2) -> NewFrames:
     """Put videos of one shape in a row, with `gap` white columns between them.
 
     Raises:
-        ValueError: If there is none, or their shapes differ.
+        ValueError: If there is none, their shapes differ, or the gap is no number of columns.
     """
+    _check_count("gap", gap, 0)
     arrays = [as_frames(video) for video in videos]
     shapes = {array.shape for array in arrays}
     if len(shapes) != 1:
@@ -161,7 +163,12 @@ def side_by_side(*videos: AnyVideo, gap: int = 2) -> NewFrames:
 
 
 def enlarge(video: AnyVideo, factor: int) -> NewFrames:
-    """Show every pixel as a square of factor² pixels: what a tiny model made, and nothing else."""
+    """Show every pixel as a square of factor² pixels: what a tiny model made, and nothing else.
+
+    Raises:
+        ValueError: If it is no video, or the factor is no whole number of at least 1.
+    """
+    _check_count("factor", factor, 1)
     return as_frames(video).repeat(factor, axis=1).repeat(factor, axis=2)
 
 
@@ -185,6 +192,11 @@ def with_label(video: AnyVideo, text: str, *, beside: Sequence[str] = ()) -> New
     if frames.dtype != np.uint8:
         pixels = pixels.astype(frames.dtype) / 255
     return np.concatenate([np.broadcast_to(pixels, (len(wide), *pixels.shape)), wide], axis=1)
+
+
+def _check_count(name: str, value: int, minimum: int) -> None:
+    if (problem := Number(minimum, whole=True).problem(value)) is not None:
+        raise ValueError(f"{name} {problem}")
 
 
 def _white(frames: Frames) -> int:

@@ -126,6 +126,10 @@ HOSTILE = {
         "that are not finite",
     ),
     "a deep header": (b"\x93NUMPY\x01\x00\x70\x17" + b"[" * 6000, "is no .npy or .npz file"),
+    "another argument's array": (
+        archive(negative_prompt_embeds=npy()),
+        "has no array latents: it has negative_prompt_embeds, which is another argument's",
+    ),
     "another version": (b"\x93NUMPY\x09\x01" + npy()[8:], "is in version 9.1 of the format .npy"),
 }
 

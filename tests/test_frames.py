@@ -101,6 +101,23 @@ def test_metrics_know_the_range_of_bytes_and_of_outputs():
         psnr(BYTES, FLOATS)
     with pytest.raises(ValueError, match="reference has pixels that are not finite"):
         psnr(FLOATS, np.full_like(FLOATS, np.nan))
+    for metric in (psnr, ssim):  # clipped, all of it were white
+        with pytest.raises(ValueError, match=r"from -1 to 1: got some of 255; if they are from 0"):
+            metric(FLOATS * 255, FLOATS * 200)
+
+
+@pytest.mark.parametrize("axis", [1, 3])
+def test_greys_have_one_colour_first_or_last(axis):
+    greys = np.expand_dims(BYTES[..., 0], axis)
+    np.testing.assert_array_equal(as_frames(greys), BYTES[..., :1].repeat(3, axis=-1))
+
+
+@pytest.mark.parametrize("count", [-1, True])
+def test_only_whole_numbers_enlarge_and_part(count):
+    with pytest.raises(ValueError, match="factor must be a whole number of at least 1: got"):
+        enlarge(BYTES, count)
+    with pytest.raises(ValueError, match="gap must be a whole number of at least 0: got"):
+        side_by_side(BYTES, BYTES, gap=count)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +152,10 @@ def test_metrics_know_the_range_of_bytes_and_of_outputs():
         (Image.new("RGB", (4, 4)), "must be an array or a list of frames: got one Image"),
         ("a.mp4", "must be an array or a list of frames: got one str"),
         (None, "must be an array or a list of frames: got one NoneType"),
-        (7, r"must have the axes .* got the shape \(\)"),
-        ({"a": 1}, r"video must have the axes .* got the shape \(\)"),
+        (7, "must be an array or a list of frames: got one int"),
+        ({"a": 1}, "must be an array or a list of frames: got one dict"),
+        ((frame for frame in BYTES), "must be an array or a list of frames: got one generator"),
+        (BYTES.astype("m8[s]"), "got timedelta64"),
         ([[1, 2], [3]], r"frame 1 is int64\[1\]"),
         ([[[1, 2], [3]]], "video: no array can be made of this list: "),
     ],

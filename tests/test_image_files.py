@@ -124,8 +124,9 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero"), Path("/dev/null")):
         with pytest.raises(ValueError, match="is no file but a"):
             as_image(path)
-    with pytest.raises(FileNotFoundError):
-        as_image("https://example.org/cat.png")
+    for address in ("https://example.org/cat.png", Path("https://example.org/cat.png")):
+        with pytest.raises(FileNotFoundError, match="is an address: download the image first"):
+            as_image(address)
     assert time.monotonic() - start < 5
 
 

@@ -1,5 +1,6 @@
 """Image files, which anybody may have made: only pictures are opened, and only of usual sizes."""
 
+import errno
 import os
 import warnings
 from pathlib import Path
@@ -33,6 +34,8 @@ def open_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
         OSError: If it is not there, or cannot be read.
     """
     path = Path(path)
+    if path.parts and path.parts[0] in ("http:", "https:"):
+        raise FileNotFoundError(errno.ENOENT, "is an address: download the image first", str(path))
     known = [name for name in FORMATS if name != "AVIF" or PIL.features.check("avif")]
     with open_regular(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damaged tags, which change nothing
