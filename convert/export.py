@@ -29,7 +29,7 @@ def export_pipeline(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Writes a converted folder as a pipeline folder in diffusers' layout.
+    """Write a converted folder as a pipeline folder in diffusers' layout.
 
     Names, shapes, dtypes and bytes of all tensors are those of the folder that was converted (after
     the cast, if one was asked for); every tensor is checked against its digest on the way. Skipped

@@ -72,11 +72,11 @@ def load_component(
     progress: Progress | None = None,
     **options: Any,
 ) -> Any:
-    """Loads a component of a converted folder: a transformer, an encoder or a VAE.
+    """Load a component of a converted folder: a transformer, an encoder or a VAE.
 
     Args:
         folder: What `convert_pipeline` made.
-        name: Of the component, e.g. "vae" or "image_encoder".
+        name: Name of the component, e.g. "vae" or "image_encoder".
         dtype: Dtype of the matrix products.
         param_dtype: Dtype to cast the parameters to, but those that the model keeps in float32 (see
             `WanTransformer`); None keeps each as it is stored.
@@ -136,11 +136,11 @@ def load_transformer(
     param_dtype: DTypeLike | None = None,
     residual_dtype: DTypeLike | None = None,
 ) -> Transformer:
-    """Loads a transformer of a converted folder, of whichever family it is.
+    """Load a transformer of a converted folder, of whichever family it is.
 
     Args:
         folder: See `load_component`.
-        name: Which component: Wan 2.2 has a "transformer_2", too.
+        name: Name of the component: Wan 2.2 has a "transformer_2", too.
         dtype: See `load_component`.
         param_dtype: See `load_component`.
         residual_dtype: Dtype of the residual stream; None is `dtype`.
@@ -164,7 +164,7 @@ def load_text_encoder(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
 ) -> T5Encoder:
-    """Loads the T5 or UMT5 encoder of a converted folder.
+    """Load the T5 or UMT5 encoder of a converted folder.
 
     Args:
         folder: See `load_component`.
@@ -185,7 +185,7 @@ def load_vae(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
 ) -> VAE:
-    """Loads the video autoencoder of a converted folder, of whichever family it is.
+    """Load the video autoencoder of a converted folder, of whichever family it is.
 
     Args:
         folder: See `load_component`.
@@ -234,7 +234,7 @@ def _load(
 
 
 def _read(weights: Path, path: tuple[str, ...], leaf: ts.TensorStore) -> jax.Array:
-    """Reads a leaf in the order in which it lies, and turns its axes on the device."""
+    """Read a leaf in the order in which it lies, and turn its axes on the device."""
     order = leaf.chunk_layout.inner_order or ()
     with readable(weights, path):
         read = leaf.transpose(order).read().result()

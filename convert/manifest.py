@@ -138,14 +138,14 @@ def _signed(values: Mapping[str, Any]) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest, name: str = NAME) -> None:
-    """Writes the manifest, whole or not at all."""
+    """Write the manifest, whole or not at all."""
     new = folder / f"{name}.new"
     new.write_text(manifest_text(manifest), encoding="utf-8")
     os.replace(new, folder / name)
 
 
 def read_manifest(folder: Path, name: str = NAME) -> Manifest:
-    """Reads the manifest of a converted folder and checks it against its own digest.
+    """Read the manifest of a converted folder and check it against its own digest.
 
     Raises:
         ConversionError: If the folder is not a converted one, or of another format version.
@@ -213,7 +213,7 @@ def read_manifest(folder: Path, name: str = NAME) -> Manifest:
 
 
 def _check_types(manifest: Manifest) -> None:
-    """Refuses values of other types: whoever signs a manifest may have written anything."""
+    """Refuse values of other types: whoever signs a manifest may have written anything."""
     for name in ("sources", "files", "weights", "versions"):
         table = getattr(manifest, name)
         if not isinstance(table, dict) or not all(isinstance(text, str) for text in table.values()):
@@ -229,7 +229,7 @@ def _check_types(manifest: Manifest) -> None:
 
 
 def _check_names(manifest: Manifest) -> None:
-    """Refuses names that lead out of the folder, for they become paths, and unknown dtypes."""
+    """Refuse names that lead out of the folder, for they become paths, and unknown dtypes."""
     for name in (*manifest.components, *manifest.files, *manifest.weights):
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:

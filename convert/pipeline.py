@@ -62,7 +62,7 @@ def convert_pipeline(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Converts a pipeline, or a component alone, in diffusers' layout into orbax checkpoints.
+    """Convert a pipeline, or a component alone, in diffusers' layout into orbax checkpoints.
 
     The result holds `model_index.json`, `manifest.json`, the files of scheduler, tokenizers and
     image processor, and per component `config.json` and `weights/`, an orbax checkpoint of the
@@ -279,7 +279,7 @@ def _write_component(
 
 
 def _copy_config(component: ComponentPlan, target: Path) -> None:
-    """Carries config.json over as it is; only a dtype that it names follows a cast."""
+    """Carry config.json over as it is; only a dtype that it names follows a cast."""
     text = component.config_text
     values = json.loads(text)
     named = [key for key in ("dtype", "torch_dtype") if key in values]

@@ -33,7 +33,7 @@ _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat
 
 
 def check_destination(destination: Path, source: Path, nbytes: int, overwrite: bool) -> None:
-    """Refuses a destination before anything is written.
+    """Refuse a destination before anything is written.
 
     Args:
         destination: The folder to be made.
@@ -156,7 +156,7 @@ def staged_folder(
 
 
 def clear(folder: Path, keep: Collection[str] = ()) -> None:
-    """Empties a folder but for the entries named `keep`."""
+    """Empty a folder but for the entries named `keep`."""
     for path in folder.iterdir():
         if path.name in keep:
             continue
@@ -196,7 +196,7 @@ def _lock_folder(staging: Path, destination: Path) -> int | None:
 
 
 def _sync(folder: Path) -> None:
-    """Brings every file to the disk, so that a power cut after the rename finds them whole."""
+    """Bring every file to the disk, so that a power cut after the rename finds them whole."""
     for path in (*folder.rglob("*"), folder):
         if path.is_file() or path.is_dir():
             handle = os.open(path, os.O_RDONLY)

@@ -57,7 +57,7 @@ def open_tensors(folder: ConvertedFolder) -> dict[str, dict[str, ConvertedTensor
 
 
 def read_checked(component: str, name: str, tensor: ConvertedTensor) -> np.ndarray:
-    """Reads a tensor and compares it with the manifest's digest.
+    """Read a tensor and compare it with the manifest's digest.
 
     Raises:
         DamageError: If it differs.

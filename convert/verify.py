@@ -16,7 +16,7 @@ _NAMED = 3  # how many files an error spells out
 
 
 def verify_pipeline(source: str | Path, *, progress: Progress | None = None) -> Manifest:
-    """Reads a converted folder whole and compares every file and every tensor with the manifest.
+    """Read a converted folder whole and compare every file and every tensor with the manifest.
 
     The files show whether anything has changed since the conversion; the tensors, read through
     orbax and turned back into the source's layout, show that the conversion itself was right.

@@ -116,7 +116,7 @@ class LeafFiles:
 
 
 class _MetadataHandler(ocp.type_handlers.NumpyHandler):
-    """Writes what zarr has to know about a leaf, and none of its numbers."""
+    """A handler that writes what zarr has to know about a leaf, and none of its numbers."""
 
     async def _open_and_write(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, value: LeafFiles, tspec: dict[str, Any], ts_context: ts.Context
@@ -138,7 +138,7 @@ class _SaveArgs(ocp.args.PyTreeSave):
 
 
 def create_checkpoint(folder: Path, leaves: Mapping[tuple[str, ...], LeafFiles]) -> None:
-    """Makes an orbax checkpoint whose chunks are there and are to be filled.
+    """Make an orbax checkpoint whose chunks are there and are to be filled.
 
     Args:
         folder: The checkpoint's folder, a real path; it must not exist.

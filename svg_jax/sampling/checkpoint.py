@@ -51,8 +51,8 @@ class SavedRun:
 
     Attributes:
         path: The file.
-        arrays: Those of the sampler's state, by their place in it.
-        records: Of the steps that are done.
+        arrays: Arrays of the sampler's state, by their place in it.
+        records: Records of the steps that are done.
     """
 
     path: Path
@@ -77,7 +77,7 @@ class RunFile:
 
     Attributes:
         path: The file.
-        fingerprint: Of the run.
+        fingerprint: Fingerprint of the run.
         save_every: Steps from one save to the next; 0 saves nothing.
         saved: What is to be gone on from; None starts at the first step.
     """
@@ -100,11 +100,11 @@ class RunFile:
 def open_run_file(
     path: str | Path, fingerprint: Fingerprint, *, save_every: int, resume: bool
 ) -> RunFile:
-    """Looks at a state file before the work: whether there is one, and of which run.
+    """Look at a state file before the work: whether there is one, and of which run.
 
     Args:
         path: The file; there may be none yet.
-        fingerprint: Of the run that is to be saved there or gone on with.
+        fingerprint: Fingerprint of the run that is to be saved there or gone on with.
         save_every: Steps from one save to the next; 0 saves nothing.
         resume: Go on from what is there, or start if there is nothing.
 
@@ -129,7 +129,7 @@ def open_run_file(
 
 @contextmanager
 def saving(file: RunFile) -> Iterator[Callable[[State, StepRecord], None]]:
-    """Gives what is to be called after each step, and saves the run now and then.
+    """Give what is to be called after each step, and save the run now and then.
 
     The copy from the device is started behind the step, and awaited and written by another thread.
     The loop waits for a save only if the one before is still being written. Whatever ends the run,
@@ -177,7 +177,7 @@ def saving(file: RunFile) -> Iterator[Callable[[State, StepRecord], None]]:
 def save_run(
     path: Path, state: State | None, records: tuple[StepRecord, ...], fingerprint: Fingerprint
 ) -> None:
-    """Writes a state file, whole or not at all, and waits for the disk.
+    """Write a state file, whole or not at all, and wait for the disk.
 
     Raises:
         OSError: If it cannot be written.
@@ -204,7 +204,7 @@ def save_run(
 
 
 def load_run(path: Path, fingerprint: Fingerprint) -> SavedRun:
-    """Reads a state file.
+    """Read a state file.
 
     Raises:
         OSError: If it cannot be read.
@@ -222,7 +222,7 @@ def load_run(path: Path, fingerprint: Fingerprint) -> SavedRun:
 
 
 def _read_record(values: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> StepRecord:
-    """A step's record; its arrays are taken out of the file's."""
+    """Read a step's record, and take its arrays out of the file's."""
     profile = None
     if values["profile"]:
         profile = HeadProfile(*(arrays.pop(f"steps.{values['step']}.{name}") for name in _PROFILE))
@@ -234,13 +234,13 @@ def _read_record(values: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> St
 
 
 def saved_fingerprint(path: str | Path) -> Fingerprint:
-    """The fingerprint in a state file; none if there is no file. Errors as of `load_run`."""
+    """Read the fingerprint in a state file; none if there is no file. Errors as of `load_run`."""
     path = Path(path)
     return _read_file(path)[1]["fingerprint"] if path.exists() else {}
 
 
 def _read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the header of a state file; see `load_run`."""
+    """Read the arrays and the header of a state file; see `load_run`."""
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > _MOST_BYTES:
             raise damaged(path)
@@ -278,7 +278,7 @@ def make_fingerprint(**settings: Any) -> dict[str, Any]:
 
 
 def check_same_run(path: Path, saved: Fingerprint, current: Fingerprint) -> None:
-    """ValueError if two fingerprints differ, which says in what; what is missing is None."""
+    """Raise ValueError if two fingerprints differ, saying in what; what is missing is None."""
     names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
     if names:
         shown = names[:_NAMED]
@@ -292,7 +292,7 @@ def check_same_run(path: Path, saved: Fingerprint, current: Fingerprint) -> None
 
 
 def weights_digest(manifest: Manifest) -> str:
-    """Tells the weights and settings of a converted folder, without reading the weights."""
+    """Tell the weights and settings of a converted folder, without reading the weights."""
     stored = {
         component: {name: tensor.stored_sha256 for name, tensor in tensors.items()}
         for component, tensors in manifest.components.items()

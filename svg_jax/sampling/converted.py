@@ -43,7 +43,7 @@ def converted_folder(
 
     Args:
         model: A converted folder, one in diffusers' layout, a hub id, or "tiny".
-        revision: Of a hub id: a branch, tag or commit.
+        revision: Revision of a hub id: a branch, tag or commit.
         variant: Which weights where a component has them, e.g. "fp16".
         cache_dir: Keeps downloads and, in `svg-jax`, what was converted, in place of the hub's
             cache and of $SVG_JAX_CACHE, which is ~/.cache/svg-jax if it is not set.
@@ -93,7 +93,7 @@ def _convert_once(
     progress: Progress | None,
     fetch: Callable[[], None] | None,
 ) -> None:
-    """Fetches and converts; of several processes one does, and the others wait for it."""
+    """Fetch and convert; of several processes one does, and the others wait for it."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

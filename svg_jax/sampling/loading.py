@@ -40,7 +40,7 @@ def from_pretrained(
     verify: bool = False,
     progress: Progress | None = None,
 ) -> VideoPipeline:
-    """Loads a video model, onto the default device.
+    """Load a video model, onto the default device.
 
     What `svg-jax convert` made is used as it is. A folder in diffusers' layout, or one from the
     hub, is converted first: once, bit for bit, into a cache.
@@ -48,9 +48,9 @@ def from_pretrained(
     Args:
         model: A converted folder, a folder in diffusers' layout, a hub id ("owner/name"), or "tiny"
             for the bundled model; what is there as a folder is never looked for elsewhere.
-        dtype: Of matrix products; parameters stay as they are stored. Default: bfloat16 on an
+        dtype: Dtype of matrix products; parameters stay as they are stored. Default: bfloat16 on an
             accelerator, float32 on a CPU.
-        revision: Of a hub id: a branch, tag or commit.
+        revision: Revision of a hub id: a branch, tag or commit.
         variant: Weights to take where a component has them, e.g. "fp16"; elsewhere the plain ones.
         cache_dir: Keeps downloads and, in `svg-jax`, what was converted, in place of the hub's
             cache and of $SVG_JAX_CACHE, which is ~/.cache/svg-jax if it is not set.
