@@ -3,11 +3,10 @@
 from functools import partial
 from typing import Any, Literal, overload
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from svg_jax.kernels import mosaic_gpu, reference, xla
+from svg_jax.kernels import cudnn, mosaic_gpu, reference, xla
 from svg_jax.kernels.attention import block_sparse_attention
 from svg_jax.kernels.block_mask import BandMask
 from svg_jax.kernels.checks import check_arrays, check_integers, check_scale
@@ -67,21 +66,22 @@ def dense_attention(  # pyright: ignore[reportInconsistentOverload]
     check_integers("query_seq_lengths", query_seq_lengths, (batch,), "[batch]")
     check_integers("key_value_seq_lengths", key_value_seq_lengths, (batch,), "[batch]")
     scale = check_scale(scale, head_dim)
+    why_not_cudnn = cudnn.why_not(head_dim, query.dtype)
+    if return_lse:
+        why_not_cudnn = why_not_cudnn or "it returns no log-sum-exp"
     why_not_hopper = mosaic_gpu.why_not(head_dim, query.dtype)
     if key.shape != query.shape or (query_seq_lengths, key_value_seq_lengths) != (None, None):
         why_not_hopper = why_not_hopper or "it takes as many keys as queries, all of them real"
     if implementation is None:
-        if not _why_not_cudnn(query, return_lse):
-            implementation = "cudnn"
-        else:
-            implementation = "xla" if why_not_hopper else "mosaic_gpu"
+        on_any = "xla" if why_not_hopper else "mosaic_gpu"
+        implementation = on_any if why_not_cudnn else "cudnn"
 
-    if implementation == "cudnn" and (why_not := _why_not_cudnn(query, return_lse)):
-        raise ValueError(f"implementation='cudnn' cannot run here: {why_not}")
+    if implementation == "cudnn" and why_not_cudnn:
+        raise ValueError(f"implementation='cudnn' cannot run here: {why_not_cudnn}")
     if implementation == "mosaic_gpu" and why_not_hopper:
         raise ValueError(f"implementation='mosaic_gpu' cannot run here: {why_not_hopper}")
     run = {
-        "cudnn": _cudnn_attention,
+        "cudnn": _by_cudnn,
         "mosaic_gpu": _on_hopper,
         "xla": _portable,
         "reference": _reference,
@@ -131,44 +131,17 @@ def _reference(query, key, value, query_seq_lengths, key_value_seq_lengths, *, s
     return reference.masked_attention(query, key, value, keep, scale=scale)
 
 
-def _cudnn_attention(query, key, value, query_seq_lengths, key_value_seq_lengths, *, scale):
-    # cuDNN reads whole tiles, padding too, and a weight of 0 does not hide a NaN.
-    query = _blanked(query, query_seq_lengths)
-    key, value = (_blanked(x, key_value_seq_lengths) for x in (key, value))
-    out = jax.nn.dot_product_attention(
+def _by_cudnn(query, key, value, query_seq_lengths, key_value_seq_lengths, *, scale):
+    out = cudnn.cudnn_attention(
         query,
         key,
         value,
-        scale=scale,
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
-        implementation="cudnn",
+        scale=scale,
     )
-    if key_value_seq_lengths is not None:
-        some = (key_value_seq_lengths > 0)[:, None, None, None]
-        out = jnp.where(some, out, jnp.zeros((), out.dtype))
-    return _blanked(out, query_seq_lengths), None
-
-
-def _why_not_cudnn(query: Array, return_lse: bool) -> str:
-    """Say in a clause why cuDNN cannot run, or nothing where it can."""
-    if jax.default_backend() != "gpu":
-        return f"the default device is {jax.default_backend()}, not an NVIDIA GPU"
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it takes bfloat16 or float16, not {query.dtype}"
-    if query.shape[-1] % 8 or query.shape[-1] > 128:
-        return f"it takes a head_dim that is a multiple of 8 up to 128, not {query.shape[-1]}"
-    if return_lse:
-        return "it returns no log-sum-exp"
-    return ""
+    return out, None
 
 
 def _below(size: int, lengths: Int[Array, " batch"]) -> Array:
     return jnp.arange(size, dtype=lengths.dtype)[None] < lengths[:, None]
-
-
-def _blanked(x: Array, lengths: Int[Array, " batch"] | None) -> Array:
-    """Put 0 behind the lengths."""
-    if lengths is None:
-        return x
-    return jnp.where(_below(x.shape[1], lengths)[:, :, None, None], x, jnp.zeros((), x.dtype))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from svg_jax.kernels import checks, cudnn
 from svg_jax.models.layout import VideoLayout
 
 _ROWS = 256  # query rows of a block: the fastest on a CPU, where 512 fall out of the cache
@@ -61,6 +62,7 @@ def dense_attention(
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], None]:
     """Exact attention: cuDNN in 16 bit on a GPU, else by blocks of query rows (see `Attend`)."""
     del layer, step_state
+    check_arguments(query, key, value, layout, text_length)
     if text_length is None:
         return _attend(query, key, value, None), None
     # Padding stands at the end of the text; with the text last it stands at the end of all tokens,
@@ -70,6 +72,27 @@ def dense_attention(
     length = layout.video_tokens + text_length
     out = _attend(_blanked(query, length), key, value, length)
     return jnp.roll(_blanked(out, length), shift, axis=1), None
+
+
+def check_arguments(query: Any, key: Any, value: Any, layout: Any, text_length: Any) -> None:
+    """ValueError, in one sentence, unless attention over a video can take these arguments.
+
+    Args:
+        query: What is given as queries.
+        key: What is given as keys.
+        value: What is given as values.
+        layout: What is given as the layout.
+        text_length: What is given as the texts' lengths; None is not looked at.
+    """
+    if not isinstance(layout, VideoLayout):
+        raise ValueError(f"layout must be a VideoLayout, not {type(layout).__name__}")
+    checks.check_arrays(query, key, value)
+    for name, x in (("query", query), ("key", key)):
+        checks.check_tokens(name, x, layout.num_tokens, layout)
+    if text_length is not None and not layout.text_tokens:
+        raise ValueError(f"text_length is given, but no text is in {layout}: leave it None")
+    checks.check_integers("text_length", text_length, (query.shape[0],), "[batch]")
+    checks.check_range("text_length", text_length, 0, layout.text_tokens)
 
 
 def cross_attention(
@@ -87,6 +110,8 @@ def cross_attention(
         value: Values.
         key_length: How many keys of each batch entry count, from the first on; None if all do.
     """
+    checks.check_arrays(query, key, value)
+    checks.check_integers("key_length", key_length, query.shape[:1], "[batch]")
     return _attend(query, key, value, key_length)
 
 
@@ -151,15 +176,11 @@ def softmax_attention(
 
 
 def _attend(query: Array, key: Array, value: Array, length: Array | None) -> Array:
+    head_dim = query.shape[-1]
+    if not cudnn.why_not(head_dim, query.dtype):
+        return cudnn.cudnn_attention(query, key, value, key_value_seq_lengths=length)
     if length is not None:  # padding may hold NaN, which no weight of 0 hides
         key, value = _blanked(key, length), _blanked(value, length)
-    head_dim = query.shape[-1]
-    in_16_bit = query.dtype in (jnp.bfloat16, jnp.float16)
-    if in_16_bit and jax.default_backend() == "gpu" and head_dim % 8 == 0 and head_dim <= 128:
-        return jax.nn.dot_product_attention(
-            query, key, value, key_value_seq_lengths=length, implementation="cudnn"
-        )
-
     keep = None if length is None else _below(key.shape[1], length)
 
     def attend_rows(rows: Array, first: Array) -> Array:

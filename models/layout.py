@@ -1,6 +1,7 @@
 """The shape of a token sequence that holds a video, and where its text stands."""
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 
@@ -24,6 +25,10 @@ class VideoLayout:
     text_position: Literal["first", "last"] = "last"
 
     def __post_init__(self) -> None:
+        for name in ("num_frames", "tokens_per_frame", "text_tokens"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, Integral):
+                raise ValueError(f"{name} is a whole number: got {count!r:.60}")
         if self.num_frames < 1 or self.tokens_per_frame < 1 or self.text_tokens < 0:
             raise ValueError(
                 f"a video has at least one frame of one token and no negative text: got {self}"

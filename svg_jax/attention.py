@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from svg_jax import kernels
-from svg_jax.classify import check_arguments, errors_of_masks, sample_rows
+from svg_jax.classify import check_config, errors_of_masks, sample_rows
 from svg_jax.config import SparsityConfig, dense_layer_count
 from svg_jax.kernels import checks
 from svg_jax.layout import clamped_length, to_frame_major, to_token_major
 from svg_jax.masks import realised_density, sparse_mask, warn_of_lost_sparsity
 from svg_jax.models import Attend, VideoLayout
+from svg_jax.models.attention import check_arguments
 
 Key = PRNGKeyArray | UInt32[Array, " words"]
 """A PRNG key, typed (`jax.random.key`) or raw (`jax.random.PRNGKey`)."""
@@ -89,7 +90,10 @@ def sparse_attention(
         ValueError: Neither rng nor labels; arrays that do not fit the layout; a density that is too
             small for the text.
     """
-    check_arguments(query, key, value, layout, config, rng, text_length)
+    check_arguments(query, key, value, layout, text_length)
+    check_config(config)
+    if rng is not None:
+        checks.check_key("rng", rng)
     batch, _, heads, head_dim = query.shape
     checks.check_booleans("labels", labels, (batch, heads), "[batch, heads]")
     kernels.pick_implementation(implementation, head_dim, query.dtype)
@@ -169,7 +173,7 @@ def attend_dense(
     step_state: object,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], None]:
     """The kernels' dense attention as a model's `attend`; rows of padded text are 0."""
-    check_arguments(query, key, value, layout, None, None, text_length)
+    check_arguments(query, key, value, layout, text_length)
     lengths = clamped_length(text_length, layout)
     return _dense(query, key, value, layout, lengths, None), None
 
@@ -194,8 +198,7 @@ def attend_sparse(
         A callable whose `step_state` is a `StepState` and whose info is a `SparseAttentionInfo`.
         In a dense layer labels are False, errors NaN and the density 1.
     """
-    if not isinstance(config, SparsityConfig):
-        raise ValueError(f"config must be a SparsityConfig, not {type(config).__name__}")
+    check_config(config)
     if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
         raise ValueError(f"num_layers counts the model's layers, at least 1: got {num_layers!r}")
     dense_layers = dense_layer_count(config, num_layers)
@@ -211,7 +214,7 @@ def attend_sparse(
         return _dense(query, key, value, layout, lengths, implementation), info
 
     def attend(query, key, value, *, layout, text_length, layer, step_state) -> Any:
-        check_arguments(query, key, value, layout, config, None, text_length)
+        check_arguments(query, key, value, layout, text_length)
         if not isinstance(step_state, StepState):
             raise ValueError(
                 f"attend_sparse takes a StepState as step_state, not {type(step_state).__name__}"

@@ -19,6 +19,7 @@ from svg_jax.kernels import BandMask, checks, on_each_device, sampled_attention
 from svg_jax.layout import clamped_length, token_major_position
 from svg_jax.masks import sparse_mask
 from svg_jax.models import VideoLayout
+from svg_jax.models.attention import check_arguments
 
 
 def sample_rows(
@@ -69,9 +70,11 @@ def classify_heads(
     Raises:
         ValueError: If arrays do not fit the layout, or the density is too small for the text.
     """
-    check_arguments(query, key, value, layout, config, rng, text_length)
+    check_arguments(query, key, value, layout, text_length)
+    check_config(config)
     if rng is None:
         raise ValueError("classify_heads samples rows with a PRNG key: give rng")
+    checks.check_key("rng", rng)
     lengths = clamped_length(text_length, layout)
     return _classify_heads(query, key, value, rng, lengths, layout=layout, config=config)
 
@@ -129,30 +132,7 @@ def errors_of_masks(
     return jnp.moveaxis(errors, 0, -1)
 
 
-def check_arguments(
-    query: Any, key: Any, value: Any, layout: Any, config: Any, rng: Any, text_length: Any
-) -> None:
-    """ValueError, in one sentence, unless attention can take these arguments.
-
-    Args:
-        query: What is given as queries.
-        key: What is given as keys.
-        value: What is given as values.
-        layout: What is given as the layout.
-        config: What is given as the settings; None is not looked at.
-        rng: What is given as PRNG key; None is not looked at.
-        text_length: What is given as the texts' lengths; None is not looked at.
-    """
-    if not isinstance(layout, VideoLayout):
-        raise ValueError(f"layout must be a VideoLayout, not {type(layout).__name__}")
-    if config is not None and not isinstance(config, SparsityConfig):
+def check_config(config: Any) -> None:
+    """ValueError unless it says where attention is sparse."""
+    if not isinstance(config, SparsityConfig):
         raise ValueError(f"config must be a SparsityConfig, not {type(config).__name__}")
-    checks.check_arrays(query, key, value)
-    for name, x in (("query", query), ("key", key)):
-        checks.check_tokens(name, x, layout.num_tokens, layout)
-    if rng is not None:
-        checks.check_key("rng", rng)
-    if text_length is not None and not layout.text_tokens:
-        raise ValueError(f"text_length is given, but no text is in {layout}: leave it None")
-    checks.check_integers("text_length", text_length, (query.shape[0],), "[batch]")
-    checks.check_range("text_length", text_length, 0, layout.text_tokens)

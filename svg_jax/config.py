@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import MappingProxyType
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,24 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         for name in ("density", "dense_steps", "dense_layers"):
-            share = getattr(self, name)
+            share: Any = getattr(self, name)
             least = "over 0, to" if name == "density" else "from 0 to"
             if isinstance(share, bool) or not isinstance(share, Real):
-                raise ValueError(f"{name} is a number {least} 1: got {share!r}")
-            if not 0 <= float(share) <= 1 or (name == "density" and share == 0):
-                raise ValueError(f"{name} is a share {least} 1: got {share}")
+                raise ValueError(f"{name} is a number {least} 1: got {_shown(share)}")
+            if not 0 <= share <= 1 or (name == "density" and share == 0):
+                raise ValueError(f"{name} is a share {least} 1: got {_shown(share)}")
         for name in ("sampled_rows", "band_multiple"):
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
-                raise ValueError(f"{name} is a whole number, at least 1: got {count!r}")
+                raise ValueError(f"{name} is a whole number, at least 1: got {_shown(count)}")
         if not isinstance(self.first_frame_sink, (bool, type(None))):
-            raise ValueError(f"first_frame_sink is True, False or None: {self.first_frame_sink!r}")
+            shown = _shown(self.first_frame_sink)
+            raise ValueError(f"first_frame_sink is True, False or None: got {shown}")
+
+
+def _shown(value: object) -> str:
+    """A value in an error, cut where it is long."""
+    return f"{value!r:.60}"
 
 
 def share_of(share: float | int, count: int) -> int:

@@ -14,6 +14,7 @@ from svg_jax.kernels import (
     dense_attention,
     sampled_attention,
 )
+from svg_jax.kernels.cudnn import cudnn_attention
 
 IMPLEMENTATIONS = ["xla", "reference"]
 # Text first, text last and padded, a sink; odd lengths, a band of one, a band of everything.
@@ -250,3 +251,31 @@ def test_mixed_dtypes_are_refused_and_cudnn_says_why_it_cannot_run():
         block_sparse_attention(query, key.astype(jnp.bfloat16), value, masks=BandMask(10, 2))
     with pytest.raises(ValueError, match="cudnn"):
         dense_attention(query, key, value, implementation="cudnn")
+
+
+@pytest.mark.parametrize("lengths", [None, (7, 4)])
+def test_cudnn_sees_even_numbers_of_tokens_alone_for_it_has_no_gradient_of_others(
+    lengths, monkeypatch
+):
+    """Here stands in for cuDNN what computes the same on any device."""
+    formula, seen = jax.nn.dot_product_attention, []
+
+    def stand_in(query, key, value, *, implementation, **options):
+        assert implementation == "cudnn"
+        seen.append((query.shape[1], key.shape[1]))
+        return formula(query, key, value, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    query = random_qkv(5, 8)[0]
+    key, value, _ = random_qkv(7, 8)
+    lengths = None if lengths is None else jnp.array(lengths, jnp.int32)
+
+    def squares(attend):
+        return lambda *qkv: jnp.square(attend(*qkv, key_value_seq_lengths=lengths)).sum()
+
+    gradients = jax.grad(squares(cudnn_attention), (0, 1, 2))(query, key, value)
+    exact = squares(partial(dense_attention, implementation="reference"))
+    expected = jax.grad(exact, (0, 1, 2))(query, key, value)
+    assert seen == [(6, 8)]
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(gradient, wanted, atol=1e-5)

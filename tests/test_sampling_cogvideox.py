@@ -360,7 +360,7 @@ EMBEDS = np.zeros((1, 8, 16), np.float32)
         ),
         (
             {"prompt_embeds": EMBEDS, "guidance_scale": 1, "num_videos_per_prompt": 0},
-            "num_videos_per_prompt must be a whole number of at least 1",
+            "num_videos_per_prompt must be a whole number from 1 to 9223372036854775807",
         ),
         (
             {"prompt_embeds": EMBEDS, "guidance_interval": (0.6, 0.5)},

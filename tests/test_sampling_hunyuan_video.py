@@ -414,4 +414,4 @@ def test_the_command_line_takes_a_folder(checkpoints, tmp_path, monkeypatch, cap
     assert call(*options, "--true-cfg-scale", "2") == (0, "")
     assert (tmp_path / "dog.gif").stat().st_size > 0
     code, error = call("--dynamic-cfg")
-    assert (code, error) == (2, "svg-jax: this model takes no use_dynamic_cfg\n")
+    assert (code, error) == (2, "svg-jax: this model takes no --dynamic-cfg\n")

@@ -245,13 +245,31 @@ def test_steps_that_lie_too_close_for_float32_are_refused():
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize(
     "size",
-    [{"num_frames": 4 * 10**8 + 1}, {"height": 2**40}, {"num_videos_per_prompt": 10**9}],
+    [
+        {"num_frames": 4 * 10**8 + 1},
+        {"num_frames": 2**63 - 3},
+        {"height": 2**40},
+        {"width": 2**62},
+        {"num_videos_per_prompt": 10**9},
+        {"num_videos_per_prompt": 2**63 - 1},
+    ],
     ids=str,
 )
 def test_sizes_that_no_memory_holds_are_refused_at_once(name, size):
     with pytest.raises(ValueError, match=r"GB|positions") as error:
         PIPELINES[name]("a", **SIZE | size)
-    assert len(str(error.value)) < 300
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    "field", ["num_frames", "height", "width", "num_videos_per_prompt", "num_inference_steps"]
+)
+def test_numbers_that_no_float_holds_are_refused_by_name(name, field):
+    with pytest.raises(SettingError, match=f"{field} must be .*: got 1000") as error:
+        PIPELINES[name]("a", **SIZE | {field: 10**4000})
+    assert error.value.field == field
+    assert len(str(error.value)) < 200
 
 
 def test_what_fits_is_not_refused(monkeypatch):

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from svg_jax.convert.scheduler_config import FLOW, check_scheduler
-from svg_jax.convert.values import Number
+from svg_jax.convert.values import Number, shown
 from svg_jax.sampling.schedulers import check_finite_steps
 from svg_jax.sampling.settings import SettingError
 
@@ -139,7 +139,7 @@ def _shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
 def _check_steps(num_steps: int) -> None:
     if not 1 <= num_steps <= NUM_TRAIN_TIMESTEPS:
         raise SettingError(
-            "num_inference_steps", f"must be 1 to {NUM_TRAIN_TIMESTEPS}: got {num_steps}"
+            "num_inference_steps", f"must be 1 to {NUM_TRAIN_TIMESTEPS}: got {shown(num_steps)}"
         )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from svg_jax.convert.scheduler_config import COGVIDEOX, check_scheduler, field_problem
+from svg_jax.convert.values import shown
 from svg_jax.sampling.settings import SettingError
 
 Sampler = Literal["ddim", "dpm"]
@@ -154,7 +155,7 @@ def _timesteps(config: SchedulerConfig, num_steps: int) -> tuple[np.ndarray, np.
     """Timesteps with "trailing" spacing, and those that their steps lead to (negative: clean)."""
     total = config.num_train_timesteps
     if not 1 <= num_steps <= total:
-        raise SettingError("num_inference_steps", f"must be 1 to {total}: got {num_steps}")
+        raise SettingError("num_inference_steps", f"must be 1 to {total}: got {shown(num_steps)}")
     # numpy's arange returns an entry too many where total / num_steps rounds down (61 steps, say).
     timesteps = np.round(np.arange(total, 0, -total / num_steps))[:num_steps].astype(np.int64) - 1
     return timesteps, timesteps - total // num_steps

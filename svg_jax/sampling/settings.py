@@ -115,6 +115,7 @@ class Setting:
 
 
 _COUNT = Number(1, whole=True)
+_SIZE = Number(1, 2**63 - 1, whole=True)  # a float holds products of them, in bytes
 _LATENTS, _FEATURES = ArrayOf((5,)), ArrayOf((3,))
 _MASK = ArrayOf((2,), ("float", "int", "bool"))
 _ANYTHING = Kind(lambda _: True, "anything")  # images have rules of their own
@@ -124,11 +125,11 @@ SETTINGS: Mapping[str, Setting] = {
     "negative_prompt": Setting(Prompts()),
     "image": Setting(_ANYTHING),
     "last_image": Setting(_ANYTHING),
-    "height": Setting(_COUNT),
-    "width": Setting(_COUNT),
-    "num_frames": Setting(_COUNT),
+    "height": Setting(_SIZE),
+    "width": Setting(_SIZE),
+    "num_frames": Setting(_SIZE),
     "num_inference_steps": Setting(_COUNT),
-    "num_videos_per_prompt": Setting(_COUNT, optional=False),
+    "num_videos_per_prompt": Setting(_SIZE, optional=False),
     "max_sequence_length": Setting(Number(1, 8192, whole=True)),
     "guidance_scale": Setting(Number(0, 1000)),
     "true_cfg_scale": Setting(Number(0, 1000), optional=False),

@@ -1,0 +1,81 @@
+"""Dense attention by cuDNN, on an NVIDIA GPU: jax's door to it, with what that leaves to a caller.
+
+cuDNN has no gradient where queries or keys are odd in number, and reads what padding holds.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from svg_jax.kernels.sharding import vary_like
+
+_MOST_HEAD_DIM = 128
+
+
+def why_not(head_dim: int, dtype: DTypeLike) -> str:
+    """Say in a clause why cuDNN cannot run on the default device, or nothing where it can."""
+    if jax.default_backend() != "gpu":
+        return f"the default device is {jax.default_backend()}, not an NVIDIA GPU"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 or float16, not {dtype}"
+    if head_dim % 8 or head_dim > _MOST_HEAD_DIM:
+        return f"it takes a head_dim that is a multiple of 8 up to {_MOST_HEAD_DIM}, not {head_dim}"
+    return ""
+
+
+def cudnn_attention(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys heads head_dim"],
+    value: Float[Array, "batch keys heads head_dim"],
+    *,
+    query_seq_lengths: Int[Array, " batch"] | None = None,
+    key_value_seq_lengths: Int[Array, " batch"] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "batch queries heads head_dim"]:
+    """Attend to all real keys; what stands behind the lengths never matters, and its rows are 0.
+
+    Args:
+        query: Queries: bfloat16 or float16.
+        key: Keys, of the same dtype and head_dim; their number may differ.
+        value: Values, of the keys' shape and dtype.
+        query_seq_lengths: Real queries of each entry. None: all.
+        key_value_seq_lengths: Real keys of each entry. None: all.
+        scale: Factor of the logits; None means 1/sqrt(head_dim).
+    """
+    num_queries = query.shape[1]
+    # cuDNN reads whole tiles, padding too, and a weight of 0 does not hide a NaN.
+    query, query_lengths = _evened(_blanked(query, query_seq_lengths), query_seq_lengths)
+    value, _ = _evened(_blanked(value, key_value_seq_lengths), key_value_seq_lengths)
+    key, key_lengths = _evened(_blanked(key, key_value_seq_lengths), key_value_seq_lengths)
+    out = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        scale=scale,
+        query_seq_lengths=query_lengths,
+        key_value_seq_lengths=key_lengths,
+        implementation="cudnn",
+    )[:, :num_queries]
+    if key_value_seq_lengths is not None:
+        some = (key_value_seq_lengths > 0)[:, None, None, None]
+        out = jnp.where(some, out, jnp.zeros((), out.dtype))
+    return _blanked(out, query_seq_lengths)
+
+
+def _evened(x: Array, lengths: Array | None) -> tuple[Array, Array | None]:
+    """Add a token of zeros to an odd number of them, and say in lengths that it is not real."""
+    batch, tokens = x.shape[:2]
+    if tokens % 2:
+        x = jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)])
+        if lengths is None:
+            lengths = vary_like(jnp.full(batch, tokens, jnp.int32), x)
+    return x, None if lengths is None else lengths.astype(jnp.int32)
+
+
+def _blanked(x: Array, lengths: Int[Array, " batch"] | None) -> Array:
+    """Put 0 behind the lengths."""
+    if lengths is None:
+        return x
+    is_real = jnp.arange(x.shape[1], dtype=lengths.dtype)[None] < lengths[:, None]
+    return jnp.where(is_real[:, :, None, None], x, jnp.zeros((), x.dtype))
