@@ -54,7 +54,8 @@ def check_destination(destination: Path, source: Path, nbytes: int, overwrite: b
     if os.path.lexists(destination):
         if not overwrite:
             raise ConversionError(
-                f"{destination}: is there already: remove it, choose another, or ask to overwrite."
+                f"{destination}: is there already: remove it, choose another destination, or "
+                "overwrite it by overwrite=True (--overwrite)."
             )
         if not any((destination / mark).is_file() for mark in MARKS) or destination.is_symlink():
             raise ConversionError(

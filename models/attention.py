@@ -18,7 +18,8 @@ class Attend(Protocol):
     """Self-attention over one sequence of text and video, as a model's layer calls it.
 
     Query and key come after normalisation and rotary embedding; scores are scaled by
-    1 / sqrt(head_dim).
+    1 / sqrt(head_dim). It is called while a step is traced, so it has to be a pure function of its
+    arrays; a callable that is not the same object (or not equal) is compiled anew.
     """
 
     def __call__(
@@ -32,7 +33,7 @@ class Attend(Protocol):
         layer: Int[Array, ""],
         step_state: Any,
     ) -> tuple[Float[Array, "batch tokens heads head_dim"], Any]:
-        """Attends.
+        """Attend in one layer.
 
         Args:
             query: Queries.
@@ -42,7 +43,8 @@ class Attend(Protocol):
             text_length: Real text tokens of each batch entry, traced; None if all are real. Padded
                 text is neither query (its rows are zero) nor key.
             layer: Number of the layer, traced.
-            step_state: What the caller of the model passed, whole and unread.
+            step_state: What the caller of the model passed, whole and unread; a pipeline passes a
+                `svg_jax.StepState`.
 
         Returns:
             The output, and anything to be known about the layer: the model stacks it over layers.

@@ -41,10 +41,10 @@ class SparseAttentionInfo:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepState:
-    """What `attend_sparse` needs to know of a step; models hand it through unread.
+    """What a pipeline tells an `attend` about a step; models hand it through unread.
 
     Attributes:
-        rng: The step's PRNG key; each layer folds its index in.
+        rng: PRNG key of the step; fold the layer's number in: `jax.random.fold_in(rng, layer)`.
         labels: Labels to use in place of profiling, or None.
     """
 
@@ -64,7 +64,7 @@ def sparse_attention(
     text_length: Int[Array, " batch"] | None = None,
     implementation: kernels.Implementation | None = None,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], SparseAttentionInfo]:
-    """Attention of a video's tokens, each head inside its own sparse pattern.
+    """Attend to a video's tokens, each head inside its own sparse pattern.
 
     Batch and heads may be spread over devices, by `shard_map`, on Explicit axes or on Auto ones:
     no device needs another. Where tokens or head_dim are spread, they are gathered first.
@@ -74,7 +74,8 @@ def sparse_attention(
         key: Keys, ordered as the queries.
         value: Values, ordered as the queries.
         layout: Where video and text stand. Static.
-        config: Density and number of sampled rows. Static.
+        config: Density, sampled rows, sink and rounding of the band; `dense_steps` and
+            `dense_layers` say nothing here. Static.
         rng: PRNG key for the sampled rows, the same ones in all batch entries; needed unless labels
             are given.
         labels: True where a head is temporal: skips profiling. For ablations and goldens.

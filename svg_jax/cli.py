@@ -56,6 +56,9 @@ from svg_jax.signals import ended_by_signals
 
 app = typer.Typer(
     help="Sparse VideoGen in JAX: video diffusion transformers with sparse attention.",
+    epilog="Exit codes: 0 done; 1 values that are not finite; 2 wrong usage or bad input; 3 the "
+    "system refuses (disk, rights, memory, another run); 4 a folder is not what was converted; "
+    "70 internal error; 130 Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -75,8 +78,8 @@ def generate(
         _option(
             "--output",
             "-o",
-            help=".mp4, .gif or .png; .npz for the latents. With --prompts a folder, or a pattern "
-            "such as out/{index:03d}.gif; the first index is 0.",
+            help="The file to write: .mp4, .gif or .png, or .npz for the latents. With --prompts a "
+            "folder, or a pattern such as out/{index:03d}.gif; the first index is 0.",
         ),
     ],
     prompt: Prompt = None,
@@ -84,8 +87,8 @@ def generate(
         Path | None,
         _option(
             "--prompts",
-            help="A file of prompts, one a line; blank lines and # comments are skipped, and "
-            "videos that are there from an earlier call.",
+            help="A file of prompts, one a line, in place of --prompt. Blank lines and # comments "
+            "are skipped; so are videos that an earlier call made.",
         ),
     ] = None,
     negative_prompt: Negative = "",
@@ -104,7 +107,7 @@ def generate(
     latents: Latents = None,
     image_latents: ImageLatents = None,
     attention: Annotated[
-        Attention, _option("--attention", help="Dense, or Sparse VideoGen.")
+        Attention, _option("--attention", help="Dense attention, or Sparse VideoGen.")
     ] = Attention.svg,
     density: Density = None,
     dense_steps: DenseSteps = None,
@@ -120,22 +123,27 @@ def generate(
     enlarge: Enlarge = None,
     labels_out: Annotated[
         Path | None,
-        _option("--labels-out", help="Write what profiling found out: .npz."),
+        _option(
+            "--labels-out", help="Write labels, errors and densities of all sparse steps: .npz."
+        ),
     ] = None,
     save_every: Annotated[
         int,
         _option(
             "--save-every",
-            help="Save the run's state, as .OUTPUT.state, every so many steps; 0: never.",
+            help="Number of steps from one save of the run's state to the next, in .OUTPUT.state "
+            "beside the output; 0: never.",
         ),
     ] = 5,
     resume: Annotated[
-        bool, _option("--resume", help="Go on from the saved state; start if there is none.")
+        bool, _option("--resume", help="Go on from the saved state; start anew if there is none.")
     ] = False,
 ) -> None:
     """Generate a video from a prompt, or one from each line of a file.
 
     A run that was stopped, by Ctrl-C or otherwise, goes on with the same command and --resume.
+
+    Example: svg-jax generate --model tiny --prompt "a pink two circling over the cat" -o two.gif
     """
     from svg_jax import commands
 
@@ -182,7 +190,8 @@ def compare(
     model: Model,
     prompt: Prompt = None,
     output: Annotated[
-        Path, _option("--output", "-o", help="Both videos, as OUTPUT.mp4 and OUTPUT.gif.")
+        Path,
+        _option("--output", "-o", help="Name of the videos to write, OUTPUT.mp4 and OUTPUT.gif."),
     ] = Path("compare"),
     negative_prompt: Negative = "",
     prompt_embeds: Embeds = None,
@@ -200,7 +209,8 @@ def compare(
     latents: Latents = None,
     image_latents: ImageLatents = None,
     pattern: Annotated[
-        PatternName, _option("--pattern", help="Profile heads, or take all for one kind.")
+        PatternName,
+        _option("--pattern", help="Profile heads (svg), take all for one kind, or draw kinds."),
     ] = PatternName.svg,
     density: Density = None,
     dense_steps: DenseSteps = None,
@@ -214,9 +224,14 @@ def compare(
     flow_shift: FlowShift = None,
     fps: Fps = None,
     enlarge: Enlarge = None,
-    json_file: Annotated[Path | None, _option("--json", help="Write the figures.")] = None,
+    json_file: Annotated[
+        Path | None, _option("--json", help="Write the figures to this file, too.")
+    ] = None,
 ) -> None:
-    """Generate a video with dense and with sparse attention, and compare the two."""
+    """Generate a video with dense and with sparse attention, and compare the two.
+
+    Example: svg-jax compare --model tiny --prompt "a blue five standing still over the stars"
+    """
     from svg_jax import commands
 
     commands.compare(
@@ -257,20 +272,30 @@ def compare(
 @app.command()
 def demo(
     prompt: Annotated[
-        str, _option("--prompt", help="The bundled model knows few words: an error lists them.")
+        str,
+        _option(
+            "--prompt",
+            help="Text of what the video shows; an error lists the few words that the model knows.",
+        ),
     ] = "a red three moving left over the flower",
     density: Density = None,
     steps: Steps = None,
     seed: Seed = 0,
     output: Annotated[
-        Path, _option("--output", "-o", help="Both videos, as OUTPUT.mp4 and OUTPUT.gif.")
+        Path,
+        _option("--output", "-o", help="Name of the videos to write, OUTPUT.mp4 and OUTPUT.gif."),
     ] = Path("demo"),
     source: Annotated[
         Path | None,
-        _option("--source", help="Another pipeline folder in diffusers' layout."),
+        _option(
+            "--source", help="Folder in diffusers' layout to use in place of the bundled model."
+        ),
     ] = None,
 ) -> None:
-    """Convert the bundled tiny model, and compare dense and sparse attention on it."""
+    """Compare dense and sparse attention on the bundled model, which is called tiny.
+
+    Example: svg-jax demo --density 0.2 --steps 30
+    """
     from svg_jax import commands
 
     commands.demo(prompt, density=density, steps=steps, seed=seed, output=output, source=source)

@@ -17,14 +17,14 @@ class StoredDtype(StrEnum):
 
 Variant = Annotated[
     str | None,
-    typer.Option("--variant", help="Weights to take where there are several, e.g. fp16."),
+    typer.Option("--variant", help="Which weights to take where a folder has several, e.g. fp16."),
 ]
 
 WeightsKey = Annotated[
     str | None,
     typer.Option(
         "--weights-key",
-        help="Weights to take where a file holds several, by the key before them, e.g. ema.",
+        help="Which weights to take where a file holds several, by the key before them, e.g. ema.",
     ),
 ]
 
@@ -40,36 +40,43 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="The folder to make.")],
     components: Annotated[
         str | None,
-        typer.Option("--components", help="Only these, e.g. transformer,text_encoder."),
+        typer.Option(
+            "--components",
+            help="Names of the components to convert, e.g. transformer,text_encoder; default: all.",
+        ),
     ] = None,
     dtype: Annotated[
         StoredDtype | None,
         typer.Option(
             "--dtype",
-            help="Cast weights, but those that the model keeps in float32; default: as they are.",
+            help="Cast the weights, but those that the model keeps in float32; default: no cast.",
         ),
     ] = None,
     variant: Variant = None,
     weights_key: WeightsKey = None,
     revision: Annotated[
-        str | None, typer.Option("--revision", help="Of a hub id: a branch, tag or commit.")
+        str | None,
+        typer.Option("--revision", help="Branch, tag or commit of a hub id; default: main."),
     ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(
             "--lora",
-            help="A LoRA to merge (file, folder or hub id, see docs/lora.md); may be repeated.",
+            help="LoRA to merge (file, folder or hub id, see docs/lora.md); may be repeated.",
         ),
     ] = None,
     lora_scale: Annotated[
         list[float] | None,
-        typer.Option("--lora-scale", help="Its strength: one for all, or one each; default: 1."),
+        typer.Option(
+            "--lora-scale", help="Strength of the LoRAs, one for all or one for each; default: 1."
+        ),
     ] = None,
     lora_into: Annotated[
         list[str] | None,
         typer.Option(
             "--lora-into",
-            help="Which transformer it is for: one for all, or one each; default: transformer.",
+            help="Transformer that the LoRAs are for, one for all or one for each; default: "
+            "transformer. Wan 2.2 has transformer_2, too.",
         ),
     ] = None,
     strict: Annotated[
@@ -77,16 +84,21 @@ def convert(
         typer.Option("--strict", help="Refuse a LoRA with parts for layers that the model lacks."),
     ] = False,
     allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Take NaN and infinities, and count them.")
+        bool,
+        typer.Option("--allow-nonfinite", help="Convert NaN and infinities, too, and count them."),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the destination.")
+        bool,
+        typer.Option("--overwrite", help="Replace a checkpoint that stands at the destination."),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")
     ] = False,
 ) -> None:
-    """Convert a trained checkpoint; the same command again takes up one that was killed."""
+    """Convert a trained checkpoint; the same command again takes up one that was killed.
+
+    Example: svg-jax convert Wan2.1-T2V-14B wan --lora style.safetensors --lora-scale 0.8
+    """
     from svg_jax import commands_checkpoints
 
     names = None if components is None else [name.strip() for name in components.split(",")]
@@ -112,7 +124,10 @@ def export(
     source: Annotated[Path, typer.Argument(help="A converted folder.")],
     destination: Annotated[Path, typer.Argument(help="The folder to make.")],
 ) -> None:
-    """Write a converted checkpoint back in diffusers' layout, bit for bit."""
+    """Write a converted checkpoint back in diffusers' layout, bit for bit.
+
+    Example: svg-jax export wan wan-diffusers
+    """
     from svg_jax import commands_checkpoints
 
     commands_checkpoints.export(source, destination)
@@ -121,7 +136,10 @@ def export(
 def verify(
     folder: Annotated[Path, typer.Argument(help="A converted folder.")],
 ) -> None:
-    """Read a converted checkpoint whole and compare every bit with its manifest."""
+    """Read a converted checkpoint whole, and compare every bit with its manifest.
+
+    Example: svg-jax verify wan
+    """
     from svg_jax import commands_checkpoints
 
     commands_checkpoints.verify(folder)
@@ -129,16 +147,22 @@ def verify(
 
 def inspect(
     source: Annotated[
-        Path, typer.Argument(help="A converted folder, or a source's folder or file.")
+        Path, typer.Argument(help="A converted folder, or what convert takes: a folder or file.")
     ],
     stats: Annotated[
-        bool, typer.Option("--stats", help="Read every tensor: min, max, mean, std, not finite.")
+        bool,
+        typer.Option(
+            "--stats", help="Read every tensor for its min, max, mean, std and non-finite count."
+        ),
     ] = False,
     variant: Variant = None,
     weights_key: WeightsKey = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
 ) -> None:
-    """Say what a checkpoint holds: components, configs, parameters, dtypes."""
+    """Say what a checkpoint holds: components, configs, parameters, dtypes, merged LoRAs.
+
+    Example: svg-jax inspect wan
+    """
     from svg_jax import commands_checkpoints
 
     commands_checkpoints.inspect_source(

@@ -65,16 +65,23 @@ Model = Annotated[
         "which is converted once into $SVG_JAX_CACHE (~/.cache/svg-jax); tiny: the bundled model.",
     ),
 ]
-Revision = Annotated[str | None, option("--revision", help="Of a hub id: a branch, tag or commit.")]
+Revision = Annotated[
+    str | None, option("--revision", help="Branch, tag or commit of a hub id; default: main.")
+]
 ModelVariant = Annotated[
     str | None,
-    option("--variant", help="Of a hub id or a folder of diffusers: weights to take, e.g. fp16."),
+    option(
+        "--variant", help="Which weights of a hub id or of a diffusers folder to take, e.g. fp16."
+    ),
 ]
 Verify = Annotated[
-    bool, option("--verify", help="Read all weights first and compare them with the manifest.")
+    bool,
+    option("--verify", help="Read all weights first, and compare them with what was converted."),
 ]
-Prompt = Annotated[str | None, option("--prompt", help="What to show.")]
-Negative = Annotated[str, option("--negative-prompt", help="What guidance leads away from.")]
+Prompt = Annotated[str | None, option("--prompt", help="Text of what the video shows.")]
+Negative = Annotated[
+    str, option("--negative-prompt", help="Text of what guidance leads away from.")
+]
 Embeds = Annotated[
     Path | None,
     option(
@@ -84,74 +91,115 @@ Embeds = Annotated[
         "pooled_prompt_embeds and prompt_attention_mask beside each.",
     ),
 ]
-Height = Annotated[int | None, option("--height", help="In pixels; default: as trained.")]
-Width = Annotated[int | None, option("--width", help="In pixels; default: as trained.")]
-Frames = Annotated[int | None, option("--num-frames", help="Default: as trained.")]
-Steps = Annotated[int | None, option("--steps", help="Denoising steps; default: the model's.")]
+Height = Annotated[int | None, option("--height", help="Height in pixels; default: as trained.")]
+Width = Annotated[int | None, option("--width", help="Width in pixels; default: as trained.")]
+Frames = Annotated[
+    int | None, option("--num-frames", help="Number of frames; default: as trained.")
+]
+Steps = Annotated[
+    int | None, option("--steps", help="Number of denoising steps; default: the model's.")
+]
 Guidance = Annotated[
     float | None,
-    option("--guidance-scale", help="1 or less: no guidance. Default: the model's."),
+    option("--guidance-scale", help="Strength of guidance; 1 or less: none. Default: the model's."),
 ]
 TrueCfg = Annotated[
     float | None,
-    option("--true-cfg-scale", help="HunyuanVideo's guidance away from the negative prompt."),
+    option(
+        "--true-cfg-scale",
+        help="Strength of HunyuanVideo's guidance away from the negative prompt; default: 1, none.",
+    ),
 ]
 GuidanceInterval = Annotated[
     tuple[float, float] | None,
     option(
         "--guidance-interval",
-        help="From which to which share of the steps guidance is paid for: 0 0.3, the first 30 %. "
-        "Default: the model's, or all.",
+        help="Shares of the steps between which guidance is computed: 0 0.3 is the first 30 %. "
+        "Default: the model's, or all steps.",
     ),
 ]
-DynamicCfg = Annotated[bool, option("--dynamic-cfg", help="Vary guidance over the run.")]
+DynamicCfg = Annotated[
+    bool, option("--dynamic-cfg", help="Vary guidance over the run, as diffusers does (CogVideoX).")
+]
 FlowShift = Annotated[
-    float | None, option("--flow-shift", help="Default: the checkpoint's own (flow matching).")
+    float | None,
+    option(
+        "--flow-shift",
+        help="Shift of the noise levels (HunyuanVideo, Wan); default: the checkpoint's own.",
+    ),
 ]
 Image = Annotated[
-    Path | None, option("--image", help="What the video begins with, for image to video.")
+    Path | None,
+    option("--image", help="Image that the video begins with, for image-to-video models."),
 ]
 LastImage = Annotated[
-    Path | None, option("--last-image", help="What it ends with, for models that take both.")
+    Path | None,
+    option("--last-image", help="Image that the video ends with, for Wan's FLF2V models."),
 ]
-Seed = Annotated[int, option("--seed", help="The same seed gives the same noise anywhere.")]
+Seed = Annotated[
+    int,
+    option(
+        "--seed",
+        help="Seed of the noise, 0 to 2^64 - 1: the same one gives the same noise anywhere.",
+    ),
+]
 Latents = Annotated[
     Path | None, option("--latents", help="Initial noise in place of the seed's: .npy or .npz.")
 ]
 ImageLatents = Annotated[
     Path | None,
-    option("--image-latents", help="Of the first frame, for image to video: .npy or .npz."),
+    option("--image-latents", help="Latents of the first frame in place of --image: .npy or .npz."),
 ]
 Density = Annotated[
     float | None,
     option(
         "--density",
-        help="Share of attention that is computed. Default, as of the next three: what the model's "
-        "folder says, or else the paper's for the model and size.",
+        help="Share of attention that is computed, over 0 to 1; default: what the model's folder "
+        "says, else the paper's for the model and size.",
     ),
 ]
 DenseSteps = Annotated[
     float | None,
-    option("--dense-steps", help="Share of the steps, from the first on, that stay dense."),
+    option(
+        "--dense-steps",
+        help="Share of the steps, from the first on, that stay dense; default: as for --density.",
+    ),
 ]
 DenseLayers = Annotated[
     float | None,
-    option("--dense-layers", help="Share of the layers, from the first on, that stay dense."),
+    option(
+        "--dense-layers",
+        help="Share of the layers, from the first on, that stay dense; default: as for --density.",
+    ),
 ]
 SampledRows = Annotated[
-    int | None, option("--sampled-rows", help="Query rows from which heads are told apart.")
+    int | None,
+    option(
+        "--sampled-rows",
+        help="Number of query rows by which heads are profiled; default: as for --density.",
+    ),
 ]
 DtypeOption = Annotated[
     Dtype | None,
-    option("--dtype", help="Of computation; default: bfloat16 on a GPU, float32 on a CPU."),
+    option(
+        "--dtype", help="Dtype of the computation; default: bfloat16 on a GPU, float32 on a CPU."
+    ),
 ]
 Scheduler = Annotated[
-    SamplerName | None, option("--scheduler", help="Default: the checkpoint's own.")
+    SamplerName | None,
+    option(
+        "--scheduler",
+        help="Sampler: ddim or dpm for CogVideoX, euler or unipc for the others; default: the "
+        "checkpoint's own.",
+    ),
 ]
 Fps = Annotated[
     float | None, option("--fps", help="Frames per second of the video; default: as trained.")
 ]
 Enlarge = Annotated[
     int | None,
-    option("--enlarge", help="Pixels to show each pixel as, each way; default: the model's, or 1."),
+    option(
+        "--enlarge",
+        help="Factor by which the shown video is larger, each way; default: the model's, or 1.",
+    ),
 ]

@@ -156,7 +156,7 @@ class CogVideoXPipeline(VideoPipeline):
         seed: int | None = 0,
         max_sequence_length: int | None = None,
     ) -> PreparedRun:
-        """The first part of `__call__`: encodes prompts and image, makes schedule and noise.
+        """Do the first part of `__call__`: encode prompts and image, make schedule and noise.
 
         Args:
             prompt: One prompt or several; or pass `prompt_embeds`.
@@ -164,20 +164,20 @@ class CogVideoXPipeline(VideoPipeline):
                 or arrays (see `svg_jax.sampling.images.as_image`); resized without regard to its
                 proportions. Needed by image-to-video checkpoints.
             negative_prompt: What guidance leads away from; one for all prompts, or one for each.
-            height: In pixels. Default: what the checkpoint was trained at (768 for 1.5).
-            width: In pixels. Default: likewise (1360 for 1.5).
+            height: Height in pixels. Default: what the checkpoint was trained at (768 for 1.5).
+            width: Width in pixels. Default: as trained (1360 for 1.5).
             num_frames: Frames of the video. As with diffusers, numbers of the form 4k + 1 and 8k
                 are made as they are, others are rounded up to one. Default: as trained.
             num_inference_steps: Denoising steps. Default: the folder's, or 50.
             guidance_scale: Strength of classifier-free guidance; at most 1 turns it off and halves
                 the work. Default: the folder's, or 6.
-            guidance_interval: From which share of the steps to which guidance is paid for:
-                (0, 0.3) is the first 30 %. Default: the folder's, or all.
+            guidance_interval: Shares of the steps between which guidance is computed: (0, 0.3) is
+                the first 30 %. Default: the folder's, or all.
             use_dynamic_cfg: Vary the guidance scale over the run, as diffusers does.
             scheduler: "ddim" or "dpm". Default: the checkpoint's own.
             latents: Initial noise in place of the seed's, padding frames included.
             prompt_embeds: T5 features [batch, text_tokens, features] in place of prompts.
-            negative_prompt_embeds: Likewise for the negative prompt.
+            negative_prompt_embeds: Features of the negative prompt, in the same form.
             image_latents: The VAE's latents of the first frame [1 or prompts, 1, channels, height,
                 width], scaled as the model expects them, in place of an image.
             image_noise: Standard normal numbers of image_latents' shape, by which the VAE's latents

@@ -118,7 +118,7 @@ class HunyuanVideoPipeline(VideoPipeline):
         seed: int | None = 0,
         max_sequence_length: int = 256,
     ) -> PreparedRun:
-        """The first part of `__call__`: encodes prompts and image, makes schedule and noise.
+        """Do the first part of `__call__`: encode prompts and image, make schedule and noise.
 
         Args:
             prompt: One prompt or several; or pass `prompt_embeds`.
@@ -126,16 +126,16 @@ class HunyuanVideoPipeline(VideoPipeline):
             image: With image to video, what the video begins with: one for all prompts, or one for
                 each, as paths, Pillow's images or arrays (see `svg_jax.sampling.images.as_image`).
                 It is stretched to the video's size.
-            height: In pixels, a multiple of 16.
-            width: In pixels, likewise.
+            height: Height in pixels, a multiple of 16.
+            width: Width in pixels, a multiple of 16.
             num_frames: Frames of the video, 4k + 1. The 33-channel image model returns four less.
             num_inference_steps: Denoising steps. Default: the folder's, or 50.
-            guidance_scale: What the model was distilled from guidance to take as an input; costs
+            guidance_scale: Guidance that the model was distilled to take as an input; costs
                 nothing. Default: the folder's, or 6, and 1 for image to video, as in diffusers;
                 the authors run image to video with 6. The 33-channel image model takes none.
-            true_cfg_scale: Of classifier-free guidance, which needs a negative prompt and doubles
-                the work; at most 1 turns it off.
-            guidance_interval: From which share of the steps to which true_cfg_scale is paid for:
+            true_cfg_scale: Strength of classifier-free guidance, which needs a negative prompt and
+                doubles the work; at most 1 turns it off.
+            guidance_interval: Shares of the steps between which true_cfg_scale is computed:
                 (0, 0.3) is the first 30 %. Default: the folder's, or all.
             scheduler: "euler" or "unipc". Default: the checkpoint's own, Euler.
             flow_shift: Moves the steps towards noise. Default: the checkpoint's own, 7.
@@ -144,9 +144,9 @@ class HunyuanVideoPipeline(VideoPipeline):
                 the other two of the prompt.
             pooled_prompt_embeds: CLIP's features of the whole prompt [batch, features].
             prompt_attention_mask: 1 at each token of `prompt_embeds`, 0 at the padding behind.
-            negative_prompt_embeds: Likewise for the negative prompt; maybe of another length.
-            negative_pooled_prompt_embeds: Likewise.
-            negative_prompt_attention_mask: Likewise.
+            negative_prompt_embeds: Features of the negative prompt, maybe of another length.
+            negative_pooled_prompt_embeds: CLIP's features of the negative prompt.
+            negative_prompt_attention_mask: Mask of `negative_prompt_embeds`.
             image_latents: The VAE's latents of the image [batch, channels, 1, height, width],
                 scaled as the model expects them, in place of encoding it.
             num_videos_per_prompt: Videos of each prompt, from noise of their own.

@@ -47,16 +47,16 @@ def from_pretrained(
 
     Args:
         model: A converted folder, a folder in diffusers' layout, a hub id ("owner/name"), or "tiny"
-            for the bundled model; what is there as a folder is never looked for elsewhere.
-        dtype: Dtype of matrix products; parameters stay as they are stored. Default: bfloat16 on an
-            accelerator, float32 on a CPU.
-        revision: Revision of a hub id: a branch, tag or commit.
+            for the bundled model. A folder of that name goes before the hub and "tiny".
+        dtype: Dtype of the matrix products; parameters stay as they are stored. Default: bfloat16
+            on an accelerator, float32 on a CPU.
+        revision: Branch, tag or commit of a hub id. Default: main.
         variant: Weights to take where a component has them, e.g. "fp16"; elsewhere the plain ones.
-        cache_dir: Keeps downloads and, in `svg-jax`, what was converted, in place of the hub's
-            cache and of $SVG_JAX_CACHE, which is ~/.cache/svg-jax if it is not set.
+        cache_dir: Folder for downloads and, in its folder `svg-jax`, for conversions. Default: the
+            hub's own cache for the former, $SVG_JAX_CACHE (~/.cache/svg-jax) for the latter.
         verify: Whether to read all weights first and to compare them with the manifest, as
-            `svg-jax verify` does. Otherwise every other file is compared, and of the weights the
-            names, kinds, sizes and layout are.
+            `svg-jax verify` does. Otherwise all other files are compared, and the names, kinds,
+            sizes and layout of the weights.
         progress: Called with (bytes done, bytes in all, component) by a conversion and by `verify`.
 
     Returns:

@@ -148,7 +148,7 @@ class VideoPipeline(ABC):
         resume: bool = False,
         **arguments: Any,
     ) -> VideoOutput:
-        """Generates videos; arguments have diffusers' names and meanings.
+        """Generate videos; arguments have diffusers' names and meanings.
 
         With a `state_file` a run survives what ends its process: it is saved there every few steps
         and at an exception, and the same call with `resume` goes on from there, with the same
@@ -157,10 +157,12 @@ class VideoPipeline(ABC):
 
         Args:
             prompt: One prompt or several; or pass `prompt_embeds`.
-            sparsity: Sparse VideoGen; None is dense attention.
-            attend: An attention of one's own in place of either, in all steps and layers; its
-                `step_state` is a `StepState`. Each callable is compiled once. Such a run is not
-                saved: nothing tells one callable from another.
+            sparsity: Settings of Sparse VideoGen; None is dense attention.
+            attend: An attention of one's own in place of either, in all steps and layers (see
+                `svg_jax.Attend`); its `step_state` is a `StepState`. What it gives beside the
+                output is kept if it is a `SparseAttentionInfo`, and dropped otherwise. Each
+                callable is compiled once. Such a run is not saved: nothing tells one callable
+                from another.
             labels: Labels to use in place of profiling, True = temporal (see `denoise`).
             output_type: "np" for frames in 0…1, "uint8", or "latent" for latents alone.
             vae_tiling: Decode by the released tiles: less memory, and not quite the same frames.
@@ -168,7 +170,8 @@ class VideoPipeline(ABC):
             state_file: Where to save the run's state; None saves nothing.
             save_every: Steps from one save to the next; 0 saves nothing.
             resume: Go on from the state that is there; starts as usual if there is none.
-            **arguments: Of the family's `prepare`: size, steps, guidance, seed, image and so on.
+            **arguments: Arguments of the family's `prepare` (`help(pipe.prepare)`): size, steps,
+                guidance, seed, image and so on.
 
         Returns:
             Frames, latents, and what happened on the way.

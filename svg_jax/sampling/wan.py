@@ -147,7 +147,7 @@ class WanPipeline(VideoPipeline):
         seed: int | None = 0,
         max_sequence_length: int = _TEXT_TOKENS,
     ) -> PreparedRun:
-        """The first part of `__call__`: encodes prompts and images, makes schedule and noise.
+        """Do the first part of `__call__`: encode prompts and images, make schedule and noise.
 
         Args:
             prompt: One prompt or several; or pass `prompt_embeds`.
@@ -157,26 +157,26 @@ class WanPipeline(VideoPipeline):
             last_image: The last frame, in the same forms; needed by those of first and last frame
                 (FLF2V).
             negative_prompt: What guidance leads away from; one for all prompts, or one for each.
-            height: In pixels, a multiple of 16. Default: 480 for 1.3B, and for 14B image to video
-                if the checkpoint's shift is at most 3, by which the 480p one is told from the 720p
-                one; else 720.
-            width: In pixels, a multiple of 16. Default: 832 or 1280, likewise.
+            height: Height in pixels, a multiple of 16. Default: 480 for 1.3B, and for 14B image to
+                video if the checkpoint's shift is at most 3, by which the 480p one is told from the
+                720p one; else 720.
+            width: Width in pixels, a multiple of 16. Default: 832 at height 480, else 1280.
             num_frames: Frames of the video, 4k + 1.
             num_inference_steps: Denoising steps. Default, as by Wan's authors: 50; 40 for image to
                 video (diffusers takes 50 there, too). A folder's own goes before it.
             guidance_scale: Strength of classifier-free guidance; at most 1 turns it off and halves
                 the work. Default: the folder's, or 5.
-            guidance_interval: From which share of the steps to which guidance is paid for:
-                (0, 0.3) is the first 30 %. Default: the folder's, or all.
+            guidance_interval: Shares of the steps between which guidance is computed: (0, 0.3) is
+                the first 30 %. Default: the folder's, or all.
             scheduler: "unipc" or "euler", whose steps are HunyuanVideo's. Default: the
                 checkpoint's own, which is "unipc".
-            flow_shift: Of the schedule; by Wan's authors 5 at 720p, 3 at 480p for image to video,
-                16 for first and last frame. Default: the checkpoint's own.
+            flow_shift: Shift of the schedule; by Wan's authors 5 at 720p, 3 at 480p for image to
+                video, 16 for first and last frame. Default: the checkpoint's own.
             latents: Initial noise [batch, 16, latent_frames, height / 8, width / 8] in place of the
                 seed's.
             prompt_embeds: UMT5 features [batch, text_tokens, features] in place of prompts, zero
                 behind each prompt.
-            negative_prompt_embeds: Likewise for the negative prompt.
+            negative_prompt_embeds: Features of the negative prompt, in the same form.
             image_embeds: CLIP features [1 or batch, image_tokens, features] in place of those of
                 the images (FLF2V: of both, one behind the other).
             image_latents: Latents of the image and zeros behind it (FLF2V: between the two images),
