@@ -11,6 +11,7 @@ import typer
 
 import svg_jax
 from svg_jax import cli
+from svg_jax.cli_errors import ExitCode
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -55,6 +56,34 @@ def test_the_citation_is_of_this_version():
     assert f"\nversion: {svg_jax.__version__}\n" in citation
     assert "2502.01776" in citation
     assert "2502.01776" in README.partition("```bibtex")[2]
+
+
+def test_exit_codes_that_are_told_are_those_that_there_are():
+    codes = {0, *map(int, ExitCode)}
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)} == codes
+    assert {int(code) for code in re.findall(r"\b\d+\b", cli.app.info.epilog or "")} == codes
+
+
+def test_each_option_says_what_it_gives():
+    commands = typer.main.get_command(cli.app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    for name, command in commands.items():
+        assert f"Example: svg-jax {name}" in command.help
+        for parameter in command.params:
+            help = parameter.help or ""
+            assert help.endswith("."), (name, parameter.name)
+            assert not help.startswith(("Of ", "Default", "In ", "Its ")), (name, parameter.name)
+
+
+def test_the_architecture_names_files_that_exist():
+    rows = (ROOT / "docs/architecture.md").read_text().partition("## Decisions")[0].splitlines()
+    named = []
+    for row in rows:
+        folder = Path()
+        for path in map(Path, re.findall(r"`([^`… ]+\.py)`", row)):
+            folder = path.parent if len(path.parts) > 1 else folder
+            named.append(folder / path.name)
+            assert list(ROOT.glob(str(folder / path.name))), row
+    assert len(named) > 100
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
