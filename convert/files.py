@@ -37,6 +37,8 @@ def check_regular(file: Path) -> None:
         regular = stat.S_ISREG(file.stat().st_mode)
     except OSError as error:
         what = "is a link to nothing" if file.is_symlink() else "cannot be read"
-        raise ConversionError(f"{file}: {what} ({error.strerror}): fetch it again.") from error
+        raise ConversionError(
+            f"{file}: {what} ({error.strerror}): check the path, or fetch it again."
+        ) from error
     if not regular:
         raise ConversionError(f"{file}: is no file but a folder, a pipe or a device: remove it.")

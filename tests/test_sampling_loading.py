@@ -329,6 +329,25 @@ def run(tmp_path, monkeypatch, capsys):
     return call
 
 
+@pytest.mark.parametrize("is_converted", [False, True])
+def test_a_pipeline_without_a_scheduler(source, conversions, tmp_path, is_converted, run):
+    shutil.rmtree(source / "scheduler")
+    index = source / "model_index.json"
+    entries = json.loads(index.read_text())
+    del entries["scheduler"]
+    index.write_text(json.dumps(entries))
+    model = source
+    if is_converted:
+        model = tmp_path / "out"
+        convert_pipeline(source, model)
+    with pytest.raises(ValueError, match="the folder holds no scheduler"):
+        from_pretrained(model, cache_dir=tmp_path / "cache")
+    code, message = run(model)
+    assert code == 2
+    assert f"{model.name}/scheduler/scheduler_config.json: cannot be read: the folder" in message
+    assert not conversions
+
+
 def test_the_command_line_takes_what_python_takes(source, run):
     code, said = run("tiny")
     assert code == 0

@@ -137,7 +137,7 @@ class _Source:
 
     def scheduler_entries(self) -> dict[str, Any]:
         """What scheduler_config.json says."""
-        return read_json(self.folder / "scheduler" / "scheduler_config.json")
+        return read_json(self.folder / scheduler_config.FILE)
 
 
 def _refuse_what_does_not_run(folder: Path) -> None:
@@ -153,6 +153,11 @@ def _refuse_what_does_not_run(folder: Path) -> None:
     if entries.get("expand_timesteps"):
         raise ValueError(f"{folder}: is a Wan 2.2 with times by token, and only Wan 2.1 runs.")
     scheduler = folder / scheduler_config.FILE
+    if "scheduler" not in entries and not scheduler.exists():
+        raise ValueError(
+            f"{scheduler}: cannot be read: the folder holds no scheduler, which a pipeline needs; "
+            "add it to the source, and name it in model_index.json."
+        )
     if scheduler.exists():  # of a download it comes later
         found = scheduler_config.check_scheduler(
             read_json(scheduler), scheduler_config.classes_of(index.pipeline)
