@@ -1,9 +1,6 @@
 """A run that is saved, killed and gone on with is the run: bit for bit, or it is refused."""
 
 import dataclasses
-import hashlib
-import io
-import json
 import os
 import random
 import signal
@@ -11,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,128 +16,33 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from flax import nnx
 
 import svg_jax
 from svg_jax.convert import convert_pipeline, read_manifest
-from svg_jax.models import (
-    CogVideoXConfig,
-    CogVideoXTransformer,
-    HunyuanVideoConfig,
-    HunyuanVideoTransformer,
-    WanConfig,
-    WanTransformer,
-)
-from svg_jax.sampling import CogVideoXPipeline, HunyuanVideoPipeline, WanPipeline, checkpoint
+from svg_jax.sampling import WanPipeline, checkpoint
 from svg_jax.sampling.checkpoint import (
     check_same_run,
     load_run,
     make_fingerprint,
     open_run_file,
     save_run,
-    saved_fingerprint,
     saving,
     weights_digest,
 )
 from svg_jax.sampling.components import Lazy
-from svg_jax.sampling.flow import FlowConfig, FlowState
-from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
-from svg_jax.sampling.record import HeadProfile, StepRecord
-from svg_jax.sampling.schedulers import SamplerState, SchedulerConfig
 from svg_jax.video import enlarge, to_uint8
+from tests.saved_runs import (
+    RUNS,
+    SPARSITY,
+    STATES,
+    Killed,
+    kill_after,
+    normal,
+    pipeline_of,
+    records_of,
+)
 
 KILLS = int(os.environ.get("SVG_JAX_KILLS", "3"))
-SPARSITY = svg_jax.SparsityConfig(density=0.6, dense_steps=0.3, sampled_rows=4, band_multiple=1)
-COGVIDEOX = CogVideoXConfig(
-    num_attention_heads=2,
-    attention_head_dim=16,
-    in_channels=4,
-    out_channels=4,
-    time_embed_dim=16,
-    text_embed_dim=16,
-    num_layers=2,
-    sample_width=6,
-    sample_height=4,
-    sample_frames=9,
-    max_text_seq_length=2,
-    use_rotary_positional_embeddings=True,
-)
-WAN = WanConfig(
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=4,
-    out_channels=4,
-    text_dim=16,
-    ffn_dim=32,
-    num_layers=2,
-    rope_max_seq_len=32,
-)
-HUNYUAN_VIDEO = HunyuanVideoConfig(
-    in_channels=4,
-    out_channels=4,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    num_layers=1,
-    num_single_layers=2,
-    num_refiner_layers=1,
-    text_embed_dim=16,
-    pooled_projection_dim=8,
-    rope_axes_dim=(4, 6, 6),
-)
-SIZE = {"height": 32, "width": 48, "num_frames": 9}
-RANDOM = np.random.default_rng(0)
-
-
-def normal(*shape) -> np.ndarray:
-    return RANDOM.normal(size=shape).astype(np.float32)
-
-
-EMBEDS: dict[str, Any] = {"prompt_embeds": normal(1, 2, 16)}
-BOTH = EMBEDS | {"negative_prompt_embeds": normal(1, 2, 16)}
-POOLED: dict[str, Any] = {
-    "pooled_prompt_embeds": normal(1, 8),
-    "prompt_attention_mask": np.ones((1, 2), np.int32),
-}
-RUNS: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
-    "CogVideoX, DDIM, guided": (
-        *(CogVideoXPipeline, CogVideoXTransformer(COGVIDEOX, rngs=nnx.Rngs(0)), SchedulerConfig()),
-        BOTH | {"guidance_interval": (0, 0.7)},
-    ),
-    "CogVideoX, DPM": (
-        *(CogVideoXPipeline, CogVideoXTransformer(COGVIDEOX, rngs=nnx.Rngs(0)), SchedulerConfig()),
-        EMBEDS | {"guidance_scale": 1, "scheduler": "dpm"},
-    ),
-    "Wan, UniPC": (
-        *(WanPipeline, WanTransformer(WAN, rngs=nnx.Rngs(0)), FlowConfig("unipc", 3.0)),
-        EMBEDS | {"guidance_scale": 1},
-    ),
-    "HunyuanVideo, Euler": (
-        *(HunyuanVideoPipeline, HunyuanVideoTransformer(HUNYUAN_VIDEO, rngs=nnx.Rngs(0))),
-        FlowConfig("euler", 7.0),
-        EMBEDS | POOLED,
-    ),
-}
-
-
-def pipeline_of(name) -> tuple[Any, dict[str, Any]]:
-    kind, transformer, scheduler, arguments = RUNS[name]
-    more: dict[str, Any] = {}
-    if kind is HunyuanVideoPipeline:
-        more["encoders"] = HunyuanVideoEncoders()
-    pipeline = kind(transformer=transformer, scheduler=scheduler, **more)
-    return pipeline, SIZE | arguments | {"num_inference_steps": 6, "sparsity": SPARSITY}
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_after(step):
-    def callback(record):
-        if record.step == step:
-            raise Killed
-
-    return callback
 
 
 def assert_same_records(records, expected):
@@ -194,26 +95,6 @@ def test_a_finished_run_that_could_not_be_decoded_is_only_decoded(tmp_path, monk
     np.testing.assert_array_equal(video.latents, pipeline(**arguments).latents)
 
 
-STATES = {
-    "DDIM": SamplerState(normal(1, 2, 3), None),
-    "DPM": SamplerState(normal(1, 2, 3), normal(1, 2, 3)),
-    "flow": FlowState(normal(1, 2, 3), normal(1, 2, 3), (normal(1, 2, 3), normal(1, 2, 3))),
-}
-
-
-def records_of(count, entries=2):
-    profile = HeadProfile(
-        RANDOM.random((3, entries, 2)) < 0.5,
-        np.full((3, entries, 2, 2), np.nan, np.float32),
-        normal(3),
-    )
-    timesteps = [999, 0.1, 749.25]
-    return tuple(
-        StepRecord(i, timesteps[i], 6.000000000000001, 0.1, i == 0, profile if i else None)
-        for i in range(count)
-    )
-
-
 @pytest.mark.parametrize("name", STATES)
 def test_every_state_and_record_comes_back_bit_for_bit(name, tmp_path):
     state, records = STATES[name], records_of(3)
@@ -229,105 +110,10 @@ def test_every_state_and_record_comes_back_bit_for_bit(name, tmp_path):
     assert [record.seconds for record in saved.records] == [0.1] * 3
 
 
-def test_a_damaged_file_is_refused_wherever_the_damage_is(tmp_path):
-    path = tmp_path / "state"
-    save_run(path, STATES["flow"], records_of(2), {"seed": 3})
-    whole = path.read_bytes()
-    rng = random.Random(0)
-    damaged = [whole[:length] for length in (0, 1, 63, 64, 65, len(whole) // 2, len(whole) - 1)]
-    for _ in range(200):
-        byte, bit = rng.randrange(len(whole)), rng.randrange(8)
-        flipped = bytearray(whole)
-        flipped[byte] ^= 1 << bit
-        damaged.append(bytes(flipped))
-    for content in (*damaged, b"not a state", whole + b"\0"):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"state is damaged or no run's state: remove it"):
-            load_run(path, {"seed": 3})
-
-
-def signed(arrays):
-    """A file with its right digest, of whatever somebody put into it."""
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    with zipfile.ZipFile(file, "a") as archive:
-        archive.comment = bytes(64)
-    body = file.getvalue()[:-64]
-    return body + hashlib.sha256(body).hexdigest().encode()
-
-
-def in_header(change):
-    def harm(arrays):
-        header = json.loads(str(arrays["header"]))
-        change(header)
-        return {"header": np.array(json.dumps(header))}
-
-    return harm
-
-
-FORGED: dict[str, Any] = {
-    "no header": lambda a: {"header": None},
-    "a header of a number": lambda a: {"header": np.array(3)},
-    "a header of a list": lambda a: {"header": np.array("[]")},
-    "a header that nests": lambda a: {"header": np.array("[" * 99_999)},
-    "no version": in_header(lambda h: h.pop("format_version")),
-    "a fingerprint of a number": in_header(lambda h: h.update(fingerprint=3)),
-    "steps of a number": in_header(lambda h: h.update(steps=3)),
-    "a step without a number": in_header(lambda h: h["steps"][1].pop("step")),
-    "a step with something more": in_header(lambda h: h["steps"][1].update(more=1)),
-    "a step twice": in_header(lambda h: h.update(steps=h["steps"] * 2)),
-    "a step's profile that is not there": in_header(lambda h: h["steps"][0].update(profile=True)),
-    "labels of numbers": lambda a: {"steps.1.labels": a["steps.1.labels"].astype(int)},
-    "errors of other heads": lambda a: {"steps.1.errors": a["steps.1.errors"][..., :1, :]},
-    "latents that are missing": lambda a: {"state.latents": None},
-    "latents of another shape": lambda a: {"state.latents": a["state.latents"][:, :1]},
-    "latents of another dtype": lambda a: {"state.latents": a["state.latents"].astype(float)},
-    "latents of text": lambda a: {"state.latents": np.array("a")},
-    "an array too much": lambda a: {"state.other": a["state.latents"]},
-    "more steps than there are": in_header(
-        lambda h: h.update(steps=[{**h["steps"][0], "step": step} for step in range(9)])
-    ),
-}
-
-
-@pytest.mark.parametrize("forgery", FORGED)
-def test_a_file_that_was_made_by_hand_is_refused(forgery, tmp_path):
-    pipeline, arguments = pipeline_of("CogVideoX, DDIM, guided")
-    path = tmp_path / "state"
-    begun = pipeline.prepare(**{k: v for k, v in arguments.items() if k != "sparsity"}).state
-    save_run(path, begun, records_of(2), pipeline.fingerprint(**arguments))
-    with np.load(path) as file:
-        arrays = dict(file)
-    arrays |= FORGED[forgery](arrays)
-    path.write_bytes(signed({name: array for name, array in arrays.items() if array is not None}))
-    with pytest.raises(ValueError, match=r"state is damaged or no run's state: remove it"):
-        pipeline(**arguments, state_file=path, resume=True, callback_on_step_end=kill_after(2))
-
-
-def test_what_is_too_large_or_a_pipe_is_not_read(tmp_path):
-    path = tmp_path / "state"
-    path.touch()
-    os.truncate(path, 2**40)
-    with pytest.raises(ValueError, match="is damaged or no run's state"):
-        load_run(path, {})
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(ValueError, match="is no file but a device or a pipe"):
-        saved_fingerprint(path)
-
-
 def test_a_state_file_is_a_plain_npz(tmp_path):
     save_run(tmp_path / "state", STATES["DPM"], records_of(1), {"seed": 3})
     with np.load(tmp_path / "state", allow_pickle=False) as file:
         np.testing.assert_array_equal(file["state.latents"], STATES["DPM"].latents)
-
-
-def test_a_state_of_another_format_is_refused(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT_VERSION", 2)
-        save_run(tmp_path / "state", STATES["DDIM"], (), {})
-    with pytest.raises(ValueError, match="another version of svg-jax"):
-        load_run(tmp_path / "state", {})
 
 
 GRAY = PIL.Image.new("L", (4, 4))
