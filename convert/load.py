@@ -139,14 +139,14 @@ def load_transformer(
     """Load a transformer of a converted folder, of whichever family it is.
 
     Args:
-        folder: See `load_component`.
+        folder: What `convert_pipeline` made.
         name: Name of the component: Wan 2.2 has a "transformer_2", too.
-        dtype: See `load_component`.
-        param_dtype: See `load_component`.
+        dtype: Dtype of the matrix products.
+        param_dtype: Dtype to cast the parameters to; None keeps each as it is stored.
         residual_dtype: Dtype of the residual stream; None is `dtype`.
 
     Raises:
-        ConversionError: See `load_component`.
+        ConversionError: If the folder is not a whole converted one, or holds no such component.
     """
     return load_component(
         folder,
@@ -167,12 +167,12 @@ def load_text_encoder(
     """Load the T5 or UMT5 encoder of a converted folder.
 
     Args:
-        folder: See `load_component`.
-        dtype: See `load_component`; float16 is refused, T5 overflows in it.
-        param_dtype: See `load_component`.
+        folder: What `convert_pipeline` made.
+        dtype: Dtype of the matrix products; float16 is refused, T5 overflows in it.
+        param_dtype: Dtype to cast the parameters to; None keeps each as it is stored.
 
     Raises:
-        ConversionError: See `load_component`.
+        ConversionError: If the folder is not a whole converted one, or holds no such component.
     """
     return load_component(
         folder, "text_encoder", dtype=dtype, param_dtype=param_dtype, classes=T5_ENCODERS.keys()
@@ -188,12 +188,12 @@ def load_vae(
     """Load the video autoencoder of a converted folder, of whichever family it is.
 
     Args:
-        folder: See `load_component`.
-        dtype: See `load_component`.
-        param_dtype: See `load_component`.
+        folder: What `convert_pipeline` made.
+        dtype: Dtype of the matrix products.
+        param_dtype: Dtype to cast the parameters to; None keeps each as it is stored.
 
     Raises:
-        ConversionError: See `load_component`.
+        ConversionError: If the folder is not a whole converted one, or holds no such component.
     """
     return load_component(folder, "vae", dtype=dtype, param_dtype=param_dtype, classes=VAES.keys())
 

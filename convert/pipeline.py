@@ -96,9 +96,9 @@ def convert_pipeline(
             "owner/name" or "owner/name/file.safetensors". W becomes
             W + lora_scale · alpha / rank · B A in float32, and then has its dtype again, as after
             diffusers' `fuse_lora`.
-        lora_scale: Their strength: one for all, or one for each.
-        lora_into: The component that their names of the transformer mean: one for all, or one for
-            each. Wan 2.2 has a "transformer_2", for which diffusers has `load_into_transformer_2`.
+        lora_scale: Strength of the LoRAs: one for all, or one for each.
+        lora_into: Component that the LoRAs mean by the transformer: one for all, or one for each.
+            Wan 2.2 has a "transformer_2", for which diffusers has `load_into_transformer_2`.
         strict: Whether parts of a LoRA for layers that the model lacks (the image layers of one for
             image to video, on text to video) are an error; otherwise they are skipped, and named in
             the log and the manifest.

@@ -173,7 +173,7 @@ def attend_dense(
     layer: Int[Array, ""],
     step_state: object,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], None]:
-    """The kernels' dense attention as a model's `attend`; rows of padded text are 0."""
+    """Attend densely, as a model's `attend`, by the device's fastest kernel; padded rows are 0."""
     check_arguments(query, key, value, layout, text_length)
     lengths = clamped_length(text_length, layout)
     return _dense(query, key, value, layout, lengths, None), None
