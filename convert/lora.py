@@ -90,6 +90,11 @@ def read_loras(
         raise ConversionError(f"lora={shown(odd[0])}: must be a path, or a list of paths.")
     if odd := [name for name in names if not isinstance(name, str)]:
         raise ConversionError(f"lora_into={shown(odd[0])}: must be a component's name.")
+    if not paths and (scales not in ([], [1.0]) or names not in ([], [TRANSFORMER])):
+        raise ConversionError(
+            f"lora_scale={shown(scales)}, lora_into={shown(names)}: say nothing without a LoRA: "
+            "give one."
+        )
     for what, given in (("scales", scales), ("components", names)):
         if len(given) == 1:
             given *= len(paths)

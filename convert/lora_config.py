@@ -4,6 +4,7 @@ import json
 import math
 import re
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from svg_jax.convert.weights import is_torch
 PEFT_CONFIG = "adapter_config.json"
 _PEFT_STEM = "adapter_model"
 _METADATA = "lora_adapter_metadata"  # diffusers' name for a config within the file
+_LARGEST = sys.float_info.max
 _DEFAULT = 8  # PEFT's, of both r and lora_alpha
 # What PEFT merges in another way, or only together with a change of the base weights.
 _VARIANTS = (
@@ -26,13 +28,20 @@ _VARIANTS = (
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
+    "use_qalora",
     "arrow_config",
     "alora_invocation_tokens",
     "velora_config",
     "monteclora_config",
     "kasa_config",
 )
-_PLAIN_STARTS = (True, False, "gaussian")  # of init_lora_weights: they leave the base as it is
+_PLAIN_STARTS = (
+    True,
+    False,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # of init_lora_weights: they leave the base as it is
 # A pattern for modules that cannot take long: no group repeats, and few things do at all.
 _QUICK = re.compile(r"(?!.*\)[*+?])(?!(?:.*[*+?]){4})[\w.^$\\|()\[\]*+?-]+")
 
@@ -118,7 +127,7 @@ class LoraConfig:
             if found:
                 value = of
                 break
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) <= _LARGEST:
             raise ConversionError(
                 f"{self.where}: {name} of {module} is {value!r:.80}, and no number."
             )

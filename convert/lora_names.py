@@ -38,6 +38,7 @@ PREFIXES = {
     "lora_te2_": "text_encoder_2",
 }
 PEFT = "base_model.model."
+_MOST_PREFIXES = 5
 # Another prefix is passed over if all names of a file have it. It must end in a dot, or in a word
 # that is no part of a module's name (as "transformer_" of "transformer_blocks" is), and name
 # neither a component nor a number.
@@ -179,18 +180,21 @@ def normal_name(module: str) -> str:
     return name.replace("_processor_", "_")  # diffusers' attention, until 2023
 
 
-def readings(module: str, components: Collection[str]) -> Iterator[tuple[str, str]]:
+def readings(
+    module: str, components: Collection[str], most: int = _MOST_PREFIXES
+) -> Iterator[tuple[str, str]]:
     """Give each component and name that a module's name may mean: the whole name, then less.
 
     Args:
         module: The module's name, with prefixes.
         components: Components that a name may begin with, besides those in `PREFIXES`.
+        most: How many prefixes may follow each other.
     """
     yield TRANSFORMER, module
-    prefixes = {f"{component}.": component for component in components} | PREFIXES
+    prefixes = {f"{component}.": component for component in components} | PREFIXES if most else {}
     for prefix, component in prefixes.items():
         if module.startswith(prefix):
-            for within, rest in readings(module.removeprefix(prefix), components):
+            for within, rest in readings(module.removeprefix(prefix), components, most - 1):
                 yield (component if within == TRANSFORMER else within), rest
 
 

@@ -25,6 +25,7 @@ from svg_jax.convert.rules import ConversionError
 _LINE = 180  # characters of a list of names
 _NAME_LIMIT = 160  # characters of a tensor's name, of which errors hold two
 _MOST_WORDS = 8  # of a prefix that is not known
+_SOME = 1000  # names of which one has to fit without it
 _BESIDE = "bundle_emb."  # embeddings that OneTrainer stores with a LoRA
 _DIFFERENCES = {"difference": 0, "bias difference": 1, "bias": 1}  # weights, biases
 
@@ -78,9 +79,9 @@ def sort_tensors(
     parts = _read_names(file, tensors, components)
     found = _sort(tensors, parts, components, into, "")
     for prefix in () if found.groups else _wrappers([part.module for part in parts.values()]):
-        unwrapped = _sort(tensors, parts, components, into, prefix)
-        if unwrapped.groups:
-            found = unwrapped
+        some = itertools.islice(parts.values(), _SOME)
+        if any(_reads(part, components, into, prefix) for part in some):
+            found = _sort(tensors, parts, components, into, prefix)
             found.notes.append(f"its names begin with {prefix:.80}, which is passed over.")
             break
     if not found.groups and not found.absent:
@@ -213,6 +214,12 @@ def _fitting(
             return None
         return component, rest, targets
     return None
+
+
+def _reads(part: Part, components: Mapping[str, Component], into: str, prefix: str) -> bool:
+    """Return whether a part fits without a prefix."""
+    readable = list(_readings(part.module.removeprefix(prefix), components, into))
+    return _fitting(readable, part, components) is not None
 
 
 def _wrappers(modules: Sequence[str]) -> Iterator[str]:

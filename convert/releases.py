@@ -16,6 +16,7 @@ from svg_jax.convert import (
 from svg_jax.convert.buffers import attach_scales, check_scales
 from svg_jax.convert.components import FAMILIES, named_class, split_unused
 from svg_jax.convert.json_file import read_json
+from svg_jax.convert.lora_names import read_name
 from svg_jax.convert.original import Origin, Shapes, rename_tensors
 from svg_jax.convert.reader import StoredTensor
 from svg_jax.convert.rules import ConversionError, Leaf, match_rules
@@ -299,6 +300,8 @@ def identify(
     found = _find_releases(stored, _RENAMED if is_told else RELEASES, weights_key)
     if not found and not is_ours:
         check_prefix(stored, {release.mark: release for release in RELEASES}.get, where)
+        if class_name is None:
+            _check_kind(stored, where)
     if not found and (is_ours or not torch_files):
         return None
     if not found:
@@ -335,6 +338,17 @@ def _find_releases(
         for prefix, of in sorted(found, key=lambda pair: pair[0])
         if of is release
     }
+
+
+def _check_kind(stored: Mapping[str, StoredTensor], where: Path) -> None:
+    """Refuse what was taken for a model's weights by mistake."""
+    if not stored:
+        raise ConversionError(f"{where}: holds no tensors: fetch it again.")
+    if any(part and part.suffix.kind in ("down", "up") for part in map(read_name, stored)):
+        raise ConversionError(
+            f"{where}: is a LoRA, and not a model's weights: give the model here, and this file as "
+            "its lora (--lora)."
+        )
 
 
 def _unknown(stored: Mapping[str, StoredTensor], where: Path) -> ConversionError:

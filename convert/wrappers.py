@@ -6,6 +6,7 @@ name that a model knows. Which words these may be stands in one table; where the
 more than once (with and without a moving average), whoever converts them has to say which.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ WRAPPERS = frozenset(
 _AROUND_LAYERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
+_MOST_WORDS = 8  # of a prefix that is not known
 TOP = "."  # how the key of weights without any prefix is given
 
 Found = TypeVar("Found")
@@ -123,7 +125,7 @@ def check_prefix(
         ConversionError: If there is one.
     """
     first = min(names, default="")
-    for match in re.finditer(r"\.", first):
+    for match in itertools.islice(re.finditer(r"\.", first), _MOST_WORDS):
         prefix = first[: match.end()]
         if not all(name.startswith(prefix) for name in names):
             return

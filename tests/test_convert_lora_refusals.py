@@ -5,9 +5,11 @@ import os
 import jaxtyping
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import save_file
 from tiny_lora import Q, random_lora, save_lora, write_source
 
-from svg_jax.convert import ConversionError, convert_pipeline, plan_conversion
+from svg_jax.convert import ConversionError, convert_pipeline, plan_conversion, read_contents
 
 
 def without(*names):
@@ -102,6 +104,8 @@ WRONG_CONFIGS = {
     "another rank": ({"r": 8}, f"gives {Q} the rank 8 and its tensors have 4"),
     "another rank by pattern": ({"rank_pattern": {"to_q": 2}}, "the rank 2 and its tensors have 4"),
     "a word": ({"lora_alpha": "8"}, f"lora_alpha of {Q} is '8', and no number"),
+    "more than a float": ({"lora_alpha": 10**400}, "lora_alpha of .* is 10+, and no number"),
+    "another product": ({"use_qalora": True}, "use_qalora is True, which is not merged"),
     "not finite": ({"lora_alpha": float("inf")}, "lora_alpha .* is inf, and no number"),
     "no object": ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\], and no object"),
     "no pattern": ({"alpha_pattern": {"(": 1}}, r"'\(' in alpha_pattern is no pattern"),
@@ -199,6 +203,9 @@ class TestRefusals:
         for wrong in (5, [None], {file}, b"a"):
             with pytest.raises(ConversionError, match=r"lora=.*: must be a path, or a list"):
                 plan_conversion(source, lora=wrong)
+        for alone in ({"lora_scale": 0.5}, {"lora_into": "vae"}):
+            with pytest.raises(ConversionError, match="say nothing without a LoRA"):
+                plan_conversion(source, **alone)
         with pytest.raises(ConversionError, match="lora_into=5: must be a component's name"):
             plan_conversion(source, lora=file, lora_into=5)
         with pytest.raises(ConversionError, match="is too long for a path") as caught:
@@ -206,6 +213,18 @@ class TestRefusals:
         assert len(str(caught.value)) <= 500
         with pytest.raises(ConversionError, match="2 scales for 1 LoRAs"):
             convert_pipeline(source, tmp_path / "out", lora=file, lora_scale=[1.0, 2.0])
+
+    def test_a_lora_in_place_of_a_model(self, tmp_path):
+        lora = random_lora(write_source(tmp_path / "source"), [Q])
+        file = save_lora(tmp_path / "lora.safetensors", lora)
+        torch.save({"state_dict": {name: torch.zeros(2) for name in lora}}, tmp_path / "a.pt")
+        for given in (file, tmp_path / "a.pt"):
+            for read in (plan_conversion, read_contents):
+                with pytest.raises(ConversionError, match=r"is a LoRA, .* as its lora \(--lora\)"):
+                    read(given)
+        save_file({}, tmp_path / "empty.safetensors")
+        with pytest.raises(ConversionError, match="holds no tensors"):
+            plan_conversion(tmp_path / "empty.safetensors")
 
     def test_a_destination_that_holds_it(self, tmp_path):
         source = write_source(tmp_path / "source")
