@@ -177,6 +177,7 @@ def name_method(key: str) -> str | None:
 def normal_name(module: str) -> str:
     """Bring a module's name into the form in which all ways of writing it are the same."""
     name = re.sub(r"[._]+", "_", module).strip("_")
+    name = name.removeprefix("text_model_")  # of CLIP's, which transformers drops since version 5
     return name.replace("_processor_", "_")  # diffusers' attention, until 2023
 
 

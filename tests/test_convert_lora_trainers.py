@@ -135,6 +135,15 @@ class TestNames:
         found, _ = merged(sources["Wan"], save(tmp_path, {down: a, up: b}, "safetensors"))
         assert_merged(found, {f"{Q}.weight": b @ a}, sources["Wan"])
 
+    @pytest.mark.parametrize("stored", ["", "text_model."])
+    @pytest.mark.parametrize("asked", ["", "text_model."])
+    def test_clips_modules_have_one_name_with_and_without_the_models(self, stored, asked):
+        module = "encoder.layers.0.self_attn.q_proj"
+        (target,) = module_names({f"{stored}{module}.weight": (8, 8)}).targets[
+            normal_name(f"{asked}{module}".replace(".", "_"))
+        ]
+        assert target.module == stored + module
+
     def test_the_docs_tell_all_of_the_tables(self):
         text = (ROOT / "docs/lora.md").read_text()
         missing = [name for name in (*PREFIXES, *SUFFIXES) if f"`{name}`" not in text]
