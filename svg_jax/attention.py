@@ -12,6 +12,7 @@ from svg_jax import kernels
 from svg_jax.classify import check_config, errors_of_masks, sample_rows
 from svg_jax.config import SparsityConfig, dense_layer_count
 from svg_jax.kernels import checks
+from svg_jax.kernels.sharding import vary_like
 from svg_jax.layout import clamped_length, to_frame_major, to_token_major
 from svg_jax.masks import realised_density, sparse_mask, warn_of_lost_sparsity
 from svg_jax.models import Attend, VideoLayout
@@ -242,10 +243,21 @@ def attend_sparse(
             return sparse(query, key, value)
         if dense_layers == num_layers:
             return dense(query, key, value, layout, text_length)
+
+        def alike(out, info):
+            """The same, of one type in dense layers and in sparse ones, inside `shard_map` too."""
+            return out, SparseAttentionInfo(
+                labels=vary_like(info.labels, query),
+                errors=vary_like(info.errors, query),
+                density=info.density
+                if text_length is None
+                else vary_like(info.density, text_length),
+            )
+
         return jax.lax.cond(
             layer < dense_layers,
-            partial(dense, layout=layout, text_length=text_length),
-            sparse,
+            lambda *arrays: alike(*dense(*arrays, layout, text_length)),
+            lambda *arrays: alike(*sparse(*arrays)),
             query,
             key,
             value,

@@ -4,6 +4,7 @@ Types are checked on a mesh of one device. What moves between devices is seen on
 another process has: it runs this very file.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -17,7 +18,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from svg_jax import SparsityConfig, VideoLayout, attend_dense, sparse_attention
+from svg_jax import (
+    SparsityConfig,
+    StepState,
+    VideoLayout,
+    attend_dense,
+    attend_sparse,
+    sparse_attention,
+)
 from svg_jax.kernels import block_list_attention
 
 FIRST = VideoLayout(num_frames=3, tokens_per_frame=11, text_tokens=5, text_position="first")
@@ -48,7 +56,7 @@ def attend(layout):
 
 
 def attend_otherwise(query, key, value, rng, text_length, labels):
-    """Dense attention, listed blocks, and gradients of sparse attention."""
+    """Dense attention, listed blocks, gradients of sparse attention, a layer behind dense ones."""
     video = {"layout": LAST, "text_length": text_length}
     dense, _ = attend_dense(query, key, value, layer=jnp.int32(0), step_state=None, **video)
     one = jnp.ones((query.shape[0], query.shape[2], 1), jnp.int32)
@@ -58,7 +66,9 @@ def attend_otherwise(query, key, value, rng, text_length, labels):
         out, _ = sparse_attention(query, key, value, config=CONFIG, rng=rng, **video)
         return jnp.square(out).sum()
 
-    return dense, listed, jax.grad(loss)(query)
+    layers = attend_sparse(dataclasses.replace(CONFIG, dense_layers=0.5), 2)
+    of_layer, _ = layers(query, key, value, layer=jnp.int32(1), step_state=StepState(rng), **video)
+    return dense, listed, jax.grad(loss)(query), of_layer
 
 
 def mesh_of(kind, shape):
@@ -87,7 +97,7 @@ def test_types_are_those_that_meshes_ask_for(kind):
     mesh, given = mesh_of(kind, (1, 1)), arguments(LAST)
     run = attend_otherwise
     if kind is AxisType.Auto:
-        run = in_shard_map(run, mesh, False, (SPEC,) * 3)
+        run = in_shard_map(run, mesh, False, (SPEC,) * 4)
     assert_equal(jax.jit(run)(*placed(mesh, given)), jax.jit(attend_otherwise)(*given))
 
 
