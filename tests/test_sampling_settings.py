@@ -457,7 +457,7 @@ def test_no_negative_prompt_is_the_empty_one():
 def test_a_short_run_says_how_many_of_its_steps_are_dense(pipeline, caplog):
     pipeline(**RUN | {"num_inference_steps": 4}, sparsity=SPARSITY)
     assert [record.getMessage() for record in caplog.records] == [
-        "few steps: 1 of 4 are dense, the first ones"
+        "few steps: 1 of 4 dense, the first ones"
     ]
 
 

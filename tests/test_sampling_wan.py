@@ -404,7 +404,7 @@ LATENTS = np.zeros((1, 4, 3, 4, 6), np.float32)
         (
             "T2V",
             TEXT | {"num_videos_per_prompt": 0},
-            "num_videos_per_prompt must be a whole number of",
+            "num_videos_per_prompt must be a whole number from 1 to",
         ),
         ("T2V", TEXT | {"seed": -1}, "seed must be a whole number from 0"),
         ("T2V", TEXT | {"latents": LATENTS[:, :3]}, r"latents must have the shape \(1, 4, 3"),
@@ -502,7 +502,7 @@ def test_the_command_line_makes_videos_of_an_image(make, tmp_path, monkeypatch, 
     assert not code, printed.err
     assert output.stat().st_size > 0
     sparsity, few, *_, wrote, kernel = printed.out.splitlines()
-    assert few == "few steps: 1 of 2 are dense, the first ones"
+    assert few == "few steps: 1 of 2 dense, the first ones"
     assert kernel.startswith("sparse attention by ")
     assert sparsity == (
         "sparsity: density 0.6, dense steps 0.5, dense layers 0.03, sampled rows 4 "

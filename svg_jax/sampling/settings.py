@@ -196,7 +196,7 @@ def few_steps_note(sparsity: SparsityConfig, num_inference_steps: int) -> str | 
     if num_inference_steps >= _FEW_STEPS:
         return None
     dense = dense_step_count(sparsity, num_inference_steps)
-    return f"few steps: {dense} of {num_inference_steps} are dense, the first ones"
+    return f"few steps: {dense} of {num_inference_steps} dense, the first ones"
 
 
 def draw_seed() -> int:
