@@ -239,10 +239,11 @@ def attend_sparse(
                 implementation=implementation,
             )
 
+        dense_of = partial(dense, layout=layout, text_length=text_length)
         if dense_layers == 0:
             return sparse(query, key, value)
         if dense_layers == num_layers:
-            return dense(query, key, value, layout, text_length)
+            return dense_of(query, key, value)
 
         def alike(out, info):
             """The same, of one type in dense layers and in sparse ones, inside `shard_map` too."""
@@ -256,8 +257,8 @@ def attend_sparse(
 
         return jax.lax.cond(
             layer < dense_layers,
-            lambda *arrays: alike(*dense(*arrays, layout, text_length)),
-            lambda *arrays: alike(*sparse(*arrays)),
+            lambda *qkv: alike(*dense_of(*qkv)),
+            lambda *qkv: alike(*sparse(*qkv)),
             query,
             key,
             value,

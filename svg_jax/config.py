@@ -3,9 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
+
+from svg_jax.convert.values import is_number
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class SparsityConfig:
         for name in ("density", "dense_steps", "dense_layers"):
             share: Any = getattr(self, name)
             least = "over 0, to" if name == "density" else "from 0 to"
-            if isinstance(share, bool) or not isinstance(share, Real):
+            if not is_number(share):
                 raise ValueError(f"{name} is a number {least} 1: got {_shown(share)}")
             if not 0 <= share <= 1 or (name == "density" and share == 0):
                 raise ValueError(f"{name} is a share {least} 1: got {_shown(share)}")
         for name in ("sampled_rows", "band_multiple"):
             count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+            if not is_number(count, whole=True) or count < 1:
                 raise ValueError(f"{name} is a whole number, at least 1: got {_shown(count)}")
         if not isinstance(self.first_frame_sink, (bool, type(None))):
             shown = _shown(self.first_frame_sink)

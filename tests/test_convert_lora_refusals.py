@@ -1,6 +1,7 @@
 """LoRAs that cannot be merged are refused in one sentence that names the tensor."""
 
 import os
+from typing import Any
 
 import jaxtyping
 import numpy as np
@@ -197,17 +198,20 @@ class TestRefusals:
         file = save_lora(tmp_path / "lora.safetensors", random_lora(source, [Q]))
         for scale in (float("nan"), True, "0.5", [None], 1e39, 10**400):
             self.refuse(tmp_path, file, "its scale is .* and must be", lora_scale=scale)
-        (half,) = plan_conversion(source, lora=[file], lora_scale=np.array([0.5])).loras
+        an_array: Any = np.array([0.5])
+        (half,) = plan_conversion(source, lora=[file], lora_scale=an_array).loras
         assert half.scale == 0.5
         assert plan_conversion(source, lora=None).loras == ()
-        for wrong in (5, [None], {file}, b"a"):
+        no_paths: Any = (5, [None], {file}, b"a")
+        for wrong in no_paths:
             with pytest.raises(ConversionError, match=r"lora=.*: must be a path, or a list"):
                 plan_conversion(source, lora=wrong)
+        alone: Any
         for alone in ({"lora_scale": 0.5}, {"lora_into": "vae"}):
             with pytest.raises(ConversionError, match="say nothing without a LoRA"):
                 plan_conversion(source, **alone)
         with pytest.raises(ConversionError, match="lora_into=5: must be a component's name"):
-            plan_conversion(source, lora=file, lora_into=5)
+            plan_conversion(source, lora=file, **{"lora_into": no_paths[0]})
         with pytest.raises(ConversionError, match="is too long for a path") as caught:
             plan_conversion(source, lora="a/" + 300 * "b")
         assert len(str(caught.value)) <= 500

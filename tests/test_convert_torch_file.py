@@ -112,7 +112,7 @@ def test_odd_views_have_the_values_that_torch_gives(tmp_path, kind, protocol):
 
 def test_a_parameter_with_attributes_is_read(tmp_path):
     parameter = torch.nn.Parameter(torch.arange(3.0))
-    parameter.is_shared = True  # as trainers of parallel models mark theirs
+    parameter.mark = True  # pyright: ignore[reportAttributeAccessIssue] as trainers mark theirs
     torch.save({"w": parameter}, tmp_path / "a.pt")
     assert read(tmp_path / "a.pt")["w"].tolist() == [0, 1, 2]
 
@@ -123,7 +123,7 @@ class Subclass(torch.Tensor):
 
 def test_a_buffer_and_a_tensor_with_attributes_are_read(tmp_path):
     marked = COMPLEX.conj().imag
-    marked.is_shared = True
+    marked.mark = True  # pyright: ignore[reportAttributeAccessIssue]
     buffer = torch.nn.Buffer(torch.arange(6.0).reshape(2, 3).t())
     torch.save({"w": marked, "b": buffer}, tmp_path / "a.pt")
     found = read(tmp_path / "a.pt")

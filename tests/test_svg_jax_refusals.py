@@ -212,7 +212,8 @@ def test_a_layout_has_whole_numbers_of_tokens(field, count):
     wrong: dict[str, Any] = counts | {field: count}
     assert_refused(lambda: VideoLayout(**wrong), field)
     same: dict[str, Any] = counts | {field: np.int64(7)}
-    assert hash(VideoLayout(**same)) == hash(VideoLayout(**counts | {field: 7}))
+    seven: dict[str, Any] = counts | {field: 7}
+    assert hash(VideoLayout(**same)) == hash(VideoLayout(**seven))
 
 
 @pytest.mark.parametrize("field", ["sampled_rows", "band_multiple"])
