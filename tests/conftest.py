@@ -44,6 +44,21 @@ hypothesis.settings.load_profile("svg-jax")
 install_import_hook("svg_jax", "beartype.beartype")
 
 
+_MOST_MAPS = 20_000  # of the 65,530 pieces of memory that Linux lets a process map
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_programs():
+    """Drop compiled programs before there are so many that XLA has no memory to map for the next.
+
+    Each takes several pieces of mapped memory; past the limit a compilation ends in a crash.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
     if jax.default_backend() == "gpu":
