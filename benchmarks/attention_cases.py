@@ -14,8 +14,8 @@ from timing import Functions, Seconds, interleaved_seconds, spread
 
 from svg_jax import PAPER_PRESETS, SparsityConfig, VideoLayout, classify_heads, sparse_attention
 from svg_jax.kernels import BandMask, block_map, block_sparse_attention, dense_attention
-from svg_jax.layout import to_frame_major, to_token_major
 from svg_jax.masks import sparse_mask
+from svg_jax.token_order import to_frame_major, to_token_major
 
 BLOCK = 128
 COPY_ELEMENTS = 2**29

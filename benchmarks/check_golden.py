@@ -21,7 +21,7 @@ import numpy as np
 
 from svg_jax import SparsityConfig, from_pretrained
 from svg_jax.convert import convert_pipeline
-from svg_jax.metrics import psnr
+from svg_jax.media.metrics import psnr
 from svg_jax.sampling import CogVideoXPipeline
 
 

@@ -31,7 +31,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from svg_jax.convert.components import FAMILIES
-from svg_jax.convert.rules import LAYER, Rule
+from svg_jax.convert.tables.rules import LAYER, Rule
 
 # Per model, each component's class and what its config says beside the number of layers.
 MODELS: Mapping[str, dict[str, tuple[str, dict[str, Any]]]] = {
@@ -69,7 +69,7 @@ step, source, destination = sys.argv[1:]
 if step == "convert":
     import svg_jax.convert.pipeline
 else:
-    import svg_jax.convert.export, svg_jax.convert.load, svg_jax.convert.verify
+    from svg_jax.convert.checkpoint import export, load, verify  # noqa: F401
 base, start = peak(), time.perf_counter()
 if step == "convert":
     convert_pipeline(source, destination)

@@ -31,8 +31,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from svg_jax.comparison import device_name, versions
 from svg_jax.kernels import BandMask, block_sparse_attention, dense_attention
+from svg_jax.sampling.comparison import device_name, versions
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 LARGEST_RATIO = 2.0

@@ -52,12 +52,12 @@ from svg_jax.sampling import (
     WanPipeline,
     denoise,
 )
-from svg_jax.sampling.checkpoint import open_run_file, saving
 from svg_jax.sampling.components import run_encoder
-from svg_jax.sampling.flow import FlowConfig
-from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
+from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders
 from svg_jax.sampling.latents import to_frames
-from svg_jax.sampling.schedulers import SchedulerConfig
+from svg_jax.sampling.run_state import open_run_file, saving
+from svg_jax.sampling.schedules.diffusion import SchedulerConfig
+from svg_jax.sampling.schedules.flow import FlowConfig
 
 Row = dict[str, Any]
 BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)

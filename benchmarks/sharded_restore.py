@@ -27,9 +27,9 @@ from flax.nnx import traversals
 from jax.sharding import NamedSharding, PartitionSpec
 from timing import provenance, write_entry
 
-from svg_jax.convert.folder import open_folder
-from svg_jax.convert.manifest import digest
-from svg_jax.convert.tensors import open_tensors
+from svg_jax.convert.checkpoint.folder import open_folder
+from svg_jax.convert.checkpoint.manifest import digest
+from svg_jax.convert.checkpoint.tensors import open_tensors
 
 
 def target_of(shape: tuple[int, ...], dtype: np.dtype, mesh: jax.sharding.Mesh):

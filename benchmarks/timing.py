@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from svg_jax.comparison import device_name, versions
+from svg_jax.sampling.comparison import device_name, versions
 
 Functions = Mapping[str, Callable[[], Any]]
 Seconds = dict[str, list[float]]

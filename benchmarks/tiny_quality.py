@@ -31,16 +31,16 @@ from PIL import Image, ImageDraw
 from safetensors.numpy import load_file
 
 from svg_jax.config import SparsityConfig, dense_step_count
-from svg_jax.convert import cogvideox, t5
-from svg_jax.convert.rules import convert_state
-from svg_jax.metrics import psnr, ssim
+from svg_jax.convert.tables import cogvideox, t5
+from svg_jax.convert.tables.rules import convert_state
+from svg_jax.media.metrics import psnr, ssim
 from svg_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
 from svg_jax.models.t5 import T5Config, T5Encoder
-from svg_jax.sampling.cogvideox import CogVideoXPipeline
+from svg_jax.sampling.cogvideox.pipeline import CogVideoXPipeline
 from svg_jax.sampling.pipeline import PreparedRun
-from svg_jax.sampling.record import SamplingInfo
-from svg_jax.sampling.schedulers import SchedulerConfig
-from svg_jax.tokenizer import load_tokenizer
+from svg_jax.sampling.records import SamplingInfo
+from svg_jax.sampling.schedules.diffusion import SchedulerConfig
+from svg_jax.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "examples"))

@@ -9,29 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from svg_jax.convert.contents import Contents, read_contents
-    from svg_jax.convert.export import export_pipeline
-    from svg_jax.convert.load import (
+    from svg_jax.convert.checkpoint.export import export_pipeline
+    from svg_jax.convert.checkpoint.load import (
         load_component,
         load_text_encoder,
         load_transformer,
         load_vae,
     )
-    from svg_jax.convert.manifest import Manifest, TensorRecord, read_manifest
+    from svg_jax.convert.checkpoint.manifest import Manifest, TensorRecord, read_manifest
+    from svg_jax.convert.checkpoint.verify import verify_pipeline
+    from svg_jax.convert.contents import Contents, read_contents
+    from svg_jax.convert.errors import ConversionError, DamageError, RefusedError
     from svg_jax.convert.pipeline import convert_pipeline
     from svg_jax.convert.plan import plan_conversion
-    from svg_jax.convert.releases import OriginalComponent, find_original, read_original
-    from svg_jax.convert.rules import (
-        ConversionError,
-        DamageError,
-        Leaf,
-        RefusedError,
-        Rule,
-        convert_state,
-        match_rules,
-        restore_state,
-    )
-    from svg_jax.convert.verify import verify_pipeline
+    from svg_jax.convert.releases.recognise import OriginalComponent, find_original, read_original
+    from svg_jax.convert.tables.rules import Leaf, Rule, convert_state, match_rules, restore_state
 
 __all__ = [
     "Contents",
@@ -61,24 +53,16 @@ __all__ = [
 ]
 
 _HOME = {
+    "checkpoint.export": ("export_pipeline",),
+    "checkpoint.load": ("load_component", "load_text_encoder", "load_transformer", "load_vae"),
+    "checkpoint.manifest": ("Manifest", "TensorRecord", "read_manifest"),
+    "checkpoint.verify": ("verify_pipeline",),
     "contents": ("Contents", "read_contents"),
-    "export": ("export_pipeline",),
-    "load": ("load_component", "load_text_encoder", "load_transformer", "load_vae"),
-    "manifest": ("Manifest", "TensorRecord", "read_manifest"),
+    "errors": ("ConversionError", "DamageError", "RefusedError"),
     "pipeline": ("convert_pipeline",),
     "plan": ("plan_conversion",),
-    "releases": ("OriginalComponent", "find_original", "read_original"),
-    "rules": (
-        "ConversionError",
-        "DamageError",
-        "Leaf",
-        "RefusedError",
-        "Rule",
-        "convert_state",
-        "match_rules",
-        "restore_state",
-    ),
-    "verify": ("verify_pipeline",),
+    "releases.recognise": ("OriginalComponent", "find_original", "read_original"),
+    "tables.rules": ("Leaf", "Rule", "convert_state", "match_rules", "restore_state"),
 }
 
 

@@ -8,7 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from svg_jax.convert import (
+from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.formats.json_file import read_json
+from svg_jax.convert.formats.show import show, show_some
+from svg_jax.convert.sources.buffers import BUFFERS
+from svg_jax.convert.sources.weights import STEMS
+from svg_jax.convert.tables import (
     clip,
     cogvideox,
     cogvideox_vae,
@@ -20,11 +25,7 @@ from svg_jax.convert import (
     wan,
     wan_vae,
 )
-from svg_jax.convert.buffers import BUFFERS
-from svg_jax.convert.json_file import read_json
-from svg_jax.convert.rules import ConversionError, Leaf, Rule, match_rules
-from svg_jax.convert.show import show, show_some
-from svg_jax.convert.weights import STEMS
+from svg_jax.convert.tables.rules import Leaf, Rule, match_rules
 from svg_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.cogvideox_vae_config import CogVideoXVAEConfig

@@ -11,6 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from svg_jax.convert.checkpoint.folder import ConvertedFolder, open_folder
+from svg_jax.convert.checkpoint.manifest import NAME, LoraRecord
+from svg_jax.convert.checkpoint.staging import standing_folder
+from svg_jax.convert.checkpoint.tensors import open_tensors, read_checked
 from svg_jax.convert.components import (
     COPIED,
     FAMILIES,
@@ -19,15 +23,11 @@ from svg_jax.convert.components import (
     read_component_config,
     split_unused,
 )
-from svg_jax.convert.folder import ConvertedFolder, open_folder
-from svg_jax.convert.json_file import read_json
-from svg_jax.convert.manifest import NAME, LoraRecord
+from svg_jax.convert.formats.json_file import read_json
+from svg_jax.convert.formats.stored_tensor import DTYPES, StoredTensor, read_tensor
 from svg_jax.convert.paths import real_path, usable_path
 from svg_jax.convert.progress import Progress, count_bytes
-from svg_jax.convert.reader import DTYPES, StoredTensor, read_tensor
-from svg_jax.convert.source import Source, open_source, select_variants
-from svg_jax.convert.staging import standing_folder
-from svg_jax.convert.tensors import open_tensors, read_checked
+from svg_jax.convert.sources.source import Source, open_source, select_variants
 
 _PIECE = 1 << 22  # elements that are taken at once
 

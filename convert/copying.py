@@ -16,13 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
-from svg_jax.convert.digests import file_digest
-from svg_jax.convert.lora_change import Change, add_changes
-from svg_jax.convert.manifest import TensorRecord
+from svg_jax.convert.checkpoint.manifest import TensorRecord
+from svg_jax.convert.checkpoint.orbax_writer import LeafFiles, create_checkpoint
+from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.formats.digests import file_digest
+from svg_jax.convert.formats.stored_tensor import (
+    StoredTensor,
+    count_nonfinite,
+    read_pieces,
+    read_tensor,
+)
+from svg_jax.convert.lora.change import Change, add_changes
 from svg_jax.convert.plan import ComponentPlan
-from svg_jax.convert.reader import StoredTensor, count_nonfinite, read_pieces, read_tensor
-from svg_jax.convert.rules import ConversionError
-from svg_jax.convert.writer import LeafFiles, create_checkpoint
 
 _MOST_WORKERS = 8  # more do not read a disk faster
 _SYNCED_BYTES = 2**20  # from here on a file is brought to the disk when it is written

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from svg_jax.convert.rules import ConversionError
+from svg_jax.convert.errors import ConversionError
 
 _LONGEST = 4000  # characters; Linux takes 4096 bytes
 _LONGEST_NAME = 255  # bytes, of each part

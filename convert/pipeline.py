@@ -10,9 +10,7 @@ from pathlib import Path
 
 from jax.typing import DTypeLike
 
-from svg_jax.convert.copying import copy_weights
-from svg_jax.convert.digests import file_digest
-from svg_jax.convert.manifest import (
+from svg_jax.convert.checkpoint.manifest import (
     NAME,
     Manifest,
     TensorRecord,
@@ -20,16 +18,18 @@ from svg_jax.convert.manifest import (
     read_manifest,
     write_manifest,
 )
-from svg_jax.convert.paths import real_place
-from svg_jax.convert.plan import ComponentPlan, ConversionPlan, plan_conversion
-from svg_jax.convert.progress import Progress, Terminated, count_bytes
-from svg_jax.convert.rules import ConversionError
-from svg_jax.convert.staging import (
+from svg_jax.convert.checkpoint.staging import (
     check_destination,
     clear,
     partial_folder,
     staged_folder,
 )
+from svg_jax.convert.copying import copy_weights
+from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.formats.digests import file_digest
+from svg_jax.convert.paths import real_place
+from svg_jax.convert.plan import ComponentPlan, ConversionPlan, plan_conversion
+from svg_jax.convert.progress import Progress, Terminated, count_bytes
 
 _LOGGER = logging.getLogger(__name__)
 # The manifest of a folder that is not whole yet: what it lists is, and a later run may rely on it.

@@ -13,6 +13,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from svg_jax.convert import scheduler_config
+from svg_jax.convert.checkpoint.manifest import NAME, SMALL_BYTES
+from svg_jax.convert.checkpoint.orbax_writer import LeafFiles, checkpoint_nbytes
 from svg_jax.convert.components import (
     COPIED,
     FAMILIES,
@@ -20,19 +22,18 @@ from svg_jax.convert.components import (
     read_component_config,
     select_components,
 )
-from svg_jax.convert.files import check_inside, check_regular
-from svg_jax.convert.json_file import read_json
-from svg_jax.convert.lora import Lora, changes_of, read_loras
-from svg_jax.convert.lora_change import Change
-from svg_jax.convert.manifest import NAME, SMALL_BYTES
+from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.formats.checked_files import check_inside, check_regular
+from svg_jax.convert.formats.json_file import read_json
+from svg_jax.convert.formats.stored_tensor import DTYPES, StoredTensor
+from svg_jax.convert.formats.values import sentence_of
+from svg_jax.convert.lora.change import Change
+from svg_jax.convert.lora.read import Lora, changes_of, read_loras
 from svg_jax.convert.paths import usable_path
-from svg_jax.convert.reader import DTYPES, StoredTensor
-from svg_jax.convert.rules import ConversionError, Leaf
 from svg_jax.convert.run_defaults import FILE as RUN_DEFAULTS
 from svg_jax.convert.run_defaults import read_run_defaults
-from svg_jax.convert.source import Source, open_source, select_variants
-from svg_jax.convert.values import sentence_of
-from svg_jax.convert.writer import LeafFiles, checkpoint_nbytes
+from svg_jax.convert.sources.source import Source, open_source, select_variants
+from svg_jax.convert.tables.rules import Leaf
 
 _BYTES_A_RECORD = 330  # of the manifest, beside the tensor's name
 _BYTES_A_FILE = 130  # of the manifest
@@ -314,7 +315,7 @@ def _leaf_dtypes(
         for name in names:
             _ = tensors[name].converted_dtype  # refuses what is no weight
     if cast is not None:
-        from svg_jax.convert.load import param_dtypes  # flax and all the models
+        from svg_jax.convert.checkpoint.load import param_dtypes  # flax and all the models
 
         # The modules know what the originals keep in float32.
         return param_dtypes(class_name, config, cast)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svg_jax.convert.json_file import read_json
-from svg_jax.convert.rules import ConversionError
-from svg_jax.convert.values import Number, Rule, Shares, sentence_of, shown
+from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.formats.json_file import read_json
+from svg_jax.convert.formats.values import Number, Rule, Shares, sentence_of, shown
 
 FILE = "svg_jax.json"
 _LONGEST = 300  # characters of what is wrong

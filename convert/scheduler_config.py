@@ -9,7 +9,16 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from svg_jax.convert.values import Flag, Maybe, Name, Number, Numbers, Rule, sentence_of, shown
+from svg_jax.convert.formats.values import (
+    Flag,
+    Maybe,
+    Name,
+    Number,
+    Numbers,
+    Rule,
+    sentence_of,
+    shown,
+)
 
 FILE = "scheduler/scheduler_config.json"
 COGVIDEOX = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")

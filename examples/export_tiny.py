@@ -22,8 +22,8 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from svg_jax.convert import cogvideox, t5
-from svg_jax.convert.rules import restore_state
+from svg_jax.convert.tables import cogvideox, t5
+from svg_jax.convert.tables.rules import restore_state
 from svg_jax.models.cogvideox import CogVideoXConfig
 from svg_jax.models.t5 import T5Config
 

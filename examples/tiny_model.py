@@ -10,7 +10,7 @@ from tiny_data import CAPTION_TOKENS, HEIGHT, NUM_FRAMES, WIDTH, vocabulary
 
 from svg_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
 from svg_jax.models.t5 import T5Config, T5Encoder
-from svg_jax.sampling.schedulers import SchedulerConfig, alphas_cumprod
+from svg_jax.sampling.schedules.diffusion import SchedulerConfig, alphas_cumprod
 
 TEXT_FEATURES = 64
 

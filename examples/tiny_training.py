@@ -34,8 +34,8 @@ from tiny_model import (
     signal_and_noise,
 )
 
-from svg_jax.convert import cogvideox, t5
-from svg_jax.convert.rules import convert_state
+from svg_jax.convert.tables import cogvideox, t5
+from svg_jax.convert.tables.rules import convert_state
 from svg_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
 from svg_jax.models.rope import Rotation
 from svg_jax.models.t5 import T5Config

@@ -14,7 +14,7 @@ from svg_jax.kernels.attention import (
 from svg_jax.kernels.block_mask import BandMask, BlockMap, block_map, kept_pairs
 from svg_jax.kernels.dense import dense_attention
 from svg_jax.kernels.permute import transpose_tokens
-from svg_jax.kernels.profile import sampled_attention
+from svg_jax.kernels.sampled_rows import sampled_attention
 from svg_jax.kernels.sharding import on_each_device
 
 __all__ = [

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from svg_jax.kernels import mosaic_attention, mosaic_gpu, reference, xla
+from svg_jax.kernels import mosaic_attention, mosaic_common, reference, xla
 from svg_jax.kernels.batching import vmap_as_batch
 from svg_jax.kernels.block_mask import BandMask
 from svg_jax.kernels.checks import check_arrays, check_integers, check_range, check_scale
@@ -130,7 +130,7 @@ def pick_implementation(
         )
     if implementation in ("xla", "reference"):
         return implementation
-    why_not = mosaic_gpu.why_not(head_dim, dtype)
+    why_not = mosaic_common.why_not(head_dim, dtype)
     if implementation is None:
         return "xla" if why_not else "mosaic_gpu"
     if why_not:

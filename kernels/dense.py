@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from svg_jax.kernels import cudnn, mosaic_gpu, reference, xla
+from svg_jax.kernels import cudnn, mosaic_common, reference, xla
 from svg_jax.kernels.attention import block_sparse_attention
 from svg_jax.kernels.block_mask import BandMask
 from svg_jax.kernels.checks import check_arrays, check_integers, check_scale
@@ -69,7 +69,7 @@ def dense_attention(  # pyright: ignore[reportInconsistentOverload]
     why_not_cudnn = cudnn.why_not(head_dim, query.dtype)
     if return_lse:
         why_not_cudnn = why_not_cudnn or "it returns no log-sum-exp"
-    why_not_hopper = mosaic_gpu.why_not(head_dim, query.dtype)
+    why_not_hopper = mosaic_common.why_not(head_dim, query.dtype)
     if key.shape != query.shape or (query_seq_lengths, key_value_seq_lengths) != (None, None):
         why_not_hopper = why_not_hopper or "it takes as many keys as queries, all of them real"
     if implementation is None:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from svg_jax.kernels import mosaic_gpu as mgpu
+from svg_jax.kernels import mosaic_common as mgpu
 from svg_jax.kernels.block_lists import Lists, lists_of_heads, lists_of_masks, starting_order
 from svg_jax.kernels.block_mask import BandMask
 from svg_jax.kernels.mosaic_schedules import alternating, overlapped, pass_turn

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from svg_jax.kernels import mosaic_gpu as mgpu
+from svg_jax.kernels import mosaic_common as mgpu
 
 
 def pass_turn(turn) -> None:

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     )
     from svg_jax.classify import classify_heads
     from svg_jax.config import PAPER_PRESETS, SparsityConfig
+    from svg_jax.media.video import save_video
     from svg_jax.models.attention import Attend
     from svg_jax.models.layout import VideoLayout
     from svg_jax.sampling import from_pretrained
-    from svg_jax.video import save_video
 
     __version__: str
 
@@ -47,7 +47,7 @@ _HOME = {
     "attend_sparse": "svg_jax.attention",
     "classify_heads": "svg_jax.classify",
     "from_pretrained": "svg_jax.sampling",
-    "save_video": "svg_jax.video",
+    "save_video": "svg_jax.media.video",
     "sparse_attention": "svg_jax.attention",
 }
 

@@ -13,10 +13,10 @@ from svg_jax.classify import check_config, errors_of_masks, sample_rows
 from svg_jax.config import SparsityConfig, dense_layer_count
 from svg_jax.kernels import checks
 from svg_jax.kernels.sharding import vary_like
-from svg_jax.layout import clamped_length, to_frame_major, to_token_major
 from svg_jax.masks import realised_density, sparse_mask, warn_of_lost_sparsity
 from svg_jax.models import Attend, VideoLayout
 from svg_jax.models.attention import check_arguments
+from svg_jax.token_order import clamped_length, to_frame_major, to_token_major
 
 Key = PRNGKeyArray | UInt32[Array, " words"]
 """A PRNG key, typed (`jax.random.key`) or raw (`jax.random.PRNGKey`)."""

@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from svg_jax.config import SparsityConfig
 from svg_jax.kernels import BandMask, checks, on_each_device, sampled_attention
-from svg_jax.layout import clamped_length, token_major_position
 from svg_jax.masks import sparse_mask
 from svg_jax.models import VideoLayout
 from svg_jax.models.attention import check_arguments
+from svg_jax.token_order import clamped_length, token_major_position
 
 
 def sample_rows(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from svg_jax.convert.values import is_number
+from svg_jax.convert.formats.values import is_number
 
 
 @dataclass(frozen=True)

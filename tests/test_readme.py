@@ -11,7 +11,7 @@ import typer
 
 import svg_jax
 from svg_jax import cli
-from svg_jax.cli_errors import ExitCode
+from svg_jax.cli.errors import ExitCode
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

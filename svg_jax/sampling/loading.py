@@ -11,23 +11,23 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from svg_jax.convert import load_component, scheduler_config
+from svg_jax.convert.checkpoint.folder import ConvertedFolder, check_components, open_folder
 from svg_jax.convert.components import read_component_config, read_pipeline_index
-from svg_jax.convert.folder import ConvertedFolder, check_components, open_folder
-from svg_jax.convert.json_file import read_json
+from svg_jax.convert.formats.json_file import read_json
 from svg_jax.convert.progress import Progress
 from svg_jax.convert.run_defaults import read_run_defaults
-from svg_jax.sampling.checkpoint import weights_digest
-from svg_jax.sampling.cogvideox import CogVideoXPipeline
+from svg_jax.media.images import load_image_processor
+from svg_jax.sampling.cache import converted_folder
+from svg_jax.sampling.cogvideox.pipeline import CogVideoXPipeline
 from svg_jax.sampling.components import Lazy
-from svg_jax.sampling.converted import converted_folder
-from svg_jax.sampling.flow import FlowConfig
-from svg_jax.sampling.hunyuan_video import HunyuanVideoPipeline
-from svg_jax.sampling.hunyuan_video_text import HunyuanVideoEncoders
-from svg_jax.sampling.images import load_image_processor
+from svg_jax.sampling.hunyuan_video.pipeline import HunyuanVideoPipeline
+from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders
 from svg_jax.sampling.pipeline import VideoPipeline
-from svg_jax.sampling.schedulers import SchedulerConfig
-from svg_jax.sampling.wan import WanPipeline
-from svg_jax.tokenizer import load_tokenizer
+from svg_jax.sampling.run_state import weights_digest
+from svg_jax.sampling.schedules.diffusion import SchedulerConfig
+from svg_jax.sampling.schedules.flow import FlowConfig
+from svg_jax.sampling.wan.pipeline import WanPipeline
+from svg_jax.text.tokenizer import load_tokenizer
 
 
 def from_pretrained(

@@ -17,8 +17,13 @@ from jaxtyping import Array, Bool, Float
 from svg_jax.config import PAPER_PRESETS, SparsityConfig
 from svg_jax.convert.run_defaults import RunDefaults
 from svg_jax.masks import warn_of_lost_sparsity
+from svg_jax.media.images import with_images_read
 from svg_jax.models import Attend, VideoLayout
-from svg_jax.sampling.checkpoint import (
+from svg_jax.sampling.components import component_names, in_memory
+from svg_jax.sampling.denoising import Conditions, check_labels, denoise
+from svg_jax.sampling.latents import to_frames
+from svg_jax.sampling.records import SamplingInfo, StepRecord, VideoOutput
+from svg_jax.sampling.run_state import (
     RunFile,
     damaged,
     make_fingerprint,
@@ -26,13 +31,8 @@ from svg_jax.sampling.checkpoint import (
     saved_fingerprint,
     saving,
 )
-from svg_jax.sampling.components import component_names, in_memory
-from svg_jax.sampling.denoise import Conditions, check_labels, denoise
-from svg_jax.sampling.flow import FlowSchedule, FlowState
-from svg_jax.sampling.images import with_images_read
-from svg_jax.sampling.latents import to_frames
-from svg_jax.sampling.record import SamplingInfo, StepRecord, VideoOutput
-from svg_jax.sampling.schedulers import SamplerState, Schedule
+from svg_jax.sampling.schedules.diffusion import SamplerState, Schedule
+from svg_jax.sampling.schedules.flow import FlowSchedule, FlowState
 from svg_jax.sampling.settings import (
     SettingError,
     check_settings,

@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from svg_jax.config import SparsityConfig, dense_step_count
-from svg_jax.convert.values import Choice, Flag, Number, Shares, shown
-from svg_jax.pixels import as_numpy
+from svg_jax.convert.formats.values import Choice, Flag, Number, Shares, shown
+from svg_jax.media.pixels import as_numpy
 
 _SEEDS = 2**64
 _FEW_STEPS = 12  # of fewer a share is rounded so much that it is worth a line

@@ -1,0 +1,263 @@
+"""A folder that appears whole or not at all.
+
+Everything is written to a hidden sibling of the destination, `.NAME.partial`, and put in its place
+at the end: renamed, or exchanged with the folder that is overwritten, so that one of the two is
+there at every moment. A run that is killed leaves only that sibling; the next run for the same
+destination takes it over. A lock on it, which the kernel drops with the process, keeps a second run
+out.
+"""
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from svg_jax.convert.errors import ConversionError, RefusedError
+from svg_jax.convert.paths import real_place
+from svg_jax.convert.progress import Terminated
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs apart
+    fcntl = None
+
+_LOGGER = logging.getLogger(__name__)
+# What marks a folder as a checkpoint, so that `overwrite` cannot remove anything else.
+MARKS = ("manifest.json", "model_index.json")
+_NAMED = 8  # how many entries of a folder a line spells out
+_CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+
+
+def check_destination(destination: Path, source: Path, nbytes: int, overwrite: bool) -> None:
+    """Refuse a destination before anything is written.
+
+    Args:
+        destination: The folder to be made.
+        source: The folder that is read.
+        nbytes: How much will be written.
+        overwrite: Whether a checkpoint that is there may be replaced.
+
+    Raises:
+        ConversionError: If the destination is there already, or lies in the source or around it.
+        RefusedError: If the disk has too little room.
+    """
+    destination = real_place(destination)
+    here, there = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        raise ConversionError(
+            f"{destination}: lies inside the source, {source}, or around it: choose another folder."
+        )
+    if os.path.lexists(destination):
+        if not overwrite:
+            raise ConversionError(
+                f"{destination}: is there already: remove it, choose another destination, or "
+                "overwrite it by overwrite=True (--overwrite)."
+            )
+        if not any((destination / mark).is_file() for mark in MARKS) or destination.is_symlink():
+            raise ConversionError(
+                f"{destination}: is no checkpoint folder, so it is not overwritten: remove it "
+                "yourself."
+            )
+    existing = next(folder for folder in here.parents if folder.is_dir())
+    free = shutil.disk_usage(existing).free + _size_of(partial_folder(destination))[1]
+    if free < nbytes:
+        raise RefusedError(
+            f"{destination}: needs {nbytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB "
+            "free: make room, or choose another disk."
+        )
+
+
+def partial_folder(destination: Path) -> Path:
+    """Where a destination, a real place, is written before it is there."""
+    return destination.with_name(f".{destination.name}.partial")
+
+
+def replaced_folder(destination: Path) -> Path:
+    """Where an old folder is from when a new one has its place until it is removed."""
+    return destination.with_name(f".{destination.name}.replaced")
+
+
+def describe(folder: Path) -> str:
+    """Name what a folder holds, before it is deleted: its size, its files, its first entries."""
+    files, nbytes = _size_of(folder)
+    names = sorted(path.name for path in folder.iterdir())
+    more = "" if len(names) <= _NAMED else f" and {len(names) - _NAMED} more"
+    named = ", ".join(f"{name:.40}" for name in names[:_NAMED])
+    return f"{folder} ({nbytes / 1e9:.2f} GB in {files} files: {named}{more})"
+
+
+def _size_of(folder: Path) -> tuple[int, int]:
+    """Files and bytes of a folder that another process may be changing."""
+    files = size = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            if path.is_symlink() or not path.is_dir():
+                files, size = files + 1, size + path.lstat().st_size
+    return files, size
+
+
+@contextlib.contextmanager
+def staged_folder(
+    destination: Path, *, overwrite: bool = False, take_over: bool = False
+) -> Iterator[Path]:
+    """Give a folder to write into, which becomes `destination` if the block ends without an error.
+
+    Args:
+        destination: The folder to be made.
+        overwrite: Whether to replace a folder that is there by then.
+        take_over: Whether a run goes on with what one that was ended had written, and leaves it if
+            it is ended itself (`Terminated`); otherwise the folder is empty, and goes.
+
+    Raises:
+        ConversionError: If the destination's parent is no folder.
+        RefusedError: If the system refuses to write there: no room, no right, a read-only disk; or
+            another run is writing the same folder.
+    """
+    destination = real_place(destination)
+    staging, replaced = partial_folder(destination), replaced_folder(destination)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock_folder(staging, destination)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConversionError(f"{error.filename}: is no folder: choose another place.") from error
+    except OSError as error:
+        raise _cannot_write(destination, error) from error
+    keeps = take_over
+    try:
+        if destination.exists():
+            if not overwrite:
+                raise ConversionError(f"{destination}: another run has put a folder there.")
+            _LOGGER.info("will delete %s when the new one is whole", describe(destination))
+            _remove(replaced)
+        if not take_over:
+            clear(staging)
+        yield staging
+        _sync(staging)
+        if not (overwrite and destination.exists()):
+            staging.rename(destination)  # refuses a folder that somebody else has put there
+        else:
+            keeps = False  # from here on the name may be the old folder's
+            _replace(destination, staging, replaced)
+        _remove(replaced)
+    except BaseException as error:
+        if not (keeps and isinstance(error, Terminated)):
+            shutil.rmtree(staging, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            staging.rmdir()  # which is empty if nothing was finished
+        if isinstance(error, OSError):
+            raise _cannot_write(destination, error) from error
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def clear(folder: Path, keep: Collection[str] = ()) -> None:
+    """Empty a folder but for the entries named `keep`."""
+    for path in folder.iterdir():
+        if path.name in keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _cannot_write(destination: Path, error: OSError) -> RefusedError:
+    return RefusedError(
+        f"{destination}: cannot be written ({error.strerror or error}): nothing was changed "
+        "there; make room or choose another folder."
+    )
+
+
+def _lock_folder(staging: Path, destination: Path) -> int | None:
+    while True:
+        staging.mkdir(exist_ok=True)
+        if fcntl is None:
+            return None
+        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Else another run ended, and moved or removed it, before it was locked.
+            if os.path.samestat(os.fstat(lock), os.stat(staging)):
+                return lock
+        except BlockingIOError as error:
+            os.close(lock)
+            raise RefusedError(
+                f"{destination}: another run is writing this folder: wait for it, or choose "
+                "another place."
+            ) from error
+        except FileNotFoundError:
+            pass
+        os.close(lock)
+
+
+def _sync(folder: Path) -> None:
+    """Bring every file to the disk, so that a power cut after the rename finds them whole."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file() or path.is_dir():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _replace(destination: Path, new: Path, replaced: Path) -> None:
+    """Put a folder in another's place; the old one is then at `replaced`.
+
+    Where the system cannot exchange two names, there is a moment without a folder at `destination`:
+    a run that is killed in it leaves both, and `standing_folder` finds the old one.
+    """
+    with _locked(destination):  # for a moment it has the name that a second run would take over
+        if _exchange(new, destination):
+            new.rename(replaced)
+        else:
+            destination.rename(replaced)
+            new.rename(destination)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(held)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the system or the disk cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):  # not Linux
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    if rename(_CURRENT_FOLDER, names[0], _CURRENT_FOLDER, names[1], _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _remove(replaced: Path) -> None:
+    """Remove an old folder; what marks it goes first, so that no half of it is taken for whole."""
+    for mark in MARKS:
+        with contextlib.suppress(OSError):
+            (replaced / mark).unlink()
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def standing_folder(folder: Path) -> Path:
+    """The folder, or the old one if a run was killed while it replaced it (see `_replace`)."""
+    old = replaced_folder(folder)
+    return old if not os.path.lexists(folder) and (old / MARKS[0]).is_file() else folder

@@ -1,0 +1,1 @@
+"""Bytes from outside, believed as far as they were checked: tensors, JSON, single values."""

@@ -1,0 +1,44 @@
+"""Which files may be opened."""
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from svg_jax.convert.errors import ConversionError
+
+
+def check_inside(file: Path, roots: Iterable[Path], *, named_by: Path | None = None) -> None:
+    """Refuse a file that does not lie in one of the folders `roots`, links followed.
+
+    Args:
+        file: The file.
+        roots: The folders.
+        named_by: The file that gives its name, if one does, for the error.
+
+    Raises:
+        ConversionError: If it does not.
+    """
+    target = Path(os.path.realpath(file))  # unlike resolve, it takes a link to itself
+    if not any(target.is_relative_to(root.resolve()) for root in roots):
+        raise ConversionError(
+            f"{f'{named_by}: ' if named_by else ''}{file} leads out of the checkpoint's folder, to "
+            f"{target}: copy the file into it."
+        )
+
+
+def check_regular(file: Path) -> None:
+    """Refuse what is not a file or a link to one: opening a pipe would wait for ever.
+
+    Raises:
+        ConversionError: If it is not, or is not there.
+    """
+    try:
+        regular = stat.S_ISREG(file.stat().st_mode)
+    except OSError as error:
+        what = "is a link to nothing" if file.is_symlink() else "cannot be read"
+        raise ConversionError(
+            f"{file}: {what} ({error.strerror}): check the path, or fetch it again."
+        ) from error
+    if not regular:
+        raise ConversionError(f"{file}: is no file but a folder, a pipe or a device: remove it.")

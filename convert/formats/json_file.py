@@ -1,0 +1,91 @@
+"""JSON that nobody vouches for: read in linear time, in bounded memory, and never half understood.
+
+The usual reader keeps the last of two equal keys, takes NaN for a number and 1e400 for infinity,
+and makes text of half a character that cannot be printed. All of these are refused here.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.formats.checked_files import check_regular
+from svg_jax.convert.formats.show import show
+
+# Bytes. A byte can become 24 in memory; the largest index of a released model has 100 kB.
+JSON_LIMIT = 16 * 2**20
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        ConversionError: If there is no such file, or it holds anything else; see `parse_json`.
+    """
+    check_regular(file)
+    try:
+        if file.stat().st_size > JSON_LIMIT:
+            raise ConversionError(f"{file}: is larger than {JSON_LIMIT} bytes: fetch it again.")
+        return parse_json(file.read_bytes(), file)
+    except OSError as error:
+        raise ConversionError(f"{file}: cannot be read: {error.strerror}.") from error
+
+
+def parse_json(text: bytes, where: Path | str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        text: The object, as UTF-8.
+        where: The file that it is from, for errors.
+
+    Raises:
+        ConversionError: If it is no whole object, a key stands twice, a number is none or infinite,
+            or text is no Unicode.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ConversionError(
+                    f"{where}: the key '{show(name)}' stands twice: fetch it again."
+                )
+            found[name] = value
+        return found
+
+    try:
+        parsed = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_float=_finite,
+            parse_constant=_refuse_constant,
+        )
+        if _SURROGATE.search(text.decode("utf-8")):  # a pair of them is one character
+            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
+    except ConversionError:
+        raise
+    except RecursionError as error:
+        raise ConversionError(
+            f"{where}: is no whole JSON (it nests too deeply): fetch it again."
+        ) from error
+    except ValueError as error:
+        raise ConversionError(
+            f"{where}: is no whole JSON ({show(str(error))}): fetch it again."
+        ) from error
+    if not isinstance(parsed, dict):
+        raise ConversionError(f"{where}: its JSON is not an object: fetch it again.")
+    return parsed
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{show(text, 20)} is too large for a number")
+    return number
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")

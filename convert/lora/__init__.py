@@ -1,0 +1,1 @@
+"""LoRAs: trainers' names and strengths, sorted by module and merged into weights."""

@@ -1,0 +1,165 @@
+"""How strong a LoRA is: alpha and rank, from the config that PEFT or diffusers wrote with it."""
+
+import json
+import math
+import re
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.formats.json_file import read_json
+from svg_jax.convert.sources.weights import is_torch
+
+PEFT_CONFIG = "adapter_config.json"
+_PEFT_STEM = "adapter_model"
+_METADATA = "lora_adapter_metadata"  # diffusers' name for a config within the file
+_LARGEST = sys.float_info.max
+_DEFAULT = 8  # PEFT's, of both r and lora_alpha
+# What PEFT merges in another way, or only together with a change of the base weights.
+_VARIANTS = (
+    "use_dora",
+    "fan_in_fan_out",
+    "layer_replication",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "arrow_config",
+    "alora_invocation_tokens",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+)
+_PLAIN_STARTS = (
+    True,
+    False,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # of init_lora_weights: they leave the base as it is
+# A pattern for modules that cannot take long: no group repeats, and few things do at all.
+_QUICK = re.compile(r"(?!.*\)[*+?])(?!(?:.*[*+?]){4})[\w.^$\\|()\[\]*+?-]+")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A config that was found.
+
+    Attributes:
+        where: The file, for errors.
+        values: What stands in it.
+        is_peft: Whether it is PEFT's file, of one model; diffusers' has a prefix for each component
+            of a pipeline, and none in a model's own.
+    """
+
+    where: Path
+    values: Mapping[str, Any]
+    is_peft: bool
+
+    def of(self, *components: str) -> "LoraConfig":
+        """Take the part for the first of some components that has one; all if none has.
+
+        Raises:
+            ConversionError: If it asks for anything but a plain LoRA.
+        """
+        parts = (
+            {
+                key.removeprefix(f"{component}."): value
+                for key, value in self.values.items()
+                if key.startswith(f"{component}.")
+            }
+            for component in components
+        )
+        own = next(filter(None, parts), self.values)
+        part = LoraConfig(self.where, own, self.is_peft)
+        values = part.values
+        kind = str(values.get("peft_type") or "LORA").removeprefix("PeftType.")
+        start = values.get("init_lora_weights", True)
+        odd = [key for key in _VARIANTS if values.get(key)]
+        odd += ["peft_type"] if kind != "LORA" else []
+        odd += ["init_lora_weights"] if start not in _PLAIN_STARTS else []
+        if odd:
+            raise ConversionError(
+                f"{self.where}: {odd[0]} is {values[odd[0]]!r:.80}, which is not merged like a "
+                "LoRA: merge it in its trainer."
+            )
+        return part
+
+    def scaling(self, module: str, rank: int) -> float:
+        """Compute what the product B A of a module is multiplied with.
+
+        Args:
+            module: Its name in the LoRA, without a prefix.
+            rank: The rank that its tensors have.
+
+        Raises:
+            ConversionError: If the config has another rank, or no number where one must stand.
+        """
+        r = self._value("r", "rank_pattern", module)
+        if r != rank:
+            raise ConversionError(
+                f"{self.where}: gives {module} the rank {r:g} and its tensors have {rank}: they "
+                "belong to two LoRAs."
+            )
+        alpha = self._value("lora_alpha", "alpha_pattern", module)
+        return alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
+
+    def _value(self, name: str, patterns: str, module: str) -> float:
+        """Take the value of the first pattern that is the module's name, or the end of it."""
+        table = self.values.get(patterns) or {}
+        if not isinstance(table, dict):
+            raise ConversionError(f"{self.where}: {patterns} is {table!r:.80}, and no object.")
+        value = self.values.get(name, _DEFAULT)
+        for pattern, of in table.items():
+            try:
+                if not _QUICK.fullmatch(pattern):
+                    raise re.error("not one that is quick to match")
+                found = re.match(rf"(.*\.)?({pattern})$", module)
+            except re.error as error:
+                raise ConversionError(
+                    f"{self.where}: {pattern!r:.80} in {patterns} is no pattern of names ({error})."
+                ) from error
+            if found:
+                value = of
+                break
+        if type(value) not in (int, float) or not abs(value) <= _LARGEST:
+            raise ConversionError(
+                f"{self.where}: {name} of {module} is {value!r:.80}, and no number."
+            )
+        return float(value)
+
+
+def read_lora_config(file: Path, *, is_peft: bool) -> LoraConfig | None:
+    """Read the config of a LoRA: PEFT's lies beside the weights, diffusers' in their header.
+
+    Args:
+        file: The weights, which were checked.
+        is_peft: Whether the tensors have PEFT's names.
+
+    Raises:
+        ConversionError: If there is one and it is damaged.
+    """
+    beside = file.with_name(PEFT_CONFIG)
+    if (is_peft or file.stem == _PEFT_STEM) and beside.is_file():
+        return LoraConfig(beside, read_json(beside), is_peft=True)
+    if is_torch(file):
+        return None
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    metadata = header.get("__metadata__")
+    text = metadata.get(_METADATA) if isinstance(metadata, dict) else None
+    if not text:
+        return None
+    try:
+        values = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise ConversionError(f"{file}: its {_METADATA} is no JSON object: fetch it again.")
+    return LoraConfig(file, values, is_peft=False)

@@ -1,0 +1,119 @@
+"""Where a LoRA lies (a file, a folder, a repository of the hub), and what is in its file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.formats.checked_files import check_regular
+from svg_jax.convert.formats.safetensors_file import read_header
+from svg_jax.convert.formats.show import show_some
+from svg_jax.convert.formats.stored_tensor import StoredTensor, read_tensor
+from svg_jax.convert.formats.torch_file import read_dicts
+from svg_jax.convert.paths import usable_path
+from svg_jax.convert.sources.hub import LORA_STEMS, download_lora, is_hub_lora
+from svg_jax.convert.sources.weights import SUFFIXES, is_torch, is_weights
+from svg_jax.convert.sources.wrappers import drop_layer_wrappers
+
+_FLOATS = {
+    np.dtype(dtype)
+    for dtype in (
+        *(np.float64, np.float32, np.float16, ml_dtypes.bfloat16),
+        *(ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2),
+    )
+}
+
+
+def find_lora(path: str | Path) -> Path:
+    """Find the file that a path or an id of the hub means; the hub's is brought to its cache.
+
+    Args:
+        path: A file, a folder with one, "owner/name" or "owner/name/file.safetensors".
+
+    Raises:
+        ConversionError: If there is none, or there are several and none has a known name.
+        OSError: See `hub.download_index`.
+    """
+    local = usable_path(path)
+    is_file = len(local.parts) > 2  # on the hub: "owner/name/file"
+    if (
+        is_hub_lora(str(path))
+        and not local.exists()
+        and not Path(local.parts[0]).is_dir()
+        and (is_weights(local) or not is_file)
+    ):
+        local = download_lora(str(path))
+    if not local.is_dir():
+        if not is_weights(local):
+            raise ConversionError(
+                f"{path}: is no {', '.join(SUFFIXES)} file, and no folder with one: give a LoRA's."
+            )
+        return local
+    return _only_file(local)
+
+
+def _only_file(folder: Path) -> Path:
+    found = sorted(file for file in folder.iterdir() if is_weights(file))
+    known = [file for file in found if file.stem in LORA_STEMS]
+    # PEFT's and diffusers' folders may hold an optimizer's state beside.
+    safe = [file for file in known or found if not is_torch(file)]
+    chosen = safe or known or found
+    if len(chosen) != 1:
+        names = ", ".join(file.name for file in chosen[:5])
+        what = f"holds {names}" if chosen else f"holds no {', '.join(SUFFIXES)} file"
+        raise ConversionError(f"{folder}: {what:.300}: give the file that is meant.")
+    return chosen[0]
+
+
+def read_lora_file(file: Path) -> Mapping[str, StoredTensor]:
+    """Find the tensors of a LoRA's file; matrices are not read.
+
+    Raises:
+        ConversionError: If the file is damaged or holds what no LoRA does.
+    """
+    check_regular(file)
+    return drop_layer_wrappers(_read_torch(file) if is_torch(file) else read_header(file))
+
+
+def _read_torch(file: Path) -> Mapping[str, StoredTensor]:
+    dicts = read_dicts(file)
+    if len(dicts) > 1:
+        raise ConversionError(
+            f"{file}: holds tensors under {show_some(sorted(dicts))}: save the LoRA that is meant "
+            "in a file of its own."
+        )
+    (tensors,) = dicts.values()
+    return tensors
+
+
+def is_float(stored: StoredTensor) -> bool:
+    """Return whether a tensor holds floating-point numbers, of 8 to 64 bits."""
+    return stored.dtype in _FLOATS
+
+
+def read_alpha(stored: StoredTensor) -> float:
+    """Read alpha, a number of any type.
+
+    Raises:
+        ConversionError: If it is not one finite number.
+    """
+    is_number = is_float(stored) or stored.dtype.kind in "iu"
+    if is_number and np.prod(stored.shape, dtype=object) == 1:
+        alpha = float(read_tensor(stored).reshape(()))
+        if np.isfinite(alpha):
+            return alpha
+        raise ConversionError(
+            f"{stored.file}: {stored.name} is not one finite number, but {alpha}: fetch the LoRA "
+            "again."
+        )
+    raise ConversionError(
+        f"{stored.file}: {stored.name} is not one finite number, but {stored.dtype} "
+        f"{list(stored.shape)}: fetch the LoRA again."
+    )
+
+
+def is_zero(stored: StoredTensor) -> bool:
+    """Return whether all elements are zero; some trainers write zeros for all norms and biases."""
+    return not np.any(read_tensor(stored))

@@ -1,0 +1,169 @@
+"""The parts of one module of a LoRA, checked against the model, as changes of its tensors."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.formats.stored_tensor import StoredTensor
+from svg_jax.convert.lora.change import Change
+from svg_jax.convert.lora.config import LoraConfig
+from svg_jax.convert.lora.files import is_float, read_alpha
+from svg_jax.convert.lora.names import Kind
+from svg_jax.convert.lora.targets import Shapes, Target, Targets, tensor_names
+from svg_jax.convert.releases.renaming import take_rows
+
+_ROUNDING = 2**-8  # of an alpha in bfloat16
+
+
+@dataclass
+class Group:
+    """The parts of one module.
+
+    Attributes:
+        module: Its name in the file, without a prefix.
+        alpha: Alpha where the file does not tell it; None is the rank.
+        parts: Its tensors.
+    """
+
+    module: str
+    alpha: float | None = None
+    parts: dict[Kind, StoredTensor] = field(default_factory=dict)
+
+
+def group_changes(
+    targets: Targets, group: Group, scale: float, config: LoraConfig | None, shapes: Shapes
+) -> Iterator[tuple[str, Change]]:
+    """Give the changes of a module's tensors, by their names.
+
+    Args:
+        targets: The modules of the model that it changes.
+        group: Its parts.
+        scale: The LoRA's strength.
+        config: What was written about it, if anything was.
+        shapes: Shapes of the model's tensors.
+
+    Raises:
+        ConversionError: If a part is missing, or one does not fit.
+    """
+    parts = group.parts
+    for part in parts.values():
+        if not is_float(part) and part is not parts.get("alpha"):
+            raise ConversionError(
+                f"{part.file}: {part.name} is {part.dtype}, and must be of a floating-point type: "
+                "fetch the LoRA again."
+            )
+    if difference := parts.get("difference"):
+        yield from _differences(difference, targets, scale, shapes, 0)
+    if difference := parts.get("bias difference"):
+        yield from _differences(difference, targets, scale, shapes, 1)
+    if parts.keys() <= {"difference", "bias difference", "alpha"} and parts.keys() != {"alpha"}:
+        return
+    down, up, rank = _matrices(parts)
+    factor = scale * _strength(group, config, rank)
+    _check_width(down, parts.get("mid"), targets, shapes)
+    names = [tensor_names(target.module, shapes)[0] for target in targets]
+    if up.shape[0] != (rows := sum(target.rows for target in targets)):
+        raise _misfit(up, names, shapes, rows)
+    for target, name in zip(targets, names, strict=True):
+        yield name, Change(_take(up, target), factor, down, parts.get("mid"))
+    if bias := parts.get("bias"):
+        yield from _differences(bias, targets, factor, shapes, 1)
+
+
+def _matrices(parts: Mapping[Kind, StoredTensor]) -> tuple[StoredTensor, StoredTensor, int]:
+    """Check that A and B are there and belong together; return them and their rank."""
+    some = next(iter(parts.values()))
+    down, up, mid = parts.get("down"), parts.get("up"), parts.get("mid")
+    if down is None or up is None:
+        raise ConversionError(
+            f"{some.file}: {some.name} has no {'A (down)' if down is None else 'B (up)'} beside "
+            "it: the LoRA is not whole; fetch it again."
+        )
+    rank = down.shape[0] if down.shape else 0
+    inner = (rank, rank) if mid is None else mid.shape[:2]
+    fits = len(inner) == 2 and inner[1] == rank and up.shape[1:2] == (inner[0],)
+    if rank == 0 or not fits or math.prod(up.shape[2:]) != 1:
+        with_mid = "" if mid is None else f", {mid.name} is {list(mid.shape)}"
+        raise ConversionError(
+            f"{down.file}: {down.name} is {list(down.shape)}{with_mid} and {up.name} is "
+            f"{list(up.shape)}: they have no rank in common; fetch the LoRA again."
+        )
+    return down, up, rank
+
+
+def _strength(group: Group, config: LoraConfig | None, rank: int) -> float:
+    """Compute what B A is multiplied with, but for the LoRA's own scale."""
+    stored = group.parts.get("alpha")
+    said = None if config is None else config.scaling(group.module, rank)
+    where = None if config is None else config.where.name
+    if stored is None:
+        default = 1.0 if group.alpha is None else group.alpha / rank
+        return default if said is None else said
+    strength = read_alpha(stored) / rank
+    if said is None:
+        return strength
+    if not math.isclose(strength, said, rel_tol=_ROUNDING):
+        raise ConversionError(
+            f"{stored.file}: {stored.name} and {where} both say its scale, and not the "
+            "same: remove one."
+        )
+    return said
+
+
+def _check_width(
+    down: StoredTensor, mid: StoredTensor | None, targets: Targets, shapes: Shapes
+) -> None:
+    """Compare what A takes in with the weights that it changes.
+
+    A convolution's may be a matrix over whole patches, and a matrix a convolution of one point.
+    """
+    width = math.prod(down.shape[1:]) * (1 if mid is None else math.prod(mid.shape[2:]))
+    for target in targets:
+        name, _ = tensor_names(target.module, shapes)
+        shape = shapes.get(name, ())
+        if len(shape) < 2 or math.prod(shape[1:]) != width:
+            fits = f"is {list(shape)}" if len(shape) > 1 else "is none that a LoRA can change"
+            raise ConversionError(
+                f"{down.file}: {down.name} is {list(down.shape)} and {name} {fits}: the LoRA is of "
+                "another model."
+            )
+
+
+def _differences(
+    stored: StoredTensor, targets: Targets, scale: float, shapes: Shapes, which: int
+) -> Iterator[tuple[str, Change]]:
+    """Give the rows that are added to weights (`which` is 0) or biases (1), as they are."""
+    names = [tensor_names(target.module, shapes)[which] for target in targets]
+    rows = sum(target.rows for target in targets)
+    is_whole = len(targets) == len(targets[0].runs) == 1  # then axes of one element may lack
+    fits = is_whole or stored.shape[:1] == (rows,)
+    for name in names:
+        shape = shapes.get(name, (0,))
+        fits &= _squeezed(stored.shape) == _squeezed((rows, *shape[1:]))
+    if not fits:
+        raise _misfit(stored, names, shapes, rows)
+    for target, name in zip(targets, names, strict=True):
+        yield name, Change(stored if is_whole else _take(stored, target), scale)
+
+
+def _take(stored: StoredTensor, target: Target) -> StoredTensor:
+    return take_rows(stored, target.runs)
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def _misfit(stored: StoredTensor, names: list[str], shapes: Shapes, rows: int) -> ConversionError:
+    """Word the refusal of a part whose shape is not that of the tensors that it changes."""
+    if missing := [name for name in names if name not in shapes]:
+        return ConversionError(
+            f"{stored.file}: {stored.name} is {list(stored.shape)} and does not fit {missing[0]}, "
+            "which the model does not have: the LoRA is of another model."
+        )
+    fused = f" and {len(names) - 1} more, {rows} rows in all" if len(names) > 1 else ""
+    return ConversionError(
+        f"{stored.file}: {stored.name} is {list(stored.shape)} and does not fit {names[0]}, "
+        f"{list(shapes[names[0]])}{fused}: the LoRA is of another model."
+    )

@@ -1,0 +1,157 @@
+"""The tensors of an original release under the names that diffusers and transformers gave them.
+
+Their conversions rename, take fused weights apart and put rows in another order: never more. Here
+that is a table of `Origin`s a release, and nothing is read to apply it: a tensor is a place in a
+file, and so is what becomes of it.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.formats.stored_tensor import StoredTensor, row_major
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One line of a release's table: where the tensors of a module go.
+
+    Attributes:
+        source: Name of a module, whose weight, bias and gamma are meant, or of a tensor; `{}`
+            stands for any number.
+        targets: The new names, each with the pieces of the rows that it gets, in their order; `{}`
+            stands for the numbers of the source.
+        pieces: How many equal pieces the rows (the first axis) are cut into.
+        squeeze: Whether axes of a single element are dropped.
+    """
+
+    source: str
+    targets: tuple[tuple[str, tuple[int, ...]], ...]
+    pieces: int = 1
+    squeeze: bool = False
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches the tensors' names; the last group is what follows the module's."""
+        name = re.escape(self.source).replace(r"\{\}", r"(\d+)")
+        return re.compile(rf"{name}((?:\.(?:weight|bias|gamma))?)")
+
+
+def rename(names: Mapping[str, str], *, squeeze: bool = False) -> list[Origin]:
+    """Modules or tensors that only get another name."""
+    return [Origin(source, ((target, (0,)),), squeeze=squeeze) for source, target in names.items()]
+
+
+def take_apart(source: str, *targets: str) -> Origin:
+    """A module that is several of the same size, fused."""
+    pieces = tuple((target, (piece,)) for piece, target in enumerate(targets))
+    return Origin(source, pieces, len(targets))
+
+
+def rename_tensors(
+    tensors: Mapping[str, StoredTensor], table: Sequence[Origin]
+) -> dict[str, StoredTensor]:
+    """The tensors under their new names; those that the table does not know keep theirs.
+
+    Raises:
+        ConversionError: If rows cannot be cut as the table says, or two tensors get one name.
+    """
+    renamed: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        for target, moved in _moved(name, tensor, table):
+            if target in renamed:
+                raise ConversionError(
+                    f"{tensor.file}: {name} and another tensor are both {target}: keep one layout."
+                )
+            renamed[target] = moved
+    return renamed
+
+
+def _moved(
+    name: str, tensor: StoredTensor, table: Sequence[Origin]
+) -> Iterator[tuple[str, StoredTensor]]:
+    for origin in table:
+        match = origin.pattern.fullmatch(name)
+        if match is None:
+            continue
+        *numbers, leaf = match.groups()
+        for target, pieces in origin.targets:
+            new_name = target.format(*numbers) + leaf
+            moved = replace(_take(tensor, pieces, origin.pieces), name=new_name)
+            yield new_name, _squeeze(moved) if origin.squeeze else moved
+        return
+    yield name, tensor
+
+
+def _take(tensor: StoredTensor, pieces: Sequence[int], count: int) -> StoredTensor:
+    """Some of the `count` equal pieces of a tensor's rows, one after the other."""
+    if tuple(pieces) == tuple(range(count)):
+        return tensor
+    if not tensor.shape or tensor.shape[0] % count:
+        raise ConversionError(
+            f"{tensor.file}: {tensor.name} of shape {list(tensor.shape)} cannot be cut into "
+            f"{count} pieces: it is of another model."
+        )
+    step = tensor.shape[0] // count
+    runs: list[list[int]] = []
+    for piece in pieces:
+        if runs and runs[-1][1] == piece * step:
+            runs[-1][1] += step
+        else:
+            runs.append([piece * step, (piece + 1) * step])
+    return take_rows(tensor, runs)
+
+
+def take_rows(tensor: StoredTensor, runs: Sequence[Sequence[int]]) -> StoredTensor:
+    """Take runs of a tensor's rows, [begin, end), one after the other; nothing is read.
+
+    Args:
+        tensor: A tensor that lies in its file as a whole.
+        runs: The runs, at least one, each of which lies in the tensor.
+    """
+    parts = tuple(_rows(tensor, *run) for run in runs)
+    if len(parts) == 1:
+        return parts[0]
+    shape = (sum(part.shape[0] for part in parts), *tensor.shape[1:])
+    nbytes = sum(part.nbytes for part in parts)
+    return replace(parts[0], shape=shape, nbytes=nbytes, strides=None, parts=parts)
+
+
+def _rows(tensor: StoredTensor, begin: int, end: int) -> StoredTensor:
+    shape = (end - begin, *tensor.shape[1:])
+    scale = tensor.scale
+    if scale is not None and scale.shape[0] > 1:
+        block = tensor.shape[0] // scale.shape[0]
+        if begin % block or end % block:
+            raise ConversionError(
+                f"{tensor.file}: {tensor.name} cannot be cut between the blocks of its scale: "
+                "fetch the unquantised weights."
+            )
+        scale = _rows(scale, begin // block, end // block)
+    strides = tensor.strides or row_major(tensor.shape)
+    itemsize = tensor.dtype.itemsize
+    return replace(
+        tensor,
+        shape=shape,
+        start=tensor.start + begin * strides[0] * itemsize,
+        nbytes=math.prod(shape) * itemsize,
+        crc32=None,
+        scale=scale,
+    )
+
+
+def _squeeze(tensor: StoredTensor) -> StoredTensor:
+    kept = [axis for axis, size in enumerate(tensor.shape) if size != 1]
+    strides = tensor.strides and tuple(tensor.strides[axis] for axis in kept)
+    return replace(tensor, shape=tuple(tensor.shape[axis] for axis in kept), strides=strides)
+
+
+def count_layers(shapes: Shapes, name: str) -> int:
+    """How many layers there are: one more than the highest number that stands for `{}`."""
+    pattern = re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
+    return max((int(match[1]) + 1 for match in map(pattern.fullmatch, shapes) if match), default=0)

@@ -1,0 +1,144 @@
+"""The folder of an original release, as the pipeline that diffusers made of it.
+
+Wan-AI's layout (Wan-Video/Wan2.1 and Wan2.2, wan/configs): the transformer's safetensors and the
+authors' config.json at the top, or in a folder for each of two; a file of torch.save for each other
+part; the tokenizer in a folder. What diffusers' release has beside that (model_index.json, the
+scheduler's and the image processor's settings) is written here, as by diffusers'
+scripts/convert_wan_to_diffusers.py.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svg_jax.convert.components import PipelineIndex
+from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.formats.stored_tensor import StoredTensor
+from svg_jax.convert.sources.weights import named_files, read_weights
+
+# Of each part but the transformer: its class in model_index.json, and where it is.
+_PARTS = {
+    "vae": ("AutoencoderKLWan", "Wan2.1_VAE.pth"),
+    "text_encoder": ("UMT5EncoderModel", "models_t5_umt5-xxl-enc-bf16.pth"),
+    "tokenizer": ("T5TokenizerFast", "google/umt5-xxl"),
+    "image_encoder": (
+        "CLIPVisionModel",
+        "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+    ),
+}
+_TIMES_BY_TOKEN_VAE = "Wan2.2_VAE.pth"  # in place of 2.1's: TI2V-5B
+_EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}  # A14B
+_TRANSFORMER, _SCHEDULER = "WanTransformer3DModel", "UniPCMultistepScheduler"
+_OF_IMAGES, _OF_TWO_IMAGES = "img_emb.proj.1.weight", "img_emb.emb_pos"  # tensors
+_INPUT, _OUTPUT = "patch_embedding.weight", "head.head.weight"
+# As diffusers has it; the authors resize images to a square, whatever their proportions.
+_IMAGE_PROCESSOR: dict[str, Any] = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A release's folder, read as a pipeline.
+
+    Attributes:
+        index: What its model_index.json would say.
+        places: The folder or file that each component is in, be it there or not.
+        texts: What diffusers' release has and this one has not, by its path there.
+    """
+
+    index: PipelineIndex
+    places: Mapping[str, Path]
+    texts: Mapping[str, str]
+
+
+def read_repository(folder: Path, allowed: Iterable[Path] = ()) -> Repository | None:
+    """Recognises a release of Wan by its files' names; its transformer tells which it is.
+
+    Args:
+        folder: The folder.
+        allowed: See `reader.read_weights`.
+
+    Returns:
+        The pipeline; None if less than two of its parts are there: one is a component alone.
+
+    Raises:
+        ConversionError: If the transformer is missing or damaged.
+    """
+    parts = {name: folder / where for name, (_, where) in _PARTS.items()}
+    by_token = (folder / _TIMES_BY_TOKEN_VAE).exists()
+    if by_token:
+        parts["vae"] = folder / _TIMES_BY_TOKEN_VAE
+    experts = {name: folder / where for name, where in _EXPERTS.items()}
+    two = any(place.is_dir() for place in experts.values())
+    one = any(folder.glob("diffusion_pytorch_model*.safetensors*"))
+    if sum([one or two, *(place.exists() for place in parts.values())]) < 2:
+        return None
+    transformers = experts if two else {"transformer": folder}
+    place = transformers["transformer"]
+    if not named_files(place, None):
+        raise ConversionError(
+            f"{place}: holds no diffusion_pytorch_model.safetensors of the transformer, nor an "
+            "index of shards: fetch it."
+        )
+    tensors = read_weights(place, allowed)
+
+    classes = {name: class_name for name, (class_name, _) in _PARTS.items()}
+    classes |= {"scheduler": _SCHEDULER, **dict.fromkeys(transformers, _TRANSFORMER)}
+    scheduler = {
+        "_class_name": _SCHEDULER,
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 5.0 if by_token else _flow_shift(tensors, folder),
+    }
+    files = {"scheduler/scheduler_config.json": scheduler}
+    if _OF_IMAGES in tensors:
+        classes["image_processor"] = _IMAGE_PROCESSOR["image_processor_type"]
+        files["image_processor/preprocessor_config.json"] = _IMAGE_PROCESSOR
+    else:
+        del parts["image_encoder"], classes["image_encoder"]
+    of_image = _is_of_image(tensors)
+    settings: dict[str, Any] = {"expand_timesteps": True} if by_token else {}
+    if two:
+        settings["boundary_ratio"] = 0.9 if of_image else 0.875
+    pipeline = "WanImageToVideoPipeline" if of_image else "WanPipeline"
+    index = PipelineIndex(pipeline, dict(sorted(classes.items())))
+    texts = {name: json.dumps(values, indent=2) + "\n" for name, values in files.items()}
+    texts["model_index.json"] = index.text(**settings)
+    return Repository(index, {**parts, **transformers}, texts)
+
+
+def _is_of_image(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether a video starts from an image, beside whose latents and mask the noise is."""
+    if not {_INPUT, _OUTPUT} <= tensors.keys():
+        return False  # another model's: refused where it is read
+    _, channels, *patch = tensors[_INPUT].shape
+    return channels * math.prod(patch) > tensors[_OUTPUT].shape[0]
+
+
+def _flow_shift(tensors: Iterable[str], folder: Path) -> float:
+    """The schedule's shift, of which no file of a release says anything.
+
+    As in diffusers' script it is 3, and 16 for first and last frame. But image to video of 720p has
+    5, as by its authors; only the repository's name tells it from that of 480p.
+    """
+    if _OF_TWO_IMAGES in tensors:
+        return 16.0
+    folder = folder.resolve()
+    name = folder.parents[1].name if folder.parent.name == "snapshots" else folder.name
+    return 5.0 if _OF_IMAGES in tensors and "720p" in name.lower() else 3.0

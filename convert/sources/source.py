@@ -1,0 +1,262 @@
+"""What is read: the folder of a pipeline, a release or a component, or one file of weights."""
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from svg_jax.convert.components import (
+    FAMILIES,
+    PipelineIndex,
+    named_class,
+    read_component_config,
+    read_pipeline_index,
+    rule_names,
+)
+from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.formats.checked_files import check_inside, check_regular
+from svg_jax.convert.formats.json_file import read_json
+from svg_jax.convert.formats.show import show
+from svg_jax.convert.formats.stored_tensor import StoredTensor
+from svg_jax.convert.releases.recognise import OriginalComponent, identify
+from svg_jax.convert.releases.wan_repository import read_repository
+from svg_jax.convert.sources.buffers import attach_scales, check_scales
+from svg_jax.convert.sources.weights import (
+    SUFFIXES,
+    is_weights,
+    read_file,
+    read_weights,
+    weights_files,
+)
+from svg_jax.convert.sources.wrappers import (
+    check_prefix,
+    choose,
+    drop_layer_wrappers,
+    find_wrapped,
+    unwrap,
+)
+
+_GIVE = (
+    f"give the folder of a pipeline or of a component, or a file of weights ({', '.join(SUFFIXES)})"
+)
+
+
+@dataclass(frozen=True)
+class ComponentWeights:
+    """What a component's files hold.
+
+    Attributes:
+        tensors: Its tensors by the names that its class gives them.
+        others: Full names of tensors that are not the component's, or that it does without.
+        original: What they are if they are of an original release.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    others: tuple[str, ...]
+    original: OriginalComponent | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where components are read from.
+
+    Attributes:
+        path: The folder, or the file of weights.
+        index: What model_index.json says; or will say, if the source has none.
+        places: The folder or file that a component is in, if that is not the folder of its name.
+        texts: Files that the source lacks and the result has, by their path in it.
+        weights_key: What stands before the names of the weights that are meant, where there are
+            several.
+    """
+
+    path: Path
+    index: PipelineIndex
+    places: Mapping[str, Path] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    weights_key: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the source is called; a link to a file in the hub's cache has the better name."""
+        return self.path.resolve().name if self.path.is_dir() else self.path.absolute().name
+
+    @cached_property
+    def allowed(self) -> tuple[Path, ...]:
+        """Where links may lead."""
+        return _allowed(self.path)
+
+    def folder(self, component: str) -> Path:
+        """Where a component's config.json is, and its weights but for a file of their own."""
+        return _folder(self._place(component))
+
+    def weights_files(self, component: str, variant: str | None) -> list[Path]:
+        """See `reader.weights_files`."""
+        place = self._place(component)
+        if place != _folder(place):
+            return [place] if variant is None else []
+        return weights_files(place, variant)
+
+    def read(self, component: str, variant: str | None) -> ComponentWeights:
+        """Find a component's tensors, under the names that its class gives them.
+
+        Raises:
+            ConversionError: If its place is empty; see `weights.read_weights`,
+                `releases.find_original` and `wrappers.choose`.
+        """
+        place, class_name = self._place(component), self.index.classes[component]
+        if component in self.places and place != self.path:
+            if not os.path.lexists(place):
+                raise ConversionError(
+                    f"{place}: is missing, the {component} of this release: fetch it, or leave it "
+                    "out with components=… (--components)."
+                )
+            check_inside(place, self.allowed)
+        stored, said = self._stored(place, variant)
+        if variant is None:
+            original = identify(stored, place, class_name, said, self.weights_key)
+            if original is not None:
+                return ComponentWeights(original.tensors, original.unused, original)
+        stored = attach_scales(drop_layer_wrappers(stored))
+        if class_name not in FAMILIES:
+            return ComponentWeights(stored, (), None)
+        rules = FAMILIES[class_name].rules(read_component_config(_folder(place), class_name))
+        ours = dict.fromkeys(rule_names(rules, layers=1), True).get
+        counts = find_wrapped(stored, ours, self.weights_key)
+        if not counts:
+            check_prefix(stored, ours, place)
+        most = max(counts.values(), default=0)
+        prefixes = [prefix for (prefix, _), count in counts.items() if 2 * count >= most]
+        prefix = choose(prefixes, self.weights_key, place) if prefixes else ""
+        check_scales(stored, prefix)
+        unwrapped = unwrap(stored, prefix, prefixes)
+        return ComponentWeights(unwrapped.tensors, unwrapped.others, None)
+
+    def class_of(self, variant: str | None) -> str:
+        """Tell the class of a component alone: its tensors' if they are an original release's.
+
+        Raises:
+            ConversionError: If nothing tells it, or it is of a class that is not ported.
+        """
+        folder = _folder(self.path)
+        if variant is None:
+            stored, said = self._stored(self.path, variant)
+            original = identify(stored, self.path, None, said, self.weights_key)
+            if original is not None:
+                return original.class_name
+        file = folder / "config.json"
+        if not os.path.lexists(file):
+            raise ConversionError(
+                f"{self.path}: its tensors are of no original release that is known, so that "
+                f"{file} must say what they are: put it there."
+            )
+        class_name = named_class(read_json(file))
+        if class_name is None:
+            raise ConversionError(f"{file}: names no class (_class_name or architectures): add it.")
+        if class_name not in FAMILIES:
+            raise ConversionError(
+                f"{file}: is the config of a {show(class_name)}, and only "
+                f"{', '.join(sorted(FAMILIES))} can be converted."
+            )
+        return class_name
+
+    def _place(self, component: str) -> Path:
+        return self.places.get(component, self.path / component)
+
+    def _stored(
+        self, place: Path, variant: str | None
+    ) -> tuple[Mapping[str, StoredTensor], Mapping[str, Any]]:
+        """The tensors in a component's files as they are there, and what its config.json says."""
+        folder = _folder(place)
+        config = folder / "config.json"
+        check_inside(config, (folder, *self.allowed))
+        said = read_json(config) if config.is_file() else {}
+        if place != folder:
+            return read_file(place, self.weights_key), said
+        allowed = self.allowed
+        if place == self.path:  # a folder of one's own may have its large files elsewhere
+            links = (file for file in folder.glob("*") if is_weights(file) and file.is_symlink())
+            allowed = (*allowed, *(Path(os.path.realpath(file)).parent for file in links))
+        return read_weights(place, allowed, variant, self.weights_key), said
+
+
+def _folder(place: Path) -> Path:
+    """The folder of a component, of which that or a file of weights is given."""
+    return place.parent if is_weights(place) and not place.is_dir() else place
+
+
+def _allowed(path: Path) -> tuple[Path, ...]:
+    """Where links may lead: the hub's cache keeps the files of a snapshot in `blobs`."""
+    folder = _folder(path)
+    above = folder.resolve().parents[:2]  # of the snapshot, or of a component in it
+    return (folder, *(at.parent / "blobs" for at in above if at.name == "snapshots"))
+
+
+def open_source(path: Path, variant: str | None = None, weights_key: str | None = None) -> Source:
+    """Recognise what a path leads to; a component alone gets the name of its class's role.
+
+    Args:
+        path: A folder with model_index.json; or that of an original release; or one with
+            config.json and weights, or with weights of an original release that tell all of it; or
+            a file of such weights.
+        variant: See `convert_pipeline`.
+        weights_key: See `convert_pipeline`.
+
+    Raises:
+        ConversionError: If it is nothing of the kind, or of a class that is not ported.
+    """
+    if not path.is_dir():
+        _check_file(path, variant)
+    elif os.path.lexists(path / "model_index.json"):
+        return Source(path, read_pipeline_index(path), weights_key=weights_key)
+    elif (repository := read_repository(path, _allowed(path))) is not None:
+        return Source(
+            path, repository.index, repository.places, repository.texts, weights_key=weights_key
+        )
+    elif not _holds_component(path):
+        raise ConversionError(
+            f"{path}: holds no model_index.json, and neither config.json nor weights: {_GIVE}."
+        )
+    unnamed = Source(path, PipelineIndex(None, {}), weights_key=weights_key)
+    class_name = unnamed.class_of(variant)
+    role = FAMILIES[class_name].role
+    index = PipelineIndex(None, {role: class_name})
+    texts = {"model_index.json": index.text()}
+    return replace(unnamed, index=index, places={role: path}, texts=texts)
+
+
+def _check_file(file: Path, variant: str | None) -> None:
+    if not os.path.lexists(file):
+        raise ConversionError(f"{file}: is no folder and no file: {_GIVE}.")
+    check_regular(file)
+    if not is_weights(file):
+        raise ConversionError(f"{file}: is no file of weights: {_GIVE}.")
+    if re.search(r"-\d+-of-\d+\b", file.name):
+        raise ConversionError(f"{file}: is one of several files of weights: give their folder.")
+    if variant is not None:
+        raise ConversionError(f"{file}: is a file, for which variant={variant!r} says nothing.")
+
+
+def _holds_component(folder: Path) -> bool:
+    return any(file.name == "config.json" or is_weights(file) for file in folder.glob("*"))
+
+
+def select_variants(
+    source: Source, chosen: Collection[str], variant: str | None
+) -> Mapping[str, str | None]:
+    """Each component's variant: as in diffusers, those that do not have it give what they have.
+
+    Raises:
+        ConversionError: If none has it.
+    """
+    if variant is not None and not variant.isalnum():
+        raise ConversionError(f"variant={variant!r}: is no name of a variant, such as 'fp16'.")
+    found = {name: variant if source.weights_files(name, variant) else None for name in chosen}
+    if variant is not None and not any(found.values()):
+        raise ConversionError(
+            f"{source.path}: no component has weights of the variant {variant!r}: choose another, "
+            "or none."
+        )
+    return found

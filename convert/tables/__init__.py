@@ -1,0 +1,1 @@
+"""Which stored tensor becomes which leaf: the rules as data, one table a model."""

@@ -1,0 +1,254 @@
+"""The outputs of a few sampled rows under up to three masks, on Hopper: one read of K and V.
+
+A thread block takes a stretch of the keys of one head. One warpgroup fetches them, and each mask
+has a warpgroup of its own, which multiplies and weighs 64 rows. The stretches are joined outside.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from svg_jax.kernels import mosaic_common as mgpu
+from svg_jax.kernels.block_mask import BandMask
+
+MOST_MASKS = 3
+BLOCK_KV = {64: 128, 128: 64}
+STAGES = 3
+
+
+def sampled_attention(
+    query: Float[Array, "batch rows heads head_dim"],
+    key: Float[Array, "batch tokens heads head_dim"],
+    value: Float[Array, "batch tokens heads head_dim"],
+    *,
+    masks: tuple[BandMask, ...],
+    query_positions: Int[Array, "masks batch rows"],
+    key_positions: Int[Array, "masks tokens"],
+    text_length: Int[Array, " batch"] | None,
+    scale: float,
+    interpret: Any = None,
+) -> Float[Array, "masks batch heads rows head_dim"]:
+    """Exact outputs of the given rows, once per mask; see `svg_jax.kernels.sampled_rows`."""
+    batch, num_rows, heads, head_dim = query.shape
+    num_tokens = key.shape[1]
+    query = mgpu.pad_tokens(mgpu.pad_head_dim(query), mgpu.ROWS)
+    key, value = mgpu.pad_head_dim(key), mgpu.pad_head_dim(value)
+    width = query.shape[-1]
+    block_kv = BLOCK_KV[width]
+    num_blocks = -(-num_tokens // block_kv)
+    row_groups = query.shape[1] // mgpu.ROWS
+    splits = min(num_blocks, max(1, mgpu.NUM_SMS // (batch * heads * row_groups)))
+    rows, places = _places(masks, query_positions, key_positions, text_length)
+    rows = jnp.pad(rows, [(0, 0)] * 3 + [(0, query.shape[1] - num_rows)])
+    missing = num_blocks * block_kv - num_tokens
+    places = jnp.pad(places, [(0, 0)] * 2 + [(0, missing)], constant_values=jnp.inf)
+    edge, edge_value = mgpu.blanked_values(value, masks, text_length, block_kv)
+    tail, key, value, tail_blocks = mgpu.whole_eights(key, value, block_kv)
+
+    tile = partial(plgpu.SMEM, dtype=query.dtype, transforms=mgpu.TILED)
+    scratch = {
+        "q_smem": tile((mgpu.ROWS, width)),
+        "k_smem": tile((STAGES, block_kv, width)),
+        "v_smem": tile((STAGES, block_kv, width)),
+        "row_smem": plgpu.SMEM((len(masks), 2, mgpu.ROWS), jnp.float32),
+        "key_smem": plgpu.SMEM((STAGES, len(masks), block_kv), jnp.float32),
+        "out_smem": plgpu.SMEM((len(masks), mgpu.ROWS, width), jnp.float32),
+        "sum_smem": plgpu.SMEM((len(masks), 2, mgpu.ROWS), jnp.float32),
+        "q_ready": plgpu.Barrier(num_arrivals=2),
+        "k_ready": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+        "v_ready": plgpu.Barrier(num_barriers=STAGES),
+        "k_free": plgpu.Barrier(num_arrivals=len(masks), num_barriers=STAGES),
+        "v_free": plgpu.Barrier(num_arrivals=len(masks), num_barriers=STAGES),
+    }
+    if interpret is not None:
+        scratch["staging"] = mgpu.Staging(
+            weights=tile((len(masks), mgpu.ROWS, block_kv)),
+            keys=tile((len(masks), width, block_kv)),
+        )
+    lead = (splits, len(masks), batch, heads, query.shape[1])
+    out, top, total = mgpu.kernel(
+        partial(
+            _body,
+            num_masks=len(masks),
+            num_blocks=num_blocks,
+            splits=splits,
+            edge=edge,
+            tail=tail,
+            factor=scale * mgpu.LOG2_E,
+            interpret=interpret,
+        ),
+        warpgroups=len(masks) + 1,
+        interpret=interpret,
+        out_type=(
+            jax.ShapeDtypeStruct((*lead, width), jnp.float32),
+            jax.ShapeDtypeStruct(lead, jnp.float32),
+            jax.ShapeDtypeStruct(lead, jnp.float32),
+        ),
+        scratch_types=scratch,
+        grid=(splits, row_groups, heads, batch),
+        grid_names=("split", "group", "head", "batch"),
+    )(query, key, value, edge_value, tail_blocks, rows, places)
+
+    share = jnp.exp2(top - top.max(axis=0, keepdims=True))
+    total = (share * total).sum(axis=0)
+    joined = (share[..., None] * out).sum(axis=0) / jnp.where(total > 0, total, 1.0)[..., None]
+    joined = joined[..., :num_rows, :head_dim]
+    if text_length is None:
+        return joined
+    real = jnp.stack(
+        [
+            mask.is_real(positions, text_length[:, None])
+            for mask, positions in zip(masks, query_positions, strict=True)
+        ]
+    )
+    return jnp.where(real[:, :, None, :, None], joined, 0.0)
+
+
+def _places(
+    masks: tuple[BandMask, ...],
+    query_positions: Int[Array, "masks batch rows"],
+    key_positions: Int[Array, "masks tokens"],
+    text_length: Int[Array, " batch"] | None,
+) -> tuple[Float[Array, "masks batch 2 rows"], Float[Array, "masks batch tokens"]]:
+    """Masks as one comparison: a row keeps a key unless |row − key| ≥ reach.
+
+    What no distance decides is in the numbers: a key that is always kept stands at NaN, for which
+    no comparison holds, padding at infinity, and the reach of a row of text is infinite. It is
+    written for all masks at once, since many small programs would take longer than the kernel.
+
+    Returns:
+        Place and reach of each row, and the place of each key. Integers up to 2²⁴ are exact.
+    """
+    fields = ((m.band_width, m.text_start, m.text_stop, m.sink_tokens) for m in masks)
+    band, start, stop, sink = (
+        jnp.array(field, jnp.int32)[:, None, None] for field in zip(*fields, strict=True)
+    )
+    real_stop = stop
+    if text_length is not None:
+        real_stop = jnp.clip(start + text_length[None, :, None], start, stop)
+    key = key_positions[:, None]
+    is_text, is_real = (key >= start) & (key < stop), (key >= start) & (key < real_stop)
+    place = jnp.where(is_real | (key < sink), jnp.nan, key.astype(jnp.float32))
+    place = jnp.where(is_text & ~is_real, jnp.inf, place)
+    of_text = (query_positions >= start) & (query_positions < stop)
+    reach = jnp.where(of_text, jnp.inf, band.astype(jnp.float32))
+    shape = (len(masks), query_positions.shape[1], key.shape[2])
+    rows = jnp.stack([query_positions.astype(jnp.float32), reach], axis=2)
+    return rows, jnp.broadcast_to(place, shape)
+
+
+def _body(
+    q_ref,
+    k_ref,
+    v_ref,
+    edge_ref,
+    tail_ref,
+    row_ref,
+    key_ref,
+    out_ref,
+    top_ref,
+    total_ref,
+    *,
+    num_masks: int,
+    num_blocks: int,
+    splits: int,
+    edge: tuple[int, int],
+    tail: tuple[int, int],
+    factor: float,
+    interpret: Any,
+    q_smem,
+    k_smem,
+    v_smem,
+    row_smem,
+    key_smem,
+    out_smem,
+    sum_smem,
+    q_ready,
+    k_ready,
+    v_ready,
+    k_free,
+    v_free,
+    staging=None,
+):
+    """What every thread block does: a producer, and one warpgroup for each mask."""
+    warpgroup = lax.axis_index("warpgroup")
+    split, group = lax.axis_index("split"), lax.axis_index("group")
+    head, batch = lax.axis_index("head"), lax.axis_index("batch")
+    block_kv = k_smem.shape[1]
+    first = lax.div(split * num_blocks, splits)
+    count = lax.div((split + 1) * num_blocks, splits) - first
+    rows = pl.ds(group * mgpu.ROWS, mgpu.ROWS)
+
+    @pl.when(warpgroup == num_masks)
+    def _produce():
+        plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_smem, q_ready)
+        plgpu.copy_gmem_to_smem(row_ref.at[:, batch, :, rows], row_smem, q_ready)
+
+        def fetch(n, _):
+            slot = lax.rem(n, STAGES)
+            keys = pl.ds((first + n) * block_kv, block_kv)
+            ready = k_ready.at[slot]
+            plgpu.barrier_wait(k_free.at[slot])
+            here = (batch, first + n, head)
+            mgpu.fetch_block(k_ref, k_smem.at[slot], ready, ((tail, tail_ref.at[0]),), *here)
+            plgpu.copy_gmem_to_smem(key_ref.at[:, batch, keys], key_smem.at[slot], ready)
+            plgpu.barrier_wait(v_free.at[slot])
+            patches = ((edge, edge_ref), (tail, tail_ref.at[1]))
+            mgpu.fetch_block(v_ref, v_smem.at[slot], v_ready.at[slot], patches, *here)
+
+        lax.fori_loop(0, count, fetch, None)
+        for n in range(STAGES):  # a barrier may not end with arrivals that nobody saw
+            plgpu.barrier_wait(k_free.at[lax.rem(count + n, STAGES)])
+            plgpu.barrier_wait(v_free.at[lax.rem(count + n, STAGES)])
+
+    @pl.when(warpgroup < num_masks)
+    def _consume():
+        for slot in range(STAGES):
+            plgpu.barrier_arrive(k_free.at[slot])
+            plgpu.barrier_arrive(v_free.at[slot])
+        my_staging = jax.tree.map(lambda ref: ref.at[warpgroup], staging)
+        shape = (mgpu.ROWS, block_kv)
+        plgpu.barrier_wait(q_ready)
+        row, reach = (
+            mgpu.by_row(mgpu.load_line(row_smem, (warpgroup, n), mgpu.ROW, interpret), shape)
+            for n in range(2)
+        )
+
+        def dropped(slot):
+            place = mgpu.load_line(key_smem, (slot, warpgroup), mgpu.COLUMN, interpret)
+            return jnp.abs(mgpu.by_column(place, shape) - row) >= reach
+
+        def visit(n, carry):
+            acc, top, total = carry
+            slot = lax.rem(n, STAGES)
+            plgpu.barrier_wait(k_ready.at[slot])
+            # Fetched before the product, a line is there behind it; one of 128 keys would spill.
+            early = dropped(slot) if block_kv <= 64 else None
+            logits = mgpu.logits(q_smem, k_smem.at[slot], my_staging)
+            logits = jnp.where(dropped(slot) if early is None else early, mgpu.MASKED, logits)
+            plgpu.barrier_arrive(k_free.at[slot])
+            weights, shrink, top = mgpu.weigh(logits, top, factor)
+            acc *= mgpu.by_row(shrink, acc.shape)
+            total = total * shrink + weights.sum(axis=1)
+            plgpu.barrier_wait(v_ready.at[slot])
+            acc = mgpu.product(weights.astype(q_smem.dtype), v_smem.at[slot], acc, my_staging)
+            plgpu.barrier_arrive(v_free.at[slot])
+            return acc, top, total
+
+        start = mgpu.nothing_summed(q_smem.shape[1], interpret)
+        acc, top, total = lax.fori_loop(0, count, visit, start)
+        out_smem[warpgroup] = acc
+        sum_smem[warpgroup, 0] = top
+        sum_smem[warpgroup, 1] = total
+        plgpu.commit_smem()
+        here = (split, warpgroup, batch, head, rows)
+        plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_ref.at[here])
+        plgpu.copy_smem_to_gmem(sum_smem.at[warpgroup, 0], top_ref.at[here])
+        plgpu.copy_smem_to_gmem(sum_smem.at[warpgroup, 1], total_ref.at[here])
+        plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,5 @@
+"""The command line: what is asked for, what it shows, and how it ends."""
+
+from svg_jax.cli.app import app, main
+
+__all__ = ["app", "main"]

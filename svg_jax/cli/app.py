@@ -1,0 +1,395 @@
+"""The command line: `svg-jax generate | compare | demo`, and those of `cli_checkpoints.py`.
+
+Commands are imported when they run: `svg-jax --help` needs no jax.
+"""
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import svg_jax
+from svg_jax.cli.checkpoint_commands import CHECKPOINT_COMMANDS
+from svg_jax.cli.console import forgiving_streams, say, tell, tell_lines
+from svg_jax.cli.errors import ExitCode, failure_of
+from svg_jax.cli.options import (
+    RENAMED,
+    Attention,
+    DenseLayers,
+    DenseSteps,
+    Density,
+    DtypeOption,
+    DynamicCfg,
+    Embeds,
+    Enlarge,
+    FlowShift,
+    Fps,
+    Frames,
+    Guidance,
+    GuidanceInterval,
+    Height,
+    Image,
+    ImageLatents,
+    LastImage,
+    Latents,
+    Model,
+    ModelVariant,
+    Negative,
+    PatternName,
+    Prompt,
+    Revision,
+    SampledRows,
+    Scheduler,
+    Seed,
+    Steps,
+    TrueCfg,
+    Verify,
+    Width,
+)
+from svg_jax.cli.options import option as _option
+from svg_jax.cli.signals import ended_by_signals
+
+app = typer.Typer(
+    help="Sparse VideoGen in JAX: video diffusion transformers with sparse attention.",
+    epilog="Exit codes: 0 done; 1 values that are not finite; 2 wrong usage or bad input; 3 the "
+    "system refuses (disk, rights, memory, another run); 4 a folder is not what was converted; "
+    "70 internal error; 130 Ctrl-C.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+for command in CHECKPOINT_COMMANDS:
+    app.command()(command)
+
+
+@app.command()
+def generate(
+    model: Model,
+    output: Annotated[
+        Path,
+        _option(
+            "--output",
+            "-o",
+            help="The file to write: .mp4, .gif or .png, or .npz for the latents. With --prompts a "
+            "folder, or a pattern such as out/{index:03d}.gif; the first index is 0.",
+        ),
+    ],
+    prompt: Prompt = None,
+    prompts: Annotated[
+        Path | None,
+        _option(
+            "--prompts",
+            help="A file of prompts, one a line, in place of --prompt. Blank lines and # comments "
+            "are skipped; so are videos that an earlier call made.",
+        ),
+    ] = None,
+    negative_prompt: Negative = "",
+    prompt_embeds: Embeds = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    true_cfg_scale: TrueCfg = None,
+    guidance_interval: GuidanceInterval = None,
+    dynamic_cfg: DynamicCfg = False,
+    seed: Seed = 0,
+    image: Image = None,
+    last_image: LastImage = None,
+    latents: Latents = None,
+    image_latents: ImageLatents = None,
+    attention: Annotated[
+        Attention, _option("--attention", help="Dense attention, or Sparse VideoGen.")
+    ] = Attention.svg,
+    density: Density = None,
+    dense_steps: DenseSteps = None,
+    dense_layers: DenseLayers = None,
+    sampled_rows: SampledRows = None,
+    revision: Revision = None,
+    variant: ModelVariant = None,
+    verify: Verify = False,
+    dtype: DtypeOption = None,
+    scheduler: Scheduler = None,
+    flow_shift: FlowShift = None,
+    fps: Fps = None,
+    enlarge: Enlarge = None,
+    labels_out: Annotated[
+        Path | None,
+        _option(
+            "--labels-out", help="Write labels, errors and densities of all sparse steps: .npz."
+        ),
+    ] = None,
+    save_every: Annotated[
+        int,
+        _option(
+            "--save-every",
+            help="Number of steps from one save of the run's state to the next, in .OUTPUT.state "
+            "beside the output; 0: never.",
+        ),
+    ] = 5,
+    resume: Annotated[
+        bool, _option("--resume", help="Go on from the saved state; start anew if there is none.")
+    ] = False,
+) -> None:
+    """Generate a video from a prompt, or one from each line of a file.
+
+    A run that was stopped, by Ctrl-C or otherwise, goes on with the same command and --resume.
+
+    Example: svg-jax generate --model tiny --prompt "a pink two circling over the cat" -o two.gif
+    """
+    from svg_jax.cli import videos
+
+    sparsity = _sparsity(density, dense_steps, dense_layers, sampled_rows)
+    videos.generate(
+        model,
+        output,
+        sparsity=sparsity if attention is Attention.svg else None,
+        revision=revision,
+        variant=variant,
+        verify=verify,
+        dtype=dtype,
+        fps=fps,
+        enlarge=enlarge,
+        labels_out=labels_out,
+        save_every=save_every,
+        resume=resume,
+        files={
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "image_latents": image_latents,
+        },
+        image=image,
+        last_image=last_image,
+        prompt=prompt,
+        prompts=prompts,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
+        guidance_interval=guidance_interval,
+        use_dynamic_cfg=dynamic_cfg or None,
+        scheduler=scheduler,
+        flow_shift=flow_shift,
+        seed=seed,
+    )
+
+
+@app.command()
+def compare(
+    model: Model,
+    prompt: Prompt = None,
+    output: Annotated[
+        Path,
+        _option("--output", "-o", help="Name of the videos to write, OUTPUT.mp4 and OUTPUT.gif."),
+    ] = Path("compare"),
+    negative_prompt: Negative = "",
+    prompt_embeds: Embeds = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    true_cfg_scale: TrueCfg = None,
+    guidance_interval: GuidanceInterval = None,
+    dynamic_cfg: DynamicCfg = False,
+    seed: Seed = 0,
+    image: Image = None,
+    last_image: LastImage = None,
+    latents: Latents = None,
+    image_latents: ImageLatents = None,
+    pattern: Annotated[
+        PatternName,
+        _option("--pattern", help="Profile heads (svg), take all for one kind, or draw kinds."),
+    ] = PatternName.svg,
+    density: Density = None,
+    dense_steps: DenseSteps = None,
+    dense_layers: DenseLayers = None,
+    sampled_rows: SampledRows = None,
+    revision: Revision = None,
+    variant: ModelVariant = None,
+    verify: Verify = False,
+    dtype: DtypeOption = None,
+    scheduler: Scheduler = None,
+    flow_shift: FlowShift = None,
+    fps: Fps = None,
+    enlarge: Enlarge = None,
+    json_file: Annotated[
+        Path | None, _option("--json", help="Write the figures to this file, too.")
+    ] = None,
+) -> None:
+    """Generate a video with dense and with sparse attention, and compare the two.
+
+    Example: svg-jax compare --model tiny --prompt "a blue five standing still over the stars"
+    """
+    from svg_jax.cli import videos
+
+    videos.compare(
+        model,
+        output,
+        sparsity=_sparsity(density, dense_steps, dense_layers, sampled_rows),
+        pattern=pattern.value,
+        revision=revision,
+        variant=variant,
+        verify=verify,
+        dtype=dtype,
+        fps=fps,
+        enlarge=enlarge,
+        json_file=json_file,
+        files={
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "image_latents": image_latents,
+        },
+        image=image,
+        last_image=last_image,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
+        guidance_interval=guidance_interval,
+        use_dynamic_cfg=dynamic_cfg or None,
+        scheduler=scheduler,
+        flow_shift=flow_shift,
+        seed=seed,
+    )
+
+
+@app.command()
+def demo(
+    prompt: Annotated[
+        str,
+        _option(
+            "--prompt",
+            help="Text of what the video shows; an error lists the few words that the model knows.",
+        ),
+    ] = "a red three moving left over the flower",
+    density: Density = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    output: Annotated[
+        Path,
+        _option("--output", "-o", help="Name of the videos to write, OUTPUT.mp4 and OUTPUT.gif."),
+    ] = Path("demo"),
+    source: Annotated[
+        Path | None,
+        _option(
+            "--source", help="Folder in diffusers' layout to use in place of the bundled model."
+        ),
+    ] = None,
+) -> None:
+    """Compare dense and sparse attention on the bundled model, which is called tiny.
+
+    Example: svg-jax demo --density 0.2 --steps 30
+    """
+    from svg_jax.cli import videos
+
+    videos.demo(prompt, density=density, steps=steps, seed=seed, output=output, source=source)
+
+
+def _sparsity(
+    density: float | None,
+    dense_steps: float | None,
+    dense_layers: float | None,
+    sampled_rows: int | None,
+) -> dict[str, float | int]:
+    """Collect what was given of SparsityConfig's fields."""
+    options = {
+        "density": density,
+        "dense_steps": dense_steps,
+        "dense_layers": dense_layers,
+        "sampled_rows": sampled_rows,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _print_version(wanted: bool) -> bool:
+    """Print the version if it is wanted, and end the command line."""
+    if wanted:
+        say(f"svg-jax {svg_jax.__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool,
+        _option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+    ] = False,
+    debug: Annotated[
+        bool, _option("--debug", help="Print the traceback of an error; anywhere in a command.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command; `main` has read --debug."""
+    del version, debug
+
+
+def main() -> None:
+    """Run the command line; an error is one sentence and an exit code (see `cli_errors`)."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    with forgiving_streams():
+        code = _run(arguments, debug=len(arguments) < len(sys.argv) - 1)
+    if code == ExitCode.INTERRUPTED:
+        # The temporary files are gone. A step may still be running on other threads, and Python's
+        # own way out would take its memory away and crash.
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run(arguments: list[str], *, debug: bool) -> int:
+    """Run a command, and give its exit code."""
+    warnings.showwarning = _show_warning
+    logger = logging.getLogger("svg_jax")
+    logger.handlers, logger.propagate = [_Echo()], False  # else absl's handler says it again
+    logger.setLevel(logging.INFO)
+    # Orbax logs there the tracebacks of its threads; what went wrong is raised as well.
+    logging.getLogger("absl").disabled = not debug
+    command = typer.main.get_command(app)
+    try:
+        with ended_by_signals(), command.make_context("svg-jax", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as end:  # after --help or --version
+        return end.exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            tell_lines(traceback.format_exception(error))
+        failure = failure_of(error, _fields(command, arguments))
+        if failure.sentence:
+            tell(failure.sentence)
+        return failure.code
+    return 0
+
+
+def _fields(group: Any, arguments: list[str]) -> set[str]:
+    """Collect the names of what the options of the called command give."""
+    command = next((group.commands[name] for name in arguments if name in group.commands), group)
+    options = [given.name for given in command.params if given.param_type_name == "option"]
+    return {*options, *RENAMED} if "steps" in options else set(options)
+
+
+class _Echo(logging.Handler):
+    """Tell what the package logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(record.getMessage())
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    del filename, lineno, file, line
+    if issubclass(category, UserWarning):
+        tell(str(message))

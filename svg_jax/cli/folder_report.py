@@ -1,0 +1,131 @@
+"""What a checkpoint folder holds, or will hold, as tables to print and as values for JSON."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+from svg_jax.cli.console import add_row
+from svg_jax.convert.contents import ComponentContents, Contents
+from svg_jax.convert.formats.show import show_some
+from svg_jax.convert.plan import ConversionPlan
+
+_NAMED = 8  # of many names, how many are printed
+
+
+def contents_tables(contents: Contents) -> Iterator[Table | str]:
+    """Tabulate the components, their configs, and the tensors if they were measured."""
+    what = contents.pipeline or "a component alone"
+    yield f"{what}, {'' if contents.converted else 'not '}converted"
+    table = _table("component", "class", "parameters", "size", "dtypes")
+    for part in contents.components:
+        row = (part.name, part.class_name, f"{part.parameters:,}", _size(part.nbytes))
+        add_row(table, *row, ", ".join(_shares(part)))
+    for name, class_name in contents.others.items():
+        add_row(table, name, class_name)
+    for name in contents.skipped:
+        add_row(table, name, "left out")
+    yield table
+    for part in contents.components:
+        if part.release is not None:
+            yield f"{part.name}: {part.release} as released; by the names of {part.class_name}"
+        for dtype, converted in part.casts.items():
+            yield f"{part.name}: {dtype} is converted to {converted}"
+        for what, names in (
+            ("tensors that the model does without", part.unused),
+            ("keys of config.json that change nothing", part.passed_over),
+        ):
+            if names:
+                yield f"{part.name}: {len(names)} {what}: {show_some(names, _NAMED)}"
+    for lora in contents.loras:
+        digests = ", ".join(f"{name} sha256 {sha256}" for name, sha256 in lora.files.items())
+        yield f"merged: {lora.source} at {lora.scale:g} into {lora.into} ({digests})"
+        if lora.skipped:
+            yield f"not merged, for the model lacks it: {', '.join(lora.skipped)}"
+    for part in contents.components:
+        values = ", ".join(f"{key}={value!r}" for key, value in part.config.items())
+        yield f"{part.name}: {values}"
+    for part in contents.components:
+        if any(tensor.statistics for tensor in part.tensors):
+            yield _tensors_table(part)
+
+
+def _tensors_table(part: ComponentContents) -> Table:
+    table = _table(part.name, "shape", "dtype", "min", "max", "mean", "std", "not finite")
+    for tensor in part.tensors:
+        found = tensor.statistics
+        assert found is not None
+        figures = (found.minimum, found.maximum, found.mean, found.std)
+        add_row(
+            table,
+            tensor.name,
+            "×".join(map(str, tensor.shape)),
+            tensor.dtype,
+            *("–" if figure is None else f"{figure:.4g}" for figure in figures),
+            str(found.nonfinite),
+        )
+    return table
+
+
+def contents_values(contents: Contents) -> dict[str, Any]:
+    """Give what a folder holds as values for JSON."""
+    values = dataclasses.asdict(contents)
+    for part, component in zip(values["components"], contents.components, strict=True):
+        part |= {
+            "parameters": component.parameters,
+            "bytes": component.nbytes,
+            "dtypes": component.dtypes,
+        }
+    return values
+
+
+def plan_tables(plan: ConversionPlan) -> Iterator[Table | str]:
+    """Tabulate what a conversion would write."""
+    table = _table("component", "class", "tensors", "read", "written", "dtypes", "not needed")
+    for part in plan.components:
+        dtypes = sorted({dtype.name for dtype in part.dtypes.values()})
+        add_row(
+            table,
+            part.name,
+            part.class_name,
+            str(len(part.tensors)),
+            _size(part.nbytes),
+            _size(part.stored_nbytes),
+            " and ".join(dtypes),
+            f"{len(part.unused)}: {show_some(part.unused)}" if part.unused else "",
+        )
+    yield table
+    for lora in plan.loras:
+        changed = sum(map(len, lora.changes.values()))
+        size = _size(sum(file.stat().st_size for file in lora.files))
+        where = " and ".join(sorted(lora.changes))
+        yield f"merges {lora.path} ({size}) at {lora.scale:g} into {changed} tensors of {where}"
+        if lora.skipped:
+            yield f"not merged, for the model lacks it: {', '.join(lora.skipped)}"
+    if plan.skipped:
+        yield f"left out: {', '.join(plan.skipped)}"
+    yield (
+        f"would write {plan.written_nbytes:,} bytes: these weights, {len(plan.files)} small files "
+        "as they are, and a manifest"
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _size(nbytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes} B"
+
+
+def _shares(part: ComponentContents) -> Iterator[str]:
+    for dtype, size in part.dtypes.items():
+        share = "" if len(part.dtypes) == 1 else f" {size / part.parameters:.1%}"
+        yield f"{dtype}{share}"

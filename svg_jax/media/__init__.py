@@ -1,0 +1,1 @@
+"""Pixels: frames in any form, images and videos as files, and how far apart two videos are."""

@@ -1,0 +1,1 @@
+"""CogVideoX from a prompt to a video."""

@@ -1,0 +1,1 @@
+"""HunyuanVideo from a prompt to a video."""

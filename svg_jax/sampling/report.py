@@ -1,0 +1,117 @@
+"""What a comparison of dense and sparse attention found, as data, as a table, and as JSON."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svg_jax.cli.console import add_row, printable
+from svg_jax.files import written_atomically
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """Dense and sparse attention from the same noise, over the same schedule.
+
+    Attributes:
+        prompt: Prompt of both videos.
+        seed: Seed of the noise.
+        pattern: "svg" (online profiling), or the labels that all heads were given.
+        num_inference_steps: Denoising steps of the run.
+        dense_steps: Steps of the warm-up, which both runs share.
+        guided_steps: Steps that paid for guidance.
+        requested_density: What was asked for; None of an attention of one's own.
+        density: Computed share of the attention maps in sparse steps, exact; None if not known.
+        latents: Shape of the latents, in the transformer's order.
+        num_tokens: Length of the sequence that attention runs over, text included.
+        psnr: PSNR of the sparse video against the dense one, dB; None where there are no pixels.
+        ssim: SSIM of the sparse video against the dense one; None, too, where frames are too small
+            for it.
+        dense_seconds: Median wall time of a dense step after the warm-up.
+        sparse_seconds: Median wall time of a sparse step.
+        spatial_share: Share of spatial heads, by layer.
+        implementation: Kernel of block-sparse attention that ran.
+        dtype: Dtype of matrix products and attention.
+        device: Device that it ran on.
+        versions: Versions of the packages that it ran with.
+    """
+
+    prompt: str
+    seed: int
+    pattern: str
+    num_inference_steps: int
+    dense_steps: int
+    guided_steps: int
+    requested_density: float | None
+    density: float | None
+    latents: tuple[int, int, int, int]
+    num_tokens: int
+    psnr: float | None
+    ssim: float | None
+    dense_seconds: float
+    sparse_seconds: float
+    spatial_share: tuple[float, ...]
+    implementation: str
+    dtype: str
+    device: str
+    versions: dict[str, str]
+
+    @property
+    def speed_up(self) -> float:
+        """How many times faster a sparse step is than a dense one."""
+        return self.dense_seconds / self.sparse_seconds
+
+    def to_json(self) -> str:
+        """All attributes and the speed-up; an infinite PSNR (equal videos) is null."""
+        values = dataclasses.asdict(self) | {"speed_up": self.speed_up}
+        if values["psnr"] == float("inf"):
+            values["psnr"] = None
+        return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json`, whole or not at all."""
+        with written_atomically(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+    def table(self) -> "Table":
+        """Lay the figures out for a terminal."""
+        from rich.table import Table
+
+        title = printable(f"{self.prompt} (seed {self.seed})")
+        table = Table(title=title, show_header=False)
+        table.add_column(style="bold")
+        table.add_column()
+        for row in self._rows():
+            add_row(table, *row)
+        return table
+
+    def _rows(self) -> list[tuple[str, str]]:
+        size = f"{' x '.join(map(str, self.latents))}: {self.num_tokens:,} tokens"
+        steps = f"{self.num_inference_steps}, the first {self.dense_steps} dense in both"
+        if self.guided_steps:
+            steps += f", the first {self.guided_steps} guided"
+        rows = [
+            ("latents", size),
+            ("steps", steps),
+        ]
+        if self.density is not None:
+            asked = self.requested_density
+            asked = "" if asked is None else f" ({asked:g} asked)"
+            rows.append(("density", f"{self.density:.3f} of dense attention{asked}"))
+        if self.psnr is not None:
+            rows.append(("PSNR to dense", f"{self.psnr:.2f} dB"))
+        if self.ssim is not None:
+            rows.append(("SSIM to dense", f"{self.ssim:.4f}"))
+        shares = ", ".join(f"{share:.0%}" for share in self.spatial_share)
+        return [
+            *rows,
+            ("dense step", f"{self.dense_seconds:.2f} s"),
+            ("sparse step", f"{self.sparse_seconds:.2f} s, {self.speed_up:.2f} times faster"),
+            ("spatial heads", f"{shares or 'not known'} (by layer; pattern: {self.pattern})"),
+            ("attention", f"{self.implementation} in {self.dtype}"),
+            ("device", self.device),
+        ]

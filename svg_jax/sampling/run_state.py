@@ -1,0 +1,339 @@
+"""A run's state on disk: a run that was killed goes on where it was, bit for bit.
+
+A state file is an .npz as numpy reads it: the arrays of the sampler's state and of what its steps
+found out, and `header`, which is JSON: the run's fingerprint and the rest of the steps' records.
+The archive's comment, the last bytes of the file, is the sha256 of all bytes before it.
+
+What follows from the settings (schedule, guidance, noise, encoded prompts) is not stored. It is
+made again: the encoders take a minute or less, the steps an hour.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+
+from svg_jax.convert import Manifest
+from svg_jax.files import check_writable, open_regular, remove_leftovers, written_atomically
+from svg_jax.sampling.records import HeadProfile, StepRecord
+from svg_jax.sampling.schedules.diffusion import SamplerState
+from svg_jax.sampling.schedules.flow import FlowState
+
+FORMAT_VERSION = 1
+_DIGEST_BYTES = 64  # sha256 in hexadecimal
+_MOST_BYTES = 2**31  # of a state file; HunyuanVideo's in 720p has 0.1 GB
+_SHOWN = 60  # characters of a setting in an error
+_NAMED = 3  # settings that an error names
+_PROFILE = tuple(field.name for field in dataclasses.fields(HeadProfile))
+
+State = SamplerState | FlowState
+Fingerprint = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class SavedRun:
+    """What a state file holds.
+
+    Attributes:
+        path: The file.
+        arrays: Arrays of the sampler's state, by their place in it.
+        records: Records of the steps that are done.
+    """
+
+    path: Path
+    arrays: Mapping[str, np.ndarray]
+    records: tuple[StepRecord, ...]
+
+    def state_like(self, state: State) -> State:
+        """Give the saved state the structure of another one of the same run.
+
+        Raises:
+            ValueError: If its arrays are others, or of other shapes or dtypes.
+        """
+        leaves, structure = _named_leaves(state), jax.tree.structure(state)
+        if _kinds(self.arrays) != _kinds(leaves):
+            raise damaged(self.path)
+        return jax.tree.unflatten(structure, [jnp.asarray(self.arrays[name]) for name in leaves])
+
+
+@dataclass(frozen=True, eq=False)
+class RunFile:
+    """Where a run's state is kept, and what was found there.
+
+    Attributes:
+        path: The file.
+        fingerprint: Fingerprint of the run.
+        save_every: Steps from one save to the next; 0 saves nothing.
+        saved: What is to be gone on from; None starts at the first step.
+    """
+
+    path: Path
+    fingerprint: Fingerprint
+    save_every: int
+    saved: SavedRun | None
+
+    @property
+    def records(self) -> tuple[StepRecord, ...]:
+        """Of the steps that were done when the file was opened."""
+        return () if self.saved is None else self.saved.records
+
+    def remove(self) -> None:
+        """For when the outcome is safe elsewhere."""
+        self.path.unlink(missing_ok=True)
+
+
+def open_run_file(
+    path: str | Path, fingerprint: Fingerprint, *, save_every: int, resume: bool
+) -> RunFile:
+    """Look at a state file before the work: whether there is one, and of which run.
+
+    Args:
+        path: The file; there may be none yet.
+        fingerprint: Fingerprint of the run that is to be saved there or gone on with.
+        save_every: Steps from one save to the next; 0 saves nothing.
+        resume: Go on from what is there, or start if there is nothing.
+
+    Raises:
+        FileExistsError: If there is a state that is not to be gone on from: it would be lost.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If the state is another run's, or damaged; or at a negative number of steps.
+    """
+    path = Path(path)
+    if save_every < 0:
+        raise ValueError(f"save_every (--save-every) is at least 0: got {save_every}")
+    check_writable(path)
+    remove_leftovers(path)
+    if path.exists() and not resume:
+        raise FileExistsError(
+            f"{path} holds a run that was not finished: go on with it by resume=True (--resume), "
+            "or remove that file to start anew"
+        )
+    saved = load_run(path, fingerprint) if path.exists() else None
+    return RunFile(path, fingerprint, save_every, saved)
+
+
+@contextmanager
+def saving(file: RunFile) -> Iterator[Callable[[State, StepRecord], None]]:
+    """Give what is to be called after each step, and save the run now and then.
+
+    The copy from the device is started behind the step, and awaited and written by another thread.
+    The loop waits for a save only if the one before is still being written. Whatever ends the run,
+    its last state is saved. A save that fails is a warning: the run may well outlive a full disk.
+    """
+    records, unsaved = list(file.records), 0
+    latest: State | None = None
+    pending: Future[None] | None = None
+
+    def finish_save() -> None:
+        nonlocal pending
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except (OSError, RuntimeError) as error:  # RuntimeError: a device that failed
+            warnings.warn(f"the run's state could not be saved: {error}", stacklevel=3)
+        pending = None
+
+    def start_save() -> None:
+        nonlocal pending, unsaved
+        finish_save()
+        with suppress(RuntimeError):  # the thread says it
+            for array in jax.tree.leaves(latest):
+                array.copy_to_host_async()
+        pending = thread.submit(save_run, file.path, latest, tuple(records), file.fingerprint)
+        unsaved = 0
+
+    def save(state: State, record: StepRecord) -> None:
+        nonlocal latest, unsaved
+        records.append(record)
+        latest, unsaved = state, unsaved + 1
+        if unsaved == file.save_every:
+            start_save()
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="svg-jax-save") as thread:
+        try:
+            yield save
+        finally:
+            if unsaved and file.save_every:
+                start_save()
+            finish_save()
+
+
+def save_run(
+    path: Path, state: State | None, records: tuple[StepRecord, ...], fingerprint: Fingerprint
+) -> None:
+    """Write a state file, whole or not at all, and wait for the disk.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    arrays: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in _named_leaves(state).items()}
+    steps = []
+    for record in records:
+        values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+        steps.append(values | {"profile": record.profile is not None})
+        if record.profile is not None:
+            profile = {name: getattr(record.profile, name) for name in _PROFILE}
+            arrays |= {f"steps.{record.step}.{name}": profile[name] for name in _PROFILE}
+    header = {"format_version": FORMAT_VERSION, "fingerprint": dict(fingerprint), "steps": steps}
+    file = io.BytesIO()
+    np.savez(file, header=np.array(json.dumps(header)), **arrays)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.comment = bytes(_DIGEST_BYTES)
+    content = file.getbuffer()[:-_DIGEST_BYTES]
+    with written_atomically(path) as temporary, temporary.open("wb") as out:
+        out.write(content)
+        out.write(hashlib.sha256(content).hexdigest().encode())
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def load_run(path: Path, fingerprint: Fingerprint) -> SavedRun:
+    """Read a state file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is damaged, or another run's; says what differs.
+    """
+    arrays, header = _read_file(path)
+    check_same_run(path, header["fingerprint"], fingerprint)
+    try:
+        records = tuple(_read_record(values, arrays) for values in header["steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path) from error
+    if [record.step for record in records] != list(range(len(records))):
+        raise damaged(path)
+    return SavedRun(path, arrays, records)
+
+
+def _read_record(values: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> StepRecord:
+    """Read a step's record, and take its arrays out of the file's."""
+    profile = None
+    if values["profile"]:
+        profile = HeadProfile(*(arrays.pop(f"steps.{values['step']}.{name}") for name in _PROFILE))
+        layers, entries, heads = profile.labels.shape
+        shapes = profile.errors.shape, profile.density.shape
+        if profile.labels.dtype != np.bool_ or shapes != ((layers, entries, heads, 2), (layers,)):
+            raise ValueError(f"the profile of step {values['step']} has other shapes")
+    return StepRecord(**{**values, "profile": profile})
+
+
+def saved_fingerprint(path: str | Path) -> Fingerprint:
+    """Read the fingerprint in a state file; none if there is no file. Errors as of `load_run`."""
+    path = Path(path)
+    return _read_file(path)[1]["fingerprint"] if path.exists() else {}
+
+
+def _read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read the arrays and the header of a state file; see `load_run`."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > _MOST_BYTES:
+            raise damaged(path)
+        content = memoryview(file.read())
+    body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise damaged(path)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = dict(file)
+        header = dict(json.loads(arrays.pop("header").item()))
+        version = header["format_version"]
+        header |= {"fingerprint": dict(header["fingerprint"]), "steps": list(header["steps"])}
+    except Exception as error:  # anybody can write a file with its right digest
+        raise damaged(path) from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} is of another version of svg-jax: remove it to start anew")
+    return arrays, header
+
+
+def damaged(path: Path) -> ValueError:
+    """Make the error of a file that `save_run` did not write so."""
+    return ValueError(f"{path} is damaged or no run's state: remove it to start anew")
+
+
+def make_fingerprint(**settings: Any) -> dict[str, Any]:
+    """All that determines a run's outcome, as JSON has it: settings, versions, and the device.
+
+    Args:
+        **settings: Numbers, strings, lists of these and dataclasses; arrays and images are told by
+            their digests.
+    """
+    versions = {name: importlib.metadata.version(name) for name in ("svg-jax", "jax", "jaxlib")}
+    return _plain(settings) | versions | {"device": jax.devices()[0].device_kind}
+
+
+def check_same_run(path: Path, saved: Fingerprint, current: Fingerprint) -> None:
+    """Raise ValueError if two fingerprints differ, saying in what; what is missing is None."""
+    names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+    if names:
+        shown = names[:_NAMED]
+        before = " and ".join(f"{_shown(name)} {_shown(saved.get(name))}" for name in shown)
+        now = " and ".join(_shown(current.get(name)) for name in shown)
+        more = "" if shown == names else f"; {len(names) - _NAMED} more differ"
+        raise ValueError(
+            f"{path} is another run's: the saved one had {before}, this one {now}{more} (remove "
+            "that file to start anew)"
+        )
+
+
+def weights_digest(manifest: Manifest) -> str:
+    """Tell the weights and settings of a converted folder, without reading the weights."""
+    stored = {
+        component: {name: tensor.stored_sha256 for name, tensor in tensors.items()}
+        for component, tensors in manifest.components.items()
+    }
+    content = json.dumps([stored, dict(manifest.files)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _named_leaves(state: State | None) -> dict[str, Any]:
+    leaves = jax.tree.leaves_with_path(state)
+    return {"state" + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _kinds(arrays: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Shape and dtype of each array."""
+    return {name: (array.shape, array.dtype) for name, array in arrays.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        plain = {name: _plain(inner) for name, inner in value.items()}
+        return {
+            name if key is None else f"{name}.{key}": inner
+            for name, part in plain.items()
+            for key, inner in (part.items() if isinstance(part, dict) else [(None, part)])
+        }
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, PIL.Image.Image):
+        return f"{value.mode} image {_plain(np.asarray(value.convert('RGBA')))}"
+    if isinstance(value, np.ndarray | jax.Array):
+        array = np.ascontiguousarray(value)
+        digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
+        return f"{array.dtype}{list(array.shape)} of digest {digest}"
+    return str(value) if isinstance(value, str) else value
+
+
+def _shown(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"

@@ -1,0 +1,1 @@
+"""Wan 2.1 from a prompt to a video."""
