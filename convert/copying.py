@@ -19,6 +19,7 @@ import numpy as np
 from svg_jax.convert.checkpoint.manifest import TensorRecord
 from svg_jax.convert.checkpoint.orbax_writer import LeafFiles, create_checkpoint
 from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.formats.checked_files import check_regular
 from svg_jax.convert.formats.digests import file_digest
 from svg_jax.convert.formats.stored_tensor import (
     StoredTensor,
@@ -169,6 +170,7 @@ def _position(stored: StoredTensor) -> tuple[str, int]:
 
 
 def _source_digest(file: Path) -> str:
+    check_regular(file)  # opening a pipe would wait for ever
     try:
         return file_digest(file)
     except OSError as error:

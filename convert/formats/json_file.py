@@ -6,6 +6,7 @@ and makes text of half a character that cannot be printed. All of these are refu
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +33,15 @@ def read_json(file: Path) -> dict[str, Any]:
         return parse_json(file.read_bytes(), file)
     except OSError as error:
         raise ConversionError(f"{file}: cannot be read: {error.strerror}.") from error
+
+
+def read_json_if_any(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file that need not be there; an empty one if it is not.
+
+    Raises:
+        ConversionError: If there is something by its name that `read_json` refuses.
+    """
+    return read_json(file) if os.path.lexists(file) else {}
 
 
 def parse_json(text: bytes, where: Path | str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from svg_jax.convert.components import FAMILIES, named_class, split_unused
 from svg_jax.convert.errors import ConversionError
-from svg_jax.convert.formats.json_file import read_json
+from svg_jax.convert.formats.json_file import read_json_if_any
 from svg_jax.convert.formats.show import show, show_some
 from svg_jax.convert.formats.stored_tensor import StoredTensor
 from svg_jax.convert.lora.names import read_name
@@ -271,7 +271,7 @@ def find_original(
     """
     is_folder = source.is_dir()
     config = (source if is_folder else source.parent) / "config.json"
-    said = read_json(config) if config.is_file() else {}
+    said = read_json_if_any(config)
     stored = (
         read_weights(source, allowed, weights_key=weights_key)
         if is_folder

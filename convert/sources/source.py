@@ -18,7 +18,7 @@ from svg_jax.convert.components import (
 )
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.checked_files import check_inside, check_regular
-from svg_jax.convert.formats.json_file import read_json
+from svg_jax.convert.formats.json_file import read_json, read_json_if_any
 from svg_jax.convert.formats.show import show
 from svg_jax.convert.formats.stored_tensor import StoredTensor
 from svg_jax.convert.releases.recognise import OriginalComponent, identify
@@ -172,7 +172,7 @@ class Source:
         folder = _folder(place)
         config = folder / "config.json"
         check_inside(config, (folder, *self.allowed))
-        said = read_json(config) if config.is_file() else {}
+        said = read_json_if_any(config)
         if place != folder:
             return read_file(place, self.weights_key), said
         allowed = self.allowed
