@@ -253,9 +253,10 @@ def match_rules(
         "made by two rules": sorted(path for path, count in targets.items() if count > 1),
     }
     if any(problems.values()):
-        for count in (_NAMED, 2, 1):
+        # Released names have up to 90 characters, and a shape behind them says what to look for.
+        for count, limit in ((_NAMED, 160), (2, 160), (1, 160), (1, 60)):
             report = "; ".join(
-                f"{len(found)} {kind} ({show_some(found, count)})"
+                f"{len(found)} {kind} ({show_some(found, count, limit)})"
                 for kind, found in problems.items()
                 if found
             )

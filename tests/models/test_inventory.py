@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from svg_jax.convert.components import FAMILIES, component_leaves
+from svg_jax.convert.components import FAMILIES, component_leaves, split_unused
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.tables.rules import Rule, match_rules
 from svg_jax.models import (
@@ -101,10 +101,10 @@ def read(name):
             shapes[full_name] = tuple(shape)
     assert len(shapes) == inventory["num_tensors"]
     assert sum(map(math.prod, shapes.values())) == inventory["num_params"]
-    unused = FAMILIES[inventory["class"]].unused
-    if unused is not None:
-        shapes = {name: shape for name, shape in shapes.items() if not unused.search(name)}
-    return inventory["class"], inventory["config"], shapes
+    family = FAMILIES[inventory["class"]]
+    rules = family.rules(family.read_config(inventory["config"]))
+    used, _ = split_unused(shapes, rules, family.unused, Path(name))
+    return inventory["class"], inventory["config"], used
 
 
 @cache
