@@ -39,7 +39,7 @@ SENTENCE = re.compile(r"svg-jax: [^\n]*\n")
 
 def inject(monkeypatch, command, fail):
     """Let a command call `fail` in place of doing its work."""
-    home = commands if command in ("generate", "compare", "demo") else commands_checkpoints
+    home = videos if command in ("generate", "compare", "demo") else checkpoints
     name = "inspect_source" if command == "inspect" else command
     monkeypatch.setattr(home, name, lambda *arguments, **options: fail())
     return COMMANDS[command]
