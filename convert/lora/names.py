@@ -1,7 +1,7 @@
 """The names that trainers give the tensors of a LoRA, as data: prefixes, suffixes, other methods.
 
 A name is a prefix, a module's name and a suffix. Modules have diffusers' names or those of a first
-release (convert/lora_targets.py). Dots and underscores are read alike, as many as there are, since
+release (convert/lora/targets.py). Dots and underscores are read alike, as many as there are, since
 trainers turn some or all of one into the other. docs/lora.md says who writes what.
 """
 

@@ -130,7 +130,7 @@ def _package_of(error: BaseException) -> str:
 def _is_meant(error: ValueError) -> bool:
     """Tell whether somebody raised it about the input: not compiled code, not what computes."""
     last, package = _last_frame(error), _package_of(error)
-    if last is not None and package == __package__:
+    if last is not None and package == __name__.partition(".")[0]:
         return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
     return package not in _COMPUTING
 

@@ -241,7 +241,7 @@ def test_the_bundled_model_knows_the_words_of_the_demo():
 
     from svg_jax.text.tokenizer import load_tokenizer
 
-    prompt = inspect.signature(cli.demo).parameters["prompt"].default
+    prompt = inspect.signature(cli.app.demo).parameters["prompt"].default
     bundled = Path(str(files("svg_jax"))) / "assets" / "tiny_cogvideox" / "tokenizer"
     tokenizer = load_tokenizer(bundled)
     assert tokenizer([prompt], 16).shape == (1, 16)
