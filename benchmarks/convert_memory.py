@@ -30,7 +30,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from svg_jax.convert.components import FAMILIES
+from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.convert.tables.rules import LAYER, Rule
 
 # Per model, each component's class and what its config says beside the number of layers.
@@ -114,8 +114,8 @@ def write_source(folder: Path, model: str, layers: Mapping[str, int]) -> dict:
     for name, (class_name, options) in MODELS[model].items():
         library = "transformers" if "Encoder" in class_name else "diffusers"
         index[name] = [library, class_name]
-        family, config = FAMILIES[class_name], {**options, "num_layers": layers[name]}
-        rules = family.rules(family.read_config(config))
+        model_class, config = MODEL_CLASSES[class_name], {**options, "num_layers": layers[name]}
+        rules = model_class.rules(model_class.read_config(config))
         sizes[name] = write_component(folder / name, class_name, config, rules)
     (folder / "model_index.json").write_text(json.dumps(index))
     return sizes

@@ -31,7 +31,7 @@ from timing import provenance, write_entry
 
 from svg_jax import PAPER_PRESETS, SparsityConfig
 from svg_jax.config import dense_step_count
-from svg_jax.convert.components import FAMILIES
+from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.models import (
     CLIPTextEncoder,
     CLIPVisionEncoder,
@@ -67,7 +67,7 @@ STEPS = 50  # of the schedule; only those around the end of the dense warm-up ru
 def module_of(make: Callable[..., Any], inventory: str, class_name: str, dtype: Any) -> Any:
     """A released model with random weights on the device."""
     values = json.loads((INVENTORY / f"{inventory}.json").read_text())["config"]
-    config = FAMILIES[class_name].read_config(values)
+    config = MODEL_CLASSES[class_name].read_config(values)
     module = nnx.eval_shape(lambda: make(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
     return nnx.merge(nnx.split(module)[0], random_weights(module))
 

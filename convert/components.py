@@ -2,40 +2,16 @@
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.json_file import read_json
 from svg_jax.convert.formats.show import show, show_some
-from svg_jax.convert.sources.buffers import BUFFERS
-from svg_jax.convert.sources.weights import STEMS
-from svg_jax.convert.tables import (
-    clip,
-    cogvideox,
-    cogvideox_vae,
-    hunyuan_video,
-    hunyuan_video_vae,
-    llama,
-    llava,
-    t5,
-    wan,
-    wan_vae,
-)
+from svg_jax.convert.tables.registry import BUFFERS, MODEL_CLASSES
 from svg_jax.convert.tables.rules import Leaf, Rule, match_rules
-from svg_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
-from svg_jax.models.cogvideox_config import CogVideoXConfig
-from svg_jax.models.cogvideox_vae_config import CogVideoXVAEConfig
-from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
-from svg_jax.models.hunyuan_video_vae_config import HunyuanVideoVAEConfig
-from svg_jax.models.llama import LlamaConfig
-from svg_jax.models.llava import LlavaConfig
-from svg_jax.models.t5 import T5Config
-from svg_jax.models.wan_config import WanConfig
-from svg_jax.models.wan_vae_config import WanVAEConfig
 
 PIPELINES = (
     "CogVideoXPipeline",
@@ -46,90 +22,12 @@ PIPELINES = (
     "WanImageToVideoPipeline",
 )
 COPIED = ("scheduler", "tokenizer", "tokenizer_2", "image_processor")  # small, carried as they are
-_DIFFUSERS, _TRANSFORMERS = STEMS
 # Keys of a config.json that tell which model it is of, and what its weights are stored in.
 _NAMES = frozenset({"_class_name", "_diffusers_version", "architectures", "model_type"})
 _NAMES |= {"dtype", "torch_dtype"}
 _LONGEST = 100  # characters of a component's or a class's name
 
 Stored = TypeVar("Stored")
-
-
-@dataclass(frozen=True)
-class Family:
-    """A ported model class.
-
-    Attributes:
-        read_config: Makes the config from a parsed config.json, strictly.
-        rules: The family's conversion table for a config.
-        stem: What its library calls the weights' file.
-        role: The component that it is in the pipelines that have it.
-        unused: Names of tensors that released files hold and that no output of the port needs.
-    """
-
-    read_config: Callable[[Mapping[str, Any]], Any]
-    rules: Callable[[Any], tuple[Rule, ...]]
-    stem: str
-    role: str
-    unused: re.Pattern[str] | None = None
-
-    @property
-    def library(self) -> str:
-        """Where the class is from."""
-        return "diffusers" if self.stem == _DIFFUSERS else "transformers"
-
-
-_CLIP_VISION = Family(
-    CLIPVisionConfig.from_dict,
-    clip.vision_rules,
-    _TRANSFORMERS,
-    "image_encoder",
-    clip.VISION_UNUSED,
-)
-
-FAMILIES: Mapping[str, Family] = {
-    "AutoencoderKLCogVideoX": Family(
-        CogVideoXVAEConfig.from_dict, cogvideox_vae.rules, _DIFFUSERS, "vae"
-    ),
-    "AutoencoderKLHunyuanVideo": Family(
-        HunyuanVideoVAEConfig.from_dict, hunyuan_video_vae.rules, _DIFFUSERS, "vae"
-    ),
-    "AutoencoderKLWan": Family(WanVAEConfig.from_dict, wan_vae.rules, _DIFFUSERS, "vae"),
-    "CLIPTextModel": Family(
-        CLIPTextConfig.from_dict, clip.text_rules, _TRANSFORMERS, "text_encoder_2", clip.TEXT_UNUSED
-    ),
-    "CLIPVisionModel": _CLIP_VISION,
-    "CLIPVisionModelWithProjection": _CLIP_VISION,
-    "CogVideoXTransformer3DModel": Family(
-        CogVideoXConfig.from_dict, cogvideox.rules, _DIFFUSERS, "transformer", cogvideox.UNUSED
-    ),
-    "HunyuanVideoTransformer3DModel": Family(
-        HunyuanVideoConfig.from_dict, hunyuan_video.rules, _DIFFUSERS, "transformer"
-    ),
-    "LlamaModel": Family(
-        LlamaConfig.from_dict, llama.rules, _TRANSFORMERS, "text_encoder", llama.UNUSED
-    ),
-    "LlavaForConditionalGeneration": Family(
-        LlavaConfig.from_dict, llava.rules, _TRANSFORMERS, "text_encoder", llama.UNUSED
-    ),
-    "T5EncoderModel": Family(
-        partial(T5Config.from_dict, model_type="t5"),
-        t5.rules,
-        _TRANSFORMERS,
-        "text_encoder",
-        t5.UNUSED,
-    ),
-    "UMT5EncoderModel": Family(
-        partial(T5Config.from_dict, model_type="umt5"),
-        t5.rules,
-        _TRANSFORMERS,
-        "text_encoder",
-        t5.UNUSED,
-    ),
-    "WanTransformer3DModel": Family(
-        WanConfig.from_dict, wan.rules, _DIFFUSERS, "transformer", wan.UNUSED
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -151,8 +49,8 @@ class PipelineIndex:
 
 
 def _library(component: str, class_name: str) -> str:
-    if class_name in FAMILIES:
-        return FAMILIES[class_name].library
+    if class_name in MODEL_CLASSES:
+        return MODEL_CLASSES[class_name].library
     return "diffusers" if component == "scheduler" else "transformers"
 
 
@@ -206,7 +104,7 @@ def select_components(
         ConversionError: If a component was asked for that is not there or not ported yet.
     """
     there = sorted(index.classes.keys() - set(COPIED))
-    ported = [name for name in there if index.classes[name] in FAMILIES]
+    ported = [name for name in there if index.classes[name] in MODEL_CLASSES]
     wanted = there if components is None else sorted(set(components) - set(COPIED))
     if absent := sorted(set(wanted) - set(there)):
         raise ConversionError(
@@ -231,9 +129,9 @@ def named_class(config: Mapping[str, Any]) -> str | None:
 
 def passed_over(class_name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Name the keys of a config.json that say nothing about what the model computes."""
-    if class_name not in FAMILIES:
+    if class_name not in MODEL_CLASSES:
         return ()
-    fields = FAMILIES[class_name].read_config(config).to_dict().keys()
+    fields = MODEL_CLASSES[class_name].read_config(config).to_dict().keys()
     return tuple(sorted(config.keys() - fields - _NAMES))
 
 
@@ -242,14 +140,14 @@ def component_leaves(
 ) -> tuple[Leaf, ...]:
     """Match a component's tensors to the leaves that its config.json asks for.
 
-    Tensors that the family does not use are in no leaf.
+    Tensors that the model does not use are in no leaf.
 
     Raises:
         ConversionError: If the config is not the model's, or the tensors do not fit it.
     """
-    family = FAMILIES[class_name]
-    rules = family.rules(read_component_config(folder, class_name))
-    used, _ = split_unused(shapes, rules, family.unused, folder)
+    model = MODEL_CLASSES[class_name]
+    rules = model.rules(read_component_config(folder, class_name))
+    used, _ = split_unused(shapes, rules, model.unused, folder)
     return match_rules(used, rules, where=str(folder))
 
 
@@ -313,6 +211,6 @@ def read_component_config(folder: Path, class_name: str) -> Any:
             "there."
         )
     try:
-        return FAMILIES[class_name].read_config(values)
+        return MODEL_CLASSES[class_name].read_config(values)
     except ValueError as error:
         raise ConversionError(f"{file}: {show(str(error), 300)}") from error

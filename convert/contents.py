@@ -17,7 +17,6 @@ from svg_jax.convert.checkpoint.staging import standing_folder
 from svg_jax.convert.checkpoint.tensors import open_tensors, read_checked
 from svg_jax.convert.components import (
     COPIED,
-    FAMILIES,
     PipelineIndex,
     passed_over,
     read_component_config,
@@ -28,6 +27,7 @@ from svg_jax.convert.formats.stored_tensor import DTYPES, StoredTensor, read_ten
 from svg_jax.convert.paths import real_path, usable_path
 from svg_jax.convert.progress import Progress, count_bytes
 from svg_jax.convert.sources.source import Source, open_source, select_variants
+from svg_jax.convert.tables.registry import MODEL_CLASSES
 
 _PIECE = 1 << 22  # elements that are taken at once
 
@@ -242,10 +242,10 @@ def _stored_parts(source: Source, variant: str | None) -> dict[str, _Part]:
         original, class_name = weights.original, source.index.classes[component]
         config = source.folder(component) / "config.json"
         tensors, unused = weights.tensors, weights.others
-        if original is None and class_name in FAMILIES:
+        if original is None and class_name in MODEL_CLASSES:
             folder = source.folder(component)
-            rules = FAMILIES[class_name].rules(read_component_config(folder, class_name))
-            tensors, spare = split_unused(tensors, rules, FAMILIES[class_name].unused, folder)
+            rules = MODEL_CLASSES[class_name].rules(read_component_config(folder, class_name))
+            tensors, spare = split_unused(tensors, rules, MODEL_CLASSES[class_name].unused, folder)
             unused = tuple(sorted((*unused, *spare)))
         found[component] = _Part(
             read_json(config) if original is None else original.config,
@@ -255,7 +255,7 @@ def _stored_parts(source: Source, variant: str | None) -> dict[str, _Part]:
             ],
             None if original is None else original.release,
             unused,
-            _casts(tensors.values()) if class_name in FAMILIES else {},
+            _casts(tensors.values()) if class_name in MODEL_CLASSES else {},
         )
     return found
 

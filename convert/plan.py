@@ -17,7 +17,6 @@ from svg_jax.convert.checkpoint.manifest import NAME, SMALL_BYTES
 from svg_jax.convert.checkpoint.orbax_writer import LeafFiles, checkpoint_nbytes
 from svg_jax.convert.components import (
     COPIED,
-    FAMILIES,
     component_leaves,
     read_component_config,
     select_components,
@@ -33,6 +32,7 @@ from svg_jax.convert.paths import usable_path
 from svg_jax.convert.run_defaults import FILE as RUN_DEFAULTS
 from svg_jax.convert.run_defaults import read_run_defaults
 from svg_jax.convert.sources.source import Source, open_source, select_variants
+from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.convert.tables.rules import Leaf
 
 _BYTES_A_RECORD = 330  # of the manifest, beside the tensor's name
@@ -280,7 +280,7 @@ def _plan_component(
     weights = source.read(name, variant)
     tensors, original = weights.tensors, weights.original
     if original is not None:
-        leaves, config = original.leaves, FAMILIES[class_name].read_config(original.config)
+        leaves, config = original.leaves, MODEL_CLASSES[class_name].read_config(original.config)
     else:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         leaves = component_leaves(folder, class_name, shapes)

@@ -11,11 +11,11 @@ import numpy as np
 from svg_jax.convert.checkpoint.folder import open_folder
 from svg_jax.convert.checkpoint.staging import check_destination, staged_folder
 from svg_jax.convert.checkpoint.tensors import ConvertedTensor, open_tensors, read_checked
-from svg_jax.convert.components import FAMILIES
 from svg_jax.convert.formats.json_file import read_json
 from svg_jax.convert.formats.stored_tensor import DTYPES
 from svg_jax.convert.paths import real_place
 from svg_jax.convert.progress import Progress, count_bytes
+from svg_jax.convert.tables.registry import MODEL_CLASSES
 
 SHARD_BYTES = 5 * 10**9  # transformers' usual size
 _WORDS = {dtype.name: word for word, dtype in DTYPES.items()}
@@ -61,7 +61,7 @@ def export_pipeline(
             text = json.dumps(index, indent=2) + "\n"
             (staging / "model_index.json").write_text(text, encoding="utf-8")
         for component, tensors in sources.items():
-            stem = FAMILIES[index[component][1]].stem
+            stem = MODEL_CLASSES[index[component][1]].stem
             _write_weights(staging / component, stem, tensors, shard_bytes, advance)
 
 

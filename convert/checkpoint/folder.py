@@ -12,11 +12,12 @@ import tensorstore as ts
 from svg_jax.convert.checkpoint.manifest import NAME, SMALL_BYTES, Manifest, read_manifest
 from svg_jax.convert.checkpoint.orbax_writer import LeafFiles, open_leaves, unreadable
 from svg_jax.convert.checkpoint.staging import standing_folder
-from svg_jax.convert.components import COPIED, FAMILIES, component_leaves, read_pipeline_index
+from svg_jax.convert.components import COPIED, component_leaves, read_pipeline_index
 from svg_jax.convert.errors import ConversionError, DamageError, RefusedError
 from svg_jax.convert.formats.digests import file_digest
 from svg_jax.convert.paths import real_path
 from svg_jax.convert.progress import Progress, count_bytes
+from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.convert.tables.rules import Leaf
 
 WEIGHTS = "weights"
@@ -67,7 +68,7 @@ def open_folder(path: str | Path) -> ConvertedFolder:
             "source again with it."
         )
     for name in manifest.components:
-        if index.classes.get(name) not in FAMILIES:
+        if index.classes.get(name) not in MODEL_CLASSES:
             raise DamageError(
                 f"{folder}: model_index.json names no class for the converted {name} that is "
                 "known: convert the source again."

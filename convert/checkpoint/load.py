@@ -21,13 +21,11 @@ from svg_jax.convert.checkpoint.orbax_writer import readable
 from svg_jax.convert.components import read_component_config
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.progress import Progress
-from svg_jax.models.clip import CLIPTextEncoder, CLIPVisionEncoder
+from svg_jax.convert.tables.registry import MODEL_CLASSES, classes_of
 from svg_jax.models.cogvideox import CogVideoXTransformer
 from svg_jax.models.cogvideox_vae import CogVideoXVAE
 from svg_jax.models.hunyuan_video import HunyuanVideoTransformer
 from svg_jax.models.hunyuan_video_vae import HunyuanVideoVAE
-from svg_jax.models.llama import LlamaEncoder
-from svg_jax.models.llava import LlavaEncoder
 from svg_jax.models.t5 import T5Encoder
 from svg_jax.models.wan import WanTransformer
 from svg_jax.models.wan_vae import WanVAE
@@ -35,30 +33,7 @@ from svg_jax.models.wan_vae import WanVAE
 Transformer = CogVideoXTransformer | HunyuanVideoTransformer | WanTransformer
 VAE = CogVideoXVAE | HunyuanVideoVAE | WanVAE
 
-TRANSFORMERS: Mapping[str, type[Transformer]] = {
-    "CogVideoXTransformer3DModel": CogVideoXTransformer,
-    "HunyuanVideoTransformer3DModel": HunyuanVideoTransformer,
-    "WanTransformer3DModel": WanTransformer,
-}
-T5_ENCODERS: Mapping[str, type[T5Encoder]] = {
-    "T5EncoderModel": T5Encoder,
-    "UMT5EncoderModel": T5Encoder,
-}
-VAES: Mapping[str, type[VAE]] = {
-    "AutoencoderKLCogVideoX": CogVideoXVAE,
-    "AutoencoderKLHunyuanVideo": HunyuanVideoVAE,
-    "AutoencoderKLWan": WanVAE,
-}
-MODULES: Mapping[str, Callable[..., nnx.Module]] = {
-    **TRANSFORMERS,
-    **T5_ENCODERS,
-    **VAES,
-    "CLIPTextModel": CLIPTextEncoder,
-    "CLIPVisionModel": CLIPVisionEncoder,
-    "CLIPVisionModelWithProjection": CLIPVisionEncoder,
-    "LlamaModel": LlamaEncoder,
-    "LlavaForConditionalGeneration": LlavaEncoder,
-}
+_T5_CLASSES = ("T5EncoderModel", "UMT5EncoderModel")
 
 
 def load_component(
@@ -67,7 +42,7 @@ def load_component(
     *,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
-    classes: Collection[str] = MODULES.keys(),
+    classes: Collection[str] = MODEL_CLASSES.keys(),
     verify: bool = False,
     progress: Progress | None = None,
     **options: Any,
@@ -88,7 +63,7 @@ def load_component(
         **options: Passed to the module's class.
 
     Returns:
-        The module, of the class that MODULES has for the component's.
+        The module, the port of the component's class.
 
     Raises:
         ConversionError: If the folder is not a whole converted one, or holds no such component.
@@ -100,7 +75,7 @@ def load_component(
     stored = check_components(opened, [name], verify=verify, progress=progress)[name]
 
     def make(config: Any) -> nnx.Module:
-        return MODULES[class_name](
+        return MODEL_CLASSES[class_name].module(
             config,
             dtype=dtype,
             param_dtype=jnp.float32 if param_dtype is None else param_dtype,
@@ -120,7 +95,7 @@ def param_dtypes(
 
     It is `param_dtype` but for those that the model keeps in float32, as the original does.
     """
-    module = MODULES[class_name]
+    module = MODEL_CLASSES[class_name].module
     made = nnx.eval_shape(
         lambda: module(config, dtype=jnp.float32, param_dtype=param_dtype, rngs=nnx.Rngs(0))
     )
@@ -153,7 +128,7 @@ def load_transformer(
         name,
         dtype=dtype,
         param_dtype=param_dtype,
-        classes=TRANSFORMERS.keys(),
+        classes=classes_of("transformer"),
         residual_dtype=residual_dtype,
     )
 
@@ -175,7 +150,7 @@ def load_text_encoder(
         ConversionError: If the folder is not a whole converted one, or holds no such component.
     """
     return load_component(
-        folder, "text_encoder", dtype=dtype, param_dtype=param_dtype, classes=T5_ENCODERS.keys()
+        folder, "text_encoder", dtype=dtype, param_dtype=param_dtype, classes=_T5_CLASSES
     )
 
 
@@ -195,7 +170,9 @@ def load_vae(
     Raises:
         ConversionError: If the folder is not a whole converted one, or holds no such component.
     """
-    return load_component(folder, "vae", dtype=dtype, param_dtype=param_dtype, classes=VAES.keys())
+    return load_component(
+        folder, "vae", dtype=dtype, param_dtype=param_dtype, classes=classes_of("vae")
+    )
 
 
 def _class_of(folder: ConvertedFolder, name: str, known: Collection[str]) -> str:

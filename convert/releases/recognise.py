@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svg_jax.convert.components import FAMILIES, named_class, split_unused
+from svg_jax.convert.components import named_class, split_unused
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.json_file import read_json_if_any
 from svg_jax.convert.formats.show import show, show_some
@@ -26,6 +26,7 @@ from svg_jax.convert.sources.wrappers import (
     unwrap,
 )
 from svg_jax.convert.tables import t5
+from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.convert.tables.rules import Leaf, match_rules
 
 
@@ -223,12 +224,12 @@ def _recognise(
             f"{where}: is {release.name}, but not whole or of another version "
             f"({show(str(error))}): fetch it again."
         ) from error
-    family = FAMILIES[release.class_name]
+    model_class = MODEL_CLASSES[release.class_name]
     try:
-        made = family.read_config(values)
+        made = model_class.read_config(values)
     except ValueError as error:
         raise ConversionError(f"{where}: is {release.name}, but {show(str(error), 300)}") from error
-    rules = family.rules(made)
+    rules = model_class.rules(made)
     tensors, unused = split_unused(tensors, rules, release.unused, where)
     new_shapes = {name: tensor.shape for name, tensor in tensors.items()}
     leaves = match_rules(new_shapes, rules, where=f"{where} ({release.name})")
@@ -292,7 +293,7 @@ def identify(
     where = torch_files[0] if torch_files else source
     stored = attach_scales(drop_layer_wrappers(stored))
     named = named_class(said) or (class_name if said else None)
-    is_ours = named in FAMILIES
+    is_ours = named in MODEL_CLASSES
     is_told = is_ours or (said and named is None)
     found = _find_releases(stored, _RENAMED if is_told else RELEASES, weights_key)
     if not found and not is_ours:

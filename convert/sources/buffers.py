@@ -1,7 +1,6 @@
-"""Tensors beside weights: what no model computes with, and the scales of float8 weights."""
+"""The scales of float8 weights, which lie beside them as tensors of their own."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -9,12 +8,6 @@ from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.show import show
 from svg_jax.convert.formats.stored_tensor import FLOAT8, StoredTensor
 
-# Of any model: tables and counters that its class makes anew, the vocabulary that ComfyUI keeps
-# with an encoder's weights, and what only products in float8 need.
-BUFFERS = re.compile(
-    r"(?:.*\.)?(?:position_ids|(?:rotary_emb\.)?inv_freq|num_batches_tracked|logit_scale"
-    r"|spiece_model|tokenizer_json|scaled_fp8|scale_input|input_scale|comfy_quant|_extra_state)"
-)
 # ComfyUI and musubi-tuner; LightX2V and compressed-tensors; DeepSeek, whose "inv" multiplies too.
 _SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 _FLOATS = ("float64", "float32", "float16", "bfloat16")

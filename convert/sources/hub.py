@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 
 from svg_jax.convert.components import COPIED, read_pipeline_index, select_components
 from svg_jax.convert.run_defaults import FILE as RUN_DEFAULTS
-from svg_jax.convert.sources.weights import STEMS, weights_files
+from svg_jax.convert.sources.weights import weights_files
+from svg_jax.convert.tables.registry import STEMS
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 LORA_STEMS = ("pytorch_lora_weights", "adapter_model")  # what diffusers and PEFT call the file
@@ -153,7 +154,7 @@ def _weights(component: str, variant: str | None) -> list[str]:
         f"{_SHARD}{mark}.safetensors",
         f".safetensors.index{mark}.json",
     }
-    return [f"{component}/{stem}{ending}" for stem in STEMS for ending in sorted(endings)]
+    return [f"{component}/{stem}{ending}" for stem in STEMS.values() for ending in sorted(endings)]
 
 
 def _snapshot(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from svg_jax.convert.components import (
-    FAMILIES,
     PipelineIndex,
     named_class,
     read_component_config,
@@ -38,6 +37,7 @@ from svg_jax.convert.sources.wrappers import (
     find_wrapped,
     unwrap,
 )
+from svg_jax.convert.tables.registry import MODEL_CLASSES
 
 _GIVE = (
     f"give the folder of a pipeline or of a component, or a file of weights ({', '.join(SUFFIXES)})"
@@ -120,9 +120,9 @@ class Source:
             if original is not None:
                 return ComponentWeights(original.tensors, original.unused, original)
         stored = attach_scales(drop_layer_wrappers(stored))
-        if class_name not in FAMILIES:
+        if class_name not in MODEL_CLASSES:
             return ComponentWeights(stored, (), None)
-        rules = FAMILIES[class_name].rules(read_component_config(_folder(place), class_name))
+        rules = MODEL_CLASSES[class_name].rules(read_component_config(_folder(place), class_name))
         ours = dict.fromkeys(rule_names(rules, layers=1), True).get
         counts = find_wrapped(stored, ours, self.weights_key)
         if not counts:
@@ -155,10 +155,10 @@ class Source:
         class_name = named_class(read_json(file))
         if class_name is None:
             raise ConversionError(f"{file}: names no class (_class_name or architectures): add it.")
-        if class_name not in FAMILIES:
+        if class_name not in MODEL_CLASSES:
             raise ConversionError(
                 f"{file}: is the config of a {show(class_name)}, and only "
-                f"{', '.join(sorted(FAMILIES))} can be converted."
+                f"{', '.join(sorted(MODEL_CLASSES))} can be converted."
             )
         return class_name
 
@@ -221,7 +221,7 @@ def open_source(path: Path, variant: str | None = None, weights_key: str | None 
         )
     unnamed = Source(path, PipelineIndex(None, {}), weights_key=weights_key)
     class_name = unnamed.class_of(variant)
-    role = FAMILIES[class_name].role
+    role = MODEL_CLASSES[class_name].role
     index = PipelineIndex(None, {role: class_name})
     texts = {"model_index.json": index.text()}
     return replace(unnamed, index=index, places={role: path}, texts=texts)

@@ -12,9 +12,10 @@ from svg_jax.convert.formats.safetensors_file import read_header
 from svg_jax.convert.formats.show import show, show_some
 from svg_jax.convert.formats.stored_tensor import FLOAT8, StoredTensor
 from svg_jax.convert.formats.torch_file import read_dicts, read_torch_file
+from svg_jax.convert.tables.registry import STEMS
 
 # What diffusers and transformers call the weights, as safetensors and as a file of torch.save.
-STEMS = ("diffusion_pytorch_model", "model")
+_STEMS = tuple(STEMS.values())
 _TORCH_STEMS = ("diffusion_pytorch_model", "pytorch_model")
 _SAFETENSORS = (".safetensors", ".sft")
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
@@ -22,7 +23,7 @@ SUFFIXES = (*_SAFETENSORS, *_TORCH)
 _INDEX = re.compile(r"(?P<stem>.+)\.(?P<kind>safetensors|bin)\.index(?P<variant>\.\w+)?\.json")
 _HUNYUAN_BLOCK = re.compile(r"((?:\w+\.)*?)(?:double|single)_blocks\..+\.weight")
 # A part of several, or a variant: never meant where neither an index nor a variant is.
-_NOT_ALONE = re.compile(rf".*-\d+-of-\d+\..*|({'|'.join({*STEMS, *_TORCH_STEMS})})\.\w+\.\w+")
+_NOT_ALONE = re.compile(rf".*-\d+-of-\d+\..*|({'|'.join({*_STEMS, *_TORCH_STEMS})})\.\w+\.\w+")
 
 
 def is_weights(file: Path) -> bool:
@@ -109,7 +110,7 @@ def read_weights(
         named = "" if variant is None else f".{variant}"
         others = sorted(path.name for path in folder.glob("*") if path.suffix != ".json")
         raise ConversionError(
-            f"{folder}: holds no {STEMS[0]}{named}.safetensors or {STEMS[1]}{named}.safetensors, "
+            f"{folder}: holds no {_STEMS[0]}{named}.safetensors or {_STEMS[1]}{named}.safetensors, "
             f"nor an index of shards (found: {show_some(others) or 'nothing'}): fetch the "
             "weights, or choose the variant that is there."
         )
@@ -142,7 +143,7 @@ def weights_files(folder: Path, variant: str | None) -> list[Path]:
 def named_files(folder: Path, variant: str | None) -> list[Path]:
     """Return those of `weights_files` that are named as diffusers and transformers do it."""
     named = "" if variant is None else f".{variant}"
-    for stems, kind in ((STEMS, "safetensors"), (_TORCH_STEMS, "bin")):
+    for stems, kind in ((_STEMS, "safetensors"), (_TORCH_STEMS, "bin")):
         endings = (f"{named}.{kind}", f".{kind}.index{named}.json")
         paths = [folder / f"{stem}{ending}" for stem in stems for ending in endings]
         if found := [path for path in paths if os.path.lexists(path)]:

@@ -12,9 +12,9 @@ from diffusers.loaders import single_file_utils
 from flax import nnx
 
 from svg_jax.convert import convert_state
-from svg_jax.convert.components import FAMILIES
 from svg_jax.convert.formats.stored_tensor import read_tensor
 from svg_jax.convert.releases.recognise import read_original
+from svg_jax.convert.tables.registry import MODEL_CLASSES
 
 DATA = Path(__file__).parents[1] / "data"
 # What diffusers makes of a release, where its wheel has that.
@@ -46,11 +46,11 @@ def load(kind, name):
 def converted(file: Path, make, config=None):
     """Our module with the weights of an original file; `config` is what they do not tell."""
     component = read_original(file, config=config)
-    family = FAMILIES[component.class_name]
-    made = family.read_config(component.config)
+    model_class = MODEL_CLASSES[component.class_name]
+    made = model_class.read_config(component.config)
     tensors = {name: read_tensor(tensor) for name, tensor in component.tensors.items()}
     graph, state = nnx.split(nnx.eval_shape(lambda: make(made, rngs=nnx.Rngs(0))))
-    tree = jax.tree.map(jnp.asarray, convert_state(tensors, family.rules(made)))
+    tree = jax.tree.map(jnp.asarray, convert_state(tensors, model_class.rules(made)))
     nnx.replace_by_pure_dict(state, tree)
     return nnx.merge(graph, state)
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from svg_jax.convert.components import FAMILIES, passed_over
+from svg_jax.convert.components import passed_over
+from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.models.config import read_config
 
 
@@ -34,7 +35,7 @@ def test_a_value_of_another_type_is_refused_by_name(values):
 
 
 # LLaVA's config has two of its own, and needs them.
-CLASSES = sorted(FAMILIES.keys() - {"LlavaForConditionalGeneration"})
+CLASSES = sorted(MODEL_CLASSES.keys() - {"LlavaForConditionalGeneration"})
 HARMLESS = {
     "_name_or_path": "runs/3",
     "_use_default_values": ["eps"],
@@ -56,8 +57,8 @@ HARMLESS = {
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_what_changes_nothing_that_a_model_computes_is_passed_over_and_named(name):
-    family = FAMILIES[name]
-    plain, noted = (family.read_config(values).to_dict() for values in ({}, HARMLESS))
+    model_class = MODEL_CLASSES[name]
+    plain, noted = (model_class.read_config(values).to_dict() for values in ({}, HARMLESS))
     plain |= {"dropout": noted["dropout"]} if "dropout" in plain else {}
     assert noted == plain
     assert {"use_cache", "_name_or_path"} <= set(passed_over(name, HARMLESS))
@@ -77,6 +78,6 @@ def test_what_changes_nothing_that_a_model_computes_is_passed_over_and_named(nam
 )
 def test_what_may_change_it_is_refused_in_one_sentence(name, key, value):
     with pytest.raises(ValueError, match=r"unknown keys|is not implemented, only") as found:
-        FAMILIES[name].read_config({key: value})
+        MODEL_CLASSES[name].read_config({key: value})
     assert str(found.value).isprintable()
     assert len(str(found.value)) < 400

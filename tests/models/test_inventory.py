@@ -13,38 +13,13 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from svg_jax.convert.components import FAMILIES, component_leaves, split_unused
+from svg_jax.convert.components import component_leaves, split_unused
 from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.convert.tables.rules import Rule, match_rules
-from svg_jax.models import (
-    CLIPTextEncoder,
-    CLIPVisionEncoder,
-    CogVideoXTransformer,
-    CogVideoXVAE,
-    HunyuanVideoTransformer,
-    HunyuanVideoVAE,
-    LlamaEncoder,
-    LlavaEncoder,
-    T5Encoder,
-    WanTransformer,
-    WanVAE,
-)
+from svg_jax.models import HunyuanVideoVAE
 
 INVENTORY = Path(__file__).parents[1] / "data" / "inventory"
-MODULES = {
-    "AutoencoderKLHunyuanVideo": HunyuanVideoVAE,
-    "CLIPTextModel": CLIPTextEncoder,
-    "CLIPVisionModel": CLIPVisionEncoder,
-    "AutoencoderKLCogVideoX": CogVideoXVAE,
-    "AutoencoderKLWan": WanVAE,
-    "CogVideoXTransformer3DModel": CogVideoXTransformer,
-    "HunyuanVideoTransformer3DModel": HunyuanVideoTransformer,
-    "LlamaModel": LlamaEncoder,
-    "LlavaForConditionalGeneration": LlavaEncoder,
-    "T5EncoderModel": T5Encoder,
-    "UMT5EncoderModel": T5Encoder,
-    "WanTransformer3DModel": WanTransformer,
-}
 COGVIDEOX = [
     "cogvideox-2b-transformer",
     "cogvideox-5b-transformer",
@@ -101,9 +76,9 @@ def read(name):
             shapes[full_name] = tuple(shape)
     assert len(shapes) == inventory["num_tensors"]
     assert sum(map(math.prod, shapes.values())) == inventory["num_params"]
-    family = FAMILIES[inventory["class"]]
-    rules = family.rules(family.read_config(inventory["config"]))
-    used, _ = split_unused(shapes, rules, family.unused, Path(name))
+    model_class = MODEL_CLASSES[inventory["class"]]
+    rules = model_class.rules(model_class.read_config(inventory["config"]))
+    used, _ = split_unused(shapes, rules, model_class.unused, Path(name))
     return inventory["class"], inventory["config"], used
 
 
@@ -111,10 +86,10 @@ def read(name):
 def port(name) -> tuple[Any, tuple[Rule, ...]]:
     """Abstract module and rules of an inventory's config."""
     class_name, config, _ = read(name)
-    family = FAMILIES[class_name]
-    config = family.read_config(config)
-    module = nnx.eval_shape(lambda: MODULES[class_name](config, rngs=nnx.Rngs(0)))
-    return module, family.rules(config)
+    model_class = MODEL_CLASSES[class_name]
+    config = model_class.read_config(config)
+    module = nnx.eval_shape(lambda: model_class.module(config, rngs=nnx.Rngs(0)))
+    return module, model_class.rules(config)
 
 
 def leaf_shapes(module):

@@ -26,11 +26,11 @@ from svg_jax.convert import (
     load_transformer,
     verify_pipeline,
 )
-from svg_jax.convert.components import FAMILIES
 from svg_jax.convert.formats.safetensors_file import read_header
 from svg_jax.convert.formats.stored_tensor import StoredTensor, read_tensor
 from svg_jax.convert.releases.recognise import RELEASES, find_original, read_original, recognise
 from svg_jax.convert.releases.renaming import rename_tensors
+from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.models import CLIPVisionEncoder, T5Encoder
 
 TASK = {"image_condition_type": None}
@@ -63,8 +63,8 @@ def test_every_tensor_of_a_release_has_its_place_and_the_shapes_tell_the_config(
     assert sum(map(math.prod, shapes.values())) == original["num_params"]
     found = recognise(places(shapes), Path("x"), config=GIVEN.get(name))
     assert found.class_name == inventory["class"]
-    family = FAMILIES[found.class_name]
-    assert family.read_config(found.config) == family.read_config(inventory["config"])
+    model_class = MODEL_CLASSES[found.class_name]
+    assert model_class.read_config(found.config) == model_class.read_config(inventory["config"])
     expected = expand(inventory["tensors"])
     assert {name: tensor.shape for name, tensor in found.tensors.items()} == expected
 
@@ -76,8 +76,8 @@ def test_the_vae_of_hunyuan_video_has_the_names_of_diffusers_with_or_without_a_p
         stored = places({prefix + name: shape for name, shape in shapes.items()})
         found = recognise(stored, Path("x"))
         assert {name: tensor.shape for name, tensor in found.tensors.items()} == shapes
-        family = FAMILIES[found.class_name]
-        assert family.read_config(found.config) == family.read_config(inventory["config"])
+        model_class = MODEL_CLASSES[found.class_name]
+        assert model_class.read_config(found.config) == model_class.read_config(inventory["config"])
 
 
 def narrow(name, layers=2) -> dict[str, torch.Tensor]:
@@ -334,7 +334,7 @@ def test_a_pipeline_with_an_original_file_converts_and_is_exported_as_diffusers(
     assert found is not None
     tensors = {name: read_tensor(tensor) for name, tensor in found.tensors.items()}
     model = load_transformer(tmp_path / "out", dtype=jnp.bfloat16)
-    expected = convert_state(tensors, FAMILIES[class_name].rules(model.config))
+    expected = convert_state(tensors, MODEL_CLASSES[class_name].rules(model.config))
     loaded = nnx.to_pure_dict(nnx.state(model))
     jax.tree.map(np.testing.assert_array_equal, loaded, expected)
     export_pipeline(tmp_path / "out", tmp_path / "back")

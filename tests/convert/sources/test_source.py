@@ -37,8 +37,9 @@ from svg_jax.convert import (
     read_original,
     verify_pipeline,
 )
-from svg_jax.convert.components import FAMILIES, PIPELINES
+from svg_jax.convert.components import PIPELINES
 from svg_jax.convert.formats.stored_tensor import read_tensor
+from svg_jax.convert.tables.registry import MODEL_CLASSES
 
 GOLDENS = json.loads((Path(__file__).parents[2] / "data/original/wan_encoders.json").read_text())
 WAN = "WanTransformer3DModel"
@@ -65,13 +66,13 @@ def test_a_class_has_the_role_that_it_has_in_diffusers_pipelines(name):
     found = 0
     for role, parameter in parameters.items():
         for kind in typing.get_args(parameter.annotation) or (parameter.annotation,):
-            if getattr(kind, "__name__", None) in FAMILIES and role != "transformer_2":
-                assert FAMILIES[kind.__name__].role == role
+            if getattr(kind, "__name__", None) in MODEL_CLASSES and role != "transformer_2":
+                assert MODEL_CLASSES[kind.__name__].role == role
                 found += 1
     assert found >= 3
-    for class_name, family in FAMILIES.items():
+    for class_name, model_class in MODEL_CLASSES.items():
         assert hasattr(
-            {"diffusers": diffusers, "transformers": transformers}[family.library], class_name
+            {"diffusers": diffusers, "transformers": transformers}[model_class.library], class_name
         )
 
 
@@ -158,7 +159,7 @@ def test_an_original_file_may_tell_its_whole_config(tmp_path, golden, role, clas
     original = read_original(file)
     tensors = {name: read_tensor(tensor) for name, tensor in original.tensors.items()}
     module = load_component(tmp_path / "out", role)
-    expected = convert_state(tensors, FAMILIES[class_name].rules(module.config))
+    expected = convert_state(tensors, MODEL_CLASSES[class_name].rules(module.config))
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(module)), expected)
     manifest = read_manifest(tmp_path / "out")
     assert set(manifest.sources) >= {f"{role}/models.pth"}
@@ -203,7 +204,7 @@ def test_the_vae_of_hunyuan_video_has_the_same_names_in_both_worlds(tmp_path, be
     elif beside == "none":
         config.unlink()
     convert_pipeline(tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "out")
-    read_config = FAMILIES["AutoencoderKLHunyuanVideo"].read_config
+    read_config = MODEL_CLASSES["AutoencoderKLHunyuanVideo"].read_config
     written = json.loads((tmp_path / "out/vae/config.json").read_text())
     assert read_config(written) == read_config(saved)
     assert (written == saved) == (beside == "its own")
