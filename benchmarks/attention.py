@@ -51,10 +51,11 @@ from attention_cases import (
     random_arrays,
     relative_rate,
 )
-from timing import Seconds, provenance, runnable, spread, time_row, write_entry
+from timing import Seconds, runnable, spread, time_row, write_entry
 
 from svg_jax import SparsityConfig, VideoLayout
 from svg_jax.masks import realised_density, sparse_mask
+from svg_jax.provenance import provenance_of
 
 PORTABLE, PORTABLE_CASE, PORTABLE_ROUNDS = "portable kernel", "Wan 480p", 5
 DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
@@ -79,7 +80,7 @@ def new_entry(
     """What was measured and how, and its times."""
     rows = {name: time_row(seconds, name, baseline) for name in seconds if name != "copy"}
     return {
-        "measured": provenance("attention.py"),
+        "measured": provenance_of("benchmarks/attention.py"),
         "rounds": len(seconds[DENSE]),
         "kernel": run.implementation,
         "head_dim": case.head_dim,

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from timing import Seconds, interleaved_seconds, provenance, time_row
+from timing import Seconds, interleaved_seconds, time_row
 
 from svg_jax import kernels
 from svg_jax.attention import StepState, attend_dense, attend_sparse, sparse_attention
@@ -26,6 +26,7 @@ from svg_jax.config import SparsityConfig
 from svg_jax.kernels import xla
 from svg_jax.masks import realised_density, sparse_mask
 from svg_jax.models import CogVideoXConfig, CogVideoXTransformer, VideoLayout
+from svg_jax.provenance import provenance_of
 
 DENSE_ROWS = (64, 128, 256, 512)
 CONFIG = SparsityConfig(density=0.25)
@@ -119,7 +120,7 @@ def main() -> None:
     seconds |= interleaved_seconds(forward_functions(6, 32, layers=6), max(3, args.repeats // 2))
     long = attention_functions(LONG, LONG_CONFIG, heads=4, head_dim=64)
     results = {
-        **provenance("attention_cpu.py"),
+        **provenance_of("benchmarks/attention_cpu.py"),
         "repeats": args.repeats,
         "demo: S = 3088, 6 heads x 32": report("demo: S = 3088, 6 heads x 32", seconds),
         "long: S = 8192, 4 heads x 64": report(

@@ -14,7 +14,9 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
-from timing import provenance, write_entry
+from timing import write_entry
+
+from svg_jax.provenance import provenance_of
 
 TESTS = Path(__file__).parents[1] / "tests"
 FILES = ("test_convert_resume.py", "test_convert_hostile.py")
@@ -34,7 +36,7 @@ def main() -> int:
     for case in cases:
         passed = not list(case)  # nothing is said of a test that passed
         name = case.attrib["name"]
-        row = {"measured": provenance("convert_endurance.py"), "passed": passed}
+        row = {"measured": provenance_of("benchmarks/convert_endurance.py"), "passed": passed}
         write_entry(args.json, "tests", name, row | {"s": round(float(case.attrib["time"]), 1)})
         print(f"{name}: {'passed' if passed else 'failed'} in {case.attrib['time']} s")
         if not passed:

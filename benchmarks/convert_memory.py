@@ -11,11 +11,8 @@ the conversion is timed against `cp -r` and `sync` of the same folder, in turn.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -32,6 +29,8 @@ from safetensors.numpy import save_file
 
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.convert.tables.rules import LAYER, Rule
+from svg_jax.convert.versions import package_versions
+from svg_jax.provenance import provenance_of
 
 # Per model, each component's class and what its config says beside the number of layers.
 MODELS: Mapping[str, dict[str, tuple[str, dict[str, Any]]]] = {
@@ -179,16 +178,13 @@ def main() -> None:
             shutil.move(work / "converted", arguments.keep)
     finally:
         shutil.rmtree(work)
-    versions = {n: importlib.metadata.version(n) for n in ("jax", "orbax-checkpoint", "numpy")}
     report = {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **versions},
+        **provenance_of("benchmarks/convert_memory.py"),
         "components": sizes,
         "steps": steps,
         "against_cp": timing,
     }
+    report["versions"] |= package_versions(["orbax-checkpoint"])
     text = json.dumps(report, indent=1)
     print(text)
     if arguments.output:

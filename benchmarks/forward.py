@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from timing import interleaved_seconds, provenance, time_row, write_entry
+from timing import interleaved_seconds, time_row, write_entry
 
 from svg_jax import PAPER_PRESETS, SparsityConfig, VideoLayout
 from svg_jax.attention import StepState, attend_dense, attend_sparse
@@ -34,8 +34,9 @@ from svg_jax.models import (
     WanConfig,
     WanTransformer,
 )
+from svg_jax.provenance import provenance_of
 
-INVENTORY = Path(__file__).parents[1] / "tests" / "data" / "inventory"
+INVENTORIES = Path(__file__).parents[1] / "inventories"
 BYTES = 2**30
 
 
@@ -145,7 +146,7 @@ def large_float32(program: str, elements: int) -> list[str]:
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
     """Times, compiles and weighs a dense and a sparse forward."""
-    config = case.config(json.loads((INVENTORY / f"{case.inventory}.json").read_text())["config"])
+    config = case.config(json.loads((INVENTORIES / f"{case.inventory}.json").read_text())["config"])
     module = nnx.eval_shape(
         lambda: case.make(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     )
@@ -175,7 +176,11 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         return out, None if info is None else info.density
 
     arguments = (weights, latents, text, inputs, state)
-    entry: dict[str, Any] = {"measured": provenance("forward.py"), "GiB, weights": 0.0, "rows": {}}
+    entry: dict[str, Any] = {
+        "measured": provenance_of("benchmarks/forward.py"),
+        "GiB, weights": 0.0,
+        "rows": {},
+    }
     entry["GiB, weights"] = round(weight_bytes / BYTES, 2)
     functions = {}
     for name, attend in (("dense", watched), ("sparse", attend_sparse(case.sparsity, case.layers))):

@@ -15,7 +15,6 @@ short goes on where it stopped. The end is a summary of all rows, and an error i
 
 import argparse
 import dataclasses
-import datetime
 import json
 import sys
 import time
@@ -32,7 +31,7 @@ import ml_dtypes
 import numpy as np
 
 from svg_jax.kernels import BandMask, block_sparse_attention, dense_attention
-from svg_jax.sampling.comparison import device_name, versions
+from svg_jax.provenance import device_name, provenance_of, versions
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 LARGEST_RATIO = 2.0
@@ -289,11 +288,7 @@ def main() -> None:
         for row in shapes.map(one_shape, missing):
             if row is None:
                 continue
-            row |= {
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                "command": " ".join(["python", "benchmarks/fuzz_attention.py", *sys.argv[1:]]),
-                **settings,
-            }
+            row |= provenance_of("benchmarks/fuzz_attention.py") | settings
             rows.append(row)
             if args.output is not None:
                 with args.output.open("a") as file:

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from forward import BYTES, INVENTORY, random_weights
-from timing import provenance, write_entry
+from forward import BYTES, INVENTORIES, random_weights
+from timing import write_entry
 
 from svg_jax import PAPER_PRESETS, SparsityConfig
 from svg_jax.config import dense_step_count
@@ -45,6 +45,7 @@ from svg_jax.models import (
     WanVAE,
 )
 from svg_jax.models.vae_tiling import Tiling
+from svg_jax.provenance import provenance_of
 from svg_jax.sampling import (
     CogVideoXPipeline,
     HunyuanVideoPipeline,
@@ -66,7 +67,7 @@ STEPS = 50  # of the schedule; only those around the end of the dense warm-up ru
 
 def module_of(make: Callable[..., Any], inventory: str, class_name: str, dtype: Any) -> Any:
     """A released model with random weights on the device."""
-    values = json.loads((INVENTORY / f"{inventory}.json").read_text())["config"]
+    values = json.loads((INVENTORIES / f"{inventory}.json").read_text())["config"]
     config = MODEL_CLASSES[class_name].read_config(values)
     module = nnx.eval_shape(lambda: make(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
     return nnx.merge(nnx.split(module)[0], random_weights(module))
@@ -331,7 +332,7 @@ def main() -> int:
     parser.add_argument("--in-this-process", metavar="ROW", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if name := args.in_this_process:
-        row = {"measured": provenance("pipeline.py"), **measure(name)}
+        row = {"measured": provenance_of("benchmarks/pipeline.py"), **measure(name)}
         kept = "JAX_COMPILATION_CACHE_DIR=… " if "JAX_COMPILATION_CACHE_DIR" in os.environ else ""
         row["measured"]["command"] = f"{kept}python benchmarks/pipeline.py --rows {name!r}"
         write_entry(args.json, "pipeline", name, row)

@@ -25,11 +25,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.nnx import traversals
 from jax.sharding import NamedSharding, PartitionSpec
-from timing import provenance, write_entry
+from timing import write_entry
 
 from svg_jax.convert.checkpoint.folder import open_folder
-from svg_jax.convert.checkpoint.manifest import digest
 from svg_jax.convert.checkpoint.tensors import open_tensors
+from svg_jax.convert.formats.digests import array_digest
+from svg_jax.provenance import provenance_of
 
 
 def target_of(shape: tuple[int, ...], dtype: np.dtype, mesh: jax.sharding.Mesh):
@@ -88,10 +89,10 @@ def main() -> int:
         shards = max(shards, len({str(shard.index) for shard in array.addressable_shards}))
         part = np.asarray(array[tensor.layer] if tensor.leaf.rule.stacked else array)
         nbytes += part.nbytes
-        if digest(tensor.leaf.rule.inverse(part)) != tensor.record.stored_sha256:
+        if array_digest(tensor.leaf.rule.inverse(part)) != tensor.record.stored_sha256:
             wrong.append(name)
     row = {
-        "measured": provenance("sharded_restore.py"),
+        "measured": provenance_of("benchmarks/sharded_restore.py"),
         "tensors": compared,
         "bytes": nbytes,
         "devices": len(jax.devices()),

@@ -1,6 +1,5 @@
 """What the benchmarks share: times measured in turns, medians with quartiles, files of results."""
 
-import datetime
 import json
 import math
 import sys
@@ -11,8 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-
-from svg_jax.sampling.comparison import device_name, versions
 
 Functions = Mapping[str, Callable[[], Any]]
 Seconds = dict[str, list[float]]
@@ -107,16 +104,6 @@ def time_row(seconds: Seconds, name: str, baseline: str | None = None) -> dict[s
         low, median, high = spread(np.array(seconds[name]) / np.array(seconds[baseline]), 4)
         row |= {"to dense": median, "to dense, quartiles": [low, high]}
     return row
-
-
-def provenance(script: str) -> dict[str, Any]:
-    """When, how, where and with what a figure was measured."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
-        "device": device_name(),
-        "versions": versions(),
-    }
 
 
 def write_entry(path: Path | None, section: str, name: str, entry: dict[str, Any]) -> None:

@@ -14,12 +14,10 @@ Everything runs at the demo's defaults, in float32. A few minutes on a GPU; not 
 
 import argparse
 import dataclasses
-import datetime
 import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ from svg_jax.convert.tables.rules import convert_state
 from svg_jax.media.metrics import psnr, ssim
 from svg_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
 from svg_jax.models.t5 import T5Config, T5Encoder
+from svg_jax.provenance import provenance_of
 from svg_jax.sampling.cogvideox.pipeline import CogVideoXPipeline
 from svg_jax.sampling.pipeline import PreparedRun
 from svg_jax.sampling.records import SamplingInfo
@@ -257,10 +256,7 @@ def main() -> None:
 
     report: dict[str, Any] = {
         "what": "quality of the bundled tiny model",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python", "benchmarks/tiny_quality.py", *sys.argv[1:]]),
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        **provenance_of("benchmarks/tiny_quality.py"),
         "settings": {
             "steps": NUM_STEPS,
             "guidance_scale": GUIDANCE_SCALE,

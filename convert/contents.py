@@ -26,7 +26,7 @@ from svg_jax.convert.formats.json_file import read_json
 from svg_jax.convert.formats.stored_tensor import DTYPES, StoredTensor, read_tensor
 from svg_jax.convert.paths import real_path, usable_path
 from svg_jax.convert.progress import Progress, count_bytes
-from svg_jax.convert.sources.source import Source, open_source, select_variants
+from svg_jax.convert.source import Source, open_source, select_variants
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 
 _PIECE = 1 << 22  # elements that are taken at once

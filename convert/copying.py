@@ -4,7 +4,6 @@ All that has to be done to a piece (digest, the check for NaN, the cast) is done
 the processor's cache. Several threads do so, each for a tensor, in the order of the source's files.
 """
 
-import hashlib
 import math
 import os
 import threading
@@ -20,7 +19,7 @@ from svg_jax.convert.checkpoint.manifest import TensorRecord
 from svg_jax.convert.checkpoint.orbax_writer import LeafFiles, create_checkpoint
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.checked_files import check_regular
-from svg_jax.convert.formats.digests import file_digest
+from svg_jax.convert.formats.digests import file_digest, running_digest
 from svg_jax.convert.formats.stored_tensor import (
     StoredTensor,
     count_nonfinite,
@@ -233,7 +232,7 @@ def _copy_tensor(
     allow_nonfinite: bool,
 ) -> TensorRecord:
     """Reads a tensor and writes it as `dtype`, with changes; says what it was and what it is."""
-    read, written = hashlib.sha256(), hashlib.sha256()
+    read, written = running_digest(), running_digest()
     is_kept = not changes and stored.is_plain and stored.dtype == dtype
     nonfinite = 0
     for elements, piece in read_pieces(stored):

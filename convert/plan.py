@@ -31,7 +31,7 @@ from svg_jax.convert.lora.read import Lora, changes_of, read_loras
 from svg_jax.convert.paths import usable_path
 from svg_jax.convert.run_defaults import FILE as RUN_DEFAULTS
 from svg_jax.convert.run_defaults import read_run_defaults
-from svg_jax.convert.sources.source import Source, open_source, select_variants
+from svg_jax.convert.source import Source, open_source, select_variants
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.convert.tables.rules import Leaf
 

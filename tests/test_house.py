@@ -1,11 +1,14 @@
 """The layout of the source tree: what is installed, and which way imports may point."""
 
 import ast
+import importlib
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import defaultdict
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,32 @@ MAY_IMPORT = {
     "models": {"models", "kernels"},
     "convert": {"convert", "models"},
     "svg_jax": {"svg_jax", "models", "kernels", "convert"},
+}
+# Inside svg_jax: the command line stands on sampling, that on text and media, these on what lies at
+# the top, where the method is.
+ROOMS_MAY_IMPORT = {
+    "cli": {"cli", "sampling", "media", "text"},
+    "sampling": {"sampling", "media", "text"},
+    "media": {"media"},
+    "text": {"text"},
+}
+# What there is one of, by what every other one would have to import.
+ONE_OF_EACH = {
+    "hashlib": "convert/formats/digests.py",
+    "importlib.metadata": "convert/versions.py",
+}
+
+
+def name_of(folder):
+    """A package's name, which its folder in the tree does not tell."""
+    parts = folder.relative_to(ROOT).parts
+    return ".".join(parts if parts[0] == "svg_jax" else ("svg_jax", *parts))
+
+
+PACKAGES = {
+    name_of(init.parent): init.parent
+    for folder in MAY_IMPORT
+    for init in (ROOT / folder).rglob("__init__.py")
 }
 
 
@@ -41,14 +70,56 @@ def test_imports_point_one_way(folder):
                 assert target in MAY_IMPORT[folder], f"{path} imports {module}: an arrow back"
 
 
+def rooms_of(folder):
+    """Each room of a package, which is a folder or a file at its top, and the rooms it imports."""
+    top = name_of(ROOT / folder)
+    rooms = {path.stem for path in (ROOT / folder).iterdir() if path.stem != "__init__"}
+    graph = defaultdict(set)
+    for path in (ROOT / folder).rglob("*.py"):
+        room = path.relative_to(ROOT / folder).with_suffix("").parts[0]
+        for module in imported_modules(path):
+            target = module.removeprefix(f"{top}.").split(".")[0]
+            if module.startswith(f"{top}.") and room in rooms and target in rooms - {room}:
+                graph[room].add(target)
+    return graph
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_no_room_imports_one_that_imports_it(folder):
+    graph = rooms_of(folder)
+    assert graph, "there are no imports"
+    TopologicalSorter(graph).prepare()  # names the circle, if there is one
+
+
+def test_rooms_of_svg_jax_stand_on_one_another():
+    graph = rooms_of("svg_jax")
+    for room, targets in graph.items():
+        found = targets & ROOMS_MAY_IMPORT.keys()
+        assert found <= ROOMS_MAY_IMPORT.get(room, set()), f"svg_jax/{room} imports {found}"
+    assert graph["cli"] & {"sampling"}, "imports are not seen"
+
+
+@pytest.mark.parametrize("module", ONE_OF_EACH)
+def test_there_is_one_of_each(module):
+    importers = {
+        path.relative_to(ROOT).as_posix()
+        for folder in (*MAY_IMPORT, "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        if any(f"{name}.".startswith(f"{module}.") for name in imported_modules(path))
+    }
+    assert importers - {"svg_jax/__init__.py"} == {ONE_OF_EACH[module]}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_public_has_the_name_of_a_module_beside_it(package):
+    """Else the name would be one or the other, by what was imported first."""
+    public = set(getattr(importlib.import_module(package), "__all__", ()))
+    assert public.isdisjoint(path.stem for path in PACKAGES[package].iterdir())
+
+
 def test_every_package_on_disk_is_listed_for_installation():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    on_disk = set()
-    for folder in MAY_IMPORT:
-        top = "svg_jax" if folder == "svg_jax" else f"svg_jax.{folder}"
-        for init in (ROOT / folder).rglob("__init__.py"):
-            on_disk.add(".".join([top, *init.parent.relative_to(ROOT / folder).parts]))
-    assert set(settings["packages"]) == on_disk
+    assert set(settings["packages"]) == PACKAGES.keys()
 
 
 @pytest.mark.parametrize("folder", ["kernels", "models", "convert"])

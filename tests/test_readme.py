@@ -10,7 +10,7 @@ import pytest
 import typer
 
 import svg_jax
-from svg_jax import cli
+from svg_jax.cli.app import app
 from svg_jax.cli.errors import ExitCode
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def test_python_blocks_run_where_nothing_was_done_before(number, cache, tmp_path
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if len(shlex.split(line)) > 2])
 def test_commands_are_ones_that_the_command_line_takes(line):
-    group: Any = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(app)
     name, *rest = shlex.split(line)[1:]
     # Files and folders that are not there are found out later: here options are.
     context = group.get_command(typer.Context(group), name).make_context(name, rest)
@@ -61,11 +61,11 @@ def test_the_citation_is_of_this_version():
 def test_exit_codes_that_are_told_are_those_that_there_are():
     codes = {0, *map(int, ExitCode)}
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)} == codes
-    assert {int(code) for code in re.findall(r"\b\d+\b", cli.app.info.epilog or "")} == codes
+    assert {int(code) for code in re.findall(r"\b\d+\b", app.info.epilog or "")} == codes
 
 
 def test_each_option_says_what_it_gives():
-    commands = typer.main.get_command(cli.app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
     for name, command in commands.items():
         assert f"Example: svg-jax {name}" in command.help
         for parameter in command.params:

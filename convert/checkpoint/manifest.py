@@ -1,8 +1,6 @@
 """manifest.json: what a converted folder holds and what it was made of; it is written last."""
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -14,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from svg_jax.convert.errors import ConversionError, DamageError
+from svg_jax.convert.formats.digests import bytes_digest
 from svg_jax.convert.formats.json_file import read_json
 from svg_jax.convert.formats.show import show
 from svg_jax.convert.formats.stored_tensor import DTYPES
 from svg_jax.convert.tables.rules import RULES_VERSION
+from svg_jax.convert.versions import package_versions
 
 FORMAT_VERSION = 3
 NAME = "manifest.json"
@@ -117,14 +117,8 @@ class Manifest:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that a conversion depends on."""
-    return {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
-
-
-def digest(array: np.ndarray) -> str:
-    """sha256 of an array's bytes in C order."""
-    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return hashlib.sha256(raw.data).hexdigest()
+    """Give the versions of the libraries that a conversion depends on."""
+    return package_versions(_VERSIONS_OF)
 
 
 def manifest_text(manifest: Manifest) -> str:
@@ -134,7 +128,7 @@ def manifest_text(manifest: Manifest) -> str:
 
 def _signed(values: Mapping[str, Any]) -> str:
     body = json.dumps(values, indent=1, sort_keys=True)
-    own = hashlib.sha256(body.encode("utf-8")).hexdigest()
+    own = bytes_digest(body.encode("utf-8"))
     return json.dumps({**values, _OWN_DIGEST: own}, indent=1, sort_keys=True) + "\n"
 
 

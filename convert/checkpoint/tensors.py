@@ -7,9 +7,10 @@ import numpy as np
 import tensorstore as ts
 
 from svg_jax.convert.checkpoint.folder import WEIGHTS, ConvertedFolder, check_weights
-from svg_jax.convert.checkpoint.manifest import TensorRecord, digest
+from svg_jax.convert.checkpoint.manifest import TensorRecord
 from svg_jax.convert.checkpoint.orbax_writer import open_leaves, readable
 from svg_jax.convert.errors import DamageError
+from svg_jax.convert.formats.digests import array_digest
 from svg_jax.convert.tables.rules import Leaf
 
 
@@ -65,7 +66,7 @@ def read_checked(component: str, name: str, tensor: ConvertedTensor) -> np.ndarr
     """
     with readable(Path(component), tensor.leaf.path):
         array = tensor.read()
-    if digest(array) != tensor.record.stored_sha256:
+    if array_digest(array) != tensor.record.stored_sha256:
         raise DamageError(
             f"{component}: {name} is not what was converted: the disk or someone changed it; "
             "convert the source again."

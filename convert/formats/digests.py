@@ -1,10 +1,27 @@
-"""Digests of files."""
+"""Digests: sha256 in hexadecimal, wherever one is kept or compared."""
 
 import hashlib
 from pathlib import Path
 
+import numpy as np
+
 
 def file_digest(file: Path) -> str:
-    """sha256 of a file, in little memory."""
+    """Digest a file, in little memory."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def bytes_digest(content: bytes | memoryview) -> str:
+    """Digest bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def array_digest(array: np.ndarray) -> str:
+    """Digest an array's bytes in C order."""
+    return bytes_digest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def running_digest():
+    """Start a digest of what comes in pieces: `update` it, and ask for `hexdigest()`."""
+    return hashlib.sha256()

@@ -26,7 +26,7 @@ from svg_jax.convert.formats.checked_files import check_regular
 from svg_jax.convert.formats.show import show
 from svg_jax.convert.formats.stored_tensor import StoredTensor, row_major
 from svg_jax.convert.formats.torch_pickle import SIZE_LIMIT, Inert, StorageRef, TensorRef, unpickle
-from svg_jax.convert.sources.wrappers import choose, words_of
+from svg_jax.convert.formats.wrappers import choose, words_of
 
 _DEPTH = 3  # keys that lead to weights, unless more are given
 _DICTS_LIMIT = 1000  # that are looked at; a pickle may hold one in itself

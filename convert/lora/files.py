@@ -12,10 +12,10 @@ from svg_jax.convert.formats.safetensors_file import read_header
 from svg_jax.convert.formats.show import show_some
 from svg_jax.convert.formats.stored_tensor import StoredTensor, read_tensor
 from svg_jax.convert.formats.torch_file import read_dicts
+from svg_jax.convert.formats.wrappers import drop_layer_wrappers
 from svg_jax.convert.paths import usable_path
 from svg_jax.convert.sources.hub import LORA_STEMS, download_lora, is_hub_lora
 from svg_jax.convert.sources.weights import SUFFIXES, is_torch, is_weights
-from svg_jax.convert.sources.wrappers import drop_layer_wrappers
 
 _FLOATS = {
     np.dtype(dtype)

@@ -9,9 +9,9 @@ from svg_jax.convert.formats.stored_tensor import StoredTensor
 from svg_jax.convert.lora.change import Change
 from svg_jax.convert.lora.config import LoraConfig
 from svg_jax.convert.lora.files import is_float, read_alpha
-from svg_jax.convert.lora.names import Kind
 from svg_jax.convert.lora.targets import Shapes, Target, Targets, tensor_names
 from svg_jax.convert.releases.renaming import take_rows
+from svg_jax.convert.tables.lora_names import Kind
 
 _ROUNDING = 2**-8  # of an alpha in bfloat16
 

@@ -20,10 +20,10 @@ from svg_jax.convert.lora.change import Change
 from svg_jax.convert.lora.config import PEFT_CONFIG, read_lora_config
 from svg_jax.convert.lora.files import find_lora, read_lora_file
 from svg_jax.convert.lora.merge import group_changes
-from svg_jax.convert.lora.names import PEFT, TRANSFORMER
 from svg_jax.convert.lora.sort import Component, list_names, sort_tensors
 from svg_jax.convert.lora.targets import changeable_shapes, module_names
 from svg_jax.convert.paths import usable_path
+from svg_jax.convert.tables.lora_names import PEFT, TRANSFORMER
 from svg_jax.convert.tables.rules import Leaf
 
 _LOGGER = logging.getLogger(__name__)

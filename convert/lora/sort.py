@@ -11,7 +11,8 @@ from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.stored_tensor import StoredTensor
 from svg_jax.convert.lora.files import is_zero
 from svg_jax.convert.lora.merge import Group
-from svg_jax.convert.lora.names import (
+from svg_jax.convert.lora.targets import ModuleNames, Shapes, Target, Targets, tensor_names
+from svg_jax.convert.tables.lora_names import (
     TRANSFORMER,
     Part,
     is_wrapper,
@@ -20,7 +21,6 @@ from svg_jax.convert.lora.names import (
     read_name,
     readings,
 )
-from svg_jax.convert.lora.targets import ModuleNames, Shapes, Target, Targets, tensor_names
 
 _LINE = 180  # characters of a list of names
 _NAME_LIMIT = 160  # characters of a tensor's name, of which errors hold two

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from svg_jax.convert.lora.names import COMFYUI, normal_name
 from svg_jax.convert.releases import cogvideox, hunyuan_video, wan
 from svg_jax.convert.releases.renaming import Origin
+from svg_jax.convert.tables.lora_names import COMFYUI, normal_name
 from svg_jax.convert.tables.rules import Leaf
 
 Runs = tuple[tuple[int, int], ...]

@@ -11,13 +11,7 @@ from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.json_file import read_json_if_any
 from svg_jax.convert.formats.show import show, show_some
 from svg_jax.convert.formats.stored_tensor import StoredTensor
-from svg_jax.convert.lora.names import read_name
-from svg_jax.convert.releases import cogvideox, hunyuan_video, wan
-from svg_jax.convert.releases import t5 as original_t5
-from svg_jax.convert.releases.renaming import Origin, Shapes, rename_tensors
-from svg_jax.convert.sources.buffers import attach_scales, check_scales
-from svg_jax.convert.sources.weights import is_torch, read_file, read_weights
-from svg_jax.convert.sources.wrappers import (
+from svg_jax.convert.formats.wrappers import (
     Unwrapped,
     check_prefix,
     choose,
@@ -25,7 +19,13 @@ from svg_jax.convert.sources.wrappers import (
     find_wrapped,
     unwrap,
 )
+from svg_jax.convert.releases import cogvideox, hunyuan_video, wan
+from svg_jax.convert.releases import t5 as original_t5
+from svg_jax.convert.releases.renaming import Origin, Shapes, rename_tensors
+from svg_jax.convert.sources.scales import attach_scales, check_scales
+from svg_jax.convert.sources.weights import is_torch, read_file, read_weights
 from svg_jax.convert.tables import t5
+from svg_jax.convert.tables.lora_names import read_name
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.convert.tables.rules import Leaf, match_rules
 

@@ -1,5 +1,5 @@
 """The command line: what is asked for, what it shows, and how it ends."""
 
-from svg_jax.cli.app import app, main
+from svg_jax.cli.app import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from svg_jax.bundled import bundled_or
 from svg_jax.cli.console import bytes_bar, check_printed, print_parts, say
-from svg_jax.cli.folder_report import contents_tables, contents_values, plan_tables
+from svg_jax.cli.tables import contents_tables, contents_values, plan_tables
 from svg_jax.convert import (
     convert_pipeline,
     export_pipeline,

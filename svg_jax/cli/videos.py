@@ -16,6 +16,7 @@ from svg_jax.bundled import FOLDER, NAME
 from svg_jax.cli.console import bytes_bar, print_parts, say, steps_bar
 from svg_jax.cli.options import flag_of
 from svg_jax.cli.outputs import check_outputs
+from svg_jax.cli.tables import comparison_table
 from svg_jax.config import SparsityConfig, dense_step_count
 from svg_jax.convert import convert_pipeline
 from svg_jax.convert.run_defaults import read_run_defaults
@@ -33,9 +34,10 @@ from svg_jax.media.video import (
     with_label,
 )
 from svg_jax.media.video import enlarge as enlarge_frames
+from svg_jax.provenance import device_name
 from svg_jax.sampling import VideoOutput, VideoPipeline, from_pretrained
 from svg_jax.sampling.cache import cache_folder
-from svg_jax.sampling.comparison import Comparison, Pattern, device_name
+from svg_jax.sampling.comparison import Comparison, Pattern
 from svg_jax.sampling.comparison import compare as compare_attention
 from svg_jax.sampling.prompt_list import (
     generate_videos,
@@ -268,7 +270,7 @@ def _compare(pipeline: VideoPipeline, prompt: str | None = None, **arguments: An
 def _write_comparison(comparison: Comparison, output: Path, *, fps: float, factor: int) -> None:
     report, dense, sparse = comparison.report, comparison.dense.frames, comparison.sparse.frames
     assert report.density is not None  # of an attention of one's own alone
-    print_parts(report.table())
+    print_parts(comparison_table(report))
     if dense is None or sparse is None:
         say("this checkpoint was converted without its VAE: there are no videos to write")
         return

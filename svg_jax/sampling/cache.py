@@ -4,7 +4,6 @@ The cache has a folder for each state of each source. Any of them may be deleted
 of it is in use, and so may a conversion's source in the hub's cache.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from svg_jax.convert import convert_pipeline
 from svg_jax.convert.checkpoint.manifest import FORMAT_VERSION, NAME
 from svg_jax.convert.checkpoint.staging import standing_folder
 from svg_jax.convert.components import read_pipeline_index
+from svg_jax.convert.formats.digests import bytes_digest, file_digest
 from svg_jax.convert.paths import real_path, usable_path
 from svg_jax.convert.progress import Progress
 from svg_jax.convert.run_defaults import FILE as RUN_DEFAULTS
@@ -153,11 +153,11 @@ def _fingerprint(source: Path, variant: str | None) -> str:
         files += [file for part in parts for file in sorted((source / part).glob("*"))]
         state = [str(source), [_state(file, source) for file in files if file.is_file()]]
     text = json.dumps([FORMAT_VERSION, variant, state])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return bytes_digest(text.encode())[:16]
 
 
 def _state(file: Path, source: Path) -> list[Any]:
     stat = file.stat()
     small = stat.st_size <= _READ_WHOLE and file.suffix != ".safetensors"
-    content = hashlib.sha256(file.read_bytes()).hexdigest() if small else stat.st_mtime_ns
+    content = file_digest(file) if small else stat.st_mtime_ns
     return [file.relative_to(source).as_posix(), stat.st_size, content]

@@ -1,16 +1,10 @@
 """One video twice, with dense and with sparse attention, and how the two differ."""
 
-import contextlib
 import dataclasses
-import importlib.metadata
-import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from jaxtyping import Bool
 
@@ -19,6 +13,7 @@ from svg_jax.kernels import pick_implementation
 from svg_jax.masks import sparse_mask
 from svg_jax.media.metrics import SSIM_WINDOW, psnr, ssim
 from svg_jax.models import Attend
+from svg_jax.provenance import device_name, versions
 from svg_jax.sampling.components import in_memory
 from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline
 from svg_jax.sampling.records import SamplingInfo, StepRecord, median_seconds
@@ -161,23 +156,3 @@ def _of_pixels(
     if video.frames is None or reference.frames is None:
         return None
     return metric(2 * video.frames[0] - 1, 2 * reference.frames[0] - 1)
-
-
-def device_name() -> str:
-    """The accelerator, or the processor and the number of its cores that may be used."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux alone has it
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cores} cores"
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of what computes."""
-    packages = ("svg-jax", "jax", "jaxlib", "flax", "numpy")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **found}

@@ -5,7 +5,6 @@ of a list of prompts, `.cat.mp4.json` from then on: by what settings it was made
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import re
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 
 from svg_jax.config import SparsityConfig
+from svg_jax.convert.formats.digests import file_digest
 from svg_jax.files import open_regular, remove_leftovers, written_atomically
 from svg_jax.sampling import VideoOutput, VideoPipeline
 from svg_jax.sampling.components import loading_once
@@ -252,7 +252,7 @@ def _record_path(output: Path) -> Path:
 
 
 def _write_record(job: VideoJob) -> None:
-    record = {"sha256": _digest(job.output), "fingerprint": dict(job.fingerprint)}
+    record = {"sha256": file_digest(job.output), "fingerprint": dict(job.fingerprint)}
     with written_atomically(_record_path(job.output)) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
@@ -269,9 +269,4 @@ def _is_done(output: Path, fingerprint: Mapping[str, Any]) -> bool:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: remove it and {output.name} to start anew") from error
     check_same_run(output, saved, fingerprint)
-    return digest == _digest(output)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest == file_digest(output)

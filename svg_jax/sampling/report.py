@@ -1,16 +1,11 @@
-"""What a comparison of dense and sparse attention found, as data, as a table, and as JSON."""
+"""What a comparison of dense and sparse attention found, as data and as JSON."""
 
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from svg_jax.cli.console import add_row, printable
 from svg_jax.files import written_atomically
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -76,42 +71,3 @@ class ComparisonReport:
         """Write `to_json`, whole or not at all."""
         with written_atomically(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
-
-    def table(self) -> "Table":
-        """Lay the figures out for a terminal."""
-        from rich.table import Table
-
-        title = printable(f"{self.prompt} (seed {self.seed})")
-        table = Table(title=title, show_header=False)
-        table.add_column(style="bold")
-        table.add_column()
-        for row in self._rows():
-            add_row(table, *row)
-        return table
-
-    def _rows(self) -> list[tuple[str, str]]:
-        size = f"{' x '.join(map(str, self.latents))}: {self.num_tokens:,} tokens"
-        steps = f"{self.num_inference_steps}, the first {self.dense_steps} dense in both"
-        if self.guided_steps:
-            steps += f", the first {self.guided_steps} guided"
-        rows = [
-            ("latents", size),
-            ("steps", steps),
-        ]
-        if self.density is not None:
-            asked = self.requested_density
-            asked = "" if asked is None else f" ({asked:g} asked)"
-            rows.append(("density", f"{self.density:.3f} of dense attention{asked}"))
-        if self.psnr is not None:
-            rows.append(("PSNR to dense", f"{self.psnr:.2f} dB"))
-        if self.ssim is not None:
-            rows.append(("SSIM to dense", f"{self.ssim:.4f}"))
-        shares = ", ".join(f"{share:.0%}" for share in self.spatial_share)
-        return [
-            *rows,
-            ("dense step", f"{self.dense_seconds:.2f} s"),
-            ("sparse step", f"{self.sparse_seconds:.2f} s, {self.speed_up:.2f} times faster"),
-            ("spatial heads", f"{shares or 'not known'} (by layer; pattern: {self.pattern})"),
-            ("attention", f"{self.implementation} in {self.dtype}"),
-            ("device", self.device),
-        ]

@@ -9,8 +9,6 @@ made again: the encoders take a minute or less, the steps an hour.
 """
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import io
 import json
 import os
@@ -29,7 +27,9 @@ import numpy as np
 import PIL.Image
 
 from svg_jax.convert import Manifest
+from svg_jax.convert.formats.digests import array_digest, bytes_digest
 from svg_jax.files import check_writable, open_regular, remove_leftovers, written_atomically
+from svg_jax.provenance import run_environment
 from svg_jax.sampling.records import HeadProfile, StepRecord
 from svg_jax.sampling.schedules.diffusion import SamplerState
 from svg_jax.sampling.schedules.flow import FlowState
@@ -198,7 +198,7 @@ def save_run(
     content = file.getbuffer()[:-_DIGEST_BYTES]
     with written_atomically(path) as temporary, temporary.open("wb") as out:
         out.write(content)
-        out.write(hashlib.sha256(content).hexdigest().encode())
+        out.write(bytes_digest(content).encode())
         out.flush()
         os.fsync(out.fileno())
 
@@ -246,7 +246,7 @@ def _read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             raise damaged(path)
         content = memoryview(file.read())
     body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-    if hashlib.sha256(body).hexdigest().encode() != digest:
+    if bytes_digest(body).encode() != digest:
         raise damaged(path)
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
@@ -273,8 +273,7 @@ def make_fingerprint(**settings: Any) -> dict[str, Any]:
         **settings: Numbers, strings, lists of these and dataclasses; arrays and images are told by
             their digests.
     """
-    versions = {name: importlib.metadata.version(name) for name in ("svg-jax", "jax", "jaxlib")}
-    return _plain(settings) | versions | {"device": jax.devices()[0].device_kind}
+    return _plain(settings) | run_environment()
 
 
 def check_same_run(path: Path, saved: Fingerprint, current: Fingerprint) -> None:
@@ -298,7 +297,7 @@ def weights_digest(manifest: Manifest) -> str:
         for component, tensors in manifest.components.items()
     }
     content = json.dumps([stored, dict(manifest.files)], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return bytes_digest(content.encode())[:16]
 
 
 def _named_leaves(state: State | None) -> dict[str, Any]:
@@ -328,9 +327,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, PIL.Image.Image):
         return f"{value.mode} image {_plain(np.asarray(value.convert('RGBA')))}"
     if isinstance(value, np.ndarray | jax.Array):
-        array = np.ascontiguousarray(value)
-        digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
-        return f"{array.dtype}{list(array.shape)} of digest {digest}"
+        array = np.asarray(value)
+        return f"{array.dtype}{list(array.shape)} of digest {array_digest(array)[:16]}"
     return str(value) if isinstance(value, str) else value
 
 

@@ -17,6 +17,7 @@ from svg_jax.convert.releases.recognise import read_original
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 
 DATA = Path(__file__).parents[1] / "data"
+HOMES = {"inventory": Path(__file__).parents[2] / "inventories", "original": DATA / "original"}
 # What diffusers makes of a release, where its wheel has that.
 CONVERSIONS = {
     "hunyuanvideo-t2v-transformer": "convert_hunyuan_video_transformer_to_diffusers",
@@ -40,7 +41,7 @@ def expand(tensors) -> dict[str, tuple[int, ...]]:
 
 
 def load(kind, name):
-    return json.loads((DATA / kind / f"{name}.json").read_text())
+    return json.loads((HOMES[kind] / f"{name}.json").read_text())
 
 
 def converted(file: Path, make, config=None):

@@ -19,7 +19,7 @@ from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.convert.tables.rules import Rule, match_rules
 from svg_jax.models import HunyuanVideoVAE
 
-INVENTORY = Path(__file__).parents[1] / "data" / "inventory"
+INVENTORIES = Path(__file__).parents[2] / "inventories"
 COGVIDEOX = [
     "cogvideox-2b-transformer",
     "cogvideox-5b-transformer",
@@ -66,7 +66,7 @@ PREFIXES = {
 @cache
 def read(name):
     """Class, config, and shape by name of every tensor that is used."""
-    inventory = json.loads((INVENTORY / f"{name}.json").read_text())
+    inventory = json.loads((INVENTORIES / f"{name}.json").read_text())
     shapes = {}
     for pattern, shape in inventory["tensors"].items():
         ranges = [range(int(a), int(b) + 1) for a, b in re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)]

@@ -29,7 +29,7 @@ from svg_jax.masks import (
 )
 from svg_jax.models import CogVideoXConfig, HunyuanVideoConfig, VideoLayout, WanConfig
 
-INVENTORY = Path(__file__).parents[1] / "data" / "inventory"
+INVENTORIES = Path(__file__).parents[2] / "inventories"
 
 COGVIDEOX = VideoLayout(
     num_frames=11, tokens_per_frame=4080, text_tokens=226, text_position="first"
@@ -119,7 +119,7 @@ def test_the_closed_form_is_the_specified_mask(layout, density, multiple, data):
 def test_released_models_run_the_specified_mask_at_full_size(
     inventory, config, size, text, length, preset
 ):
-    released = json.loads((INVENTORY / f"{inventory}-transformer.json").read_text())["config"]
+    released = json.loads((INVENTORIES / f"{inventory}-transformer.json").read_text())["config"]
     layout = config.from_dict(released).layout(*size, *([] if text is None else [text]))
     settings = PAPER_PRESETS[preset]
     mask = sparse_mask(layout, settings)

@@ -36,7 +36,7 @@ def in_another_process(code, *arguments):
 
 
 KILLED = """
-    from svg_jax.convert.staging import staged_folder
+    from svg_jax.convert.checkpoint.staging import staged_folder
     with staged_folder(Path(sys.argv[1])) as staging:
         (staging / "manifest.json").write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -203,7 +203,7 @@ def test_a_read_only_place_is_named(tmp_path):
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
     full = """
         import resource
-        from svg_jax.convert.staging import staged_folder
+        from svg_jax.convert.checkpoint.staging import staged_folder
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         with staged_folder(Path(sys.argv[1])) as staging:
             (staging / "weights").write_bytes(bytes(10_000))

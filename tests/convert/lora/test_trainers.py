@@ -25,8 +25,8 @@ from svg_jax.convert import (
     read_contents,
     read_manifest,
 )
-from svg_jax.convert.lora.names import METHODS, PREFIXES, SUFFIXES, normal_name
 from svg_jax.convert.lora.targets import changeable_shapes, module_names
+from svg_jax.convert.tables.lora_names import METHODS, PREFIXES, SUFFIXES, normal_name
 
 ROOT = Path(__file__).parents[3]
 LOG = "svg_jax.convert.lora.read"

@@ -23,7 +23,7 @@ from svg_jax.convert import (
 )
 from svg_jax.convert.formats.stored_tensor import read_pieces, read_tensor
 from svg_jax.convert.releases.renaming import rename_tensors, take_apart
-from svg_jax.convert.sources.buffers import attach_scales
+from svg_jax.convert.sources.scales import attach_scales
 from svg_jax.convert.sources.weights import read_file
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

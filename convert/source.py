@@ -20,22 +20,22 @@ from svg_jax.convert.formats.checked_files import check_inside, check_regular
 from svg_jax.convert.formats.json_file import read_json, read_json_if_any
 from svg_jax.convert.formats.show import show
 from svg_jax.convert.formats.stored_tensor import StoredTensor
+from svg_jax.convert.formats.wrappers import (
+    check_prefix,
+    choose,
+    drop_layer_wrappers,
+    find_wrapped,
+    unwrap,
+)
 from svg_jax.convert.releases.recognise import OriginalComponent, identify
 from svg_jax.convert.releases.wan_repository import read_repository
-from svg_jax.convert.sources.buffers import attach_scales, check_scales
+from svg_jax.convert.sources.scales import attach_scales, check_scales
 from svg_jax.convert.sources.weights import (
     SUFFIXES,
     is_weights,
     read_file,
     read_weights,
     weights_files,
-)
-from svg_jax.convert.sources.wrappers import (
-    check_prefix,
-    choose,
-    drop_layer_wrappers,
-    find_wrapped,
-    unwrap,
 )
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 

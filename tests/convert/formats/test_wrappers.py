@@ -21,7 +21,7 @@ from svg_jax.convert import (
     read_manifest,
 )
 from svg_jax.convert.formats.stored_tensor import read_tensor
-from svg_jax.convert.sources.wrappers import WRAPPERS
+from svg_jax.convert.formats.wrappers import WRAPPERS
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "data/original/wan_encoders.json").read_text())[
     "umt5"

@@ -1,15 +1,18 @@
-"""What a checkpoint folder holds, or will hold, as tables to print and as values for JSON."""
+"""What commands print as tables: what a folder holds or will hold, and what a comparison found."""
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from svg_jax.cli.console import add_row
+from svg_jax.cli.console import add_row, printable
 from svg_jax.convert.contents import ComponentContents, Contents
 from svg_jax.convert.formats.show import show_some
 from svg_jax.convert.plan import ConversionPlan
+
+if TYPE_CHECKING:  # sampling takes a while to import, and folders are shown without it
+    from svg_jax.sampling.report import ComparisonReport
 
 _NAMED = 8  # of many names, how many are printed
 
@@ -109,6 +112,45 @@ def plan_tables(plan: ConversionPlan) -> Iterator[Table | str]:
         f"would write {plan.written_nbytes:,} bytes: these weights, {len(plan.files)} small files "
         "as they are, and a manifest"
     )
+
+
+def comparison_table(report: "ComparisonReport") -> Table:
+    """Tabulate the figures of a comparison."""
+    title = printable(f"{report.prompt} (seed {report.seed})")
+    table = Table(title=title, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for row in _rows_of(report):
+        add_row(table, *row)
+    return table
+
+
+def _rows_of(report: "ComparisonReport") -> list[tuple[str, str]]:
+    size = f"{' x '.join(map(str, report.latents))}: {report.num_tokens:,} tokens"
+    steps = f"{report.num_inference_steps}, the first {report.dense_steps} dense in both"
+    if report.guided_steps:
+        steps += f", the first {report.guided_steps} guided"
+    rows = [
+        ("latents", size),
+        ("steps", steps),
+    ]
+    if report.density is not None:
+        asked = report.requested_density
+        asked = "" if asked is None else f" ({asked:g} asked)"
+        rows.append(("density", f"{report.density:.3f} of dense attention{asked}"))
+    if report.psnr is not None:
+        rows.append(("PSNR to dense", f"{report.psnr:.2f} dB"))
+    if report.ssim is not None:
+        rows.append(("SSIM to dense", f"{report.ssim:.4f}"))
+    shares = ", ".join(f"{share:.0%}" for share in report.spatial_share)
+    return [
+        *rows,
+        ("dense step", f"{report.dense_seconds:.2f} s"),
+        ("sparse step", f"{report.sparse_seconds:.2f} s, {report.speed_up:.2f} times faster"),
+        ("spatial heads", f"{shares or 'not known'} (by layer; pattern: {report.pattern})"),
+        ("attention", f"{report.implementation} in {report.dtype}"),
+        ("device", report.device),
+    ]
 
 
 def _table(*columns: str) -> Table:

@@ -41,7 +41,7 @@ from svg_jax.convert.components import PIPELINES
 from svg_jax.convert.formats.stored_tensor import read_tensor
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 
-GOLDENS = json.loads((Path(__file__).parents[2] / "data/original/wan_encoders.json").read_text())
+GOLDENS = json.loads((Path(__file__).parents[1] / "data/original/wan_encoders.json").read_text())
 WAN = "WanTransformer3DModel"
 
 

@@ -1,0 +1,53 @@
+"""What a figure or a run was made with: versions, device, date and command."""
+
+import contextlib
+import datetime
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from svg_jax.convert.versions import package_versions
+
+_PACKAGES = ("svg-jax", "jax", "jaxlib", "flax", "numpy")
+_OF_A_RUN = ("svg-jax", "jax", "jaxlib")
+
+
+def versions() -> dict[str, str]:
+    """Give the versions of Python and of what computes."""
+    return {"python": platform.python_version(), **package_versions(_PACKAGES)}
+
+
+def device_name() -> str:
+    """Name the accelerator, or the processor and the number of its cores that may be used."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux alone has it
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model}, {cores} cores"
+
+
+def run_environment() -> dict[str, str]:
+    """Give what may change a run's bits beside its settings: versions and the kind of device."""
+    return package_versions(_OF_A_RUN) | {"device": jax.devices()[0].device_kind}
+
+
+def provenance_of(script: str) -> dict[str, Any]:
+    """Say when, how, where and with what a figure was measured.
+
+    Args:
+        script: Path of the script that runs, from the top of the tree.
+    """
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": " ".join(["python", script, *sys.argv[1:]]),
+        "device": device_name(),
+        "versions": versions(),
+    }
