@@ -1,22 +1,23 @@
 """Orbax folders whose files hold the source's bytes as they are, and how they are opened.
 
-The layout is orbax's own (zarr3, a folder a leaf), which `StandardCheckpointer().restore` reads.
-Orbax writes its metadata; the numbers are put into the files by `copying.py`. A chunk is one file
-without compression, and zarr's transpose codec turns a kernel's axes when it is read: so nothing
-has to be transposed or held in memory, and a digest of a chunk is one of the source's tensor.
+The layout is orbax's own (zarr3, a folder a leaf), which `StandardCheckpointer().restore` reads; so
+are the files beside the leaves, which orbax would only write with the numbers. These are put into
+the leaves' files by `copying.py`. A chunk is one file without compression, and zarr's transpose
+codec turns a kernel's axes when it is read: so nothing has to be transposed or held in memory, and
+a digest of a chunk is one of the source's tensor.
 """
 
 import contextlib
+import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from svg_jax.convert.errors import ConversionError, DamageError, RefusedError
@@ -26,6 +27,23 @@ from svg_jax.convert.tables.rules import Leaf
 # A folder of other chunks is one of another FORMAT_VERSION.
 CHUNK_BYTES = 64 * 2**20
 _BYTES_A_LEAF, _BYTES_A_CHECKPOINT = 460, 600  # of orbax's and zarr's metadata
+# What zarr.json says of every leaf; what orbax's file says of every checkpoint; and how orbax
+# numbers a key of a dictionary.
+_ZARR = {
+    "zarr_format": 3,
+    "node_type": "array",
+    "fill_value": 0.0,
+    "chunk_key_encoding": {"name": "default"},
+}
+_CHECKPOINT = {
+    "item_handlers": (
+        "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+    ),
+    "metrics": {},
+    "performance_metrics": {},
+    "custom_metadata": {},
+}
+_DICTIONARY_KEY = 2
 # How tensorstore names what is no damage: a right, memory, open files, a disk that is away.
 _OF_THE_SYSTEM = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "CANCELLED")
 
@@ -61,11 +79,6 @@ class LeafFiles:
             elif not leaf.rule.stacked:
                 rows = max(1, CHUNK_BYTES * length // nbytes)
         return cls(leaf.path, leaf.shape, dtype, order, rows)
-
-    @property
-    def size(self) -> int:
-        """Number of elements; orbax asks for it."""
-        return math.prod(self.shape)
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
@@ -111,31 +124,10 @@ class LeafFiles:
         grid = {"name": "regular", "configuration": {"chunk_shape": self.chunk_shape}}
         return {
             "shape": self.shape,
+            "data_type": self.dtype.name,
             "chunk_grid": grid,
             "codecs": [transpose, as_they_are] if self.order else [as_they_are],
         }
-
-
-class _MetadataHandler(ocp.type_handlers.NumpyHandler):
-    """A handler that writes what zarr has to know about a leaf, and none of its numbers."""
-
-    async def _open_and_write(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, value: LeafFiles, tspec: dict[str, Any], ts_context: ts.Context
-    ) -> None:
-        spec = ts.Spec({**tspec, "metadata": value.metadata})
-        await ts.open(spec, create=True, open=True, context=ts_context)
-
-
-class _TreeHandler(ocp.PyTreeCheckpointHandler):
-    """Orbax's own without its last step, which warns that there are no OCDBT files to merge."""
-
-    def finalize(self, directory: Any) -> None:
-        pass
-
-
-@ocp.args.register_with_handler(_TreeHandler, for_save=True, for_restore=True)
-class _SaveArgs(ocp.args.PyTreeSave):
-    """Orbax finds the handler by them."""
 
 
 def create_checkpoint(folder: Path, leaves: Mapping[tuple[str, ...], LeafFiles]) -> None:
@@ -148,27 +140,46 @@ def create_checkpoint(folder: Path, leaves: Mapping[tuple[str, ...], LeafFiles])
     Raises:
         OSError: If the system refuses to write: no room, no right.
     """
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (LeafFiles, _MetadataHandler()),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),  # orbax warns without one
-    )
-    handler = _TreeHandler(
-        use_ocdbt=False, use_zarr3=True, use_compression=False, type_handler_registry=registry
-    )
-    tree: dict[str, Any] = {}
+    begun = time.time_ns()
+    folder.mkdir()
     for path, leaf in leaves.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder, args=_SaveArgs(tree))
+        lying = folder / ".".join(path)
+        lying.mkdir()
+        text = json.dumps(_ZARR | leaf.metadata, separators=(",", ":"), sort_keys=True)
+        (lying / "zarr.json").write_text(text, encoding="utf-8")
     for leaf in leaves.values():
         for chunk in range(leaf.num_chunks):
             file = leaf.chunk_file(folder, chunk)
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("xb") as stream:
                 os.truncate(stream.fileno(), leaf.chunk_nbytes)
+    times = {"init_timestamp_nsecs": begun, "commit_timestamp_nsecs": time.time_ns()}
+    texts = {
+        "_METADATA": json.dumps(_tree_metadata(leaves)),
+        "_CHECKPOINT_METADATA": json.dumps(_CHECKPOINT | times),
+        "commit_success.txt": f"Checkpoint commit was successful to {folder.name}",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _tree_metadata(leaves: Iterable[tuple[str, ...]]) -> dict[str, Any]:
+    """What orbax has to know of a tree of nested dictionaries, of which the leaves are arrays."""
+    value = {"value_type": "np.ndarray", "skip_deserialize": False}
+    tree = {
+        str(path): {
+            "key_metadata": [{"key": key, "key_type": _DICTIONARY_KEY} for key in path],
+            "value_metadata": value,
+        }
+        for path in sorted(leaves)
+    }
+    return {
+        "tree_metadata": tree,
+        "use_ocdbt": False,
+        "use_zarr3": True,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
 
 
 def checkpoint_nbytes(leaves: Mapping[tuple[str, ...], LeafFiles]) -> int:
@@ -196,12 +207,7 @@ def open_leaves(
             "driver": "zarr3",
             "kvstore": {"driver": "file", "path": f"{folder / '.'.join(path)}/"},
             # What is on disk must say the same, or it is not opened.
-            "metadata": leaf.metadata
-            | {
-                "data_type": leaf.dtype.name,
-                "fill_value": 0.0,
-                "chunk_key_encoding": {"name": "default"},
-            },
+            "metadata": _ZARR | leaf.metadata,
             "fill_missing_data_reads": False,  # a chunk that is not there would read as zeros
         }
         return ts.open(spec, open=True, read=True)

@@ -36,7 +36,8 @@ convert_pipeline(sys.argv[1], sys.argv[2])
 """
 KILLED_AFTER = """
 import sys, threading, os, signal
-from svg_jax.convert import convert_pipeline, pipeline, load, plan  # imports are not timed
+from svg_jax.convert import convert_pipeline, pipeline, plan  # imports are not timed
+from svg_jax.convert.checkpoint import load
 print("ready", flush=True)
 sys.stdin.readline()
 convert_pipeline(sys.argv[1], sys.argv[2])
