@@ -28,7 +28,7 @@ HUNYUAN_VIDEO: dict[str, Any] = {
     "pooled_projection_dim": 8,
     "rope_axes_dim": (4, 6, 6),
 }
-WAN_I2V: dict[str, Any] = {
+WAN_T2V: dict[str, Any] = {
     "num_attention_heads": 2,
     "attention_head_dim": 16,
     "in_channels": 4,
@@ -37,9 +37,8 @@ WAN_I2V: dict[str, Any] = {
     "freq_dim": 32,
     "ffn_dim": 48,
     "num_layers": 2,
-    "image_dim": 16,
-    "added_kv_proj_dim": 32,
 }
+WAN_I2V: dict[str, Any] = WAN_T2V | {"image_dim": 16, "added_kv_proj_dim": 32}
 T5: dict[str, Any] = {
     "d_model": 16,
     "d_ff": 32,

@@ -53,6 +53,22 @@ FAMILIES = {
     ),
 }
 Q = "blocks.0.attn1.to_q"  # of Wan
+# Wan's modules, and what the first release calls them.
+WAN_BLOCK = {
+    f"attn{number}.{ours}": f"{attention}.{theirs}"
+    for number, attention in ((1, "self_attn"), (2, "cross_attn"))
+    for ours, theirs in {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}.items()
+} | {
+    "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}
+WAN_NAMES = {
+    f"blocks.{layer}.{ours}": f"blocks.{layer}.{theirs}"
+    for layer in range(2)
+    for ours, theirs in WAN_BLOCK.items()
+}
 
 
 def write_source(folder, family="Wan", dtype: DTypeLike = np.float32):
@@ -91,3 +107,41 @@ def save_lora(file, lora, prefix="transformer.", **config):
     file.parent.mkdir(exist_ok=True)
     save_file({f"{prefix}{name}": tensor for name, tensor in lora.items()}, file, metadata)
     return file
+
+
+def renamed(lora, names):
+    """A LoRA under a release's names, "down" and "up" as kohya calls them."""
+    kinds = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}
+    found = {}
+    for name, tensor in lora.items():
+        module, _, kind = name.rpartition(".lora_")
+        found[f"{names[module]}.{kinds[kind]}"] = tensor
+    return found
+
+
+def open_pipeline(source, family):
+    """diffusers' pipeline of the transformer alone, in float32."""
+    pipeline, make, _, _ = FAMILIES[family]
+    transformer = make.from_pretrained(source / "transformer", torch_dtype=torch.float32)
+    parts = {
+        name: None
+        for name in pipeline.__init__.__annotations__
+        if name not in ("return", "boundary_ratio", "expand_timesteps")
+    }
+    return pipeline(**parts | {"transformer": transformer})
+
+
+def fuse(source, family, *loras, scale=1.0):
+    """The weights that diffusers fuses LoRAs into, in float32."""
+    pipe = open_pipeline(source, family)
+    names = [f"lora{number}" for number in range(len(loras))]
+    for name, lora in zip(names, loras, strict=True):
+        pipe.load_lora_weights(lora, adapter_name=name)
+    pipe.set_adapters(names)
+    pipe.fuse_lora(lora_scale=scale, adapter_names=names)
+    pipe.unload_lora_weights()
+    return weights_of(pipe.transformer)
+
+
+def weights_of(model):
+    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}

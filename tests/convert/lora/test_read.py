@@ -17,7 +17,19 @@ import transformers
 from diffusers.loaders.lora_conversion_utils import _convert_hunyuan_video_lora_to_diffusers
 from safetensors.numpy import load_file, save_file
 from tiny_configs import T5
-from tiny_lora import FAMILIES, WEIGHTS, Q, random_lora, save_lora, write_source
+from tiny_lora import (
+    FAMILIES,
+    WAN_NAMES,
+    WEIGHTS,
+    Q,
+    fuse,
+    open_pipeline,
+    random_lora,
+    renamed,
+    save_lora,
+    weights_of,
+    write_source,
+)
 from tiny_source import sha256
 from typer.testing import CliRunner
 
@@ -34,34 +46,6 @@ from svg_jax.convert.formats.stored_tensor import read_tensor
 from svg_jax.convert.lora.read import read_loras
 from svg_jax.convert.tables import hunyuan_video
 from svg_jax.models import HunyuanVideoConfig
-
-
-def open_pipeline(source, family):
-    """diffusers' pipeline of the transformer alone, in float32."""
-    pipeline, make, _, _ = FAMILIES[family]
-    transformer = make.from_pretrained(source / "transformer", torch_dtype=torch.float32)
-    parts = {
-        name: None
-        for name in pipeline.__init__.__annotations__
-        if name not in ("return", "boundary_ratio", "expand_timesteps")
-    }
-    return pipeline(**parts | {"transformer": transformer})
-
-
-def fuse(source, family, *loras, scale=1.0):
-    """The weights that diffusers fuses LoRAs into, in float32."""
-    pipe = open_pipeline(source, family)
-    names = [f"lora{number}" for number in range(len(loras))]
-    for name, lora in zip(names, loras, strict=True):
-        pipe.load_lora_weights(lora, adapter_name=name)
-    pipe.set_adapters(names)
-    pipe.fuse_lora(lora_scale=scale, adapter_names=names)
-    pipe.unload_lora_weights()
-    return weights_of(pipe.transformer)
-
-
-def weights_of(model):
-    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
 def merge(source, *loras, scale=1.0, components=None):
@@ -231,31 +215,6 @@ class TestPeft:
             np.testing.assert_allclose(tensor, expected[name], rtol=0, atol=1e-6)
 
 
-def renamed(lora, names):
-    """A LoRA under a release's names, "down" and "up" as kohya calls them."""
-    kinds = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}
-    found = {}
-    for name, tensor in lora.items():
-        module, _, kind = name.rpartition(".lora_")
-        found[f"{names[module]}.{kinds[kind]}"] = tensor
-    return found
-
-
-WAN_BLOCK = {
-    f"attn{number}.{ours}": f"{attention}.{theirs}"
-    for number, attention in ((1, "self_attn"), (2, "cross_attn"))
-    for ours, theirs in {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}.items()
-} | {
-    "attn2.add_k_proj": "cross_attn.k_img",
-    "attn2.add_v_proj": "cross_attn.v_img",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-}
-WAN_NAMES = {
-    f"blocks.{layer}.{ours}": f"blocks.{layer}.{theirs}"
-    for layer in range(2)
-    for ours, theirs in WAN_BLOCK.items()
-}
 WAN_OTHERS = {
     "condition_embedder.time_proj": "time_projection.1",
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",

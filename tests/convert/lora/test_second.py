@@ -13,8 +13,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from test_read import WAN_NAMES, renamed, weights_of
-from tiny_lora import FAMILIES, WEIGHTS, Q, random_lora, save_lora, write_source
+from tiny_lora import (
+    FAMILIES,
+    WAN_NAMES,
+    WEIGHTS,
+    Q,
+    random_lora,
+    renamed,
+    save_lora,
+    weights_of,
+    write_source,
+)
 from typer.testing import CliRunner
 
 from svg_jax.cli.app import app

@@ -12,8 +12,14 @@ import numpy as np
 import pytest
 from lora_trainers import TRAINERS, assert_merged, merged, save, write, write_sources
 from safetensors.numpy import load_file
-from test_read import fuse
-from tiny_lora import FAMILIES, WEIGHTS, Q, random_lora, save_lora
+from tiny_lora import (
+    FAMILIES,
+    WEIGHTS,
+    Q,
+    fuse,
+    random_lora,
+    save_lora,
+)
 from typer.testing import CliRunner
 
 from svg_jax.cli.app import app

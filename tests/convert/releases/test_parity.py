@@ -7,27 +7,21 @@ diffusers' own, says of the tensors of the release; and read from a file as the 
 from dataclasses import dataclass, field
 from typing import Any
 
+import cogvideox_family
 import diffusers
+import hunyuan_video_family
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_cogvideox_parity as cogvideox
-import test_hunyuan_video_parity as hunyuan_video
-import test_wan_parity as wan
 import torch
+import wan_family
 from originals import as_released, converted, load, origins
 from parity import TOLERANCE, randomised, relative_error
 from safetensors.torch import save_file
+from transformer_family import Family, our_velocity
 
-from svg_jax.models import (
-    CogVideoXTransformer,
-    CogVideoXVAE,
-    HunyuanVideoTransformer,
-    HunyuanVideoVAE,
-    WanTransformer,
-    WanVAE,
-)
+from svg_jax.models import CogVideoXVAE, HunyuanVideoVAE, WanVAE
 
 
 @dataclass(frozen=True)
@@ -43,8 +37,8 @@ class Case:
         file: The file's name, and the tree that the tensors lie in, if they do.
         prefix: Of the names in the file.
         others: Tensors that the release has and no model.
-        models: The module with the inputs and calls of this family's transformers; or None.
-        sizes: What that makes inputs of, or a video's frames, height and width.
+        family: Of a transformer; None of an autoencoder.
+        sizes: What the family makes inputs of, or a video's frames, height and width.
     """
 
     reference: Any
@@ -56,7 +50,7 @@ class Case:
     file: tuple[str, ...] = ("model.safetensors",)
     prefix: str = ""
     others: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    models: Any = None
+    family: Family | None = None
 
 
 def cogvideox_places(name, **more):
@@ -73,19 +67,19 @@ def cogvideox_places(name, **more):
 
 
 def cogvideox_case(places, size, others=(), **values):
-    values = cogvideox.ROTARY | {"in_channels": 16, "out_channels": 16, **values}
+    values = cogvideox_family.V5B | {"in_channels": 16, "out_channels": 16, **values}
     told = ("sample_width", "sample_height", "sample_frames", "max_text_seq_length")
     return Case(
-        diffusers.CogVideoXTransformer3DModel,
+        cogvideox_family.FAMILY.reference,
         values,
-        CogVideoXTransformer,
+        cogvideox_family.FAMILY.model,
         places,
         (size,),
         {name: values[name] for name in told},
         ("mp_rank_00_model_states.pt", "module"),
         "model.diffusion_model.",
         dict(others),
-        cogvideox,
+        cogvideox_family.FAMILY,
     )
 
 
@@ -95,27 +89,27 @@ def hunyuan_video_case(name, variant):
         "image_condition_type": variant.get("image_condition_type"),
     }
     return Case(
-        diffusers.HunyuanVideoTransformer3DModel,
+        hunyuan_video_family.FAMILY.reference,
         variant,
-        HunyuanVideoTransformer,
+        hunyuan_video_family.FAMILY.model,
         origins(name, layers=3),
         ((3, 6, 10), 7, (3, 7)),
         given,
         ("mp_rank_00_model_states.pt", "module"),
-        models=hunyuan_video,
+        family=hunyuan_video_family.FAMILY,
     )
 
 
 def wan_case(name, size, places=None, **values):
     heads = {"num_attention_heads": 2, "attention_head_dim": 128}  # that the release has
-    del (variant := wan.T2V | heads | values)["rope_max_seq_len"]
+    del (variant := wan_family.T2V | heads | values)["rope_max_seq_len"]
     return Case(
-        diffusers.WanTransformer3DModel,
+        wan_family.FAMILY.reference,
         variant,
-        WanTransformer,
+        wan_family.FAMILY.model,
         origins(name) | (places or {}),
         (size, "entry"),
-        models=wan,
+        family=wan_family.FAMILY,
     )
 
 
@@ -169,12 +163,14 @@ CASES = {
         ofs_embed_dim=16,
         **PATCH_T,
     ),
-    "HunyuanVideo": lambda: hunyuan_video_case("hunyuanvideo-t2v-transformer", hunyuan_video.T2V),
+    "HunyuanVideo": lambda: hunyuan_video_case(
+        "hunyuanvideo-t2v-transformer", hunyuan_video_family.T2V
+    ),
     "HunyuanVideo I2V": lambda: hunyuan_video_case(
-        "hunyuanvideo-t2v-transformer", hunyuan_video.REPLACE
+        "hunyuanvideo-t2v-transformer", hunyuan_video_family.REPLACE
     ),
     "HunyuanVideo I2V, 33 channels": lambda: hunyuan_video_case(
-        "hunyuanvideo-i2v-33ch-transformer", hunyuan_video.CONCAT
+        "hunyuanvideo-i2v-33ch-transformer", hunyuan_video_family.CONCAT
     ),
     "Wan T2V": lambda: wan_case("wan2.1-t2v-1.3b-transformer", (3, 6, 10)),
     "Wan I2V": lambda: wan_case("wan2.1-i2v-14b-transformer", (3, 6, 10), **I2V),
@@ -247,10 +243,10 @@ def test_it_computes_what_diffusers_does(tmp_path, name):
     reference = randomised(case.reference(**case.values), seed=0)
     with jax.default_matmul_precision("highest"):
         model = converted(write_original(tmp_path, case, reference), case.ours, case.given)
-        if case.models is None:
+        if case.family is None:
             pairs = vae_pairs(model, reference, case.sizes)
         else:
-            pairs = [transformer_pair(case, model, reference)]
+            pairs = [transformer_pair(case.family, case, model, reference)]
     for ours, theirs in pairs:
         assert ours.shape == theirs.shape
         error = relative_error(ours, theirs)
@@ -258,12 +254,10 @@ def test_it_computes_what_diffusers_does(tmp_path, name):
         assert error < TOLERANCE
 
 
-def transformer_pair(case, model, reference):
-    make_inputs = getattr(case.models, "make_inputs", cogvideox.cogvideox_inputs)
-    inputs = make_inputs(case.values, *case.sizes, seed=1)
-    inputs = (inputs,) if isinstance(inputs, dict) else inputs
-    ours = case.models.our_velocity(model, *inputs)
-    return ours, case.models.reference_velocity(reference, *inputs)
+def transformer_pair(family, case, model, reference):
+    """What ours and the reference predict."""
+    inputs = family.make_inputs(case.values, *case.sizes, seed=1)
+    return our_velocity(model, inputs), family.reference_velocity(reference, inputs)
 
 
 def vae_pairs(model, reference, size):
