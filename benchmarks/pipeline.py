@@ -57,8 +57,7 @@ from svg_jax.sampling.components import run_encoder
 from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders
 from svg_jax.sampling.latents import to_frames
 from svg_jax.sampling.run_state import open_run_file, saving
-from svg_jax.sampling.schedules.diffusion import SchedulerConfig
-from svg_jax.sampling.schedules.flow import FlowConfig
+from svg_jax.sampling.schedules.config import SchedulerConfig
 
 Row = dict[str, Any]
 BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
@@ -145,7 +144,9 @@ def decode_video(
 def wan(inventory: str) -> VideoPipeline:
     """Wan 2.1, text to video."""
     transformer = module_of(WanTransformer, inventory, "WanTransformer3DModel", BFLOAT16)
-    return WanPipeline(transformer=transformer, scheduler=FlowConfig(sampler="unipc", shift=5.0))
+    return WanPipeline(
+        transformer=transformer, scheduler=SchedulerConfig(sampler="unipc", shift=5.0)
+    )
 
 
 def hunyuan_video() -> VideoPipeline:
@@ -153,7 +154,7 @@ def hunyuan_video() -> VideoPipeline:
     inventory, class_name = "hunyuanvideo-t2v-transformer", "HunyuanVideoTransformer3DModel"
     return HunyuanVideoPipeline(
         transformer=module_of(HunyuanVideoTransformer, inventory, class_name, BFLOAT16),
-        scheduler=FlowConfig(sampler="euler", shift=7.0),
+        scheduler=SchedulerConfig(sampler="euler", shift=7.0),
         encoders=HunyuanVideoEncoders(),
     )
 

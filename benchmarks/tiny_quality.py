@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw
 from safetensors.numpy import load_file
 
 from svg_jax.config import SparsityConfig, dense_step_count
+from svg_jax.convert.scheduler_config import COGVIDEOX
 from svg_jax.convert.tables import cogvideox, t5
 from svg_jax.convert.tables.rules import convert_state
 from svg_jax.media.metrics import psnr, ssim
@@ -38,7 +39,7 @@ from svg_jax.provenance import provenance_of
 from svg_jax.sampling.cogvideox.pipeline import CogVideoXPipeline
 from svg_jax.sampling.pipeline import PreparedRun
 from svg_jax.sampling.records import SamplingInfo
-from svg_jax.sampling.schedules.diffusion import SchedulerConfig
+from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +80,7 @@ def load_pipeline(folder: Path) -> CogVideoXPipeline:
         transformer=component(
             "transformer", stem, CogVideoXConfig, cogvideox.rules, CogVideoXTransformer
         ),
-        scheduler=SchedulerConfig.from_dict(json.loads(scheduler.read_text())),
+        scheduler=SchedulerConfig.from_dict(json.loads(scheduler.read_text()), COGVIDEOX),
         text_encoder=component("text_encoder", "model", T5Config, t5.rules, T5Encoder),
         tokenizer=load_tokenizer(folder / "tokenizer"),
         has_vae=False,

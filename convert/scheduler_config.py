@@ -180,5 +180,6 @@ def _named(key: str) -> str:
 
 
 def field_problem(field: str, value: Any) -> str | None:
-    """What is wrong with a value for a key of CogVideoX's schedulers; None if nothing."""
-    return _COGVIDEOX_KEYS[field].rule.problem(value)
+    """What is wrong with a value of a key that is sampled with; None if nothing."""
+    keys = {**_KEYS[FLOW[0]], **_COGVIDEOX_KEYS}
+    return keys[field].rule.problem(value)

@@ -8,9 +8,11 @@ from flax import nnx
 from flax.typing import Dtype
 from tiny_data import CAPTION_TOKENS, HEIGHT, NUM_FRAMES, WIDTH, vocabulary
 
+from svg_jax.convert.scheduler_config import COGVIDEOX
 from svg_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
 from svg_jax.models.t5 import T5Config, T5Encoder
-from svg_jax.sampling.schedules.diffusion import SchedulerConfig, alphas_cumprod
+from svg_jax.sampling.schedules.config import SchedulerConfig
+from svg_jax.sampling.schedules.diffusion import alphas_cumprod
 
 TEXT_FEATURES = 64
 
@@ -104,5 +106,5 @@ def make_text_encoder(rngs: nnx.Rngs, config: dict[str, Any], dtype: Dtype) -> T
 
 def signal_and_noise() -> tuple[np.ndarray, np.ndarray]:
     """How much of the video and of the noise is in the sample at each of the 1000 timesteps."""
-    alpha_bar = alphas_cumprod(SchedulerConfig.from_dict(SCHEDULER))
+    alpha_bar = alphas_cumprod(SchedulerConfig.from_dict(SCHEDULER, COGVIDEOX))
     return np.sqrt(alpha_bar).astype(np.float32), np.sqrt(1.0 - alpha_bar).astype(np.float32)

@@ -22,18 +22,10 @@ from svg_jax.attention import SparseAttentionInfo, StepState, attend_dense, atte
 from svg_jax.config import SparsityConfig, dense_step_count, share_of
 from svg_jax.models import Attend
 from svg_jax.sampling.records import HeadProfile, StepRecord
-from svg_jax.sampling.schedules.diffusion import (
-    SamplerState,
-    Schedule,
-    ddim_step,
-    dpm_step,
-    step_key,
-    step_noise,
-)
-from svg_jax.sampling.schedules.flow import FlowSchedule, FlowState, flow_step
+from svg_jax.sampling.schedules.noise import step_key, step_noise
+from svg_jax.sampling.schedules.steps import SamplerState, take_step
+from svg_jax.sampling.schedules.tables import Schedule
 from svg_jax.sampling.settings import SettingError
-
-State = SamplerState | FlowState
 
 
 @runtime_checkable
@@ -97,8 +89,8 @@ def guidance_scales(
 
 def denoise(
     transformer: nnx.Module,
-    state: State,
-    schedule: Schedule | FlowSchedule,
+    state: SamplerState,
+    schedule: Schedule,
     conditions: Conditions,
     *,
     scales: Float[np.ndarray, " steps"],
@@ -108,9 +100,9 @@ def denoise(
     seed: int = 0,
     sampler_noise: Float[Array | np.ndarray, "..."] | None = None,
     steps: range | None = None,
-    save: Callable[[State, StepRecord], None] | None = None,
+    save: Callable[[SamplerState, StepRecord], None] | None = None,
     callback_on_step_end: Callable[[StepRecord], None] | None = None,
-) -> tuple[State, tuple[StepRecord, ...]]:
+) -> tuple[SamplerState, tuple[StepRecord, ...]]:
     """Runs the steps of a schedule, or some of them.
 
     Args:
@@ -221,13 +213,13 @@ def denoise_step(
     graphdef: Any,
     attend: Attend,
     weights: Any,
-    state: State,
+    state: SamplerState,
     coefficients: Any,
     conditions: Conditions,
     scale: Float[Array, ""] | None,
     noise: Array | None,
     step_state: Any,
-) -> tuple[State, Any, Bool[Array, ""]]:
+) -> tuple[SamplerState, Any, Bool[Array, ""]]:
     """One step of a run, compiled once per shape, `attend` and guidance mode.
 
     Nothing is donated: latents are small, and those of before the step tell why it failed.
@@ -255,12 +247,7 @@ def denoise_step(
         attend=attend,
         step_state=step_state,
     )
-    if isinstance(state, FlowState):
-        state = flow_step(state, velocity, coefficients)
-    elif noise is None:
-        state = ddim_step(state, velocity, coefficients)
-    else:
-        state = dpm_step(state, velocity, coefficients, noise)
+    state = take_step(state, velocity, coefficients, noise)
     return state, info, jnp.isfinite(state.latents).all()
 
 

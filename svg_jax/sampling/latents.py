@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from svg_jax.models import CogVideoXConfig
-from svg_jax.sampling.schedules.diffusion import initial_noise
+from svg_jax.sampling.schedules.noise import initial_noise
 from svg_jax.sampling.settings import SettingError
 
 # 1.5's config has the largest size that it has positions for; this is the one it is made for.

@@ -24,8 +24,7 @@ from svg_jax.sampling.hunyuan_video.pipeline import HunyuanVideoPipeline
 from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders
 from svg_jax.sampling.pipeline import VideoPipeline
 from svg_jax.sampling.run_state import weights_digest
-from svg_jax.sampling.schedules.diffusion import SchedulerConfig
-from svg_jax.sampling.schedules.flow import FlowConfig
+from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.sampling.wan.pipeline import WanPipeline
 from svg_jax.text.tokenizer import load_tokenizer
 
@@ -135,9 +134,11 @@ class _Source:
             "tokenizer": text_encoder and load_tokenizer(self.folder / "tokenizer"),
         }
 
-    def scheduler_entries(self) -> dict[str, Any]:
+    def scheduler(self) -> SchedulerConfig:
         """What scheduler_config.json says."""
-        return read_json(self.folder / scheduler_config.FILE)
+        entries = read_json(self.folder / scheduler_config.FILE)
+        classes = scheduler_config.classes_of(self.opened.pipeline)
+        return SchedulerConfig.from_dict(entries, classes)
 
 
 def _refuse_what_does_not_run(folder: Path) -> None:
@@ -172,7 +173,7 @@ def _load_cogvideox(source: _Source) -> CogVideoXPipeline:
     return CogVideoXPipeline(
         **source.shared(),
         vae=source.lazy("vae"),
-        scheduler=SchedulerConfig.from_dict(source.scheduler_entries()),
+        scheduler=source.scheduler(),
         has_vae="vae" in source.classes,
     )
 
@@ -185,7 +186,7 @@ def _load_wan(source: _Source) -> WanPipeline:
     return WanPipeline(
         **source.shared(),
         vae=vae,
-        scheduler=FlowConfig.from_dict(source.scheduler_entries()),
+        scheduler=source.scheduler(),
         image_encoder=image_encoder,
         image_processor=image_encoder and load_image_processor(source.folder / "image_processor"),
     )
@@ -198,7 +199,7 @@ def _load_hunyuan_video(source: _Source) -> HunyuanVideoPipeline:
     return HunyuanVideoPipeline(
         transformer=shared["transformer"],
         vae=source.lazy("vae"),
-        scheduler=FlowConfig.from_dict(source.scheduler_entries()),
+        scheduler=source.scheduler(),
         encoders=HunyuanVideoEncoders(
             text_encoder=shared["text_encoder"],
             tokenizer=shared["tokenizer"],

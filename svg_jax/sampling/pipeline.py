@@ -31,8 +31,8 @@ from svg_jax.sampling.run_state import (
     saved_fingerprint,
     saving,
 )
-from svg_jax.sampling.schedules.diffusion import SamplerState, Schedule
-from svg_jax.sampling.schedules.flow import FlowSchedule, FlowState
+from svg_jax.sampling.schedules.steps import SamplerState
+from svg_jax.sampling.schedules.tables import Schedule
 from svg_jax.sampling.settings import (
     SettingError,
     check_settings,
@@ -62,8 +62,8 @@ class PreparedRun:
         sampler_noise: See `denoise`.
     """
 
-    schedule: Schedule | FlowSchedule
-    state: SamplerState | FlowState
+    schedule: Schedule
+    state: SamplerState
     conditions: Conditions
     scales: Float[np.ndarray, " steps"]
     seed: int

@@ -31,17 +31,15 @@ from svg_jax.convert.formats.digests import array_digest, bytes_digest
 from svg_jax.files import check_writable, open_regular, remove_leftovers, written_atomically
 from svg_jax.provenance import run_environment
 from svg_jax.sampling.records import HeadProfile, StepRecord
-from svg_jax.sampling.schedules.diffusion import SamplerState
-from svg_jax.sampling.schedules.flow import FlowState
+from svg_jax.sampling.schedules.steps import SamplerState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _DIGEST_BYTES = 64  # sha256 in hexadecimal
 _MOST_BYTES = 2**31  # of a state file; HunyuanVideo's in 720p has 0.1 GB
 _SHOWN = 60  # characters of a setting in an error
 _NAMED = 3  # settings that an error names
 _PROFILE = tuple(field.name for field in dataclasses.fields(HeadProfile))
 
-State = SamplerState | FlowState
 Fingerprint = Mapping[str, Any]
 
 
@@ -59,7 +57,7 @@ class SavedRun:
     arrays: Mapping[str, np.ndarray]
     records: tuple[StepRecord, ...]
 
-    def state_like(self, state: State) -> State:
+    def state_like(self, state: SamplerState) -> SamplerState:
         """Give the saved state the structure of another one of the same run.
 
         Raises:
@@ -128,7 +126,7 @@ def open_run_file(
 
 
 @contextmanager
-def saving(file: RunFile) -> Iterator[Callable[[State, StepRecord], None]]:
+def saving(file: RunFile) -> Iterator[Callable[[SamplerState, StepRecord], None]]:
     """Give what is to be called after each step, and save the run now and then.
 
     The copy from the device is started behind the step, and awaited and written by another thread.
@@ -136,7 +134,7 @@ def saving(file: RunFile) -> Iterator[Callable[[State, StepRecord], None]]:
     its last state is saved. A save that fails is a warning: the run may well outlive a full disk.
     """
     records, unsaved = list(file.records), 0
-    latest: State | None = None
+    latest: SamplerState | None = None
     pending: Future[None] | None = None
 
     def finish_save() -> None:
@@ -158,7 +156,7 @@ def saving(file: RunFile) -> Iterator[Callable[[State, StepRecord], None]]:
         pending = thread.submit(save_run, file.path, latest, tuple(records), file.fingerprint)
         unsaved = 0
 
-    def save(state: State, record: StepRecord) -> None:
+    def save(state: SamplerState, record: StepRecord) -> None:
         nonlocal latest, unsaved
         records.append(record)
         latest, unsaved = state, unsaved + 1
@@ -175,7 +173,10 @@ def saving(file: RunFile) -> Iterator[Callable[[State, StepRecord], None]]:
 
 
 def save_run(
-    path: Path, state: State | None, records: tuple[StepRecord, ...], fingerprint: Fingerprint
+    path: Path,
+    state: SamplerState | None,
+    records: tuple[StepRecord, ...],
+    fingerprint: Fingerprint,
 ) -> None:
     """Write a state file, whole or not at all, and wait for the disk.
 
@@ -300,7 +301,7 @@ def weights_digest(manifest: Manifest) -> str:
     return bytes_digest(content.encode())[:16]
 
 
-def _named_leaves(state: State | None) -> dict[str, Any]:
+def _named_leaves(state: SamplerState | None) -> dict[str, Any]:
     leaves = jax.tree.leaves_with_path(state)
     return {"state" + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 

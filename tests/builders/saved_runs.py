@@ -17,8 +17,8 @@ from svg_jax.models import (
 from svg_jax.sampling import CogVideoXPipeline, HunyuanVideoPipeline, WanPipeline
 from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders
 from svg_jax.sampling.records import HeadProfile, StepRecord
-from svg_jax.sampling.schedules.diffusion import SamplerState, SchedulerConfig
-from svg_jax.sampling.schedules.flow import FlowConfig, FlowState
+from svg_jax.sampling.schedules.config import SchedulerConfig
+from svg_jax.sampling.schedules.steps import SamplerState
 
 SPARSITY = svg_jax.SparsityConfig(density=0.6, dense_steps=0.3, sampled_rows=4, band_multiple=1)
 COGVIDEOX = CogVideoXConfig(
@@ -81,12 +81,12 @@ RUNS: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
         EMBEDS | {"guidance_scale": 1, "scheduler": "dpm"},
     ),
     "Wan, UniPC": (
-        *(WanPipeline, WanTransformer(WAN, rngs=nnx.Rngs(0)), FlowConfig("unipc", 3.0)),
+        *(WanPipeline, WanTransformer(WAN, rngs=nnx.Rngs(0)), SchedulerConfig("unipc", shift=3.0)),
         EMBEDS | {"guidance_scale": 1},
     ),
     "HunyuanVideo, Euler": (
         *(HunyuanVideoPipeline, HunyuanVideoTransformer(HUNYUAN_VIDEO, rngs=nnx.Rngs(0))),
-        FlowConfig("euler", 7.0),
+        SchedulerConfig("euler", shift=7.0),
         EMBEDS | POOLED,
     ),
 }
@@ -114,9 +114,9 @@ def kill_after(step):
 
 
 STATES = {
-    "DDIM": SamplerState(normal(1, 2, 3), None),
-    "DPM": SamplerState(normal(1, 2, 3), normal(1, 2, 3)),
-    "flow": FlowState(normal(1, 2, 3), normal(1, 2, 3), (normal(1, 2, 3), normal(1, 2, 3))),
+    "DDIM": SamplerState(normal(1, 2, 3)),
+    "DPM": SamplerState(normal(1, 2, 3), None, (normal(1, 2, 3),)),
+    "flow": SamplerState(normal(1, 2, 3), normal(1, 2, 3), (normal(1, 2, 3), normal(1, 2, 3))),
 }
 
 

@@ -14,8 +14,8 @@ from svg_jax.convert import ConversionError, convert_pipeline, plan_conversion
 from svg_jax.convert.run_defaults import RunDefaults
 from svg_jax.convert.scheduler_config import COGVIDEOX, FLOW, check_scheduler
 from svg_jax.sampling import from_pretrained
-from svg_jax.sampling.schedules.diffusion import SchedulerConfig, alphas_cumprod
-from svg_jax.sampling.schedules.flow import FlowConfig
+from svg_jax.sampling.schedules.config import SchedulerConfig
+from svg_jax.sampling.schedules.diffusion import alphas_cumprod
 
 DDIM = {"_class_name": COGVIDEOX[0], "prediction_type": "v_prediction"}
 DDIM |= {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "snr_shift_scale": 3.0}
@@ -46,13 +46,12 @@ def classes_of(entries):
 
 @pytest.mark.parametrize(("entries", "key", "values"), MALFORMED)
 def test_a_value_without_meaning_is_malformed_and_no_config(entries, key, values):
-    config = SchedulerConfig if entries is DDIM else FlowConfig
     for value in values:
         found = check_scheduler(entries | {key: value}, classes_of(entries))
         assert len(found.malformed) == 1, value
         assert key in found.malformed[0]
         with pytest.raises(ValueError, match=key) as error:
-            config.from_dict(entries | {key: value})
+            SchedulerConfig.from_dict(entries | {key: value}, classes_of(entries))
         assert len(str(error.value)) < 500
         assert str(error.value).isprintable()
 
@@ -60,12 +59,12 @@ def test_a_value_without_meaning_is_malformed_and_no_config(entries, key, values
 def test_all_reasons_are_in_one_sentence():
     with pytest.raises(ValueError, match=r"num_train_timesteps.*beta_start.*steps_offset") as error:
         SchedulerConfig.from_dict(
-            DDIM | {"num_train_timesteps": 0, "beta_start": -1, "steps_offset": 1}
+            DDIM | {"num_train_timesteps": 0, "beta_start": -1, "steps_offset": 1}, COGVIDEOX
         )
     everything = {**dict.fromkeys(check_scheduler(DDIM, COGVIDEOX).values), **DDIM} | {"a": 1}
     everything |= dict.fromkeys(list(everything)[:8])
     with pytest.raises(ValueError, match=r"and \d+ more$") as error:
-        SchedulerConfig.from_dict(everything | {"_class_name": COGVIDEOX[0]})
+        SchedulerConfig.from_dict(everything | {"_class_name": COGVIDEOX[0]}, COGVIDEOX)
     assert len(str(error.value)) < 500
 
 

@@ -10,7 +10,7 @@ import pytest
 from svg_jax import SparsityConfig, VideoLayout, sparse_attention
 from svg_jax.classify import sample_rows
 from svg_jax.kernels import block_list_attention, dense_attention
-from svg_jax.sampling.schedules.diffusion import step_key
+from svg_jax.sampling.schedules.noise import step_key
 
 LAYOUT = VideoLayout(num_frames=4, tokens_per_frame=12, text_tokens=8)
 CONFIG = SparsityConfig(density=0.5, sampled_rows=8, band_multiple=1)

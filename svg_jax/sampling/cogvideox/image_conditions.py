@@ -14,7 +14,7 @@ from svg_jax.media.images import AnyImage, Image, as_frame, images_of_each
 from svg_jax.models import CogVideoXConfig, CogVideoXVAE
 from svg_jax.sampling.components import Lazy, check_finite, in_memory
 from svg_jax.sampling.latents import place_image
-from svg_jax.sampling.schedules.diffusion import image_noise_of
+from svg_jax.sampling.schedules.noise import image_noise_of
 
 # One for all prompts, or one for each; the rank alone, for errors that say what to do.
 ImageLatents = Float[Array | np.ndarray, "_images _frames _channels _height _width"]

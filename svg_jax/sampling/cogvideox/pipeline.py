@@ -37,13 +37,9 @@ from svg_jax.sampling.latents import (
 from svg_jax.sampling.memory import check_memory
 from svg_jax.sampling.pipeline import PreparedRun, VideoPipeline, with_settings
 from svg_jax.sampling.prompt_features import take_prompts
-from svg_jax.sampling.schedules.diffusion import (
-    Sampler,
-    Schedule,
-    SchedulerConfig,
-    initial_state,
-    make_schedule,
-)
+from svg_jax.sampling.schedules.config import Sampler, SchedulerConfig
+from svg_jax.sampling.schedules.steps import initial_state
+from svg_jax.sampling.schedules.tables import Schedule, make_schedule
 from svg_jax.sampling.settings import SettingError, count_prompts
 from svg_jax.text.tokenizer import PromptTokenizer
 

@@ -42,12 +42,9 @@ from svg_jax.sampling.pipeline import (
 )
 from svg_jax.sampling.prompt_features import list_of_prompts
 from svg_jax.sampling.records import SamplingInfo
-from svg_jax.sampling.schedules.flow import (
-    FlowConfig,
-    FlowSampler,
-    initial_flow_state,
-    make_flow_schedule,
-)
+from svg_jax.sampling.schedules.config import Sampler, SchedulerConfig
+from svg_jax.sampling.schedules.steps import initial_state
+from svg_jax.sampling.schedules.tables import make_schedule
 from svg_jax.sampling.settings import SettingError
 
 _FRAMES, _HEIGHT, _WIDTH = 129, 720, 1280
@@ -80,7 +77,7 @@ class HunyuanVideoPipeline(VideoPipeline):
 
     transformer: HunyuanVideoTransformer | Lazy[HunyuanVideoTransformer]
     vae: HunyuanVideoVAE | Lazy[HunyuanVideoVAE] | None = None
-    scheduler: FlowConfig
+    scheduler: SchedulerConfig
     encoders: HunyuanVideoEncoders
 
     @property
@@ -105,7 +102,7 @@ class HunyuanVideoPipeline(VideoPipeline):
         guidance_scale: float | int | None = None,
         true_cfg_scale: float | int = 1.0,
         guidance_interval: tuple[float | int, float | int] | None = None,
-        scheduler: FlowSampler | None = None,
+        scheduler: Sampler | None = None,
         flow_shift: float | int | None = None,
         latents: Latents | None = None,
         prompt_embeds: Embeddings | None = None,
@@ -162,8 +159,8 @@ class HunyuanVideoPipeline(VideoPipeline):
         assert guidance_interval is not None
         assert seed is not None
         shift = self.scheduler.shift if flow_shift is None else float(flow_shift)
-        schedule = make_flow_schedule(
-            replace(self.scheduler, shift=shift), num_inference_steps, sampler=scheduler
+        schedule = make_schedule(
+            replace(self.scheduler, shift=shift), num_inference_steps, scheduler
         )
         scales = guidance_scales(
             schedule.timesteps, true_cfg_scale, guidance_interval=guidance_interval
@@ -210,7 +207,7 @@ class HunyuanVideoPipeline(VideoPipeline):
         text, *negative = [each.repeated(num_videos_per_prompt) for each in encoded_parts]
         return PreparedRun(
             schedule=schedule,
-            state=initial_flow_state(noise),
+            state=initial_state(schedule.sampler, noise),
             conditions=HunyuanVideoConditions(
                 text=text,
                 negative_text=negative[0] if negative else None,

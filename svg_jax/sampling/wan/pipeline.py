@@ -28,12 +28,9 @@ from svg_jax.sampling.latents import (
 from svg_jax.sampling.memory import check_memory
 from svg_jax.sampling.pipeline import PreparedRun, VideoPipeline, with_settings
 from svg_jax.sampling.prompt_features import take_prompts
-from svg_jax.sampling.schedules.flow import (
-    FlowConfig,
-    FlowSampler,
-    initial_flow_state,
-    make_flow_schedule,
-)
+from svg_jax.sampling.schedules.config import Sampler, SchedulerConfig
+from svg_jax.sampling.schedules.steps import initial_state
+from svg_jax.sampling.schedules.tables import make_schedule
 from svg_jax.sampling.settings import SettingError, count_prompts
 from svg_jax.sampling.wan.image_conditions import ImageConditions, encode_first_frames
 from svg_jax.text.prompts import wan_tokens
@@ -113,7 +110,7 @@ class WanPipeline(VideoPipeline):
     frame_rate: ClassVar[float] = 16.0
 
     transformer: WanTransformer | Lazy[WanTransformer]
-    scheduler: FlowConfig
+    scheduler: SchedulerConfig
     vae: WanVAE | Lazy[WanVAE] | None = None
     text_encoder: T5Encoder | Lazy[T5Encoder] | None = None
     tokenizer: PromptTokenizer | None = None
@@ -141,7 +138,7 @@ class WanPipeline(VideoPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | int | None = None,
         guidance_interval: tuple[float | int, float | int] | None = None,
-        scheduler: FlowSampler | None = None,
+        scheduler: Sampler | None = None,
         flow_shift: float | int | None = None,
         latents: Latents | None = None,
         prompt_embeds: Embeddings | None = None,
@@ -202,7 +199,7 @@ class WanPipeline(VideoPipeline):
         assert guidance_scale is not None
         assert guidance_interval is not None
         assert seed is not None
-        schedule = make_flow_schedule(sampling, num_inference_steps, sampler=scheduler)
+        schedule = make_schedule(sampling, num_inference_steps, scheduler)
         scales = guidance_scales(
             schedule.timesteps, guidance_scale, guidance_interval=guidance_interval
         )
@@ -245,7 +242,7 @@ class WanPipeline(VideoPipeline):
         )
         return PreparedRun(
             schedule=schedule,
-            state=initial_flow_state(noise),
+            state=initial_state(schedule.sampler, noise),
             conditions=WanConditions(
                 prompt_embeds=jnp.repeat(positive, num_videos_per_prompt, axis=0),
                 negative_prompt_embeds=repeat_each(negative, num_videos_per_prompt),

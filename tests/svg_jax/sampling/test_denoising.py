@@ -15,12 +15,10 @@ from svg_jax.models import VideoLayout
 from svg_jax.sampling.cogvideox.pipeline import CogVideoXConditions as Conditions
 from svg_jax.sampling.denoising import denoise, guidance_scales
 from svg_jax.sampling.records import SamplingInfo, median_seconds
-from svg_jax.sampling.schedules.diffusion import (
-    SchedulerConfig,
-    initial_noise,
-    initial_state,
-    make_schedule,
-)
+from svg_jax.sampling.schedules.config import SchedulerConfig
+from svg_jax.sampling.schedules.noise import initial_noise
+from svg_jax.sampling.schedules.steps import initial_state
+from svg_jax.sampling.schedules.tables import make_schedule
 
 LAYERS, HEADS, HEAD_DIM = 3, 2, 8
 LAYOUT = VideoLayout(num_frames=4, tokens_per_frame=16, text_tokens=2, text_position="first")

@@ -24,7 +24,7 @@ from svg_jax.sampling import CogVideoXPipeline, HunyuanVideoPipeline
 from svg_jax.sampling.components import Lazy, loading_once
 from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders
 from svg_jax.sampling.prompt_list import generate_videos, output_paths, plan_videos, read_prompts
-from svg_jax.sampling.schedules.flow import FlowConfig
+from svg_jax.sampling.schedules.config import SchedulerConfig
 
 PROMPTS = [f"a red {digit} moving left over the flower" for digit in ("three", "five", "nine")]
 SMALL: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 1, "num_frames": 2}
@@ -265,7 +265,7 @@ def test_components_of_components_are_loaded_once_too():
     parts = [Lazy(None, None, load) for load in loads]
     pipeline: Any = HunyuanVideoPipeline(
         transformer=parts[0],
-        scheduler=FlowConfig("euler"),
+        scheduler=SchedulerConfig("euler"),
         encoders=HunyuanVideoEncoders(text_encoder=parts[1]),
     )
     copy = loading_once(pipeline)

@@ -27,8 +27,7 @@ from svg_jax.sampling.comparison import compare
 from svg_jax.sampling.components import Lazy
 from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders
 from svg_jax.sampling.latents import RELEASED, Compression, decoded_frames
-from svg_jax.sampling.schedules.diffusion import SchedulerConfig
-from svg_jax.sampling.schedules.flow import FlowConfig
+from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.sampling.settings import SETTINGS, ArrayOf, SettingError, check_settings
 
 NAN, INF = math.nan, math.inf
@@ -79,12 +78,12 @@ PIPELINES: dict[str, Any] = {
     ),
     "Wan": WanPipeline(
         transformer=lazy(WanConfig(**WAN)),
-        scheduler=FlowConfig("unipc", 3.0),
+        scheduler=SchedulerConfig("unipc", shift=3.0),
         text_encoder=lazy(None),
     ),
     "HunyuanVideo": HunyuanVideoPipeline(
         transformer=lazy(HunyuanVideoConfig(**HUNYUAN_VIDEO)),
-        scheduler=FlowConfig("euler", 7.0),
+        scheduler=SchedulerConfig("euler", shift=7.0),
         encoders=HunyuanVideoEncoders(text_encoder=lazy(None), text_encoder_2=lazy(None)),
     ),
 }
@@ -304,7 +303,7 @@ def test_the_vae_says_how_large_latents_are():
         cogvideox.prepare(**TEXT, guidance_scale=1, **size | {"height": 36})
     wan = WanPipeline(
         transformer=lazy(WanConfig(**WAN)),
-        scheduler=FlowConfig("unipc", 3.0),
+        scheduler=SchedulerConfig("unipc", shift=3.0),
         vae=lazy(
             WanVAEConfig(
                 z_dim=4,
@@ -369,7 +368,7 @@ def test_guidance_of_hunyuan_video_is_diffusers(changes, expected):
         features["image_latents"] = np.ones((1, 4, 1, 4, 6), np.float32)
     pipeline = HunyuanVideoPipeline(
         transformer=lazy(config),
-        scheduler=FlowConfig("euler", 7.0),
+        scheduler=SchedulerConfig("euler", shift=7.0),
         encoders=HunyuanVideoEncoders(),
     )
     run: Any = pipeline.prepare(**features, **SIZE)

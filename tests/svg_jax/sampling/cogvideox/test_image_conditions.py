@@ -16,7 +16,7 @@ from svg_jax import cli
 from svg_jax.convert import convert_pipeline
 from svg_jax.sampling import from_pretrained
 from svg_jax.sampling.components import Lazy
-from svg_jax.sampling.schedules.diffusion import image_noise_of
+from svg_jax.sampling.schedules.noise import image_noise_of
 
 MODEL = COGVIDEOX | {"in_channels": 8, "sample_width": 12}
 OF_1_5 = {"patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 16}

@@ -17,7 +17,7 @@ from svg_jax.convert import convert_pipeline
 from svg_jax.models import CogVideoXConfig
 from svg_jax.sampling import from_pretrained
 from svg_jax.sampling.latents import NO_VAE, RELEASED, Compression, latent_shape, to_frames
-from svg_jax.sampling.schedules.diffusion import step_noise
+from svg_jax.sampling.schedules.noise import step_noise
 
 MODEL_1_5 = COGVIDEOX | {"patch_size_t": 2, "patch_bias": False, "sample_height": 300}
 VARIANTS = {

@@ -20,7 +20,7 @@ from svg_jax.convert import convert_pipeline
 from svg_jax.models import WanConfig
 from svg_jax.sampling import WanPipeline, from_pretrained
 from svg_jax.sampling.components import Lazy
-from svg_jax.sampling.schedules.flow import FlowConfig
+from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.sampling.wan.image_conditions import known_frames
 
 TRANSFORMER: dict[str, Any] = {
@@ -341,7 +341,7 @@ def test_a_checkpoint_without_encoders_and_vae(make, tmp_path):
 def pipeline_of(shift=3.0, **changes):
     config = WanConfig(**TRANSFORMER | changes)
     transformer: Any = Lazy(config, np.dtype(np.float32), nnx.Module)
-    return WanPipeline(transformer=transformer, scheduler=FlowConfig("unipc", shift))
+    return WanPipeline(transformer=transformer, scheduler=SchedulerConfig("unipc", shift=shift))
 
 
 @pytest.mark.parametrize(
