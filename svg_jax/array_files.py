@@ -17,7 +17,7 @@ from typing import IO
 import numpy as np
 from jaxtyping import Shaped
 
-from svg_jax.files import open_regular
+from svg_jax.convert.files import open_regular
 
 _MOST_BYTES = 2**28  # of one array; HunyuanVideo's noise of 129 frames in 720p has 30 MB
 _MOST_SHOWN = 5

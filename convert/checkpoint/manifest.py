@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from svg_jax.convert.errors import ConversionError, DamageError
+from svg_jax.convert.files import written_atomically
 from svg_jax.convert.formats.digests import bytes_digest
 from svg_jax.convert.formats.json_file import read_json
 from svg_jax.convert.formats.show import show
@@ -134,9 +135,8 @@ def _signed(values: Mapping[str, Any]) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest, name: str = NAME) -> None:
     """Write the manifest, whole or not at all."""
-    new = folder / f"{name}.new"
-    new.write_text(manifest_text(manifest), encoding="utf-8")
-    os.replace(new, folder / name)
+    with written_atomically(folder / name) as temporary:
+        temporary.write_text(manifest_text(manifest), encoding="utf-8")
 
 
 def read_manifest(folder: Path, name: str = NAME) -> Manifest:

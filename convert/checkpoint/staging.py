@@ -2,9 +2,9 @@
 
 Everything is written to a hidden sibling of the destination, `.NAME.partial`, and put in its place
 at the end: renamed, or exchanged with the folder that is overwritten, so that one of the two is
-there at every moment. A run that is killed leaves only that sibling; the next run for the same
-destination takes it over. A lock on it, which the kernel drops with the process, keeps a second run
-out.
+there at every moment. A second run is kept out by a lock on `.NAME.lock`, which the system drops
+with the process. A run that is killed leaves only these two; the next run for the same destination
+takes them over.
 """
 
 import contextlib
@@ -16,14 +16,11 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from svg_jax.convert.errors import ConversionError, RefusedError
 from svg_jax.convert.paths import real_place
 from svg_jax.convert.progress import Terminated
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two runs apart
-    fcntl = None
 
 _LOGGER = logging.getLogger(__name__)
 # What marks a folder as a checkpoint, so that `overwrite` cannot remove anything else.
@@ -119,41 +116,63 @@ def staged_folder(
     """
     destination = real_place(destination)
     staging, replaced = partial_folder(destination), replaced_folder(destination)
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock_folder(staging, destination)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ConversionError(f"{error.filename}: is no folder: choose another place.") from error
-    except OSError as error:
-        raise _cannot_write(destination, error) from error
-    keeps = take_over
-    try:
-        if destination.exists():
-            if not overwrite:
-                raise ConversionError(f"{destination}: another run has put a folder there.")
-            _LOGGER.info("will delete %s when the new one is whole", describe(destination))
-            _remove(replaced)
-        if not take_over:
-            clear(staging)
-        yield staging
-        _sync(staging)
-        if not (overwrite and destination.exists()):
-            staging.rename(destination)  # refuses a folder that somebody else has put there
-        else:
-            keeps = False  # from here on the name may be the old folder's
-            _replace(destination, staging, replaced)
-        _remove(replaced)
-    except BaseException as error:
-        if not (keeps and isinstance(error, Terminated)):
-            shutil.rmtree(staging, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            staging.rmdir()  # which is empty if nothing was finished
-        if isinstance(error, OSError):
+    with contextlib.ExitStack() as held:
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_locked(destination))
+            staging.mkdir(exist_ok=True)
+            if staging.is_symlink():  # what it leads to is not ours to clear
+                raise NotADirectoryError(errno.ENOTDIR, "is a link", str(staging))
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ConversionError(
+                f"{error.filename}: is no folder: choose another place."
+            ) from error
+        except OSError as error:
             raise _cannot_write(destination, error) from error
-        raise
+        keeps = take_over
+        try:
+            if destination.exists():
+                if not overwrite:
+                    raise ConversionError(f"{destination}: another run has put a folder there.")
+                _LOGGER.info("will delete %s when the new one is whole", describe(destination))
+                _remove(replaced)
+            if not take_over:
+                clear(staging)
+            yield staging
+            _sync(staging)
+            if not (overwrite and destination.exists()):
+                staging.rename(destination)  # refuses a folder that somebody else has put there
+            else:
+                keeps = False  # from here on the name may be the old folder's
+                _replace(destination, staging, replaced)
+            _remove(replaced)
+        except BaseException as error:
+            if not (keeps and isinstance(error, Terminated)):
+                shutil.rmtree(staging, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                staging.rmdir()  # which is empty if nothing was finished
+            if isinstance(error, OSError):
+                raise _cannot_write(destination, error) from error
+            raise
+
+
+@contextlib.contextmanager
+def _locked(destination: Path) -> Iterator[None]:
+    """Keep other runs out that would make the same folder."""
+    lock = FileLock(destination.with_name(f".{destination.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RefusedError(
+            f"{destination}: another run is writing this folder: wait for it, or choose another "
+            "place."
+        ) from error
+    try:
+        yield
     finally:
-        if lock is not None:
-            os.close(lock)
+        with contextlib.suppress(OSError):  # Windows removes no file that is open
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 def clear(folder: Path, keep: Collection[str] = ()) -> None:
@@ -174,28 +193,6 @@ def _cannot_write(destination: Path, error: OSError) -> RefusedError:
     )
 
 
-def _lock_folder(staging: Path, destination: Path) -> int | None:
-    while True:
-        staging.mkdir(exist_ok=True)
-        if fcntl is None:
-            return None
-        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Else another run ended, and moved or removed it, before it was locked.
-            if os.path.samestat(os.fstat(lock), os.stat(staging)):
-                return lock
-        except BlockingIOError as error:
-            os.close(lock)
-            raise RefusedError(
-                f"{destination}: another run is writing this folder: wait for it, or choose "
-                "another place."
-            ) from error
-        except FileNotFoundError:
-            pass
-        os.close(lock)
-
-
 def _sync(folder: Path) -> None:
     """Bring every file to the disk, so that a power cut after the rename finds them whole."""
     for path in (*folder.rglob("*"), folder):
@@ -213,25 +210,11 @@ def _replace(destination: Path, new: Path, replaced: Path) -> None:
     Where the system cannot exchange two names, there is a moment without a folder at `destination`:
     a run that is killed in it leaves both, and `standing_folder` finds the old one.
     """
-    with _locked(destination):  # for a moment it has the name that a second run would take over
-        if _exchange(new, destination):
-            new.rename(replaced)
-        else:
-            destination.rename(replaced)
-            new.rename(destination)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    if fcntl is None:
-        yield
-        return
-    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(held)
+    if _exchange(new, destination):
+        new.rename(replaced)
+    else:
+        destination.rename(replaced)
+        new.rename(destination)
 
 
 def _exchange(one: Path, other: Path) -> bool:

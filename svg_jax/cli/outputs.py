@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from svg_jax.files import check_writable
+from svg_jax.convert.files import check_writable
 
 
 def check_outputs(

@@ -19,8 +19,8 @@ from svg_jax.cli.outputs import check_outputs
 from svg_jax.cli.tables import comparison_table
 from svg_jax.config import SparsityConfig, dense_step_count
 from svg_jax.convert import convert_pipeline
+from svg_jax.convert.files import written_atomically
 from svg_jax.convert.run_defaults import read_run_defaults
-from svg_jax.files import written_atomically
 from svg_jax.kernels import pick_implementation
 from svg_jax.media.captions import caption_bar
 from svg_jax.media.images import with_images_read

@@ -9,7 +9,7 @@ import PIL.features
 import PIL.Image
 import PIL.ImageOps
 
-from svg_jax.files import open_regular
+from svg_jax.convert.files import open_regular
 from svg_jax.media.pixels import rgb_of_pillow
 
 # What cameras, browsers and painting programs write. Pillow knows some that start other programs

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from svg_jax.convert.files import written_atomically
 from svg_jax.convert.formats.values import Number
-from svg_jax.files import written_atomically
 from svg_jax.media.captions import caption_bar, draw_caption
 from svg_jax.media.frames import AnyVideo, Frames, as_frames
 

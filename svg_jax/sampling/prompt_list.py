@@ -17,8 +17,8 @@ from typing import Any
 import jax
 
 from svg_jax.config import SparsityConfig
+from svg_jax.convert.files import open_regular, remove_leftovers, written_atomically
 from svg_jax.convert.formats.digests import file_digest
-from svg_jax.files import open_regular, remove_leftovers, written_atomically
 from svg_jax.sampling import VideoOutput, VideoPipeline
 from svg_jax.sampling.components import loading_once
 from svg_jax.sampling.pipeline import PreparedRun

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from svg_jax.files import written_atomically
+from svg_jax.convert.files import written_atomically
 
 
 @dataclass(frozen=True, eq=False, repr=False)

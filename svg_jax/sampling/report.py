@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from svg_jax.files import written_atomically
+from svg_jax.convert.files import written_atomically
 
 
 @dataclass(frozen=True)

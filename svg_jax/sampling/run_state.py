@@ -27,8 +27,8 @@ import numpy as np
 import PIL.Image
 
 from svg_jax.convert import Manifest
+from svg_jax.convert.files import check_writable, open_regular, remove_leftovers, written_atomically
 from svg_jax.convert.formats.digests import array_digest, bytes_digest
-from svg_jax.files import check_writable, open_regular, remove_leftovers, written_atomically
 from svg_jax.provenance import run_environment
 from svg_jax.sampling.records import HeadProfile, StepRecord
 from svg_jax.sampling.schedules.steps import SamplerState

@@ -64,9 +64,9 @@ def test_an_error_or_ctrl_c_leaves_nothing(tmp_path, error):
 def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_run_cleans_up(tmp_path):
     killed = in_another_process(KILLED, tmp_path / "out")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert names(tmp_path) == [".out.partial"]
-    make(tmp_path / "other")  # a run for another destination does not touch it
-    assert names(tmp_path) == [".out.partial", "other"]
+    assert names(tmp_path) == [".out.lock", ".out.partial"]
+    make(tmp_path / "other")  # a run for another destination does not touch them
+    assert names(tmp_path) == [".out.lock", ".out.partial", "other"]
     make(tmp_path / "out")
     assert names(tmp_path) == ["other", "out"]
     assert names(tmp_path / "out") == ["manifest.json"]
@@ -87,6 +87,21 @@ def test_a_second_run_for_the_same_folder_is_refused_and_harms_nothing(tmp_path)
             make(destination, "second")
     assert (destination / "manifest.json").read_text() == "first"
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_stands_in_the_place_of_the_hidden_folder_is_left_alone(tmp_path, kind):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "precious").touch()
+    if kind == "link":
+        (tmp_path / ".out.partial").symlink_to(theirs)
+    else:
+        (tmp_path / ".out.partial").touch()
+    with pytest.raises(ConversionError, match=r"\.out\.partial: is no folder"):
+        make(tmp_path / "out")
+    assert names(theirs) == ["precious"]
+    assert names(tmp_path) == [".out.partial", "theirs"]
 
 
 def test_what_somebody_else_puts_there_meanwhile_is_left_alone(tmp_path):

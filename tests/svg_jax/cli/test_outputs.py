@@ -19,7 +19,7 @@ from svg_jax.cli import videos
 from svg_jax.cli.errors import failure_of
 from svg_jax.cli.outputs import check_outputs
 from svg_jax.convert import convert_pipeline
-from svg_jax.files import check_writable, open_regular
+from svg_jax.convert.files import check_writable, open_regular
 from svg_jax.media.video import save_video
 
 PROMPT = "a red three moving left over the flower"

@@ -124,9 +124,9 @@ def test_an_interrupted_write_leaves_nothing_and_spares_the_old_file(suffix, tmp
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    import svg_jax.files
+    import svg_jax.convert.files
 
-    monkeypatch.setattr(svg_jax.files.os, "replace", interrupt)
+    monkeypatch.setattr(svg_jax.convert.files.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_video(moving_gradient(), path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
