@@ -20,16 +20,20 @@ if TYPE_CHECKING:
     from svg_jax.convert.checkpoint.verify import verify_pipeline
     from svg_jax.convert.contents import Contents, read_contents
     from svg_jax.convert.errors import ConversionError, DamageError, RefusedError
-    from svg_jax.convert.pipeline import convert_pipeline
-    from svg_jax.convert.plan import plan_conversion
+    from svg_jax.convert.pipeline import convert_pipeline, write_plan
+    from svg_jax.convert.plan import ConversionPlan, make_plan, plan_conversion
     from svg_jax.convert.releases.recognise import OriginalComponent, find_original, read_original
+    from svg_jax.convert.settings import ConversionSettings, LoraSource
     from svg_jax.convert.tables.rules import Leaf, Rule, convert_state, match_rules, restore_state
 
 __all__ = [
     "Contents",
     "ConversionError",
+    "ConversionPlan",
+    "ConversionSettings",
     "DamageError",
     "Leaf",
+    "LoraSource",
     "Manifest",
     "OriginalComponent",
     "RefusedError",
@@ -43,6 +47,7 @@ __all__ = [
     "load_text_encoder",
     "load_transformer",
     "load_vae",
+    "make_plan",
     "match_rules",
     "plan_conversion",
     "read_contents",
@@ -50,6 +55,7 @@ __all__ = [
     "read_original",
     "restore_state",
     "verify_pipeline",
+    "write_plan",
 ]
 
 _HOME = {
@@ -59,9 +65,10 @@ _HOME = {
     "checkpoint.verify": ("verify_pipeline",),
     "contents": ("Contents", "read_contents"),
     "errors": ("ConversionError", "DamageError", "RefusedError"),
-    "pipeline": ("convert_pipeline",),
-    "plan": ("plan_conversion",),
+    "pipeline": ("convert_pipeline", "write_plan"),
+    "plan": ("ConversionPlan", "make_plan", "plan_conversion"),
     "releases.recognise": ("OriginalComponent", "find_original", "read_original"),
+    "settings": ("ConversionSettings", "LoraSource"),
     "tables.rules": ("Leaf", "Rule", "convert_state", "match_rules", "restore_state"),
 }
 

@@ -4,11 +4,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from jax.typing import DTypeLike
+from typing import Any
 
 from svg_jax.convert.checkpoint.manifest import (
     NAME,
@@ -18,18 +17,15 @@ from svg_jax.convert.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from svg_jax.convert.checkpoint.staging import (
-    check_destination,
-    clear,
-    partial_folder,
-    staged_folder,
-)
+from svg_jax.convert.checkpoint.staging import clear, partial_folder, staged_folder
 from svg_jax.convert.copying import copy_weights
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.digests import file_digest
 from svg_jax.convert.paths import real_place
-from svg_jax.convert.plan import ComponentPlan, ConversionPlan, plan_conversion
+from svg_jax.convert.plan import ComponentPlan, ConversionPlan, make_plan
 from svg_jax.convert.progress import Progress, Terminated, count_bytes
+from svg_jax.convert.settings import ConversionSettings, list_loras
+from svg_jax.convert.tables.lora_names import TRANSFORMER
 
 _LOGGER = logging.getLogger(__name__)
 # The manifest of a folder that is not whole yet: what it lists is, and a later run may rely on it.
@@ -50,17 +46,11 @@ def convert_pipeline(
     source: str | Path,
     destination: str | Path,
     *,
-    components: Collection[str] | None = None,
-    dtype: DTypeLike | None = None,
-    variant: str | None = None,
-    weights_key: str | None = None,
     lora: str | Path | Sequence[str | Path] | None = (),
     lora_scale: float | Sequence[float] = 1.0,
-    lora_into: str | Sequence[str] = "transformer",
-    strict: bool = False,
-    allow_nonfinite: bool = False,
-    overwrite: bool = False,
+    lora_into: str | Sequence[str] = TRANSFORMER,
     progress: Progress | None = None,
+    **settings: Any,
 ) -> None:
     """Convert a pipeline, or a component alone, in diffusers' layout into orbax checkpoints.
 
@@ -74,62 +64,44 @@ def convert_pipeline(
     there.
 
     Args:
-        source: Folder with model_index.json; or one as Wan-AI released it; or a component's
-            with config.json, or a file of its weights with config.json beside it: the result then
-            has that component alone, under the name of its role ("transformer", "vae", …), and
-            makes no pipeline. Weights are safetensors, one file or shards, or those of an original
-            release, of which config.json only has to say what they do not tell.
+        source: Folder or file to read; see `ConversionSettings`.
         destination: Folder to be made.
-        components: Components to convert, e.g. ("transformer", "text_encoder"); the others are
-            left out and named in the manifest. None takes all and refuses those not ported yet.
-        dtype: float32, float16 or bfloat16 to cast weights to, but those that the model keeps in
-            float32 (Wan's time embedding, modulation and norms; T5's `wo` among float16). None
-            keeps what is stored, tensor by tensor: a component may mix dtypes, the layers of one
-            stacked weight may not.
-        variant: Set of weights to take where a component has several, e.g. "fp16" for
-            `diffusion_pytorch_model.fp16.safetensors`; a component without it gives its only set.
-        weights_key: Which weights are meant where a file holds several, such as a trainer's and
-            their moving average: the key that leads to them, or what stands before their names;
-            "ema", "state_dict.ema". An error names those that there are.
-        lora: LoRAs to merge into the weights, in this order, as any of the trainers in docs/lora.md
-            writes them: files of safetensors or torch.save, folders with one, or the hub's
-            "owner/name" or "owner/name/file.safetensors". W becomes
-            W + lora_scale · alpha / rank · B A in float32, and then has its dtype again, as after
-            diffusers' `fuse_lora`.
+        lora: LoRAs to merge into the weights, in this order: their paths; see `LoraSource`.
         lora_scale: Strength of the LoRAs: one for all, or one for each.
         lora_into: Component that the LoRAs mean by the transformer: one for all, or one for each.
-            Wan 2.2 has a "transformer_2", for which diffusers has `load_into_transformer_2`.
-        strict: Whether parts of a LoRA for layers that the model lacks (the image layers of one for
-            image to video, on text to video) are an error; otherwise they are skipped, and named in
-            the log and the manifest.
-        allow_nonfinite: Whether to take weights that are NaN or infinite, and to count them in the
-            manifest; otherwise they are an error.
-        overwrite: Whether to replace a checkpoint folder that is at `destination`.
         progress: Called with (bytes done, bytes in all, component).
+        settings: Fields of `ConversionSettings`: components, dtype, variant, weights_key, strict,
+            allow_nonfinite, overwrite.
 
     Raises:
         ConversionError: One sentence that says what is wrong with the source or the destination,
             where, and what to do. At `destination` is then what was there before, or nothing.
         RefusedError: The same of the disk, its rights, or another run for this destination.
     """
-    destination = real_place(destination)
-    plan = plan_conversion(
-        source,
-        components=components,
-        dtype=dtype,
-        variant=variant,
-        weights_key=weights_key,
-        lora=lora,
-        lora_scale=lora_scale,
-        lora_into=lora_into,
-        strict=strict,
-    )
-    for path in plan.sources:
-        check_destination(destination, path, plan.written_nbytes, overwrite)
+    loras = list_loras(lora, lora_scale, lora_into)
+    made = ConversionSettings(source=source, destination=destination, loras=loras, **settings)
+    write_plan(make_plan(made), progress)
+
+
+def write_plan(plan: ConversionPlan, progress: Progress | None = None) -> None:
+    """Write what a plan says to the destination that its settings name.
+
+    Args:
+        plan: What to read and write.
+        progress: Called with (bytes done, bytes in all, component).
+
+    Raises:
+        ConversionError: See `convert_pipeline`; or if the settings name no destination.
+        RefusedError: See `convert_pipeline`.
+    """
+    settings = plan.settings
+    if settings.destination is None:
+        raise ConversionError(f"{plan.source.path}: destination=None: must be the folder to make.")
+    destination = real_place(settings.destination)
     advance = count_bytes(plan.nbytes, progress)
     try:
-        with staged_folder(destination, overwrite=overwrite, take_over=True) as staging:
-            _write(plan, staging, allow_nonfinite, advance)
+        with staged_folder(destination, overwrite=settings.overwrite, take_over=True) as staging:
+            _write(plan, staging, settings.allow_nonfinite, advance)
     except Terminated:
         _LOGGER.info("%s", _what_stands(destination))
         raise
@@ -145,7 +117,7 @@ def _write(
         source=plan.source.name,
         pipeline=plan.source.index.pipeline,
         dtype=None if plan.dtype is None else plan.dtype.name,
-        variant=plan.variant,
+        variant=plan.settings.variant,
         components={},
         skipped=plan.skipped,
         sources={},

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from svg_jax.convert import scheduler_config
 from svg_jax.convert.checkpoint.manifest import NAME, SMALL_BYTES
 from svg_jax.convert.checkpoint.orbax_writer import LeafFiles, checkpoint_nbytes
+from svg_jax.convert.checkpoint.staging import check_destination
 from svg_jax.convert.components import (
     COPIED,
     component_leaves,
@@ -28,10 +29,12 @@ from svg_jax.convert.formats.stored_tensor import DTYPES, StoredTensor
 from svg_jax.convert.formats.values import sentence_of
 from svg_jax.convert.lora.change import Change
 from svg_jax.convert.lora.read import Lora, changes_of, read_loras
-from svg_jax.convert.paths import usable_path
+from svg_jax.convert.paths import real_place, usable_path
 from svg_jax.convert.run_defaults import FILE as RUN_DEFAULTS
 from svg_jax.convert.run_defaults import read_run_defaults
+from svg_jax.convert.settings import ConversionSettings, list_loras
 from svg_jax.convert.source import Source, open_source, select_variants
+from svg_jax.convert.tables.lora_names import TRANSFORMER
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.convert.tables.rules import Leaf
 
@@ -128,25 +131,20 @@ class ConversionPlan:
     """What will be read and written.
 
     Attributes:
+        settings: What was asked for.
         source: What is read.
         components: The components to convert, sorted by name.
         files: The files that are carried as they are, by their path in the folder.
         dtype: What weights are cast to; None keeps what is stored.
-        variant: Which set of weights was asked for.
         loras: What is merged into the weights.
     """
 
+    settings: ConversionSettings
     source: Source
     components: tuple[ComponentPlan, ...]
     files: Mapping[str, Path]
     dtype: np.dtype | None
-    variant: str | None
     loras: tuple[Lora, ...]
-
-    @property
-    def sources(self) -> tuple[Path, ...]:
-        """The folders and files that the destination must not lie in, or hold."""
-        return (self.source.path, *(lora.path for lora in self.loras))
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -175,49 +173,60 @@ class ConversionPlan:
 def plan_conversion(
     source: str | Path,
     *,
-    components: Collection[str] | None = None,
-    dtype: DTypeLike | None = None,
-    variant: str | None = None,
-    weights_key: str | None = None,
     lora: str | Path | Sequence[str | Path] | None = (),
     lora_scale: float | Sequence[float] = 1.0,
-    lora_into: str | Sequence[str] = "transformer",
-    strict: bool = False,
+    lora_into: str | Sequence[str] = TRANSFORMER,
+    **settings: Any,
 ) -> ConversionPlan:
-    """Checks a source as far as that is possible without reading its weights; writes nothing.
+    """Check a source as far as that is possible without reading its weights; write nothing.
 
     Args:
-        source: See `convert_pipeline`.
-        components: See `convert_pipeline`.
-        dtype: See `convert_pipeline`.
-        variant: See `convert_pipeline`.
-        weights_key: See `convert_pipeline`.
+        source: See `ConversionSettings`.
         lora: See `convert_pipeline`.
         lora_scale: See `convert_pipeline`.
         lora_into: See `convert_pipeline`.
-        strict: See `convert_pipeline`.
+        settings: Fields of `ConversionSettings`.
 
     Raises:
         ConversionError: One sentence that says what is wrong with the source or a LoRA.
     """
-    source = usable_path(source)
+    loras = list_loras(lora, lora_scale, lora_into)
+    return make_plan(ConversionSettings(source=source, loras=loras, **settings))
+
+
+def make_plan(settings: ConversionSettings) -> ConversionPlan:
+    """Check all that a conversion needs but the numbers of its weights; write nothing.
+
+    Raises:
+        ConversionError: One sentence that says what is wrong with the source, a LoRA or the
+            destination.
+        RefusedError: If the disk has too little room for what would be written.
+    """
+    destination = None if settings.destination is None else real_place(settings.destination)
+    source = usable_path(settings.source)
+    if settings.revision is not None:
+        raise ConversionError(f"{source}: revision={settings.revision!r} goes with a hub id alone.")
     if (source / NAME).is_file():
         raise ConversionError(f"{source}: is converted already: use it as it is.")
-    cast = None if dtype is None else _weight_dtype(dtype)
-    opened = open_source(source, variant, weights_key)
-    chosen = select_components(opened.index, components, opened.path)
-    variants = select_variants(opened, chosen, variant)
+    cast = None if settings.dtype is None else _weight_dtype(settings.dtype)
+    opened = open_source(source, settings.variant, settings.weights_key)
+    chosen = select_components(opened.index, settings.components, opened.path)
+    variants = select_variants(opened, chosen, settings.variant)
     plans = [_plan_component(opened, name, cast, variants[name]) for name in chosen]
     leaves = {part.name: part.leaves for part in plans}
-    loras = read_loras(lora, lora_scale, leaves, lora_into, strict=strict)
-    return ConversionPlan(
+    loras = read_loras(settings.loras, leaves, strict=settings.strict)
+    plan = ConversionPlan(
+        settings=settings,
         source=opened,
         components=tuple(replace(part, changes=changes_of(loras, part.name)) for part in plans),
         files=_small_files(opened),
         dtype=cast,
-        variant=variant,
         loras=loras,
     )
+    if destination is not None:
+        for path in (opened.path, *(lora.path for lora in loras)):
+            check_destination(destination, path, plan.written_nbytes, settings.overwrite)
+    return plan
 
 
 def _weight_dtype(dtype: DTypeLike) -> np.dtype:

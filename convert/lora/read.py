@@ -8,14 +8,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from svg_jax.convert.checkpoint.manifest import LoraRecord
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.digests import file_digest
-from svg_jax.convert.formats.values import is_number, shown
 from svg_jax.convert.lora.change import Change
 from svg_jax.convert.lora.config import PEFT_CONFIG, read_lora_config
 from svg_jax.convert.lora.files import find_lora, read_lora_file
@@ -23,11 +19,11 @@ from svg_jax.convert.lora.merge import group_changes
 from svg_jax.convert.lora.sort import Component, list_names, sort_tensors
 from svg_jax.convert.lora.targets import changeable_shapes, module_names
 from svg_jax.convert.paths import usable_path
+from svg_jax.convert.settings import LoraSource
 from svg_jax.convert.tables.lora_names import PEFT, TRANSFORMER
 from svg_jax.convert.tables.rules import Leaf
 
 _LOGGER = logging.getLogger(__name__)
-_LARGEST = float(np.finfo(np.float32).max)
 
 Changes = Mapping[str, tuple[Change, ...]]
 
@@ -37,19 +33,17 @@ class Lora:
     """A LoRA that was checked and can be merged.
 
     Attributes:
+        source: What was asked for.
         path: Its file or folder.
         name: What it is called.
-        scale: Its strength.
-        into: The component that its names of the transformer mean.
         files: The files that are read.
         changes: Per component, the changes of each tensor.
         skipped: Names, with an asterisk for each number, of what the model has no layers for.
     """
 
+    source: LoraSource
     path: Path
     name: str
-    scale: float
-    into: str
     files: tuple[Path, ...]
     changes: Mapping[str, Changes]
     skipped: tuple[str, ...]
@@ -58,74 +52,32 @@ class Lora:
         """Make the entry of the manifest, for which its files are read."""
         return LoraRecord(
             source=self.name,
-            scale=self.scale,
-            into=self.into,
+            scale=self.source.scale,
+            into=self.source.into,
             files={file.name: file_digest(file) for file in self.files},
             skipped=self.skipped,
         )
 
 
 def read_loras(
-    paths: str | Path | Sequence[str | Path] | None,
-    scales: float | Sequence[float],
-    leaves: Mapping[str, Sequence[Leaf]],
-    into: str | Sequence[str] = TRANSFORMER,
-    *,
-    strict: bool = False,
+    sources: Sequence[LoraSource], leaves: Mapping[str, Sequence[Leaf]], *, strict: bool = False
 ) -> tuple[Lora, ...]:
     """Read what LoRAs change, but not their matrices.
 
     Args:
-        paths: Files, folders or the hub's, or None; see `convert_pipeline`.
-        scales: Strength of all, or one for each.
+        sources: LoRAs, in the order in which they are merged.
         leaves: Leaves of each component that is converted.
-        into: The component that names of the transformer mean: one for all, or one for each.
         strict: Whether parts for layers that the model lacks are an error, and not skipped.
 
     Raises:
         ConversionError: If nothing of one fits, a part is missing or has another shape, or needs
             another kind of merge.
     """
-    paths, scales, names = _listed(paths), _listed(scales), _listed(into)
-    if odd := [path for path in paths if not isinstance(path, str | Path)]:
-        raise ConversionError(f"lora={shown(odd[0])}: must be a path, or a list of paths.")
-    if odd := [name for name in names if not isinstance(name, str)]:
-        raise ConversionError(f"lora_into={shown(odd[0])}: must be a component's name.")
-    if not paths and (scales not in ([], [1.0]) or names not in ([], [TRANSFORMER])):
-        raise ConversionError(
-            f"lora_scale={shown(scales)}, lora_into={shown(names)}: say nothing without a LoRA: "
-            "give one."
-        )
-    for what, given in (("scales", scales), ("components", names)):
-        if len(given) == 1:
-            given *= len(paths)
-        if len(given) != len(paths):
-            raise ConversionError(
-                f"{len(given)} {what} for {len(paths)} LoRAs: give one for all, or one for each."
-            )
     components = {}
-    for name in leaves if paths else ():
+    for name in leaves if sources else ():
         shapes = changeable_shapes(leaves[name])
         components[name] = Component(shapes, module_names(shapes))
-    return tuple(
-        _read_lora(path, _checked_scale(path, scale), name, components, strict=strict)
-        for path, scale, name in zip(paths, scales, names, strict=True)
-    )
-
-
-def _listed(given: Any) -> list[Any]:
-    """Make a list of one thing, or of a list, a tuple or an array of them; None is none."""
-    if isinstance(given, list | tuple | np.ndarray):
-        return list(np.atleast_1d(given)) if isinstance(given, np.ndarray) else list(given)
-    return [] if given is None else [given]
-
-
-def _checked_scale(path: str | Path, scale: Any) -> float:
-    if not is_number(scale) or not -_LARGEST <= scale <= _LARGEST:
-        raise ConversionError(
-            f"{path}: its scale is {shown(scale)} and must be a finite number of float32."
-        )
-    return float(scale)
+    return tuple(_read_lora(source, components, strict=strict) for source in sources)
 
 
 def changes_of(loras: Sequence[Lora], component: str) -> dict[str, tuple[Change, ...]]:
@@ -137,14 +89,8 @@ def changes_of(loras: Sequence[Lora], component: str) -> dict[str, tuple[Change,
     return changes
 
 
-def _read_lora(
-    path: str | Path,
-    scale: float,
-    into: str,
-    components: Mapping[str, Component],
-    *,
-    strict: bool,
-) -> Lora:
+def _read_lora(source: LoraSource, components: Mapping[str, Component], *, strict: bool) -> Lora:
+    path, into = source.path, source.into
     if into not in {TRANSFORMER, *components}:
         raise ConversionError(
             f"{path}: is meant for the component {into!r} and those that are converted are "
@@ -161,7 +107,7 @@ def _read_lora(
         own = None if config is None else config.of(*meant)
         shapes = components[component].shapes
         changed = changes.setdefault(component, {})
-        for name, change in group_changes(targets, group, scale, own, shapes):
+        for name, change in group_changes(targets, group, source.scale, own, shapes):
             for other in changed.get(name, ()):
                 if (other.down is None) == (change.down is None):
                     raise ConversionError(
@@ -190,7 +136,7 @@ def _read_lora(
     given = usable_path(path)
     place = given if given.exists() else file
     name = str(path) if place == file != given else _name(given)
-    return Lora(place, name, scale, into, files, changes, tuple(sorted(found.absent)))
+    return Lora(source, place, name, files, changes, tuple(sorted(found.absent)))
 
 
 def _name(path: Path) -> str:

@@ -5,10 +5,12 @@
 
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from svg_jax.convert.components import COPIED, read_pipeline_index, select_components
 from svg_jax.convert.run_defaults import FILE as RUN_DEFAULTS
+from svg_jax.convert.settings import ConversionSettings
 from svg_jax.convert.sources.weights import weights_files
 from svg_jax.convert.tables.registry import STEMS
 
@@ -81,6 +83,24 @@ def download_components(
         raise ValueError(f"{hub_id}: has no weights of the variant {variant!r}: omit it.")
     patterns = [pattern for name in plain for pattern in _weights(name, None)]
     _snapshot(hub_id, patterns, commit, cache_dir)
+
+
+def fetch_source(settings: ConversionSettings) -> ConversionSettings:
+    """Find what is here by the source's name, or bring what the hub has into its cache.
+
+    Returns:
+        The settings with what was fetched as their source.
+
+    Raises:
+        ValueError: See `download_index` and `download_components`.
+        OSError: See `download_index`.
+    """
+    name = str(settings.source)
+    if Path(name).expanduser().exists() or not is_hub_id(name):
+        return settings
+    folder = download_index(name, revision=settings.revision)
+    download_components(name, folder, components=settings.components, variant=settings.variant)
+    return replace(settings, source=folder, revision=None)
 
 
 def is_hub_lora(path: str) -> bool:

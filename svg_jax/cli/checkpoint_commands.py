@@ -100,24 +100,23 @@ def convert(
     Example: svg-jax convert Wan2.1-T2V-14B wan --lora style.safetensors --lora-scale 0.8
     """
     from svg_jax.cli import checkpoints
+    from svg_jax.convert.settings import ConversionSettings, list_loras
 
     names = None if components is None else [name.strip() for name in components.split(",")]
-    checkpoints.convert(
-        source,
-        destination,
+    settings = ConversionSettings(
+        source=source,
+        destination=destination,
         revision=revision,
         components=names,
         dtype=dtype,
         variant=variant,
         weights_key=weights_key,
-        lora=lora or (),
-        lora_scale=lora_scale or (1.0,),
-        lora_into=lora_into or ("transformer",),
+        loras=list_loras(lora, lora_scale or 1.0, lora_into or "transformer"),
         strict=strict,
         allow_nonfinite=allow_nonfinite,
         overwrite=overwrite,
-        dry_run=dry_run,
     )
+    checkpoints.convert(settings, dry_run=dry_run)
 
 
 def export(

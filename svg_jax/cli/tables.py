@@ -103,7 +103,8 @@ def plan_tables(plan: ConversionPlan) -> Iterator[Table | str]:
         changed = sum(map(len, lora.changes.values()))
         size = _size(sum(file.stat().st_size for file in lora.files))
         where = " and ".join(sorted(lora.changes))
-        yield f"merges {lora.path} ({size}) at {lora.scale:g} into {changed} tensors of {where}"
+        scale = lora.source.scale
+        yield f"merges {lora.path} ({size}) at {scale:g} into {changed} tensors of {where}"
         if lora.skipped:
             yield f"not merged, for the model lacks it: {', '.join(lora.skipped)}"
     if plan.skipped:

@@ -35,6 +35,7 @@ from typer.testing import CliRunner
 
 from svg_jax.cli.app import app
 from svg_jax.convert import (
+    LoraSource,
     convert_pipeline,
     export_pipeline,
     match_rules,
@@ -346,7 +347,7 @@ class TestNamesOfTheFirstReleases:
         }
         file = tmp_path / "single.safetensors"
         save_file({name: tensor.astype(np.float32) for name, tensor in lora.items()}, file)
-        (found,) = read_loras(file, 1.0, {"transformer": match_rules(shapes, rules)})
+        (found,) = read_loras([LoraSource(file)], {"transformer": match_rules(shapes, rules)})
         state = {name: torch.from_numpy(tensor) for name, tensor in load_file(file).items()}
         expected = _convert_hunyuan_video_lora_to_diffusers(state)
         assert len(found.changes["transformer"]) == 4

@@ -200,7 +200,7 @@ class TestRefusals:
             self.refuse(tmp_path, file, "its scale is .* and must be", lora_scale=scale)
         an_array: Any = np.array([0.5])
         (half,) = plan_conversion(source, lora=[file], lora_scale=an_array).loras
-        assert half.scale == 0.5
+        assert half.source.scale == 0.5
         assert plan_conversion(source, lora=None).loras == ()
         no_paths: Any = (5, [None], {file}, b"a")
         for wrong in no_paths:
