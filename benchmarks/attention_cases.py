@@ -53,12 +53,18 @@ class Case:
 
 CASES = {
     "Wan 720p": Case(
-        VideoLayout(21, 3600), PAPER_PRESETS["wan-t2v-720p"], heads=8, all_heads=40, target=0.351
+        VideoLayout(21, 3600),
+        PAPER_PRESETS["wan-t2v-720p"].sparsity,
+        heads=8,
+        all_heads=40,
+        target=0.351,
     ),
-    "Wan 480p": Case(VideoLayout(21, 1560), PAPER_PRESETS["wan-i2v-480p"], heads=12, all_heads=12),
+    "Wan 480p": Case(
+        VideoLayout(21, 1560), PAPER_PRESETS["wan-i2v-480p"].sparsity, heads=12, all_heads=12
+    ),
     "HunyuanVideo 720p": Case(
         VideoLayout(33, 3600, 256, "last"),
-        PAPER_PRESETS["hunyuanvideo-720p"],
+        PAPER_PRESETS["hunyuanvideo-720p"].sparsity,
         heads=6,
         all_heads=24,
         target=0.257,
@@ -66,7 +72,7 @@ CASES = {
     ),
     "CogVideoX-1.5": Case(
         VideoLayout(11, 4080, 226, "first"),
-        PAPER_PRESETS["cogvideox1.5-i2v"],
+        PAPER_PRESETS["cogvideox1.5-i2v"].sparsity,
         heads=12,
         all_heads=48,
         head_dim=64,

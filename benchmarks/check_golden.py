@@ -19,7 +19,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import numpy as np
 
-from svg_jax import SparsityConfig, from_pretrained
+from svg_jax import SparsityConfig, Warmup, from_pretrained
 from svg_jax.convert import convert_pipeline
 from svg_jax.media.metrics import psnr
 from svg_jax.sampling import CogVideoXPipeline
@@ -34,9 +34,8 @@ def main() -> int:
         golden = dict(file)
     prompts = [str(prompt) for prompt in golden["prompts"]]
     num_steps, dense_steps = len(golden["timesteps"]), int(golden["svg_dense_steps"])
-    sparsity = SparsityConfig(
-        density=float(golden["svg_density"]), dense_steps=dense_steps / num_steps
-    )
+    sparsity = SparsityConfig(density=float(golden["svg_density"]))
+    warmup = Warmup(steps=dense_steps / num_steps)
     labels = golden["svg_errors"][..., 1] < golden["svg_errors"][..., 0]
 
     failures = []
@@ -74,7 +73,7 @@ def main() -> int:
         dense = sample(prompt=prompts)
         check("dense, from the prompts", np.abs(dense - golden["video"]).max(), 1e-3)
 
-        given = {"prompt_embeds": golden["prompt_embeds"], "sparsity": sparsity}
+        given = {"prompt_embeds": golden["prompt_embeds"], "sparsity": sparsity, "warmup": warmup}
         sparse = sample(labels=labels, **given)
         check("SVG, the golden's labels", np.abs(sparse - golden["svg_video"]).max(), 1e-2)
         for theirs, ours, reference in zip(

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from flax import nnx
 from timing import interleaved_seconds, time_row, write_entry
 
-from svg_jax import PAPER_PRESETS, SparsityConfig, VideoLayout
+from svg_jax import PAPER_PRESETS, VideoLayout
 from svg_jax.attention import StepState, attend_dense, attend_sparse
+from svg_jax.config import Preset
 from svg_jax.models import (
     CogVideoXConfig,
     CogVideoXTransformer,
@@ -50,7 +51,7 @@ class Case:
         config: Reads a config.
         latents: Shape of its input.
         text: Text tokens.
-        sparsity: As in the paper.
+        preset: Sparsity and warm-up of the paper.
         layers: Layers that attend.
         more: Further inputs, by name: their shapes.
         real_text: Text tokens that are no padding, where that is data.
@@ -61,7 +62,7 @@ class Case:
     config: Callable[..., Any]
     latents: tuple[int, ...]
     text: tuple[int, int]
-    sparsity: SparsityConfig
+    preset: Preset
     layers: int
     more: tuple[tuple[str, tuple[int, ...]], ...] = ()
     real_text: int | None = None
@@ -183,7 +184,9 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     }
     entry["GiB, weights"] = round(weight_bytes / BYTES, 2)
     functions = {}
-    for name, attend in (("dense", watched), ("sparse", attend_sparse(case.sparsity, case.layers))):
+    config, warmup = case.preset
+    sparse = attend_sparse(config, case.layers, warmup=warmup)
+    for name, attend in (("dense", watched), ("sparse", sparse)):
         started = time.perf_counter()
         compiled = jax.jit(partial(forward, attend)).lower(*arguments).compile()
         seconds = time.perf_counter() - started
@@ -214,8 +217,8 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
             layer=jnp.int32(case.layers - 1),
             step_state=state,
         )
-        for name, attend in (("dense", attend_dense), ("sparse", attend_sparse(case.sparsity, 1)))
-        if name == "dense" or case.sparsity.dense_layers < 1
+        for name, attend in (("dense", attend_dense), ("sparse", attend_sparse(config, 1)))
+        if name == "dense" or warmup.layers < 1
     }
     alone = interleaved_seconds(attentions, rounds)
     for name in attentions:

@@ -29,8 +29,8 @@ from flax import nnx
 from forward import BYTES, INVENTORIES, random_weights
 from timing import write_entry
 
-from svg_jax import PAPER_PRESETS, SparsityConfig
-from svg_jax.config import dense_step_count
+from svg_jax import PAPER_PRESETS
+from svg_jax.config import Preset, dense_step_count
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.models import (
     CLIPTextEncoder,
@@ -170,7 +170,7 @@ def cogvideox() -> VideoPipeline:
 
 def run_steps(
     make: Callable[[], VideoPipeline],
-    sparsity: SparsityConfig,
+    preset: Preset,
     text: Mapping[str, tuple[int, ...]],
     *,
     traced: bool = False,
@@ -187,7 +187,7 @@ def run_steps(
         for name, shape in text.items()
     }
     run = pipeline.prepare(None, num_inference_steps=STEPS, **numbers, **arguments)
-    first = dense_step_count(sparsity, STEPS) - 2
+    first = dense_step_count(preset.warmup, STEPS) - 2
     steps = partial(
         denoise,
         pipeline.transformer,
@@ -195,7 +195,8 @@ def run_steps(
         run.schedule,
         run.conditions,
         scales=run.scales,
-        sparsity=sparsity,
+        sparsity=preset.sparsity,
+        warmup=preset.warmup,
         steps=range(first, first + 4),
     )
     state, records = steps()

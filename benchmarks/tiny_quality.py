@@ -28,7 +28,7 @@ from flax import nnx
 from PIL import Image, ImageDraw
 from safetensors.numpy import load_file
 
-from svg_jax.config import SparsityConfig, dense_step_count
+from svg_jax.config import SparsityConfig, Warmup, dense_step_count
 from svg_jax.convert.scheduler_config import COGVIDEOX
 from svg_jax.convert.tables import cogvideox, t5
 from svg_jax.convert.tables.rules import convert_state
@@ -55,7 +55,8 @@ from tiny_data import (  # noqa: E402
 from tiny_judge import Judge, judge_videos, train_judge  # noqa: E402
 
 NUM_STEPS = 20
-SPARSITY = SparsityConfig(density=0.25, dense_steps=0.3)
+SPARSITY = SparsityConfig(density=0.25)
+WARMUP = Warmup(steps=0.3)
 GUIDANCE_SCALE, GUIDANCE_STEPS = 4.0, 0.3
 CAPTION_SEED, FIDELITY_SEED = 128, 16  # fixed before training
 ALTERNATIVES = ("svg", "spatial only", "temporal only", "random labels")
@@ -102,7 +103,7 @@ def sample(
         guidance_interval=(0, GUIDANCE_STEPS),
         seed=seed,
     )
-    warm_up = dense_step_count(SPARSITY, NUM_STEPS)
+    warm_up = dense_step_count(WARMUP, NUM_STEPS)
     run, _ = pipe.denoise(run, steps=range(warm_up))
     shape = (pipe.transformer.config.num_layers, len(prompts))
     heads = pipe.transformer.config.num_attention_heads
@@ -115,9 +116,9 @@ def sample(
     videos: Videos = {}
     info = None
     for method in methods:
-        sparsity = None if method == "dense" else SPARSITY
+        sparse = {} if method == "dense" else {"sparsity": SPARSITY, "warmup": WARMUP}
         rest = range(warm_up, NUM_STEPS)
-        end, steps = pipe.denoise(run, sparsity=sparsity, labels=labels.get(method), steps=rest)
+        end, steps = pipe.denoise(run, **sparse, labels=labels.get(method), steps=rest)
         videos[method] = _pixels(pipe, end)
         if method == "svg":
             info = SamplingInfo(steps)
@@ -263,6 +264,7 @@ def main() -> None:
             "guidance_scale": GUIDANCE_SCALE,
             "guidance_interval": (0, GUIDANCE_STEPS),
             "sparsity": dataclasses.asdict(SPARSITY),
+            "warmup": dataclasses.asdict(WARMUP),
             "dtype": "float32",
         },
     }

@@ -76,7 +76,12 @@ class RunDefaults:
     @property
     def sparsity(self) -> dict[str, float | int]:
         """What it says of a `SparsityConfig`."""
-        fields = {name: getattr(self, name) for name in ("density", "dense_steps", "dense_layers")}
+        return {} if self.density is None else {"density": self.density}
+
+    @property
+    def warmup(self) -> dict[str, float | int]:
+        """What it says of a `Warmup`."""
+        fields = {"steps": self.dense_steps, "layers": self.dense_layers}
         return {name: value for name, value in fields.items() if value is not None}
 
     def given(self) -> dict[str, Any]:

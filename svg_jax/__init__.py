@@ -12,7 +12,7 @@ if TYPE_CHECKING:
         sparse_attention,
     )
     from svg_jax.classify import classify_heads
-    from svg_jax.config import PAPER_PRESETS, SparsityConfig
+    from svg_jax.config import PAPER_PRESETS, SparsityConfig, Warmup
     from svg_jax.media.video import save_video
     from svg_jax.models.attention import Attend
     from svg_jax.models.layout import VideoLayout
@@ -27,6 +27,7 @@ __all__ = [
     "SparsityConfig",
     "StepState",
     "VideoLayout",
+    "Warmup",
     "__version__",
     "attend_dense",
     "attend_sparse",
@@ -43,6 +44,7 @@ _HOME = {
     "StepState": "svg_jax.attention",
     "SparsityConfig": "svg_jax.config",
     "VideoLayout": "svg_jax.models.layout",
+    "Warmup": "svg_jax.config",
     "attend_dense": "svg_jax.attention",
     "attend_sparse": "svg_jax.attention",
     "classify_heads": "svg_jax.classify",

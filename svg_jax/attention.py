@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from svg_jax import kernels
 from svg_jax.classify import check_config, errors_of_masks, sample_rows
-from svg_jax.config import SparsityConfig, dense_layer_count
+from svg_jax.config import SparsityConfig, Warmup, dense_layer_count
 from svg_jax.kernels import checks
 from svg_jax.kernels.sharding import vary_like
 from svg_jax.masks import realised_density, sparse_mask, warn_of_lost_sparsity
@@ -75,8 +75,7 @@ def sparse_attention(
         key: Keys, ordered as the queries.
         value: Values, ordered as the queries.
         layout: Where video and text stand. Static.
-        config: Density, sampled rows, sink and rounding of the band; `dense_steps` and
-            `dense_layers` say nothing here. Static.
+        config: Density, sampled rows, sink and rounding of the band. Static.
         rng: PRNG key for the sampled rows, the same ones in all batch entries; needed unless labels
             are given.
         labels: True where a head is temporal: skips profiling. For ablations and goldens.
@@ -180,11 +179,12 @@ def attend_dense(
     return _dense(query, key, value, layout, lengths, None), None
 
 
-@cache
 def attend_sparse(
     config: SparsityConfig,
     num_layers: int,
     implementation: kernels.Implementation | None = None,
+    *,
+    warmup: Warmup | None = None,
 ) -> Attend:
     """`sparse_attention` as a model's `attend`, with the first layers dense.
 
@@ -192,9 +192,11 @@ def attend_sparse(
     argument compiles once.
 
     Args:
-        config: Density, dense layers, number of sampled rows.
-        num_layers: Layers of the model: `dense_layers` is a share of them.
+        config: Density, number of sampled rows, sink and rounding of the band.
+        num_layers: Layers of the model: `warmup.layers` is a share of them.
         implementation: The kernel to use; None picks one.
+        warmup: Layers that stay dense; None is `Warmup()`, without any. A layer knows no steps:
+            `warmup.steps` says nothing here.
 
     Returns:
         A callable whose `step_state` is a `StepState` and whose info is a `SparseAttentionInfo`.
@@ -203,8 +205,19 @@ def attend_sparse(
     check_config(config)
     if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
         raise ValueError(f"num_layers counts the model's layers, at least 1: got {num_layers!r}")
-    dense_layers = dense_layer_count(config, num_layers)
+    if not isinstance(warmup, Warmup | None):
+        raise ValueError(f"warmup must be a Warmup, not {type(warmup).__name__}")
+    dense_layers = dense_layer_count(warmup or Warmup(), num_layers)
+    return _attend_sparse(config, num_layers, dense_layers, implementation)
 
+
+@cache
+def _attend_sparse(
+    config: SparsityConfig,
+    num_layers: int,
+    dense_layers: int,
+    implementation: kernels.Implementation | None,
+) -> Attend:
     def dense(query, key, value, layout, text_length):
         batch, _, heads, _ = query.shape
         info = SparseAttentionInfo(

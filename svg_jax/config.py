@@ -4,14 +4,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from svg_jax.convert.formats.values import is_number
+
+_MOVED = {"dense_steps": "steps", "dense_layers": "layers"}  # from SparsityConfig to Warmup
 
 
 @dataclass(frozen=True)
 class SparsityConfig:
-    """Where attention is sparse, and how sparse it is.
+    """How sparse attention is, where it is sparse.
 
     Static and hashable, as `VideoLayout` is.
 
@@ -19,9 +21,6 @@ class SparsityConfig:
         density: Kept fraction of the S×S attention map, in (0, 1]; text is part of this budget, the
             first-frame sink comes on top of it. 1 is dense. The official flag `--sparsity` is this
             same kept fraction.
-        dense_steps: Share of the sampling steps, from the first on, that stay dense; at least one
-            step if it is over 0.
-        dense_layers: Share of the layers, from the first on, that stay dense in every step.
         sampled_rows: Query rows that the online profiling looks at, the same in all batch entries.
         first_frame_sink: Whether every token attends to the whole first frame. None follows the
             paper: yes where no text shares the sequence (Wan), no where it does.
@@ -30,20 +29,21 @@ class SparsityConfig:
     """
 
     density: float | int = 0.25
-    dense_steps: float | int = 0.2
-    dense_layers: float | int = 0.0
     sampled_rows: int = 64
     first_frame_sink: bool | None = None
     band_multiple: int = 128
 
+    def __new__(cls, *values: Any, **fields: Any) -> "SparsityConfig":
+        """Refuse what has become a `Warmup`, in the new words."""
+        if moved := {_MOVED[name]: value for name, value in fields.items() if name in _MOVED}:
+            names = " and ".join(name for name in fields if name in _MOVED)
+            shares = ", ".join(f"{name}={_shown(value)}" for name, value in moved.items())
+            is_or_are = "is no field" if len(moved) == 1 else "are no fields"
+            raise TypeError(f"{names} {is_or_are} of SparsityConfig: pass warmup=Warmup({shares})")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        for name in ("density", "dense_steps", "dense_layers"):
-            share: Any = getattr(self, name)
-            least = "over 0, to" if name == "density" else "from 0 to"
-            if not is_number(share):
-                raise ValueError(f"{name} is a number {least} 1: got {_shown(share)}")
-            if not 0 <= share <= 1 or (name == "density" and share == 0):
-                raise ValueError(f"{name} is a share {least} 1: got {_shown(share)}")
+        _check_share("density", self.density, above_zero=True)
         for name in ("sampled_rows", "band_multiple"):
             count = getattr(self, name)
             if not is_number(count, whole=True) or count < 1:
@@ -51,6 +51,46 @@ class SparsityConfig:
         if not isinstance(self.first_frame_sink, (bool, type(None))):
             shown = _shown(self.first_frame_sink)
             raise ValueError(f"first_frame_sink is True, False or None: got {shown}")
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """What stays dense in a sparse run: its first steps, and the first layers of all steps.
+
+    Static and hashable, as `SparsityConfig` is.
+
+    Attributes:
+        steps: Share of the sampling steps, from the first on, that stay dense, from 0 to 1; at
+            least one step if it is over 0.
+        layers: Share of the layers, from the first on, that stay dense in every step, from 0 to 1.
+    """
+
+    steps: float | int = 0.2
+    layers: float | int = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "layers"):
+            _check_share(f"warmup.{name}", getattr(self, name))
+
+
+class Preset(NamedTuple):
+    """How sparse a run is, and what of it stays dense: the arguments of a pipeline's call.
+
+    Attributes:
+        sparsity: Settings of sparse attention.
+        warmup: Its dense warm-up.
+    """
+
+    sparsity: SparsityConfig
+    warmup: Warmup
+
+
+def _check_share(name: str, share: Any, *, above_zero: bool = False) -> None:
+    least = "over 0, to" if above_zero else "from 0 to"
+    if not is_number(share):
+        raise ValueError(f"{name} is a number {least} 1: got {_shown(share)}")
+    if not 0 <= share <= 1 or (above_zero and share == 0):
+        raise ValueError(f"{name} is a share {least} 1: got {_shown(share)}")
 
 
 def _shown(value: object) -> str:
@@ -66,31 +106,31 @@ def share_of(share: float | int, count: int) -> int:
     return math.floor(share * count + 1e-9)
 
 
-def dense_step_count(config: SparsityConfig, num_inference_steps: int) -> int:
+def dense_step_count(warmup: Warmup, num_inference_steps: int) -> int:
     """Sampling steps that run dense before the first sparse one (the paper's warm-up).
 
     A warm-up that is asked for is at least one step: in a run of few steps the first ones, which
     settle what the video shows, would else be sparse without a word.
     """
-    if config.dense_steps == 0:
+    if warmup.steps == 0:
         return 0
-    return max(share_of(config.dense_steps, num_inference_steps), min(num_inference_steps, 1))
+    return max(share_of(warmup.steps, num_inference_steps), min(num_inference_steps, 1))
 
 
-def dense_layer_count(config: SparsityConfig, num_layers: int) -> int:
+def dense_layer_count(warmup: Warmup, num_layers: int) -> int:
     """Layers that run dense in every step."""
-    return share_of(config.dense_layers, num_layers)
+    return share_of(warmup.layers, num_layers)
 
 
-PAPER_PRESETS: Mapping[str, SparsityConfig] = MappingProxyType(
+PAPER_PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        "wan-t2v-720p": SparsityConfig(density=0.30, dense_steps=0.20, dense_layers=0.03),
-        "wan-i2v-720p": SparsityConfig(density=0.30, dense_steps=0.35, dense_layers=0.03),
-        "wan-i2v-480p": SparsityConfig(density=0.30, dense_steps=0.20, dense_layers=0.03),
-        "hunyuanvideo-720p": SparsityConfig(density=0.25, dense_steps=0.10, dense_layers=0.03),
-        "hunyuanvideo-480p": SparsityConfig(density=0.20, dense_steps=0.04, dense_layers=0.0),
-        "cogvideox1.5-i2v": SparsityConfig(
-            density=0.25, dense_steps=0.20, dense_layers=0.025, sampled_rows=32
+        "wan-t2v-720p": Preset(SparsityConfig(density=0.30), Warmup(steps=0.20, layers=0.03)),
+        "wan-i2v-720p": Preset(SparsityConfig(density=0.30), Warmup(steps=0.35, layers=0.03)),
+        "wan-i2v-480p": Preset(SparsityConfig(density=0.30), Warmup(steps=0.20, layers=0.03)),
+        "hunyuanvideo-720p": Preset(SparsityConfig(density=0.25), Warmup(steps=0.10, layers=0.03)),
+        "hunyuanvideo-480p": Preset(SparsityConfig(density=0.20), Warmup(steps=0.04, layers=0.0)),
+        "cogvideox1.5-i2v": Preset(
+            SparsityConfig(density=0.25, sampled_rows=32), Warmup(steps=0.20, layers=0.025)
         ),
     }
 )

@@ -20,6 +20,7 @@ from svg_jax.cli.errors import ExitCode, failure_of
 from svg_jax.cli.options import (
     RENAMED,
     Attention,
+    BandMultiple,
     DenseLayers,
     DenseSteps,
     Density,
@@ -27,6 +28,7 @@ from svg_jax.cli.options import (
     DynamicCfg,
     Embeds,
     Enlarge,
+    FirstFrameSink,
     FlowShift,
     Fps,
     Frames,
@@ -113,6 +115,8 @@ def generate(
     dense_steps: DenseSteps = None,
     dense_layers: DenseLayers = None,
     sampled_rows: SampledRows = None,
+    first_frame_sink: FirstFrameSink = None,
+    band_multiple: BandMultiple = None,
     revision: Revision = None,
     variant: ModelVariant = None,
     verify: Verify = False,
@@ -147,11 +151,17 @@ def generate(
     """
     from svg_jax.cli import videos
 
-    sparsity = _sparsity(density, dense_steps, dense_layers, sampled_rows)
+    sparsity = _given(
+        density=density,
+        sampled_rows=sampled_rows,
+        first_frame_sink=first_frame_sink,
+        band_multiple=band_multiple,
+    )
     videos.generate(
         model,
         output,
         sparsity=sparsity if attention is Attention.svg else None,
+        warmup=_given(steps=dense_steps, layers=dense_layers),
         revision=revision,
         variant=variant,
         verify=verify,
@@ -216,6 +226,8 @@ def compare(
     dense_steps: DenseSteps = None,
     dense_layers: DenseLayers = None,
     sampled_rows: SampledRows = None,
+    first_frame_sink: FirstFrameSink = None,
+    band_multiple: BandMultiple = None,
     revision: Revision = None,
     variant: ModelVariant = None,
     verify: Verify = False,
@@ -237,7 +249,13 @@ def compare(
     videos.compare(
         model,
         output,
-        sparsity=_sparsity(density, dense_steps, dense_layers, sampled_rows),
+        sparsity=_given(
+            density=density,
+            sampled_rows=sampled_rows,
+            first_frame_sink=first_frame_sink,
+            band_multiple=band_multiple,
+        ),
+        warmup=_given(steps=dense_steps, layers=dense_layers),
         pattern=pattern.value,
         revision=revision,
         variant=variant,
@@ -301,19 +319,8 @@ def demo(
     videos.demo(prompt, density=density, steps=steps, seed=seed, output=output, source=source)
 
 
-def _sparsity(
-    density: float | None,
-    dense_steps: float | None,
-    dense_layers: float | None,
-    sampled_rows: int | None,
-) -> dict[str, float | int]:
-    """Collect what was given of SparsityConfig's fields."""
-    options = {
-        "density": density,
-        "dense_steps": dense_steps,
-        "dense_layers": dense_layers,
-        "sampled_rows": sampled_rows,
-    }
+def _given(**options: Any) -> dict[str, Any]:
+    """Collect the options that were given."""
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -156,7 +156,7 @@ def _sentence(error: BaseException, fields: Collection[str]) -> str:
     of_usage = getattr(error, "format_message", None)
     message = of_usage() if of_usage else str(error) or type(error).__name__
     # Errors about a field begin with its name, whether or not they carry it.
-    begins = re.match(r"\w+(?=[ =])", message)
+    begins = re.match(r"[\w.]+(?=[ =])", message)
     field = getattr(error, "field", begins and begins[0])
     is_known = field in fields or hasattr(error, "field")
     return _with_flags(message, str(field), fields) if is_known else message
@@ -177,7 +177,7 @@ def _with_flags(message: str, field: str, fields: Collection[str]) -> str:
     # Fields of one word are English, too: only the one that it is about is surely a field.
     for name in (field, *(other for other in fields if "_" in other)):
         if flag_of(name) not in message:
-            message = re.sub(rf"(?<![\w-]){name}\b", flag_of(name), message, count=1)
+            message = re.sub(rf"(?<![\w-]){re.escape(name)}\b", flag_of(name), message, count=1)
     return message if flag_of(field) in message else f"{flag_of(field)}: {message}"
 
 

@@ -44,6 +44,8 @@ RENAMED = {
     "num_inference_steps": "--steps",
     "use_dynamic_cfg": "--dynamic-cfg",
     "json_file": "--json",
+    "warmup.steps": "--dense-steps",
+    "warmup.layers": "--dense-layers",
 }
 
 
@@ -177,6 +179,21 @@ SampledRows = Annotated[
     option(
         "--sampled-rows",
         help="Number of query rows by which heads are profiled; default: as for --density.",
+    ),
+]
+FirstFrameSink = Annotated[
+    bool | None,
+    option(
+        "--first-frame-sink/--no-first-frame-sink",
+        help="Whether every token attends to the whole first frame; default: as the paper does for "
+        "the model (Wan: yes).",
+    ),
+]
+BandMultiple = Annotated[
+    int | None,
+    option(
+        "--band-multiple",
+        help="Number of tokens that the band's width is rounded to a multiple of; default: 128.",
     ),
 ]
 DtypeOption = Annotated[

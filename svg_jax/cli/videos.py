@@ -17,7 +17,7 @@ from svg_jax.cli.console import bytes_bar, print_parts, say, steps_bar
 from svg_jax.cli.options import flag_of
 from svg_jax.cli.outputs import check_outputs
 from svg_jax.cli.tables import comparison_table
-from svg_jax.config import SparsityConfig, dense_step_count
+from svg_jax.config import Preset, SparsityConfig, Warmup, dense_step_count
 from svg_jax.convert import convert_pipeline
 from svg_jax.convert.files import written_atomically
 from svg_jax.convert.run_defaults import read_run_defaults
@@ -60,6 +60,7 @@ def generate(
     prompt: str | None,
     prompts: Path | None,
     sparsity: Mapping[str, Any] | None,
+    warmup: Mapping[str, Any],
     revision: str | None,
     variant: str | None,
     verify: bool,
@@ -97,7 +98,9 @@ def generate(
             f"prompt_embeds are of {videos} videos, and {output.name} holds one: give those of one "
             "prompt, or write latents (.npz)"
         )
-    _check(arguments, texts, sparsity or {}, fps=fps, enlarge=enlarge, save_every=save_every)
+    _check(
+        arguments, texts, sparsity or {}, warmup, fps=fps, enlarge=enlarge, save_every=save_every
+    )
     pipeline = _load(model, revision=revision, variant=variant, verify=verify, dtype=dtype)
     fps, enlarge = _shown_at(pipeline, fps, enlarge)
     arguments = _arguments_of(pipeline, arguments)
@@ -111,20 +114,21 @@ def generate(
             "this checkpoint was converted without its VAE: convert it with the VAE, or write "
             "latents (--output latents.npz)"
         )
-    config = None if sparsity is None else _sparsity_of(pipeline, sparsity, arguments)
     steps = arguments["num_inference_steps"]
-    if config is not None and labels_out is not None and dense_step_count(config, steps) == steps:
-        raise ValueError(
-            f"--labels-out has nothing to hold: --dense-steps {config.dense_steps:g} leaves none "
-            f"of {steps} steps to be sparse"
-        )
+    if sparsity is not None:
+        preset = _sparsity_of(pipeline, sparsity, warmup, arguments)
+        if labels_out is not None and dense_step_count(preset.warmup, steps) == steps:
+            raise ValueError(
+                f"--labels-out has nothing to hold: --dense-steps {preset.warmup.steps:g} leaves "
+                f"none of {steps} steps to be sparse"
+            )
+        arguments |= preset._asdict()
     jobs = plan_videos(
         pipeline,
         outputs,
         written_as=None if prompts is None else {"fps": fps, "enlarge": enlarge},
         save_every=save_every,
         resume=resume,
-        sparsity=config,
         **arguments,
     )
     if skipped := len(outputs) - len(jobs):
@@ -150,12 +154,11 @@ def generate(
             jobs,
             write=write,
             keep_record=prompts is not None,
-            sparsity=config,
             callback_on_step_end=lambda _: advance("denoising"),
             **arguments,
         )
     if jobs:
-        kernel = "dense attention" if config is None else _kernel_of(pipeline)
+        kernel = "dense attention" if sparsity is None else _kernel_of(pipeline)
         say(f"{kernel} in {_dtype_of(pipeline).name}, on {device_name()}")
 
 
@@ -174,6 +177,7 @@ def compare(
     output: Path,
     *,
     sparsity: Mapping[str, Any],
+    warmup: Mapping[str, Any],
     pattern: Pattern,
     revision: str | None,
     variant: str | None,
@@ -191,7 +195,7 @@ def compare(
         written.append(("--json", json_file))
     check_outputs(written, _inputs(model=model, **files, **arguments))
     arguments = with_images_read(arguments) | read_arrays(files)
-    _check(arguments, arguments["prompt"], sparsity, fps=fps, enlarge=enlarge)
+    _check(arguments, arguments["prompt"], sparsity, warmup, fps=fps, enlarge=enlarge)
     pipeline = _load(model, revision=revision, variant=variant, verify=verify, dtype=dtype)
     fps, enlarge = _shown_at(pipeline, fps, enlarge)
     arguments = _arguments_of(pipeline, arguments)
@@ -201,8 +205,8 @@ def compare(
     for path in _comparison_paths(output):
         check_fps(fps, path)
         check_video_size(path, frames, rows, columns, fps)
-    config = _sparsity_of(pipeline, sparsity, arguments)
-    comparison = _compare(pipeline, sparsity=config, pattern=pattern, **arguments)
+    preset = _sparsity_of(pipeline, sparsity, warmup, arguments)
+    comparison = _compare(pipeline, **preset._asdict(), pattern=pattern, **arguments)
     _write_comparison(comparison, output, fps=fps, factor=enlarge)
     if json_file is not None:
         comparison.report.save(json_file)
@@ -224,7 +228,7 @@ def demo(
     check_outputs([("--output", path) for path in _comparison_paths(output)], {"--source": source})
     arguments = {"prompt": prompt, "seed": seed, "num_inference_steps": steps}
     given = {} if density is None else {"density": density}
-    _check(arguments, prompt, given)
+    _check(arguments, prompt, given, {})
     with tempfile.TemporaryDirectory() as scratch:
         converted = Path(scratch) / "model"
         with bytes_bar() as progress:
@@ -234,8 +238,8 @@ def demo(
             pipeline = dataclasses.replace(pipeline, defaults=read_run_defaults(FOLDER))
         fps, enlarge = _shown_at(pipeline, None, None)
         arguments = _arguments_of(pipeline, arguments)
-        config = _sparsity_of(pipeline, given, arguments)
-        comparison = _compare(pipeline, sparsity=config, pattern="svg", **arguments)
+        preset = _sparsity_of(pipeline, given, {}, arguments)
+        comparison = _compare(pipeline, **preset._asdict(), pattern="svg", **arguments)
     _write_comparison(comparison, output, fps=fps, factor=enlarge)
     words = "--model", str(source or NAME), "--prompt", prompt, "--output", "video.gif"
     say(f"next: svg-jax generate {shlex.join(words)}")
@@ -260,7 +264,7 @@ def keep_programs() -> None:
 
 def _compare(pipeline: VideoPipeline, prompt: str | None = None, **arguments: Any) -> Comparison:
     num_steps = arguments["num_inference_steps"]
-    shared = dense_step_count(arguments["sparsity"], num_steps)
+    shared = dense_step_count(arguments["warmup"], num_steps)
     with steps_bar(2 * num_steps - shared) as advance:
         return compare_attention(
             pipeline, prompt, callback_on_step_end=lambda part, _: advance(part), **arguments
@@ -312,10 +316,12 @@ def _check(
     arguments: Mapping[str, Any],
     prompt: str | list[str] | None,
     sparsity: Mapping[str, Any],
+    warmup: Mapping[str, Any],
     **others: int | float | None,
 ) -> None:
     """Raise ValueError if no model could be run so: before one is brought here and converted."""
     SparsityConfig(**sparsity)
+    Warmup(**warmup)
     given = {name: value for name, value in {**arguments, **others}.items() if value is not None}
     check_settings({"prompt_embeds": None} | given | {"prompt": prompt})
 
@@ -347,21 +353,26 @@ def _size_of(pipeline: VideoPipeline, arguments: Mapping[str, Any]) -> tuple[int
 
 
 def _sparsity_of(
-    pipeline: VideoPipeline, given: Mapping[str, Any], arguments: Mapping[str, Any]
-) -> SparsityConfig:
+    pipeline: VideoPipeline,
+    given_sparsity: Mapping[str, Any],
+    given_warmup: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+) -> Preset:
     """Take what was given and, for the rest, the model's or the paper's; say which in a line."""
     size = arguments.get("height"), arguments.get("width")
-    config = dataclasses.replace(pipeline.default_sparsity(*size), **given)
+    sparsity, warmup = pipeline.default_sparsity(*size)
+    sparsity = dataclasses.replace(sparsity, **given_sparsity)
+    warmup = dataclasses.replace(warmup, **given_warmup)
     preset = pipeline.paper_preset(*size)
     whence = "the general default" if preset is None else f"the paper's {preset}"
-    if pipeline.defaults.sparsity:
+    if pipeline.defaults.sparsity or pipeline.defaults.warmup:
         whence = "the model's own"
-    if given:
+    if given := [*given_sparsity, *(f"warmup.{name}" for name in given_warmup)]:
         whence += " but for " + ", ".join(map(flag_of, given))
     say(
-        f"sparsity: density {config.density:g}, dense steps {config.dense_steps:g}, dense layers "
-        f"{config.dense_layers:g}, sampled rows {config.sampled_rows} ({whence})"
+        f"sparsity: density {sparsity.density:g}, dense steps {warmup.steps:g}, dense layers "
+        f"{warmup.layers:g}, sampled rows {sparsity.sampled_rows} ({whence})"
     )
-    if (note := few_steps_note(config, arguments["num_inference_steps"])) is not None:
+    if (note := few_steps_note(warmup, arguments["num_inference_steps"])) is not None:
         say(note)
-    return config
+    return Preset(sparsity, warmup)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool
 
-from svg_jax.config import SparsityConfig, dense_step_count
+from svg_jax.config import SparsityConfig, Warmup, dense_step_count
 from svg_jax.kernels import pick_implementation
 from svg_jax.masks import sparse_mask
 from svg_jax.media.metrics import SSIM_WINDOW, psnr, ssim
@@ -37,6 +37,7 @@ def compare(
     prompt: str | None,
     *,
     sparsity: SparsityConfig | None = None,
+    warmup: Warmup | None = None,
     attend: Attend | None = None,
     pattern: Pattern = "svg",
     seed: int | None = 0,
@@ -50,7 +51,8 @@ def compare(
     Args:
         pipeline: What generates.
         prompt: One prompt; or None, and prompt_embeds among the arguments.
-        sparsity: Sparsity of the other run; its warm-up must leave steps to compare.
+        sparsity: Sparsity of the other run.
+        warmup: Its dense warm-up, which must leave steps to compare; None is `Warmup()`.
         attend: An attention of one's own in its place, in all steps (see `VideoPipeline`).
         pattern: "svg" profiles heads online; the others give all heads these labels, as ablations.
         seed: Seed of the noise, the sampled rows, and random labels; None draws one.
@@ -60,7 +62,7 @@ def compare(
     Raises:
         ValueError: On arguments that do not fit, or a warm-up that takes all steps.
     """
-    check_settings({"sparsity": sparsity, "attend": attend})
+    check_settings({"sparsity": sparsity, "warmup": warmup, "attend": attend})
     if (sparsity is None) == (attend is None):
         raise SettingError("sparsity", "is missing: pass either a sparsity or an attend")
     settings = pipeline.settings(prompt, seed=seed, **arguments)
@@ -69,9 +71,9 @@ def compare(
     videos *= settings["num_videos_per_prompt"]
     if videos != 1:
         raise SettingError("prompt", f"of compare is one at a time, for one video: got {videos}")
-    dense_steps = 0 if sparsity is None else dense_step_count(sparsity, num_steps)
+    dense_steps = 0 if sparsity is None else dense_step_count(warmup or Warmup(), num_steps)
     if dense_steps == num_steps:
-        raise SettingError("dense_steps", f"leaves none of {num_steps} steps to be sparse")
+        raise SettingError("warmup.steps", f"leaves none of {num_steps} steps to be sparse")
     config, dtype = pipeline.transformer.config, np.dtype(pipeline.transformer.dtype)
     heads = (num_steps, config.num_attention_layers, 1, config.num_attention_heads)
     labels = labels_of_pattern(pattern, heads, settings["seed"])
@@ -98,6 +100,7 @@ def compare(
         sparse_run, sparse_records = loaded.denoise(
             warm,
             sparsity=sparsity,
+            warmup=warmup,
             attend=attend,
             labels=labels,
             steps=rest,

@@ -5,7 +5,6 @@ as a traced value. What remains is two executables per shape and guidance mode: 
 sparse one.
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from svg_jax.attention import SparseAttentionInfo, StepState, attend_dense, attend_sparse
-from svg_jax.config import SparsityConfig, dense_step_count, share_of
+from svg_jax.config import SparsityConfig, Warmup, dense_step_count, share_of
 from svg_jax.models import Attend
 from svg_jax.sampling.records import HeadProfile, StepRecord
 from svg_jax.sampling.schedules.noise import step_key, step_noise
@@ -95,6 +94,7 @@ def denoise(
     *,
     scales: Float[np.ndarray, " steps"],
     sparsity: SparsityConfig | None = None,
+    warmup: Warmup | None = None,
     attend: Attend | None = None,
     labels: Bool[np.ndarray, "..."] | None = None,
     seed: int = 0,
@@ -112,6 +112,7 @@ def denoise(
         conditions: Text and image that the model is told, of the transformer's family.
         scales: Guidance scale of every step of the schedule (`guidance_scales`).
         sparsity: Sparse attention after its dense warm-up; None is dense throughout.
+        warmup: Steps and layers that stay dense under `sparsity`; None is `Warmup()`.
         attend: Attention of all steps in place of both; hashable, its `step_state` a `StepState`.
         labels: Labels to use in place of profiling, True = temporal: bool [layers, entries, heads],
             or with a leading axis for all steps of the schedule. Entries are those of a guided
@@ -142,11 +143,9 @@ def denoise(
     if attend is not None:
         dense_steps, sparse = 0, attend
     elif sparsity is not None:
-        dense_steps = dense_step_count(sparsity, schedule.num_steps)
-        # The loop knows the warm-up; a step that did would be compiled for each length of it.
-        sparse = attend_sparse(
-            dataclasses.replace(sparsity, dense_steps=0.0), config.num_attention_layers
-        )
+        warmup = warmup or Warmup()
+        dense_steps = dense_step_count(warmup, schedule.num_steps)
+        sparse = attend_sparse(sparsity, config.num_attention_layers, warmup=warmup)
 
     def inputs_of(step: int) -> tuple[Attend, tuple[Any, ...]]:
         """The attention of a step, and what else it takes, on the device."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from svg_jax.config import PAPER_PRESETS, SparsityConfig
+from svg_jax.config import PAPER_PRESETS, Preset, SparsityConfig, Warmup
 from svg_jax.convert.run_defaults import RunDefaults
 from svg_jax.masks import warn_of_lost_sparsity
 from svg_jax.media.images import with_images_read
@@ -73,7 +73,15 @@ class PreparedRun:
 
 
 # What a call takes beside the arguments of `prepare`.
-_OF_CALL = ("sparsity", "attend", "labels", "output_type", "vae_tiling", "callback_on_step_end")
+_OF_CALL = (
+    "sparsity",
+    "warmup",
+    "attend",
+    "labels",
+    "output_type",
+    "vae_tiling",
+    "callback_on_step_end",
+)
 _OF_CALL += ("state_file", "save_every", "resume")
 
 
@@ -138,6 +146,7 @@ class VideoPipeline(ABC):
         prompt: str | Sequence[str] | None = None,
         *,
         sparsity: SparsityConfig | None = None,
+        warmup: Warmup | None = None,
         attend: Attend | None = None,
         labels: Bool[np.ndarray, "..."] | None = None,
         output_type: OutputType = "np",
@@ -158,6 +167,7 @@ class VideoPipeline(ABC):
         Args:
             prompt: One prompt or several; or pass `prompt_embeds`.
             sparsity: Settings of Sparse VideoGen; None is dense attention.
+            warmup: Steps and layers that stay dense under `sparsity`; None is `Warmup()`.
             attend: An attention of one's own in place of either, in all steps and layers (see
                 `svg_jax.Attend`); its `step_state` is a `StepState`. What it gives beside the
                 output is kept if it is a `SparseAttentionInfo`, and dropped otherwise. Each
@@ -186,17 +196,18 @@ class VideoPipeline(ABC):
         settings = {"prompt": prompt, **arguments}
         self._check_labels(labels, settings)
         if sparsity is not None:
-            note = few_steps_note(sparsity, settings["num_inference_steps"])
+            note = few_steps_note(warmup or Warmup(), settings["num_inference_steps"])
             if note is not None:
                 _LOGGER.warning(note)
         file = None
         if state_file is not None:
-            identity = self.fingerprint(**settings, sparsity=sparsity, labels=labels)
+            identity = self.fingerprint(**settings, sparsity=sparsity, warmup=warmup, labels=labels)
             file = open_run_file(state_file, identity, save_every=save_every, resume=resume)
         run = self.prepare(**settings)
         run, steps = self.denoise(
             run,
             sparsity=sparsity,
+            warmup=warmup,
             attend=attend,
             labels=labels,
             file=file,
@@ -244,6 +255,7 @@ class VideoPipeline(ABC):
         prompt: str | Sequence[str] | None = None,
         *,
         sparsity: SparsityConfig | None = None,
+        warmup: Warmup | None = None,
         labels: Bool[np.ndarray, "..."] | None = None,
         **arguments: Any,
     ) -> dict[str, Any]:
@@ -253,6 +265,7 @@ class VideoPipeline(ABC):
         return make_fingerprint(
             **self.settings(prompt, **arguments),
             sparsity=sparsity,
+            warmup=None if sparsity is None else warmup or Warmup(),
             labels=labels,
             dtype=np.dtype(self.transformer.dtype).name,
             weights=self.weights,
@@ -280,29 +293,31 @@ class VideoPipeline(ABC):
             width: Width in pixels. Default: as `prepare`'s.
         """
 
-    def paper_sparsity(self, height: int | None = None, width: int | None = None) -> SparsityConfig:
+    def paper_sparsity(self, height: int | None = None, width: int | None = None) -> Preset:
         """The paper's sparsity for this model and size; the general default where it has none.
 
-        As in `pipe(prompt, sparsity=pipe.paper_sparsity())`, or with another density
-        `dataclasses.replace(pipe.paper_sparsity(), density=0.2)`.
+        As in `sparsity, warmup = pipe.paper_sparsity()`, or with another density
+        `dataclasses.replace(sparsity, density=0.2)`.
 
         Args:
             height: Of the video, in pixels. Default: as `prepare`'s.
             width: Likewise.
         """
         name = self.paper_preset(height, width)
-        return SparsityConfig() if name is None else PAPER_PRESETS[name]
+        return Preset(SparsityConfig(), Warmup()) if name is None else PAPER_PRESETS[name]
 
-    def default_sparsity(
-        self, height: int | None = None, width: int | None = None
-    ) -> SparsityConfig:
+    def default_sparsity(self, height: int | None = None, width: int | None = None) -> Preset:
         """The sparsity that the model's folder asks for; what it leaves out is the paper's.
 
         Args:
             height: Height in pixels. Default: as `prepare`'s.
             width: Width in pixels. Default: as `prepare`'s.
         """
-        return dataclasses.replace(self.paper_sparsity(height, width), **self.defaults.sparsity)
+        sparsity, warmup = self.paper_sparsity(height, width)
+        return Preset(
+            dataclasses.replace(sparsity, **self.defaults.sparsity),
+            dataclasses.replace(warmup, **self.defaults.warmup),
+        )
 
     @property
     def default_steps(self) -> int:
@@ -329,6 +344,7 @@ class VideoPipeline(ABC):
         run: PreparedRun,
         *,
         sparsity: SparsityConfig | None = None,
+        warmup: Warmup | None = None,
         attend: Attend | None = None,
         labels: Bool[np.ndarray, "..."] | None = None,
         steps: range | None = None,
@@ -363,6 +379,7 @@ class VideoPipeline(ABC):
                 run.conditions,
                 scales=run.scales,
                 sparsity=sparsity,
+                warmup=warmup,
                 attend=attend,
                 labels=labels,
                 seed=run.seed,

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from svg_jax.config import SparsityConfig
+from svg_jax.config import SparsityConfig, Warmup
 from svg_jax.convert.files import open_regular, remove_leftovers, written_atomically
 from svg_jax.convert.formats.digests import file_digest
 from svg_jax.sampling import VideoOutput, VideoPipeline
@@ -157,7 +157,8 @@ def generate_videos(
     *,
     write: Callable[[VideoOutput, Path], None],
     keep_record: bool,
-    sparsity: SparsityConfig | None,
+    sparsity: SparsityConfig | None = None,
+    warmup: Warmup | None = None,
     callback_on_step_end: Callable[[StepRecord], None] | None = None,
     **arguments: Any,
 ) -> None:
@@ -173,6 +174,7 @@ def generate_videos(
         write: Writes what the pipeline made to a file.
         keep_record: Leave behind by what settings each output was made.
         sparsity: See `VideoPipeline`.
+        warmup: See `VideoPipeline`.
         callback_on_step_end: See `VideoPipeline`.
         **arguments: See `VideoPipeline.prepare`.
     """
@@ -203,6 +205,7 @@ def generate_videos(
             after, steps = denoiser.denoise(
                 _moved(run, jax.device_put),
                 sparsity=sparsity,
+                warmup=warmup,
                 file=job.file,
                 callback_on_step_end=callback_on_step_end,
             )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from svg_jax.config import SparsityConfig, dense_step_count
+from svg_jax.config import SparsityConfig, Warmup, dense_step_count
 from svg_jax.convert.formats.values import Choice, Flag, Number, Shares, shown
 from svg_jax.media.pixels import as_numpy
 
@@ -150,6 +150,7 @@ SETTINGS: Mapping[str, Setting] = {
     "negative_prompt_attention_mask": Setting(_MASK),
     "image_embeds": Setting(_FEATURES),
     "sparsity": Setting(Kind(lambda value: isinstance(value, SparsityConfig), "a SparsityConfig")),
+    "warmup": Setting(Kind(lambda value: isinstance(value, Warmup), "a Warmup")),
     "attend": Setting(Kind(lambda value: callable(value) and _is_hashable(value), "a callable")),
     "labels": Setting(ArrayOf((3, 4), ("bool",))),
     "output_type": Setting(Choice(("np", "uint8", "latent")), optional=False),
@@ -191,11 +192,11 @@ def check_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def few_steps_note(sparsity: SparsityConfig, num_inference_steps: int) -> str | None:
+def few_steps_note(warmup: Warmup, num_inference_steps: int) -> str | None:
     """How many steps of a short run are dense, for a line; None of a run that is not short."""
     if num_inference_steps >= _FEW_STEPS:
         return None
-    dense = dense_step_count(sparsity, num_inference_steps)
+    dense = dense_step_count(warmup, num_inference_steps)
     return f"few steps: {dense} of {num_inference_steps} dense, the first ones"
 
 
@@ -220,6 +221,8 @@ def _check_together(values: Mapping[str, Any]) -> None:
         raise SettingError("state_file", "cannot tell whether an attend is that of the saved run")
     if "labels" in given and "sparsity" in values and not {"sparsity", "attend"} & given:
         raise SettingError("labels", "are for sparse attention: pass a sparsity, too")
+    if "warmup" in given and "sparsity" not in given:
+        raise SettingError("warmup", "is of sparse attention: pass a sparsity, too")
     if values.get("resume") and "state_file" not in given:
         raise SettingError("resume", "needs the state_file to go on from")
     _check_negatives(values)

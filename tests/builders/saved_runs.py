@@ -20,7 +20,8 @@ from svg_jax.sampling.records import HeadProfile, StepRecord
 from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.sampling.schedules.steps import SamplerState
 
-SPARSITY = svg_jax.SparsityConfig(density=0.6, dense_steps=0.3, sampled_rows=4, band_multiple=1)
+SPARSITY = svg_jax.SparsityConfig(density=0.6, sampled_rows=4, band_multiple=1)
+WARMUP = svg_jax.Warmup(steps=0.3)
 COGVIDEOX = CogVideoXConfig(
     num_attention_heads=2,
     attention_head_dim=16,
@@ -98,7 +99,8 @@ def pipeline_of(name) -> tuple[Any, dict[str, Any]]:
     if kind is HunyuanVideoPipeline:
         more["encoders"] = HunyuanVideoEncoders()
     pipeline = kind(transformer=transformer, scheduler=scheduler, **more)
-    return pipeline, SIZE | arguments | {"num_inference_steps": 6, "sparsity": SPARSITY}
+    sparse = {"sparsity": SPARSITY, "warmup": WARMUP}
+    return pipeline, SIZE | arguments | {"num_inference_steps": 6} | sparse
 
 
 class Killed(Exception):

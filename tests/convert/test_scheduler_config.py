@@ -134,8 +134,8 @@ def test_a_folder_says_how_its_model_is_run(source, tmp_path):
     pipe: Any = from_pretrained(tmp_path / "out")
     assert pipe.defaults == RunDefaults.from_dict(DEFAULTS)
     assert (pipe.default_steps, pipe.default_fps, pipe.defaults.enlarge) == (3, 12, 2)
-    sparsity = pipe.default_sparsity()
-    assert (sparsity.density, sparsity.dense_steps) == (0.5, 0.4)
+    sparsity, warmup = pipe.default_sparsity()
+    assert (sparsity.density, warmup.steps) == (0.5, 0.4)
     settings = pipe.settings("a")
     assert {name: settings[name] for name in RUN} == RUN | {"guidance_interval": (0, 0.4)}
     assert pipe.settings("a", guidance_scale=1)["guidance_scale"] == 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from svg_jax.attention import StepState, attend_dense, attend_sparse, sparse_attention
-from svg_jax.config import SparsityConfig
+from svg_jax.config import SparsityConfig, Warmup
 from svg_jax.masks import sparse_mask
 from svg_jax.models import VideoLayout
 from svg_jax.token_order import token_major_position
@@ -101,9 +101,9 @@ def scan_over_layers(attend, layers, step_state):
 
 
 def test_the_first_layers_stay_dense_and_infos_are_stacked():
-    config = SparsityConfig(density=0.4, dense_layers=0.5, sampled_rows=16, band_multiple=8)
     state = StepState(rng=jax.random.key(3))
-    _, info = scan_over_layers(attend_sparse(config, 4), 4, state)
+    attend = attend_sparse(CONFIG, 4, warmup=Warmup(layers=0.5))
+    _, info = scan_over_layers(attend, 4, state)
     assert info.labels.shape == (4, 2, 4)
     assert info.errors.shape == (4, 2, 4, 2)
     np.testing.assert_array_equal(np.isnan(info.errors).any((1, 2, 3)), [True, True, False, False])
@@ -128,6 +128,15 @@ def test_each_layer_and_each_key_draws_other_rows():
 
 def test_equal_settings_give_one_callable():
     assert attend_sparse(SparsityConfig(), 4) is attend_sparse(SparsityConfig(), 4)
+
+
+def test_a_layers_attention_does_not_depend_on_the_dense_steps():
+    short, long = (
+        attend_sparse(CONFIG, 4, warmup=Warmup(steps=steps, layers=0.25)) for steps in (0.1, 0.9)
+    )
+    assert short is long
+    assert attend_sparse(CONFIG, 4) is attend_sparse(CONFIG, 4, warmup=Warmup())
+    assert attend_sparse(CONFIG, 4) is not short
 
 
 def test_profiling_needs_a_key():

@@ -17,6 +17,7 @@ from svg_jax.attention import sparse_attention
 from svg_jax.config import (
     PAPER_PRESETS,
     SparsityConfig,
+    Warmup,
     dense_layer_count,
     dense_step_count,
 )
@@ -121,7 +122,7 @@ def test_released_models_run_the_specified_mask_at_full_size(
 ):
     released = json.loads((INVENTORIES / f"{inventory}-transformer.json").read_text())["config"]
     layout = config.from_dict(released).layout(*size, *([] if text is None else [text]))
-    settings = PAPER_PRESETS[preset]
+    settings = PAPER_PRESETS[preset].sparsity
     mask = sparse_mask(layout, settings)
     share = settings.density - 2 * layout.text_tokens / layout.num_tokens
     exact = layout.num_tokens * (1 - math.sqrt(1 - share))
@@ -176,8 +177,8 @@ def test_a_mask_that_saves_next_to_nothing_is_told_once_with_the_density_that_is
     with_sink = SparsityConfig(density=0.35, first_frame_sink=True)
     for layout, config in ((wan, SparsityConfig(density=0.3)), (hunyuan, with_sink)):
         caplog.clear()
-        for dense_steps in (0.2, 0.5):
-            warn_of_lost_sparsity(layout, dataclasses.replace(config, dense_steps=dense_steps))
+        for sampled_rows in (32, 64):
+            warn_of_lost_sparsity(layout, dataclasses.replace(config, sampled_rows=sampled_rows))
         (sentence,) = caplog.messages
         kept = float(realised_density(sparse_mask(layout, config)))
         assert f"density {config.density} was asked for, but {kept:.4f} is computed" in sentence
@@ -186,7 +187,7 @@ def test_a_mask_that_saves_next_to_nothing_is_told_once_with_the_density_that_is
         (hunyuan, SparsityConfig(density=0.35)),
         (wan, SparsityConfig(density=0.3, band_multiple=1)),
         (wan, SparsityConfig(density=1)),
-        (WAN_720P, PAPER_PRESETS["wan-t2v-720p"]),
+        (WAN_720P, PAPER_PRESETS["wan-t2v-720p"].sparsity),
     ):
         warn_of_lost_sparsity(layout, config)
     assert not caplog.messages
@@ -203,11 +204,11 @@ def test_sparse_attention_tells_of_lost_sparsity_too(caplog):
 
 
 def test_warm_up_counts_are_floors_that_forgive_rounding():
-    config = SparsityConfig(dense_steps=0.3, dense_layers=0.03)
-    assert dense_step_count(config, 10) == 3  # .3·10 is 2.999…
-    assert dense_step_count(config, 50) == 15
-    assert dense_layer_count(config, 42) == 1
-    assert dense_layer_count(config, 30) == 0
+    warmup = Warmup(steps=0.3, layers=0.03)
+    assert dense_step_count(warmup, 10) == 3  # .3·10 is 2.999…
+    assert dense_step_count(warmup, 50) == 15
+    assert dense_layer_count(warmup, 42) == 1
+    assert dense_layer_count(warmup, 30) == 0
 
 
 @pytest.mark.parametrize(
@@ -215,4 +216,4 @@ def test_warm_up_counts_are_floors_that_forgive_rounding():
     [(0.2, 4, 1), (0.04, 20, 1), (1e-9, 50, 1), (0.2, 1, 1), (0.2, 0, 0), (0, 4, 0), (1, 4, 4)],
 )
 def test_a_warm_up_is_at_least_one_step(share, steps, dense):
-    assert dense_step_count(SparsityConfig(dense_steps=share), steps) == dense
+    assert dense_step_count(Warmup(steps=share), steps) == dense

@@ -3,6 +3,9 @@
 Users run without the annotations' checks that tests run with, so these are off here.
 """
 
+import copy
+import dataclasses
+import pickle
 import re
 from functools import partial
 from typing import Any
@@ -17,12 +20,14 @@ from svg_jax import (
     SparsityConfig,
     StepState,
     VideoLayout,
+    Warmup,
     attend_dense,
     attend_sparse,
     classify_heads,
     models,
     sparse_attention,
 )
+from svg_jax.config import dense_step_count
 from svg_jax.kernels import block_list_attention, block_sparse_attention, dense_attention
 from svg_jax.masks import sparse_mask
 from svg_jax.models.attention import cross_attention
@@ -160,11 +165,13 @@ def test_labels_and_settings_of_another_kind():
     say = "labels must be booleans [layers, batch, heads] of shape (3, 2, 4)"
     for labels in (np.zeros((2, 2, 4), bool), np.zeros((2, 4), bool), np.zeros((3, 2, 4), int)):
         refused(lambda labels=labels: in_a_model(*QKV, labels=labels), say)
-    attend = partial(attend_sparse(CONFIG, 3), *QKV, layout=LAYOUT, text_length=None, layer=0)
+    make: Any = attend_sparse
+    attend = partial(make(CONFIG, 3), *QKV, layout=LAYOUT, text_length=None, layer=0)
     refused(lambda: attend(step_state=None), "takes a StepState", "NoneType")
-    refused(lambda: attend_sparse(0.5, 3), "config must be a SparsityConfig, not float")
+    refused(lambda: make(0.5, 3), "config must be a SparsityConfig, not float")
+    refused(lambda: make(CONFIG, 3, warmup=0.2), "warmup must be a Warmup, not float")
     for layers in (0, 2.5, True):
-        refused(lambda layers=layers: attend_sparse(CONFIG, layers), "num_layers")
+        refused(lambda layers=layers: make(CONFIG, layers), "num_layers")
     call = SPARSE["sparse_attention"]
     refused(lambda: call(*QKV, config={"density": 0.5}), "config must be a SparsityConfig, not d")
     for name in ("sparse_attention", "classify_heads"):
@@ -197,12 +204,38 @@ def test_numbers_of_blocks_are_checked_or_not_listed(implementation):
     np.testing.assert_array_equal(traced(-counts, blocks)[0], 0)
 
 
-@pytest.mark.parametrize("field", ["density", "dense_steps", "dense_layers"])
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [(SparsityConfig, "density"), (Warmup, "steps"), (Warmup, "layers")],
+)
 @pytest.mark.parametrize(
     "share", [1.5, -0.1, np.nan, np.inf, "0.5", True, None, [0.5], 1j, 10**4000, "x" * 1000]
 )
-def test_shares_are_numbers_up_to_1(field, share):
-    assert_refused(lambda: SparsityConfig(**{field: share}), field)
+def test_shares_are_numbers_up_to_1(make, field, share):
+    assert_refused(lambda: make(**{field: share}), field)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"dense_steps": 0.3}, "dense_steps is no field of SparsityConfig: pass .*(steps=0.3)"),
+        ({"dense_steps": 0.2, "dense_layers": 0}, "are no fields .*Warmup(steps=0.2, layers=0)"),
+    ],
+)
+def test_the_warm_up_that_was_in_the_sparsity_is_refused_in_its_new_words(old, new):
+    match = new.replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(TypeError, match=match):
+        SparsityConfig(density=0.3, **old)
+    with pytest.raises(TypeError, match=match):
+        dataclasses.replace(CONFIG, **old)
+
+
+def test_a_sparsity_is_copied_pickled_and_replaced():
+    for copied in (copy.deepcopy(CONFIG), pickle.loads(pickle.dumps(CONFIG))):
+        assert copied == CONFIG
+    assert dataclasses.replace(CONFIG, density=1).sampled_rows == CONFIG.sampled_rows
+    with pytest.raises(TypeError, match="densty"):
+        SparsityConfig(densty=0.3)  # pyright: ignore[reportCallIssue]
 
 
 @pytest.mark.parametrize("field", ["num_frames", "tokens_per_frame", "text_tokens"])
@@ -231,6 +264,8 @@ def test_density_is_over_0_and_the_sink_a_choice():
 
 
 def test_numpy_numbers_are_numbers():
-    numbers: Any = (np.float32(0.5), np.float64(0), 0, np.int64(8), None, np.int32(4))
+    numbers: Any = (np.float32(0.5), np.int64(8), None, np.int32(4))
     config = SparsityConfig(*numbers)
-    assert sparse_mask(WAN, config) == sparse_mask(WAN, SparsityConfig(0.5, 0.0, 0.0, 8, None, 4))
+    assert sparse_mask(WAN, config) == sparse_mask(WAN, SparsityConfig(0.5, 8, None, 4))
+    shares: Any = (np.float32(0.5), np.float64(0))
+    assert dense_step_count(Warmup(*shares), 4) == 2

@@ -4,7 +4,6 @@ Types are checked on a mesh of one device. What moves between devices is seen on
 another process has: it runs this very file.
 """
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from svg_jax import (
     SparsityConfig,
     StepState,
     VideoLayout,
+    Warmup,
     attend_dense,
     attend_sparse,
     sparse_attention,
@@ -66,7 +66,7 @@ def attend_otherwise(query, key, value, rng, text_length, labels):
         out, _ = sparse_attention(query, key, value, config=CONFIG, rng=rng, **video)
         return jnp.square(out).sum()
 
-    layers = attend_sparse(dataclasses.replace(CONFIG, dense_layers=0.5), 2)
+    layers = attend_sparse(CONFIG, 2, warmup=Warmup(layers=0.5))
     of_layer, _ = layers(query, key, value, layer=jnp.int32(1), step_state=StepState(rng), **video)
     return dense, listed, jax.grad(loss)(query), of_layer
 

@@ -74,9 +74,13 @@ def test_generate_takes_what_is_given_before_what_its_folder_says(run):
     assert last.startswith("sparse attention by xla in float32, on ")
 
     pipe = svg_jax.from_pretrained("tiny")
-    sparsity = svg_jax.SparsityConfig(density=0.5, dense_steps=0.3)
     video = pipe(
-        PROMPT, num_frames=2, num_inference_steps=3, guidance_interval=(0, 1), sparsity=sparsity
+        PROMPT,
+        num_frames=2,
+        num_inference_steps=3,
+        guidance_interval=(0, 1),
+        sparsity=svg_jax.SparsityConfig(density=0.5),
+        warmup=svg_jax.Warmup(steps=0.3),
     )
     assert video.frames is not None
     shown = np.concatenate(np.round(video.frames[0] * 255).astype(np.uint8), axis=1)
@@ -99,7 +103,7 @@ def test_demo_takes_density_and_steps_and_ends_with_what_to_try(run, monkeypatch
     result = run("demo", "--density", "0.4", "--steps", "3", "--seed", "5")
     assert (result.code, result.err) == (0, "")
     assert seen["num_inference_steps"] == 3
-    assert (seen["sparsity"].density, seen["sparsity"].dense_steps) == (0.4, 0.3)
+    assert (seen["sparsity"].density, seen["warmup"].steps) == (0.4, 0.3)
     assert result.out.splitlines()[-1] == (
         f"next: svg-jax generate --model tiny --prompt '{PROMPT}' --output video.gif"
     )

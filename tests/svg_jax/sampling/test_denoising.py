@@ -1,6 +1,5 @@
 """The denoising loop: what it compiles, what it tells the model, and what it does when it fails."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from svg_jax.config import SparsityConfig
+from svg_jax.config import SparsityConfig, Warmup
 from svg_jax.models import VideoLayout
 from svg_jax.sampling.cogvideox.pipeline import CogVideoXConditions as Conditions
 from svg_jax.sampling.denoising import denoise, guidance_scales
@@ -23,7 +22,9 @@ from svg_jax.sampling.schedules.tables import make_schedule
 LAYERS, HEADS, HEAD_DIM = 3, 2, 8
 LAYOUT = VideoLayout(num_frames=4, tokens_per_frame=16, text_tokens=2, text_position="first")
 SHAPE = (1, 4, 3, 4, 4)  # a token is a pixel
-SPARSITY = SparsityConfig(density=0.5, dense_steps=0.5, sampled_rows=8, band_multiple=1)
+SPARSITY = SparsityConfig(density=0.5, sampled_rows=8, band_multiple=1)
+HALF = Warmup(steps=0.5)
+SPARSE: dict[str, Any] = {"sparsity": SPARSITY, "warmup": HALF}
 traces: list[int] = []  # batch entries of each trace of the model
 
 
@@ -97,19 +98,19 @@ def run(
 
 def test_a_run_compiles_a_dense_and_a_sparse_step_and_a_second_run_none():
     traces.clear()
-    run(num_steps=8, sparsity=SPARSITY, model=Toy("of this test"))
+    run(num_steps=8, **SPARSE, model=Toy("of this test"))
     assert traces == [1, 1]
-    longer = dataclasses.replace(SPARSITY, dense_steps=0.7)
-    run(num_steps=10, sparsity=longer, model=Toy("of this test"), seed=4)
+    longer = Warmup(steps=0.7)
+    run(num_steps=10, sparsity=SPARSITY, warmup=longer, model=Toy("of this test"), seed=4)
     assert traces == [1, 1]
-    run(num_steps=8, sparsity=SPARSITY, model=Toy("of this test"), guidance=4.0)
+    run(num_steps=8, **SPARSE, model=Toy("of this test"), guidance=4.0)
     assert traces == [1, 1, 2, 2]
-    run(num_steps=6, sparsity=SPARSITY, model=Toy("of this test"), guidance=5.0)
+    run(num_steps=6, **SPARSE, model=Toy("of this test"), guidance=5.0)
     assert traces == [1, 1, 2, 2]
 
 
 def test_warm_up_steps_are_dense_and_the_others_report_what_they_found():
-    _, steps = run(num_steps=5, sparsity=SPARSITY)
+    _, steps = run(num_steps=5, **SPARSE)
     assert [step.profile is None for step in steps] == [True, True, False, False, False]
     profile = steps[-1].profile
     assert profile is not None
@@ -122,7 +123,7 @@ def test_warm_up_steps_are_dense_and_the_others_report_what_they_found():
 
 def test_density_one_is_dense():
     dense, _ = run()
-    sparse, _ = run(sparsity=SparsityConfig(density=1.0, dense_steps=0.0))
+    sparse, _ = run(sparsity=SparsityConfig(density=1.0), warmup=Warmup(steps=0.0))
     np.testing.assert_allclose(sparse.latents, dense.latents, atol=1e-5)
 
 
@@ -165,7 +166,7 @@ def test_dynamic_guidance_is_the_literal_formula():
 
 @pytest.mark.parametrize(
     ("sampler", "options"),
-    [("ddim", {"sparsity": SPARSITY}), ("dpm", {"guidance": 3.0})],
+    [("ddim", SPARSE), ("dpm", {"guidance": 3.0})],
 )
 def test_a_run_in_two_parts_is_the_run(sampler, options):
     whole, steps = run(num_steps=6, sampler=sampler, **options)
@@ -177,7 +178,7 @@ def test_a_run_in_two_parts_is_the_run(sampler, options):
 
 def test_seeds_and_steps_draw_other_rows_and_noise():
     start = initial_state("ddim", jnp.asarray(initial_noise(0, SHAPE)))
-    infos = [SamplingInfo(run(sparsity=SPARSITY, seed=s, state=start)[1]) for s in (3, 3, 4)]
+    infos = [SamplingInfo(run(**SPARSE, seed=s, state=start)[1]) for s in (3, 3, 4)]
     errors = [info.profiles[0].errors for info in infos]
     np.testing.assert_array_equal(errors[0], errors[1])
     assert not np.array_equal(errors[0], errors[2])
@@ -189,7 +190,7 @@ def test_seeds_and_steps_draw_other_rows_and_noise():
 def test_given_labels_are_used_for_both_halves_of_a_guided_step():
     rng = np.random.default_rng(0)
     labels = rng.random((4, LAYERS, 1, HEADS)) < 0.5
-    _, steps = run(guidance=3.0, sparsity=SPARSITY, labels=labels)
+    _, steps = run(guidance=3.0, **SPARSE, labels=labels)
     for step in steps[2:]:
         assert step.profile is not None
         np.testing.assert_array_equal(
@@ -197,7 +198,7 @@ def test_given_labels_are_used_for_both_halves_of_a_guided_step():
         )
         assert np.isnan(step.profile.errors).all()
     both = rng.random((LAYERS, 2, HEADS)) < 0.5  # for all steps; the negative prompt's first
-    _, steps = run(scales=np.array([3.0, 3.0, 3.0, 1.0]), sparsity=SPARSITY, labels=both)
+    _, steps = run(scales=np.array([3.0, 3.0, 3.0, 1.0]), **SPARSE, labels=both)
     found = [step.profile.labels for step in steps if step.profile is not None]
     np.testing.assert_array_equal(found[0], both)
     np.testing.assert_array_equal(found[1], both[:, 1:])
@@ -209,7 +210,7 @@ def test_given_labels_are_used_for_both_halves_of_a_guided_step():
 )
 def test_labels_that_do_not_fit(shape, message):
     with pytest.raises(ValueError, match=message):
-        run(sparsity=SPARSITY, labels=np.zeros(shape, bool))
+        run(**SPARSE, labels=np.zeros(shape, bool))
 
 
 def test_image_latents_join_the_channels():
@@ -255,7 +256,7 @@ def test_a_failure_in_a_sparse_step_is_placed_too():
     state, _ = run(steps=range(0, 2))
     model = broken_model(layer=2)
     with pytest.raises(FloatingPointError, match=r"after step 3 of 4 .* layer 2 of 3"):
-        run(model=model, steps=range(3, 4), state=state, sparsity=SPARSITY)
+        run(model=model, steps=range(3, 4), state=state, **SPARSE)
 
 
 def test_a_failure_behind_all_attention_says_so():
@@ -264,7 +265,7 @@ def test_a_failure_behind_all_attention_says_so():
 
 
 def test_labels_are_written_for_the_sparse_steps(tmp_path):
-    _, steps = run(scales=np.array([1.0, 1.0, 2.0, 1.0]), sparsity=SPARSITY)
+    _, steps = run(scales=np.array([1.0, 1.0, 2.0, 1.0]), **SPARSE)
     SamplingInfo(steps).save(tmp_path / "labels.npz")
     with np.load(tmp_path / "labels.npz") as file:
         arrays = dict(file)
@@ -286,7 +287,7 @@ def test_shares_over_a_run():
     labels = np.zeros((LAYERS, 1, HEADS), bool)
     labels[1] = True
     labels[2, 0, 0] = True
-    _, steps = run(sparsity=SPARSITY, labels=labels)
+    _, steps = run(**SPARSE, labels=labels)
     info = SamplingInfo(steps)
     assert info.spatial_share is not None
     assert info.spatial_share.tolist() == [1.0, 0.0, 0.5]

@@ -126,7 +126,11 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
         "had prompt none and prompt_embeds float32[1, 2, 16] of digest",
     ),
     ({"prompt": "z" * 99, "prompt_embeds": None}, ", this one " + "z" * 59 + "… and none "),
-    ({"sparsity": None}, "had sparsity.density 0.6 and sparsity.dense_steps 0.3 and"),
+    (
+        {"sparsity": None, "warmup": None},
+        "had sparsity.density 0.6 and sparsity.sampled_rows 4 and",
+    ),
+    ({"warmup": None}, "had warmup.steps 0.3, this one 0.2"),
     (
         {"sparsity": dataclasses.replace(SPARSITY, density=0.5)},
         "had sparsity.density 0.6, this one 0.5",
@@ -186,7 +190,7 @@ def test_what_cannot_be_saved_is_said_before_the_work(path, save_every, message,
 
 def test_a_saved_run_is_not_told_which_steps_to_run(tmp_path):
     pipeline, arguments = pipeline_of("Wan, UniPC")
-    del arguments["sparsity"]
+    del arguments["sparsity"], arguments["warmup"]
     file = open_run_file(tmp_path / "state", {}, save_every=1, resume=False)
     with pytest.raises(ValueError, match="pass either steps or a file"):
         pipeline.denoise(pipeline.prepare(**arguments), steps=range(2), file=file)
@@ -303,7 +307,7 @@ def test_kill_9_at_any_moment_changes_nothing_but_the_time(model, tmp_path):
         guidance_scale=1,
         num_frames=2,
         seed=3,
-        sparsity=pipeline.default_sparsity(),
+        **pipeline.default_sparsity()._asdict(),
     )
     shown = enlarge(to_uint8(video), pipeline.defaults.enlarge or 1)
     svg_jax.save_video(shown, tmp_path / "whole.mp4", fps=pipeline.default_fps)

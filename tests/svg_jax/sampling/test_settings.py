@@ -31,7 +31,8 @@ from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.sampling.settings import SETTINGS, ArrayOf, SettingError, check_settings
 
 NAN, INF = math.nan, math.inf
-SPARSITY = svg_jax.SparsityConfig(density=0.8, dense_steps=0.3, sampled_rows=4, band_multiple=1)
+SPARSITY = svg_jax.SparsityConfig(density=0.8, sampled_rows=4, band_multiple=1)
+WARMUP = svg_jax.Warmup(steps=0.3)
 SIZE = {"height": 32, "width": 48, "num_frames": 9}
 
 
@@ -111,6 +112,7 @@ BAD: dict[str, list[Any]] = {
     "flow_shift": [*NO_NUMBER, 0, -3.0, 1e-30, 1e30],
     "seed": [*NO_WHOLE, -1, 2**64, 10**400],
     "sparsity": ["svg", 0.25, {"density": 0.25}],
+    "warmup": ["dense", 0.2, {"steps": 0.2}],
     "attend": ["dense", 3],
     "output_type": ["pil", "", None, 3, ["np"]],
     "vae_tiling": [*NO_FLAG, None],
@@ -175,6 +177,7 @@ def test_values_of_every_library_are_taken_and_become_plain():
         "seed": np.uint64(2**64 - 1),
         "prompt": ("a", "b"),
         "sparsity": SPARSITY,
+        "warmup": WARMUP,
         "latents": jnp.ones((1, 2, 3, 4, 5), jnp.bfloat16),
     }
     checked = check_settings(given)
@@ -228,6 +231,9 @@ TEXT = {"prompt_embeds": np.ones((1, 8, 16), np.float32)}
         ),
         ({**TEXT, "resume": True}, "resume", "state_file"),
         ({**TEXT, "sparsity": SPARSITY, "attend": loaded}, "attend", "pass no sparsity"),
+        ({**TEXT, "warmup": WARMUP}, "warmup", "pass a sparsity, too"),
+        ({**TEXT, "warmup": WARMUP, "attend": loaded}, "warmup", "pass a sparsity, too"),
+        ({**TEXT, "sparsity": SPARSITY, "warmup": 0.3}, "warmup", "must be a Warmup: got 0.3"),
         ({**TEXT, "attend": loaded, "state_file": "state"}, "state_file", "attend"),
     ],
 )
@@ -455,7 +461,7 @@ def test_no_negative_prompt_is_the_empty_one():
 
 
 def test_a_short_run_says_how_many_of_its_steps_are_dense(pipeline, caplog):
-    pipeline(**RUN | {"num_inference_steps": 4}, sparsity=SPARSITY)
+    pipeline(**RUN | {"num_inference_steps": 4}, sparsity=SPARSITY, warmup=WARMUP)
     assert [record.getMessage() for record in caplog.records] == [
         "few steps: 1 of 4 dense, the first ones"
     ]

@@ -12,7 +12,7 @@ import torch
 from diffusers.schedulers import scheduling_dpm_cogvideox as dpm_module
 from tiny_configs import COGVIDEOX, COGVIDEOX_2B
 
-from svg_jax.config import PAPER_PRESETS, SparsityConfig
+from svg_jax.config import PAPER_PRESETS, SparsityConfig, Warmup
 from svg_jax.convert import convert_pipeline
 from svg_jax.models import CogVideoXConfig
 from svg_jax.sampling import from_pretrained
@@ -263,7 +263,7 @@ def test_sizes_default_to_those_of_training(pipeline):
 def test_sparsity_defaults_to_the_papers(pipeline):
     assert pipeline.paper_sparsity() is PAPER_PRESETS["cogvideox1.5-i2v"]
     of_pixels = dataclasses.replace(pipeline, has_vae=False)
-    assert of_pixels.paper_sparsity() == SparsityConfig()
+    assert of_pixels.paper_sparsity() == (SparsityConfig(), Warmup())
     assert of_pixels.paper_preset(480, 720) is None
 
 
@@ -272,7 +272,8 @@ def test_sparse_steps_follow_the_warm_up(pipeline):
         prompt_embeds=inputs("5b")["prompt_embeds"],
         num_inference_steps=5,
         guidance_scale=1,
-        sparsity=SparsityConfig(density=0.6, dense_steps=0.4, sampled_rows=4),
+        sparsity=SparsityConfig(density=0.6, sampled_rows=4),
+        warmup=Warmup(steps=0.4),
     )
     assert len(video.info.profiles) == 3
     assert video.info.profiles[0].labels.shape == (2, 1, 2)

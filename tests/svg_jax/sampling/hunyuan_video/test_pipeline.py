@@ -19,7 +19,7 @@ from parity import TOLERANCE, ExactSinusoids, randomised, relative_error
 from real_tokenizers import real_tokenizer
 
 from svg_jax import cli
-from svg_jax.config import PAPER_PRESETS, SparsityConfig
+from svg_jax.config import PAPER_PRESETS, SparsityConfig, Warmup
 from svg_jax.convert import convert_pipeline
 from svg_jax.sampling import HunyuanVideoPipeline, from_pretrained
 from svg_jax.sampling.components import Lazy
@@ -328,7 +328,8 @@ def test_sparse_steps_follow_the_warm_up(checkpoints):
         true_cfg_scale=2.0,
         guidance_interval=(0, 0.5),
         num_inference_steps=4,
-        sparsity=SparsityConfig(density=0.6, dense_steps=0.25, dense_layers=0.0, sampled_rows=4),
+        sparsity=SparsityConfig(density=0.6, sampled_rows=4),
+        warmup=Warmup(steps=0.25, layers=0.0),
         output_type="uint8",
         vae_tiling=True,
         **SIZE,

@@ -15,7 +15,7 @@ from real_tokenizers import real_tokenizer
 from tiny_pipelines import both_of_each, picture
 
 from svg_jax import cli
-from svg_jax.config import PAPER_PRESETS, SparsityConfig
+from svg_jax.config import PAPER_PRESETS, SparsityConfig, Warmup
 from svg_jax.convert import convert_pipeline
 from svg_jax.models import WanConfig
 from svg_jax.sampling import WanPipeline, from_pretrained
@@ -294,7 +294,8 @@ def test_sparse_steps_follow_the_warm_up(make):
     video = ours(
         prompt="a cat",
         image=np.asarray(picture(7)),
-        sparsity=SparsityConfig(density=0.6, dense_steps=0.4, sampled_rows=4),
+        sparsity=SparsityConfig(density=0.6, sampled_rows=4),
+        warmup=Warmup(steps=0.4),
         guidance_interval=(0, 0.75),
         **CALL,
     )
