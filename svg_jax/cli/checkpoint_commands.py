@@ -27,73 +27,85 @@ WeightsKey = Annotated[
         help="Which weights to take where a file holds several, by the key before them, e.g. ema.",
     ),
 ]
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A pipeline's folder in diffusers' layout or Wan-AI's, or its hub id; a "
+        "component's folder; or a file of weights."
+    ),
+]
+Destination = Annotated[Path, typer.Argument(help="The folder to make.")]
+Components = Annotated[
+    str | None,
+    typer.Option(
+        "--components",
+        help="Names of the components to convert, e.g. transformer,text_encoder; default: all.",
+    ),
+]
+Dtype = Annotated[
+    StoredDtype | None,
+    typer.Option(
+        "--dtype",
+        help="Cast the weights, but those that the model keeps in float32; default: no cast.",
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of a hub id; default: main."),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        help="LoRA to merge (file, folder or hub id, see docs/lora.md); may be repeated.",
+    ),
+]
+LoraScales = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--lora-scale", help="Strength of the LoRAs, one for all or one for each; default: 1."
+    ),
+]
+LoraTargets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora-into",
+        help="Transformer that the LoRAs are for, one for all or one for each; default: "
+        "transformer. Wan 2.2 has transformer_2, too.",
+    ),
+]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="Refuse a LoRA with parts for layers that the model lacks."),
+]
+AllowNonfinite = Annotated[
+    bool,
+    typer.Option("--allow-nonfinite", help="Convert NaN and infinities, too, and count them."),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace a checkpoint that stands at the destination."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")
+]
 
 
 def convert(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A pipeline's folder in diffusers' layout or Wan-AI's, or its hub id; a "
-            "component's folder; or a file of weights."
-        ),
-    ],
-    destination: Annotated[Path, typer.Argument(help="The folder to make.")],
-    components: Annotated[
-        str | None,
-        typer.Option(
-            "--components",
-            help="Names of the components to convert, e.g. transformer,text_encoder; default: all.",
-        ),
-    ] = None,
-    dtype: Annotated[
-        StoredDtype | None,
-        typer.Option(
-            "--dtype",
-            help="Cast the weights, but those that the model keeps in float32; default: no cast.",
-        ),
-    ] = None,
+    source: Source,
+    destination: Destination,
+    components: Components = None,
+    dtype: Dtype = None,
     variant: Variant = None,
     weights_key: WeightsKey = None,
-    revision: Annotated[
-        str | None,
-        typer.Option("--revision", help="Branch, tag or commit of a hub id; default: main."),
-    ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--lora",
-            help="LoRA to merge (file, folder or hub id, see docs/lora.md); may be repeated.",
-        ),
-    ] = None,
-    lora_scale: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--lora-scale", help="Strength of the LoRAs, one for all or one for each; default: 1."
-        ),
-    ] = None,
-    lora_into: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--lora-into",
-            help="Transformer that the LoRAs are for, one for all or one for each; default: "
-            "transformer. Wan 2.2 has transformer_2, too.",
-        ),
-    ] = None,
-    strict: Annotated[
-        bool,
-        typer.Option("--strict", help="Refuse a LoRA with parts for layers that the model lacks."),
-    ] = False,
-    allow_nonfinite: Annotated[
-        bool,
-        typer.Option("--allow-nonfinite", help="Convert NaN and infinities, too, and count them."),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace a checkpoint that stands at the destination."),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")
-    ] = False,
+    revision: Revision = None,
+    lora: Loras = None,
+    lora_scale: LoraScales = None,
+    lora_into: LoraTargets = None,
+    strict: Strict = False,
+    allow_nonfinite: AllowNonfinite = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Convert a trained checkpoint; the same command again takes up one that was killed.
 
@@ -121,7 +133,7 @@ def convert(
 
 def export(
     source: Annotated[Path, typer.Argument(help="A converted folder.")],
-    destination: Annotated[Path, typer.Argument(help="The folder to make.")],
+    destination: Destination,
 ) -> None:
     """Write a converted checkpoint back in diffusers' layout, bit for bit.
 
