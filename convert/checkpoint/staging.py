@@ -2,9 +2,9 @@
 
 Everything is written to a hidden sibling of the destination, `.NAME.partial`, and put in its place
 at the end: renamed, or exchanged with the folder that is overwritten, so that one of the two is
-there at every moment. A second run is kept out by a lock on `.NAME.lock`, which the system drops
-with the process. A run that is killed leaves only these two; the next run for the same destination
-takes them over.
+there at every moment. A second run is kept out by a lock on `.NAME.partial.lock`, which the system
+drops with the process. A run that is killed leaves only these two; the next run for the same
+destination takes them over.
 """
 
 import contextlib
@@ -159,7 +159,8 @@ def staged_folder(
 @contextlib.contextmanager
 def _locked(destination: Path) -> Iterator[None]:
     """Keep other runs out that would make the same folder."""
-    lock = FileLock(destination.with_name(f".{destination.name}.lock"))
+    # Not .NAME.lock, which whoever asks for a conversion may hold, as the cache does.
+    lock = FileLock(destination.with_name(f"{partial_folder(destination).name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

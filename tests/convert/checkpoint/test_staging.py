@@ -64,9 +64,9 @@ def test_an_error_or_ctrl_c_leaves_nothing(tmp_path, error):
 def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_run_cleans_up(tmp_path):
     killed = in_another_process(KILLED, tmp_path / "out")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert names(tmp_path) == [".out.lock", ".out.partial"]
+    assert names(tmp_path) == [".out.partial", ".out.partial.lock"]
     make(tmp_path / "other")  # a run for another destination does not touch them
-    assert names(tmp_path) == [".out.lock", ".out.partial", "other"]
+    assert names(tmp_path) == [".out.partial", ".out.partial.lock", "other"]
     make(tmp_path / "out")
     assert names(tmp_path) == ["other", "out"]
     assert names(tmp_path / "out") == ["manifest.json"]
