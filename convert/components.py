@@ -10,17 +10,9 @@ from typing import Any, TypeVar
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.json_file import read_json
 from svg_jax.convert.formats.show import show, show_some
-from svg_jax.convert.tables.registry import BUFFERS, MODEL_CLASSES
+from svg_jax.convert.tables.registry import BUFFERS, MODEL_CLASSES, PIPELINES
 from svg_jax.convert.tables.rules import Leaf, Rule, match_rules
 
-PIPELINES = (
-    "CogVideoXPipeline",
-    "CogVideoXImageToVideoPipeline",
-    "HunyuanVideoPipeline",
-    "HunyuanVideoImageToVideoPipeline",
-    "WanPipeline",
-    "WanImageToVideoPipeline",
-)
 COPIED = ("scheduler", "tokenizer", "tokenizer_2", "image_processor")  # small, carried as they are
 # Keys of a config.json that tell which model it is of, and what its weights are stored in.
 _NAMES = frozenset({"_class_name", "_diffusers_version", "architectures", "model_type"})

@@ -1,10 +1,10 @@
-"""The model classes that are ported: one row each, of all that conversion and loading must know."""
+"""What is ported: pipelines, and a row a model class of what converting and loading must know."""
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 
@@ -46,6 +46,16 @@ from svg_jax.models import (
     WanVAEConfig,
 )
 
+Family = Literal["cogvideox", "hunyuan_video", "wan"]
+# Pipelines of diffusers, and whose they are.
+PIPELINES: Mapping[str, Family] = {
+    "CogVideoXPipeline": "cogvideox",
+    "CogVideoXImageToVideoPipeline": "cogvideox",
+    "HunyuanVideoPipeline": "hunyuan_video",
+    "HunyuanVideoImageToVideoPipeline": "hunyuan_video",
+    "WanPipeline": "wan",
+    "WanImageToVideoPipeline": "wan",
+}
 # What each library calls a file of weights.
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 # Names of tensors that no model computes with: tables and counters that its class makes anew, the

@@ -16,6 +16,7 @@ from svg_jax.convert.components import read_component_config, read_pipeline_inde
 from svg_jax.convert.formats.json_file import read_json
 from svg_jax.convert.progress import Progress
 from svg_jax.convert.run_defaults import read_run_defaults
+from svg_jax.convert.tables.registry import PIPELINES, Family
 from svg_jax.media.images import load_image_processor
 from svg_jax.sampling.cache import converted_folder
 from svg_jax.sampling.cogvideox.pipeline import CogVideoXPipeline
@@ -83,7 +84,7 @@ def from_pretrained(
     check_components(opened, opened.manifest.components, verify=verify, progress=progress)
     if dtype is None:
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    pipeline = _PIPELINES[opened.pipeline](_Source(opened, jnp.dtype(dtype)))
+    pipeline = _LOAD[PIPELINES[opened.pipeline]](_Source(opened, jnp.dtype(dtype)))
     return replace(
         pipeline,
         weights=weights_digest(opened.manifest),
@@ -212,11 +213,8 @@ def _load_hunyuan_video(source: _Source) -> HunyuanVideoPipeline:
     )
 
 
-_PIPELINES: Mapping[str, Callable[[_Source], VideoPipeline]] = {
-    "CogVideoXPipeline": _load_cogvideox,
-    "CogVideoXImageToVideoPipeline": _load_cogvideox,
-    "HunyuanVideoPipeline": _load_hunyuan_video,
-    "HunyuanVideoImageToVideoPipeline": _load_hunyuan_video,
-    "WanPipeline": _load_wan,
-    "WanImageToVideoPipeline": _load_wan,
+_LOAD: Mapping[Family, Callable[[_Source], VideoPipeline]] = {
+    "cogvideox": _load_cogvideox,
+    "hunyuan_video": _load_hunyuan_video,
+    "wan": _load_wan,
 }

@@ -37,9 +37,8 @@ from svg_jax.convert import (
     read_original,
     verify_pipeline,
 )
-from svg_jax.convert.components import PIPELINES
 from svg_jax.convert.formats.stored_tensor import read_tensor
-from svg_jax.convert.tables.registry import MODEL_CLASSES
+from svg_jax.convert.tables.registry import MODEL_CLASSES, PIPELINES
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "data/original/wan_encoders.json").read_text())
 WAN = "WanTransformer3DModel"
