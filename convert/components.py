@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from svg_jax.convert.errors import ConversionError
-from svg_jax.convert.formats.json_file import read_json
+from svg_jax.convert.formats.json_file import JsonFile, read_json, read_json_file
 from svg_jax.convert.formats.show import show, show_some
 from svg_jax.convert.tables.registry import BUFFERS, MODEL_CLASSES, PIPELINES
 from svg_jax.convert.tables.rules import Leaf, Rule, match_rules
@@ -132,13 +132,24 @@ def component_leaves(
 ) -> tuple[Leaf, ...]:
     """Match a component's tensors to the leaves that its config.json asks for.
 
-    Tensors that the model does not use are in no leaf.
-
     Raises:
         ConversionError: If the config is not the model's, or the tensors do not fit it.
     """
+    return match_component(folder, class_name, read_component_config(folder, class_name), shapes)
+
+
+def match_component(
+    folder: Path, class_name: str, config: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Leaf, ...]:
+    """Match a component's tensors to the leaves that its config asks for.
+
+    Tensors that the model does not use are in no leaf.
+
+    Raises:
+        ConversionError: If the tensors do not fit the config.
+    """
     model = MODEL_CLASSES[class_name]
-    rules = model.rules(read_component_config(folder, class_name))
+    rules = model.rules(config)
     used, _ = split_unused(shapes, rules, model.unused, folder)
     return match_rules(used, rules, where=str(folder))
 
@@ -194,8 +205,12 @@ def read_component_config(folder: Path, class_name: str) -> Any:
     Raises:
         ConversionError: If config.json is missing, damaged, or not of this class.
     """
-    file = folder / "config.json"
-    values = read_json(file)
+    return check_component_config(read_json_file(folder / "config.json"), class_name)
+
+
+def check_component_config(said: JsonFile, class_name: str) -> Any:
+    """Make the config of a component from its config.json; see `read_component_config`."""
+    file, values = said.path, said.values
     named = values.get("_class_name", class_name)
     if named != class_name:
         raise ConversionError(

@@ -19,7 +19,6 @@ from svg_jax.convert.components import (
     COPIED,
     PipelineIndex,
     passed_over,
-    read_component_config,
     split_unused,
 )
 from svg_jax.convert.formats.json_file import read_json
@@ -240,15 +239,15 @@ def _stored_parts(source: Source, variant: str | None) -> dict[str, _Part]:
     for component, chosen in select_variants(source, components, variant).items():
         weights = source.read(component, chosen)
         original, class_name = weights.original, source.index.classes[component]
-        config = source.folder(component) / "config.json"
         tensors, unused = weights.tensors, weights.others
+        said = weights.said or source.files.json(source.folder(component) / "config.json")
         if original is None and class_name in MODEL_CLASSES:
             folder = source.folder(component)
-            rules = MODEL_CLASSES[class_name].rules(read_component_config(folder, class_name))
+            rules = MODEL_CLASSES[class_name].rules(weights.config)
             tensors, spare = split_unused(tensors, rules, MODEL_CLASSES[class_name].unused, folder)
             unused = tuple(sorted((*unused, *spare)))
         found[component] = _Part(
-            read_json(config) if original is None else original.config,
+            said.values if original is None else original.config,
             [
                 (name, of.shape, of.dtype.name, partial(read_tensor, of))
                 for name, of in sorted(tensors.items())

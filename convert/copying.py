@@ -129,7 +129,7 @@ def copy_weights(
                 records[name] = future.result()
                 advance(component.tensors[name].nbytes, component.name)
             _check_tied(component, records)
-            for file in component.states.keys() - digests.keys():
+            for file in component.states.keys() - digests.keys() - component.digests.keys():
                 digests[file] = pool.submit(_source_digest, file)
             known = {
                 place.leaf.chunk_file(folder, place.start // place.nbytes): records[name]
@@ -143,7 +143,10 @@ def copy_weights(
                 future.result()
             return CopiedWeights(
                 records={name: records[name] for name in places},
-                sources={file: digests[file].result() for file in component.states},
+                sources={
+                    file: component.digests.get(file) or digests[file].result()
+                    for file in component.states
+                },
                 files={f.relative_to(folder).as_posix(): files[f] for f in sorted(files)},
             )
         finally:

@@ -1,6 +1,5 @@
 """A pipeline or a component in diffusers' layout to a converted folder, a tensor at a time."""
 
-import json
 import logging
 import os
 import shutil
@@ -20,6 +19,7 @@ from svg_jax.convert.checkpoint.manifest import (
 from svg_jax.convert.checkpoint.staging import clear, partial_folder, staged_folder
 from svg_jax.convert.copying import copy_weights
 from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.formats.checked_files import find_changed
 from svg_jax.convert.formats.digests import file_digest
 from svg_jax.convert.paths import real_place
 from svg_jax.convert.plan import ComponentPlan, ConversionPlan, make_plan
@@ -137,10 +137,9 @@ def _write(
     except Terminated:  # what is half written is no use to the next run
         clear(staging, keep=(PARTIAL, *written) if written else ())
         raise
-    if empty.loras != tuple(part.record() for part in plan.loras):
-        raise ConversionError(
-            f"{plan.loras[0].path}: a LoRA was changed while it was read: convert again."
-        )
+    for lora in plan.loras:
+        if (file := find_changed(lora.states)) is not None:
+            raise ConversionError(f"{file}: a LoRA was changed while it was read: convert again.")
     files = _write_small_files(plan, staging)
     write_manifest(staging, _manifest(empty, written, files), PARTIAL)
     os.replace(staging / PARTIAL, staging / NAME)
@@ -209,7 +208,11 @@ def _proven(
         records.keys() != component.tensors.keys()
         or (any(record.nonfinite for record in records.values()) and not allow_nonfinite)
         or found != files.keys() | weights.keys()
-        or sources != {f"{prefix}{file.name}": file_digest(file) for file in component.states}
+        or sources
+        != {
+            f"{prefix}{file.name}": component.digests.get(file) or file_digest(file)
+            for file in component.states
+        }
     ):
         return None
     component.check_unchanged()
@@ -237,7 +240,7 @@ def _write_component(
 ) -> _Written:
     name, folder = component.name, staging / component.name
     folder.mkdir()
-    _copy_config(component, folder)
+    (folder / "config.json").write_text(component.config_text, encoding="utf-8", newline="")
     copied = copy_weights(
         component, folder / "weights", allow_nonfinite=allow_nonfinite, advance=advance
     )
@@ -248,14 +251,3 @@ def _write_component(
         files={f"{name}/config.json": file_digest(folder / "config.json")},
         weights={f"{name}/weights/{file}": sha for file, sha in copied.files.items()},
     )
-
-
-def _copy_config(component: ComponentPlan, target: Path) -> None:
-    """Carry config.json over as it is; only a dtype that it names follows a cast."""
-    text = component.config_text
-    values = json.loads(text)
-    named = [key for key in ("dtype", "torch_dtype") if key in values]
-    if component.cast is not None and named:
-        values |= dict.fromkeys(named, component.cast.name)
-        text = json.dumps(values, indent=2) + "\n"
-    (target / "config.json").write_text(text, encoding="utf-8", newline="")

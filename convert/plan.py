@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +17,17 @@ from svg_jax.convert.checkpoint.orbax_writer import LeafFiles, checkpoint_nbytes
 from svg_jax.convert.checkpoint.staging import check_destination
 from svg_jax.convert.components import (
     COPIED,
-    component_leaves,
-    read_component_config,
+    match_component,
     select_components,
 )
 from svg_jax.convert.errors import ConversionError
-from svg_jax.convert.formats.checked_files import check_inside, check_regular
+from svg_jax.convert.formats.checked_files import (
+    FileState,
+    check_inside,
+    check_regular,
+    find_changed,
+)
+from svg_jax.convert.formats.digests import bytes_digest
 from svg_jax.convert.formats.json_file import read_json
 from svg_jax.convert.formats.stored_tensor import DTYPES, StoredTensor
 from svg_jax.convert.formats.values import sentence_of
@@ -33,29 +37,13 @@ from svg_jax.convert.paths import real_place, usable_path
 from svg_jax.convert.run_defaults import FILE as RUN_DEFAULTS
 from svg_jax.convert.run_defaults import read_run_defaults
 from svg_jax.convert.settings import ConversionSettings, list_loras
-from svg_jax.convert.source import Source, open_source, select_variants
+from svg_jax.convert.source import ComponentWeights, Source, open_source, select_variants
 from svg_jax.convert.tables.lora_names import TRANSFORMER
-from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.convert.tables.rules import Leaf
 
 _BYTES_A_RECORD = 330  # of the manifest, beside the tensor's name
 _BYTES_A_FILE = 130  # of the manifest
 _LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FileState:
-    """What changes when a file is written to or replaced."""
-
-    inode: int
-    size: int
-    modified: int
-
-    @classmethod
-    def of(cls, file: Path) -> "FileState":
-        """The file's state now, links followed."""
-        found = os.stat(file)
-        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -73,8 +61,9 @@ class ComponentPlan:
         unused: Names of tensors that are there and that nothing needs.
         states: The files that are read, config.json among them, as they were before the check.
         changes: What LoRAs add to tensors, by name, in their order.
-        config: What config.json will hold, where the weights are an original release's; None where
-            the source's own is carried over.
+        config_text: What config.json will hold: the source's own is carried over as it is; only a
+            dtype that it names follows a cast.
+        digests: Digests of the files that were read whole: of the source's config.json.
     """
 
     name: str
@@ -87,7 +76,8 @@ class ComponentPlan:
     unused: tuple[str, ...]
     states: Mapping[Path, FileState]
     changes: Mapping[str, tuple[Change, ...]]
-    config: Mapping[str, Any] | None = None
+    config_text: str
+    digests: Mapping[Path, str]
 
     @property
     def nbytes(self) -> int:
@@ -105,25 +95,16 @@ class ComponentPlan:
         """How each leaf will lie in the checkpoint, by its path."""
         return {leaf.path: LeafFiles.of(leaf, self.dtypes[leaf.path]) for leaf in self.leaves}
 
-    @property
-    def config_text(self) -> str:
-        """What config.json will hold, but for a dtype that it names."""
-        if self.config is None:
-            return (self.folder / "config.json").read_text(encoding="utf-8")
-        return json.dumps(self.config, indent=2) + "\n"
-
     def check_unchanged(self) -> None:
         """Compares the files that were read with what they were before.
 
         Raises:
             ConversionError: If one was written to or replaced meanwhile.
         """
-        for file, state in self.states.items():
-            if not file.exists() or FileState.of(file) != state:
-                raise ConversionError(
-                    f"{file}: was changed while it was read: wait until it is whole, and convert "
-                    "again."
-                )
+        if (file := find_changed(self.states)) is not None:
+            raise ConversionError(
+                f"{file}: was changed while it was read: wait until it is whole, and convert again."
+            )
 
 
 @dataclass(frozen=True)
@@ -285,15 +266,13 @@ def _plan_component(
     source: Source, name: str, cast: np.dtype | None, variant: str | None
 ) -> ComponentPlan:
     folder, class_name = source.folder(name), source.index.classes[name]
-    states = {file: FileState.of(file) for file in folder.glob("*") if file.exists()}
     weights = source.read(name, variant)
-    tensors, original = weights.tensors, weights.original
+    tensors, original, said = weights.tensors, weights.original, weights.said
     if original is not None:
-        leaves, config = original.leaves, MODEL_CLASSES[class_name].read_config(original.config)
+        leaves = original.leaves
     else:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        leaves = component_leaves(folder, class_name, shapes)
-        config = read_component_config(folder, class_name)
+        leaves = match_component(folder, class_name, weights.config, shapes)
     used = {name for leaf in leaves for names in leaf.names for name in names}
     read = {folder / "config.json", *source.weights_files(name, variant)}
     read |= {file for name in used for file in tensors[name].files}
@@ -303,13 +282,26 @@ def _plan_component(
         folder=folder,
         tensors={name: tensors[name] for name in tensors if name in used},
         leaves=leaves,
-        dtypes=_leaf_dtypes(folder, class_name, config, tensors, leaves, cast),
+        dtypes=_leaf_dtypes(folder, class_name, weights.config, tensors, leaves, cast),
         cast=cast,
         unused=tuple(sorted({*(tensors.keys() - used), *weights.others})),
-        states={file: state for file, state in states.items() if file in read},
+        states={file: of for file, of in source.files.states(folder).items() if file in read},
         changes={},
-        config=None if original is None else original.config,
+        config_text=_config_text(weights, cast),
+        digests={} if said is None else {said.path: bytes_digest(said.content)},
     )
+
+
+def _config_text(weights: ComponentWeights, cast: np.dtype | None) -> str:
+    if weights.original is not None:
+        values, text = weights.original.config, None
+    else:
+        assert weights.said is not None  # else it would be of an original release
+        values, text = weights.said.values, weights.said.content.decode("utf-8")
+    named = [key for key in ("dtype", "torch_dtype") if key in values]
+    if cast is not None and named:
+        values, text = {**values, **dict.fromkeys(named, cast.name)}, None
+    return text or json.dumps(values, indent=2) + "\n"
 
 
 def _leaf_dtypes(

@@ -10,14 +10,14 @@ from typing import Any
 
 from svg_jax.convert.components import (
     PipelineIndex,
+    check_component_config,
     named_class,
-    read_component_config,
     read_pipeline_index,
     rule_names,
 )
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.checked_files import check_inside, check_regular
-from svg_jax.convert.formats.json_file import read_json, read_json_if_any
+from svg_jax.convert.formats.json_file import JsonFile
 from svg_jax.convert.formats.show import show
 from svg_jax.convert.formats.stored_tensor import StoredTensor
 from svg_jax.convert.formats.wrappers import (
@@ -29,12 +29,11 @@ from svg_jax.convert.formats.wrappers import (
 )
 from svg_jax.convert.releases.recognise import OriginalComponent, identify
 from svg_jax.convert.releases.wan_repository import read_repository
+from svg_jax.convert.sources.files import SourceFiles, folder_of
 from svg_jax.convert.sources.scales import attach_scales, check_scales
 from svg_jax.convert.sources.weights import (
     SUFFIXES,
     is_weights,
-    read_file,
-    read_weights,
     weights_files,
 )
 from svg_jax.convert.tables.registry import MODEL_CLASSES
@@ -52,11 +51,16 @@ class ComponentWeights:
         tensors: Its tensors by the names that its class gives them.
         others: Full names of tensors that are not the component's, or that it does without.
         original: What they are if they are of an original release.
+        said: Its config.json; None if it has none.
+        config: Its config, of which an original release may tell a part; None of a class that is
+            not ported.
     """
 
     tensors: Mapping[str, StoredTensor]
     others: tuple[str, ...]
     original: OriginalComponent | None
+    said: JsonFile | None
+    config: Any
 
 
 @dataclass(frozen=True)
@@ -68,15 +72,14 @@ class Source:
         index: What model_index.json says; or will say, if the source has none.
         places: The folder or file that a component is in, if that is not the folder of its name.
         texts: Files that the source lacks and the result has, by their path in it.
-        weights_key: What stands before the names of the weights that are meant, where there are
-            several.
+        files: What was read of it.
     """
 
     path: Path
     index: PipelineIndex
     places: Mapping[str, Path] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
-    weights_key: str | None = None
+    files: SourceFiles = field(default_factory=SourceFiles)
 
     @property
     def name(self) -> str:
@@ -90,12 +93,12 @@ class Source:
 
     def folder(self, component: str) -> Path:
         """Where a component's config.json is, and its weights but for a file of their own."""
-        return _folder(self._place(component))
+        return folder_of(self._place(component))
 
     def weights_files(self, component: str, variant: str | None) -> list[Path]:
         """See `reader.weights_files`."""
         place = self._place(component)
-        if place != _folder(place):
+        if place != folder_of(place):
             return [place] if variant is None else []
         return weights_files(place, variant)
 
@@ -115,24 +118,29 @@ class Source:
                 )
             check_inside(place, self.allowed)
         stored, said = self._stored(place, variant)
+        weights_key = self.files.weights_key
         if variant is None:
-            original = identify(stored, place, class_name, said, self.weights_key)
+            values = {} if said is None else said.values
+            original = identify(stored, place, class_name, values, weights_key)
             if original is not None:
-                return ComponentWeights(original.tensors, original.unused, original)
+                config = MODEL_CLASSES[class_name].read_config(original.config)
+                return ComponentWeights(original.tensors, original.unused, original, said, config)
         stored = attach_scales(drop_layer_wrappers(stored))
         if class_name not in MODEL_CLASSES:
-            return ComponentWeights(stored, (), None)
-        rules = MODEL_CLASSES[class_name].rules(read_component_config(_folder(place), class_name))
+            return ComponentWeights(stored, (), None, said, None)
+        said = said or self.files.json(folder_of(place) / "config.json")  # which says what is wrong
+        config = check_component_config(said, class_name)
+        rules = MODEL_CLASSES[class_name].rules(config)
         ours = dict.fromkeys(rule_names(rules, layers=1), True).get
-        counts = find_wrapped(stored, ours, self.weights_key)
+        counts = find_wrapped(stored, ours, weights_key)
         if not counts:
             check_prefix(stored, ours, place)
         most = max(counts.values(), default=0)
         prefixes = [prefix for (prefix, _), count in counts.items() if 2 * count >= most]
-        prefix = choose(prefixes, self.weights_key, place) if prefixes else ""
+        prefix = choose(prefixes, weights_key, place) if prefixes else ""
         check_scales(stored, prefix)
         unwrapped = unwrap(stored, prefix, prefixes)
-        return ComponentWeights(unwrapped.tensors, unwrapped.others, None)
+        return ComponentWeights(unwrapped.tensors, unwrapped.others, None, said, config)
 
     def class_of(self, variant: str | None) -> str:
         """Tell the class of a component alone: its tensors' if they are an original release's.
@@ -140,10 +148,11 @@ class Source:
         Raises:
             ConversionError: If nothing tells it, or it is of a class that is not ported.
         """
-        folder = _folder(self.path)
+        folder = folder_of(self.path)
         if variant is None:
             stored, said = self._stored(self.path, variant)
-            original = identify(stored, self.path, None, said, self.weights_key)
+            values = {} if said is None else said.values
+            original = identify(stored, self.path, None, values, self.files.weights_key)
             if original is not None:
                 return original.class_name
         file = folder / "config.json"
@@ -152,7 +161,7 @@ class Source:
                 f"{self.path}: its tensors are of no original release that is known, so that "
                 f"{file} must say what they are: put it there."
             )
-        class_name = named_class(read_json(file))
+        class_name = named_class(self.files.json(file).values)
         if class_name is None:
             raise ConversionError(f"{file}: names no class (_class_name or architectures): add it.")
         if class_name not in MODEL_CLASSES:
@@ -167,29 +176,22 @@ class Source:
 
     def _stored(
         self, place: Path, variant: str | None
-    ) -> tuple[Mapping[str, StoredTensor], Mapping[str, Any]]:
-        """The tensors in a component's files as they are there, and what its config.json says."""
-        folder = _folder(place)
+    ) -> tuple[Mapping[str, StoredTensor], JsonFile | None]:
+        """The tensors in a component's files as they are there, and its config.json if any."""
+        folder = folder_of(place)
         config = folder / "config.json"
         check_inside(config, (folder, *self.allowed))
-        said = read_json_if_any(config)
-        if place != folder:
-            return read_file(place, self.weights_key), said
+        said = self.files.json(config) if os.path.lexists(config) else None
         allowed = self.allowed
-        if place == self.path:  # a folder of one's own may have its large files elsewhere
+        if place == self.path == folder:  # a folder of one's own may have its large files elsewhere
             links = (file for file in folder.glob("*") if is_weights(file) and file.is_symlink())
             allowed = (*allowed, *(Path(os.path.realpath(file)).parent for file in links))
-        return read_weights(place, allowed, variant, self.weights_key), said
-
-
-def _folder(place: Path) -> Path:
-    """The folder of a component, of which that or a file of weights is given."""
-    return place.parent if is_weights(place) and not place.is_dir() else place
+        return self.files.weights(place, allowed, variant), said
 
 
 def _allowed(path: Path) -> tuple[Path, ...]:
     """Where links may lead: the hub's cache keeps the files of a snapshot in `blobs`."""
-    folder = _folder(path)
+    folder = folder_of(path)
     above = folder.resolve().parents[:2]  # of the snapshot, or of a component in it
     return (folder, *(at.parent / "blobs" for at in above if at.name == "snapshots"))
 
@@ -207,19 +209,18 @@ def open_source(path: Path, variant: str | None = None, weights_key: str | None 
     Raises:
         ConversionError: If it is nothing of the kind, or of a class that is not ported.
     """
+    files = SourceFiles(weights_key)
     if not path.is_dir():
         _check_file(path, variant)
     elif os.path.lexists(path / "model_index.json"):
-        return Source(path, read_pipeline_index(path), weights_key=weights_key)
-    elif (repository := read_repository(path, _allowed(path))) is not None:
-        return Source(
-            path, repository.index, repository.places, repository.texts, weights_key=weights_key
-        )
+        return Source(path, read_pipeline_index(path), files=files)
+    elif (repository := read_repository(path, files, _allowed(path))) is not None:
+        return Source(path, repository.index, repository.places, repository.texts, files)
     elif not _holds_component(path):
         raise ConversionError(
             f"{path}: holds no model_index.json, and neither config.json nor weights: {_GIVE}."
         )
-    unnamed = Source(path, PipelineIndex(None, {}), weights_key=weights_key)
+    unnamed = Source(path, PipelineIndex(None, {}), files=files)
     class_name = unnamed.class_of(variant)
     role = MODEL_CLASSES[class_name].role
     index = PipelineIndex(None, {role: class_name})

@@ -14,7 +14,7 @@ import numpy as np
 from svg_jax.convert.errors import ConversionError, DamageError
 from svg_jax.convert.files import written_atomically
 from svg_jax.convert.formats.digests import bytes_digest
-from svg_jax.convert.formats.json_file import read_json
+from svg_jax.convert.formats.json_file import read_json_file
 from svg_jax.convert.formats.show import show
 from svg_jax.convert.formats.stored_tensor import DTYPES
 from svg_jax.convert.tables.rules import RULES_VERSION
@@ -165,9 +165,10 @@ def read_manifest(folder: Path, name: str = NAME) -> Manifest:
             "conversion was cut off."
         )
     try:
-        values = read_json(file)
+        said = read_json_file(file)
     except ConversionError as error:
         raise DamageError(str(error)) from error
+    values = said.values
     version = values.get("format_version")
     body = {key: value for key, value in values.items() if key != _OWN_DIGEST}
     if _OWN_DIGEST not in values and version == 1:  # which had none
@@ -175,7 +176,7 @@ def read_manifest(folder: Path, name: str = NAME) -> Manifest:
             f"{file}: is of format 1 and this version reads {FORMAT_VERSION}: convert the source "
             "again."
         )
-    if file.read_bytes() != _signed(body).encode("utf-8"):
+    if said.content != _signed(body).encode("utf-8"):
         raise DamageError(
             f"{file}: is damaged (it does not have its own digest): convert the source again."
         )

@@ -2,10 +2,34 @@
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from svg_jax.convert.errors import ConversionError
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What changes when a file is written to or replaced."""
+
+    inode: int
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, file: Path) -> "FileState":
+        """The file's state now, links followed."""
+        found = os.stat(file)
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def find_changed(states: Mapping[Path, FileState]) -> Path | None:
+    """Find a file that was written to, replaced or removed since its state was taken."""
+    for file, state in states.items():
+        if not file.exists() or FileState.of(file) != state:
+            return file
+    return None
 
 
 def check_inside(file: Path, roots: Iterable[Path], *, named_by: Path | None = None) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,17 +21,38 @@ JSON_LIMIT = 16 * 2**20
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
+@dataclass(frozen=True)
+class JsonFile:
+    """A file that holds a JSON object.
+
+    Attributes:
+        path: Where it lies.
+        content: Its bytes, UTF-8.
+        values: What they say.
+    """
+
+    path: Path
+    content: bytes
+    values: dict[str, Any]
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
         ConversionError: If there is no such file, or it holds anything else; see `parse_json`.
     """
+    return read_json_file(file).values
+
+
+def read_json_file(file: Path) -> JsonFile:
+    """Read a JSON object and the bytes that it is written in; see `read_json`."""
     check_regular(file)
     try:
         if file.stat().st_size > JSON_LIMIT:
             raise ConversionError(f"{file}: is larger than {JSON_LIMIT} bytes: fetch it again.")
-        return parse_json(file.read_bytes(), file)
+        content = file.read_bytes()
+        return JsonFile(file, content, parse_json(content, file))
     except OSError as error:
         raise ConversionError(f"{file}: cannot be read: {error.strerror}.") from error
 

@@ -7,6 +7,8 @@ stands twice, and reads NaN without a word.
 
 import math
 import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,20 @@ _NAME_LIMIT = 500  # characters; names of 100 are long
 _RANK_LIMIT = 64  # torch's
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
+@dataclass(frozen=True)
+class Header:
+    """What the header of a safetensors file says.
+
+    Attributes:
+        tensors: Its tensors, by name.
+        metadata: What stands under "__metadata__", unchecked; None if nothing does.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    metadata: Any
+
+
+def read_header(file: Path) -> Header:
     """Read and check the header of one safetensors file.
 
     Raises:
@@ -59,7 +74,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             f"{JSON_LIMIT} are allowed): it is damaged, or no safetensors file; fetch it again."
         )
     entries = parse_json(header, file)
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None)
     if odd := [name for name in entries if not name.isprintable() or len(name) > _NAME_LIMIT]:
         raise ConversionError(f"{file}: '{show(odd[0])}' is no name of a tensor: fetch it again.")
     data_start = 8 + length
@@ -74,7 +89,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     if end != size:
         what = "is truncated" if end > size else "has bytes that belong to no tensor"
         raise ConversionError(f"{file}: {what} ({size} bytes, {end} expected): fetch it again.")
-    return tensors
+    return Header(tensors, metadata)
 
 
 def _tensor(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -101,9 +101,9 @@ def read_dicts(file: Path, weights_key: str | None = None) -> dict[str, dict[str
     """As `read_torch_file`: all dicts of tensors, by the keys that lead to them, "a.b"."""
     check_regular(file)
     try:
-        with file.open("rb") as stream:
+        with file.open("rb", buffering=0) as stream:
             _check_format(stream, file)
-            members = _read_members(file)
+            members = _read_members(stream, file)
             root = _find_root(members, file)
             pickled = _read_member(stream, members[f"{root}/data.pkl"], file)
             _check_byte_order(stream, members.get(f"{root}/byteorder"), file)
@@ -131,7 +131,7 @@ def read_dicts(file: Path, weights_key: str | None = None) -> dict[str, dict[str
     }
 
 
-def _check_format(stream: BinaryIO, file: Path) -> None:
+def _check_format(stream: io.FileIO, file: Path) -> None:
     start = stream.read(512)
     if start.startswith(b"PK\x03\x04"):
         return
@@ -158,10 +158,13 @@ class _DirectoryReader(io.FileIO):
         return super().read(size)
 
 
-def _read_members(file: Path) -> dict[str, _Member]:
+def _read_members(opened: io.FileIO, file: Path) -> dict[str, _Member]:
     """The archive's members, none of which is compressed, stands twice or overlaps another."""
     try:
-        with _DirectoryReader(file) as stream, zipfile.ZipFile(stream) as archive:
+        with (
+            _DirectoryReader(opened.fileno(), closefd=False) as stream,
+            zipfile.ZipFile(stream) as archive,
+        ):
             entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
             directory_start = archive.start_dir
             spans = [_span(stream, entry, file) for entry in entries]
@@ -224,7 +227,7 @@ def _find_root(members: Mapping[str, _Member], file: Path) -> str:
     return root
 
 
-def _read_member(stream: BinaryIO, member: _Member, file: Path) -> bytes:
+def _read_member(stream: io.FileIO, member: _Member, file: Path) -> bytes:
     """A small member's bytes."""
     if member.nbytes > SIZE_LIMIT:
         raise ConversionError(
@@ -238,7 +241,7 @@ def _read_member(stream: BinaryIO, member: _Member, file: Path) -> bytes:
     return data
 
 
-def _check_byte_order(stream: BinaryIO, member: _Member | None, file: Path) -> None:
+def _check_byte_order(stream: io.FileIO, member: _Member | None, file: Path) -> None:
     if member is None:  # PyTorch before 2.1 did not note it
         return
     order = _read_member(stream, member, file)

@@ -1,9 +1,7 @@
 """How strong a LoRA is: alpha and rank, from the config that PEFT or diffusers wrote with it."""
 
-import json
 import math
 import re
-import struct
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svg_jax.convert.errors import ConversionError
-from svg_jax.convert.formats.json_file import read_json
-from svg_jax.convert.sources.weights import is_torch
+from svg_jax.convert.formats.json_file import parse_json, read_json
 
 PEFT_CONFIG = "adapter_config.json"
 _PEFT_STEM = "adapter_model"
@@ -134,11 +131,12 @@ class LoraConfig:
         return float(value)
 
 
-def read_lora_config(file: Path, *, is_peft: bool) -> LoraConfig | None:
+def read_lora_config(file: Path, metadata: Any, *, is_peft: bool) -> LoraConfig | None:
     """Read the config of a LoRA: PEFT's lies beside the weights, diffusers' in their header.
 
     Args:
-        file: The weights, which were checked.
+        file: File of the weights.
+        metadata: What its header says beside tensors.
         is_peft: Whether the tensors have PEFT's names.
 
     Raises:
@@ -147,19 +145,10 @@ def read_lora_config(file: Path, *, is_peft: bool) -> LoraConfig | None:
     beside = file.with_name(PEFT_CONFIG)
     if (is_peft or file.stem == _PEFT_STEM) and beside.is_file():
         return LoraConfig(beside, read_json(beside), is_peft=True)
-    if is_torch(file):
-        return None
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    metadata = header.get("__metadata__")
     text = metadata.get(_METADATA) if isinstance(metadata, dict) else None
     if not text:
         return None
-    try:
-        values = json.loads(text)
-    except (TypeError, ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
+    if not isinstance(text, str):
         raise ConversionError(f"{file}: its {_METADATA} is no JSON object: fetch it again.")
+    values = parse_json(text.encode("utf-8"), f"{file}: its {_METADATA}")
     return LoraConfig(file, values, is_peft=False)

@@ -1,6 +1,7 @@
 """Where a LoRA lies (a file, a folder, a repository of the hub), and what is in its file."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -8,7 +9,7 @@ import numpy as np
 
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.checked_files import check_regular
-from svg_jax.convert.formats.safetensors_file import read_header
+from svg_jax.convert.formats.safetensors_file import Header, read_header
 from svg_jax.convert.formats.show import show_some
 from svg_jax.convert.formats.stored_tensor import StoredTensor, read_tensor
 from svg_jax.convert.formats.torch_file import read_dicts
@@ -67,14 +68,15 @@ def _only_file(folder: Path) -> Path:
     return chosen[0]
 
 
-def read_lora_file(file: Path) -> Mapping[str, StoredTensor]:
-    """Find the tensors of a LoRA's file; matrices are not read.
+def read_lora_file(file: Path) -> Header:
+    """Find the tensors of a LoRA's file, and what else it says; matrices are not read.
 
     Raises:
         ConversionError: If the file is damaged or holds what no LoRA does.
     """
     check_regular(file)
-    return drop_layer_wrappers(_read_torch(file) if is_torch(file) else read_header(file))
+    header = Header(_read_torch(file), None) if is_torch(file) else read_header(file)
+    return replace(header, tensors=drop_layer_wrappers(header.tensors))
 
 
 def _read_torch(file: Path) -> Mapping[str, StoredTensor]:

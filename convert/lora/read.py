@@ -11,6 +11,7 @@ from pathlib import Path
 
 from svg_jax.convert.checkpoint.manifest import LoraRecord
 from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.formats.checked_files import FileState
 from svg_jax.convert.formats.digests import file_digest
 from svg_jax.convert.lora.change import Change
 from svg_jax.convert.lora.config import PEFT_CONFIG, read_lora_config
@@ -36,7 +37,7 @@ class Lora:
         source: What was asked for.
         path: Its file or folder.
         name: What it is called.
-        files: The files that are read.
+        states: The files that are read, as they were before.
         changes: Per component, the changes of each tensor.
         skipped: Names, with an asterisk for each number, of what the model has no layers for.
     """
@@ -44,7 +45,7 @@ class Lora:
     source: LoraSource
     path: Path
     name: str
-    files: tuple[Path, ...]
+    states: Mapping[Path, FileState]
     changes: Mapping[str, Changes]
     skipped: tuple[str, ...]
 
@@ -54,7 +55,7 @@ class Lora:
             source=self.name,
             scale=self.source.scale,
             into=self.source.into,
-            files={file.name: file_digest(file) for file in self.files},
+            files={file.name: file_digest(file) for file in self.states},
             skipped=self.skipped,
         )
 
@@ -97,9 +98,12 @@ def _read_lora(source: LoraSource, components: Mapping[str, Component], *, stric
             f"{', '.join(sorted(components))}: choose one of them."
         )
     file = find_lora(path)
-    tensors = read_lora_file(file)
+    parts = (file, file.with_name(PEFT_CONFIG))
+    states = {part: FileState.of(part) for part in parts if part.exists()}
+    header = read_lora_file(file)
+    tensors = header.tensors
     is_peft = any(key.startswith(PEFT) for key in tensors)
-    config = read_lora_config(file, is_peft=is_peft)
+    config = read_lora_config(file, header.metadata, is_peft=is_peft)
     found = sort_tensors(file, tensors, components, into)
     changes: dict[str, dict[str, tuple[Change, ...]]] = {}
     for (component, targets), group in found.groups.items():
@@ -136,7 +140,8 @@ def _read_lora(source: LoraSource, components: Mapping[str, Component], *, stric
     given = usable_path(path)
     place = given if given.exists() else file
     name = str(path) if place == file != given else _name(given)
-    return Lora(source, place, name, files, changes, tuple(sorted(found.absent)))
+    states = {part: states[part] for part in files}
+    return Lora(source, place, name, states, changes, tuple(sorted(found.absent)))
 
 
 def _name(path: Path) -> str:

@@ -17,7 +17,8 @@ from typing import Any
 from svg_jax.convert.components import PipelineIndex
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.stored_tensor import StoredTensor
-from svg_jax.convert.sources.weights import named_files, read_weights
+from svg_jax.convert.sources.files import SourceFiles
+from svg_jax.convert.sources.weights import named_files
 
 # Of each part but the transformer: its class in model_index.json, and where it is.
 _PARTS = {
@@ -66,11 +67,14 @@ class Repository:
     texts: Mapping[str, str]
 
 
-def read_repository(folder: Path, allowed: Iterable[Path] = ()) -> Repository | None:
+def read_repository(
+    folder: Path, files: SourceFiles, allowed: Iterable[Path] = ()
+) -> Repository | None:
     """Recognises a release of Wan by its files' names; its transformer tells which it is.
 
     Args:
         folder: The folder.
+        files: What was read of it.
         allowed: See `reader.read_weights`.
 
     Returns:
@@ -95,7 +99,7 @@ def read_repository(folder: Path, allowed: Iterable[Path] = ()) -> Repository | 
             f"{place}: holds no diffusion_pytorch_model.safetensors of the transformer, nor an "
             "index of shards: fetch it."
         )
-    tensors = read_weights(place, allowed)
+    tensors = files.weights(place, allowed, None)
 
     classes = {name: class_name for name, (class_name, _) in _PARTS.items()}
     classes |= {"scheduler": _SCHEDULER, **dict.fromkeys(transformers, _TRANSFORMER)}
@@ -106,10 +110,10 @@ def read_repository(folder: Path, allowed: Iterable[Path] = ()) -> Repository | 
         "use_flow_sigmas": True,
         "flow_shift": 5.0 if by_token else _flow_shift(tensors, folder),
     }
-    files = {"scheduler/scheduler_config.json": scheduler}
+    settings_files = {"scheduler/scheduler_config.json": scheduler}
     if _OF_IMAGES in tensors:
         classes["image_processor"] = _IMAGE_PROCESSOR["image_processor_type"]
-        files["image_processor/preprocessor_config.json"] = _IMAGE_PROCESSOR
+        settings_files["image_processor/preprocessor_config.json"] = _IMAGE_PROCESSOR
     else:
         del parts["image_encoder"], classes["image_encoder"]
     of_image = _is_of_image(tensors)
@@ -118,7 +122,7 @@ def read_repository(folder: Path, allowed: Iterable[Path] = ()) -> Repository | 
         settings["boundary_ratio"] = 0.9 if of_image else 0.875
     pipeline = "WanImageToVideoPipeline" if of_image else "WanPipeline"
     index = PipelineIndex(pipeline, dict(sorted(classes.items())))
-    texts = {name: json.dumps(values, indent=2) + "\n" for name, values in files.items()}
+    texts = {name: json.dumps(values, indent=2) + "\n" for name, values in settings_files.items()}
     texts["model_index.json"] = index.text(**settings)
     return Repository(index, {**parts, **transformers}, texts)
 

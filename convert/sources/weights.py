@@ -36,7 +36,7 @@ def is_torch(file: Path) -> bool:
     return file.suffix.lower() in _TORCH
 
 
-def read_file(file: Path, weights_key: str | None = None) -> dict[str, StoredTensor]:
+def read_file(file: Path, weights_key: str | None = None) -> Mapping[str, StoredTensor]:
     """Find and check the tensors of one file of weights.
 
     Args:
@@ -50,7 +50,7 @@ def read_file(file: Path, weights_key: str | None = None) -> dict[str, StoredTen
         ConversionError: See `read_header` and `read_torch_file`.
     """
     if not is_torch(file):
-        return read_header(file)
+        return read_header(file).tensors
     tensors = {
         f"{keys}.{name}" if keys else name: tensor
         for keys, tensors in read_dicts(file, weights_key).items()
@@ -75,10 +75,11 @@ def _scales_beside(file: Path, tensors: Mapping[str, StoredTensor]) -> dict[str,
             f"{file}: holds float8 weights of HunyuanVideo without their scales, which its authors "
             f"keep in {scales.name}: put it beside."
         )
+    found = read_torch_file(scales)
     return {
         f"{prefix}{name}.scale_weight": scale
         for prefix in prefixes
-        for name, scale in read_torch_file(scales).items()
+        for name, scale in found.items()
     }
 
 
@@ -87,7 +88,7 @@ def read_weights(
     allowed: Iterable[Path] = (),
     variant: str | None = None,
     weights_key: str | None = None,
-) -> dict[str, StoredTensor]:
+) -> Mapping[str, StoredTensor]:
     """Find and check the tensors of one component: one file, or shards listed by an index.
 
     Args:

@@ -101,7 +101,7 @@ def plan_tables(plan: ConversionPlan) -> Iterator[Table | str]:
     yield table
     for lora in plan.loras:
         changed = sum(map(len, lora.changes.values()))
-        size = _size(sum(file.stat().st_size for file in lora.files))
+        size = _size(sum(file.stat().st_size for file in lora.states))
         where = " and ".join(sorted(lora.changes))
         scale = lora.source.scale
         yield f"merges {lora.path} ({size}) at {scale:g} into {changed} tensors of {where}"

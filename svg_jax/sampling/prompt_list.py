@@ -19,6 +19,7 @@ import jax
 from svg_jax.config import SparsityConfig, Warmup
 from svg_jax.convert.files import open_regular, remove_leftovers, written_atomically
 from svg_jax.convert.formats.digests import file_digest
+from svg_jax.convert.formats.json_file import parse_json
 from svg_jax.sampling import VideoOutput, VideoPipeline
 from svg_jax.sampling.components import loading_once
 from svg_jax.sampling.pipeline import PreparedRun
@@ -267,7 +268,7 @@ def _is_done(output: Path, fingerprint: Mapping[str, Any]) -> bool:
         return False
     try:
         with open_regular(file) as content:
-            record = json.loads(content.read(_RECORD_BYTES))
+            record = parse_json(content.read(_RECORD_BYTES), file)
         saved, digest = dict(record["fingerprint"]), record["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: remove it and {output.name} to start anew") from error

@@ -108,7 +108,7 @@ def test_a_release_is_renamed_and_cut_as_by_diffusers_bit_for_bit(tmp_path, name
     expected = getattr(single_file_utils, CONVERSIONS[name])(dict(tensors))
     file = tmp_path / "a.safetensors"
     save_file({key: tensor.numpy() for key, tensor in tensors.items()}, file)
-    found = renamed(name, read_header(file))
+    found = renamed(name, read_header(file).tensors)
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert found[key].name == key
