@@ -240,14 +240,13 @@ def _stored_parts(source: Source, variant: str | None) -> dict[str, _Part]:
         weights = source.read(component, chosen)
         original, class_name = weights.original, source.index.classes[component]
         tensors, unused = weights.tensors, weights.others
-        said = weights.said or source.files.json(source.folder(component) / "config.json")
         if original is None and class_name in MODEL_CLASSES:
             folder = source.folder(component)
             rules = MODEL_CLASSES[class_name].rules(weights.config)
             tensors, spare = split_unused(tensors, rules, MODEL_CLASSES[class_name].unused, folder)
             unused = tuple(sorted((*unused, *spare)))
         found[component] = _Part(
-            said.values if original is None else original.config,
+            _said(source, component) if original is None else original.config,
             [
                 (name, of.shape, of.dtype.name, partial(read_tensor, of))
                 for name, of in sorted(tensors.items())
@@ -257,6 +256,10 @@ def _stored_parts(source: Source, variant: str | None) -> dict[str, _Part]:
             _casts(tensors.values()) if class_name in MODEL_CLASSES else {},
         )
     return found
+
+
+def _said(source: Source, component: str) -> Mapping[str, Any]:
+    return source.files.json(source.folder(component) / "config.json").values
 
 
 def _casts(tensors: Iterable[StoredTensor]) -> dict[str, str]:

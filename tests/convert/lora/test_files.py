@@ -72,7 +72,7 @@ class TestFiles:
             (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2}))
         found, plan = merged(sources["Wan"], tmp_path)
         assert_merged(found, {f"{Q}.weight": np.float32(factor) * (b @ a)}, sources["Wan"])
-        assert plan.files[0].name == name
+        assert next(iter(plan.states)).name == name
 
     @pytest.mark.parametrize("rest", ["", "/lora.safetensors", "/high/a b.SAFETENSORS"])
     def test_of_the_hub(self, tmp_path, sources, monkeypatch, rest):
