@@ -191,15 +191,12 @@ def run_steps(
     steps = partial(
         denoise,
         pipeline.transformer,
-        run.state,
-        run.schedule,
-        run.conditions,
-        scales=run.scales,
+        run,
         sparsity=preset.sparsity,
         warmup=preset.warmup,
         steps=range(first, first + 4),
     )
-    state, records = steps()
+    after, records = steps()
     profile = records[-1].profile
     assert profile is not None
     return {
@@ -211,7 +208,7 @@ def run_steps(
         "s, first dense step": round(records[0].seconds, 1),
         "s, first sparse step": round(records[2].seconds, 1),
         "density": round(float(profile.density.mean()), 4),
-        "finite": bool(jnp.isfinite(state.latents).all()),
+        "finite": bool(jnp.isfinite(after.state.latents).all()),
         **(loop_overhead(steps) if traced else {}),
     }
 

@@ -37,7 +37,7 @@ from svg_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
 from svg_jax.models.t5 import T5Config, T5Encoder
 from svg_jax.provenance import provenance_of
 from svg_jax.sampling.cogvideox.pipeline import CogVideoXPipeline
-from svg_jax.sampling.pipeline import PreparedRun
+from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.records import SamplingInfo
 from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.text.tokenizer import load_tokenizer

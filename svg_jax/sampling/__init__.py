@@ -5,6 +5,7 @@ from svg_jax.sampling.denoising import denoise
 from svg_jax.sampling.hunyuan_video.pipeline import HunyuanVideoPipeline
 from svg_jax.sampling.loading import from_pretrained
 from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline
+from svg_jax.sampling.traced import sample
 from svg_jax.sampling.wan.pipeline import WanPipeline
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "WanPipeline",
     "denoise",
     "from_pretrained",
+    "sample",
 ]

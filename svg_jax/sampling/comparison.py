@@ -118,7 +118,7 @@ def compare(
         pattern=pattern if attend is None else getattr(attend, "__name__", type(attend).__name__),
         num_inference_steps=num_steps,
         dense_steps=dense_steps,
-        guided_steps=int((start.scales != 1).sum()),
+        guided_steps=sum(scale != 1 for scale in start.scales),
         requested_density=None if sparsity is None else sparsity.density,
         density=sparse.info.density if profiled else None,
         latents=start.state.latents.shape[1:],

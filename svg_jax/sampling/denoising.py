@@ -5,11 +5,13 @@ as a traced value. What remains is two executables per shape and guidance mode: 
 sparse one.
 """
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,41 +22,12 @@ from jaxtyping import Array, Bool, Float
 from svg_jax.attention import SparseAttentionInfo, StepState, attend_dense, attend_sparse
 from svg_jax.config import SparsityConfig, Warmup, dense_step_count, share_of
 from svg_jax.models import Attend
+from svg_jax.sampling.conditions import Conditions, predict
+from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.records import HeadProfile, StepRecord
-from svg_jax.sampling.schedules.noise import step_key, step_noise
+from svg_jax.sampling.schedules.noise import step_noise
 from svg_jax.sampling.schedules.steps import SamplerState, take_step
-from svg_jax.sampling.schedules.tables import Schedule
 from svg_jax.sampling.settings import SettingError
-
-
-@runtime_checkable
-class Conditions(Protocol):
-    """What a model is told beside latents and timestep; a pytree, one class for each family."""
-
-    def velocity(
-        self,
-        model: Any,
-        latents: Array,
-        timestep: Array,
-        scale: Array | None,
-        *,
-        attend: Attend,
-        step_state: Any,
-    ) -> tuple[Array, Any]:
-        """The model's prediction in float32, and the info of `attend` stacked over layers.
-
-        Under a scale it is guided, and the model sees entries [negative, positive].
-        """
-        ...
-
-
-def guided_velocity(velocity: Array, scale: Array | None) -> Array:
-    """Classifier-free guidance, in float32, of predictions [negative, positive]; None is none."""
-    velocity = velocity.astype(jnp.float32)
-    if scale is None:
-        return velocity
-    negative, positive = jnp.split(velocity, 2)
-    return negative + scale * (positive - negative)
 
 
 def guidance_scales(
@@ -86,99 +59,118 @@ def guidance_scales(
     return scales
 
 
+@dataclass(frozen=True, eq=False)
+class StepKinds:
+    """Which attention each step of a run has, and whether it is guided.
+
+    Attributes:
+        dense_steps: Number of dense steps, the first ones.
+        sparse: Attention of the others.
+        scales: Guidance scale of every step.
+    """
+
+    dense_steps: int
+    sparse: Attend
+    scales: Sequence[float]
+
+    def of(self, step: int) -> tuple[Attend, bool]:
+        """The attention of a step, and whether it is guided."""
+        attend = self.sparse if step >= self.dense_steps else attend_dense
+        return attend, self.scales[step] != 1
+
+
+def step_kinds(
+    run: PreparedRun,
+    config: Any,
+    *,
+    sparsity: SparsityConfig | None,
+    warmup: Warmup | None,
+    attend: Attend | None,
+    labels: Bool[np.ndarray, "..."] | None,
+) -> StepKinds:
+    """Tell which attention each step has.
+
+    Args:
+        run: The run.
+        config: The transformer's config.
+        sparsity: Sparse attention after its dense warm-up, or None.
+        warmup: Steps and layers that stay dense under it; None is `Warmup()`.
+        attend: Attention of all steps in place of it, or None.
+        labels: Labels of the run, or None.
+
+    Raises:
+        SettingError: If labels do not fit.
+    """
+    num_steps = len(run.scales)
+    if labels is not None:
+        check_labels(labels, config, num_steps=num_steps, batch=len(run.state.latents))
+    if attend is not None:
+        return StepKinds(0, attend, run.scales)
+    if sparsity is None:
+        return StepKinds(num_steps, attend_dense, run.scales)
+    warmup = warmup or Warmup()
+    sparse = attend_sparse(sparsity, config.num_attention_layers, warmup=warmup)
+    return StepKinds(dense_step_count(warmup, num_steps), sparse, run.scales)
+
+
 def denoise(
     transformer: nnx.Module,
-    state: SamplerState,
-    schedule: Schedule,
-    conditions: Conditions,
+    run: PreparedRun,
     *,
-    scales: Float[np.ndarray, " steps"],
     sparsity: SparsityConfig | None = None,
     warmup: Warmup | None = None,
     attend: Attend | None = None,
     labels: Bool[np.ndarray, "..."] | None = None,
-    seed: int = 0,
-    sampler_noise: Float[Array | np.ndarray, "..."] | None = None,
     steps: range | None = None,
     save: Callable[[SamplerState, StepRecord], None] | None = None,
     callback_on_step_end: Callable[[StepRecord], None] | None = None,
-) -> tuple[SamplerState, tuple[StepRecord, ...]]:
-    """Runs the steps of a schedule, or some of them.
+) -> tuple[PreparedRun, tuple[StepRecord, ...]]:
+    """Run the steps of a schedule, or some of them, one after the other from the host.
 
     Args:
         transformer: Predicts velocities.
-        state: Latents, float32 in the transformer's order, and the sampler's history.
-        schedule: All steps of the run.
-        conditions: Text and image that the model is told, of the transformer's family.
-        scales: Guidance scale of every step of the schedule (`guidance_scales`).
+        run: The run, in the state before the first of the steps.
         sparsity: Sparse attention after its dense warm-up; None is dense throughout.
         warmup: Steps and layers that stay dense under `sparsity`; None is `Warmup()`.
         attend: Attention of all steps in place of both; hashable, its `step_state` a `StepState`.
         labels: Labels to use in place of profiling, True = temporal: bool [layers, entries, heads],
             or with a leading axis for all steps of the schedule. Entries are those of a guided
             step ([negative, positive]), or the positive ones alone for both.
-        seed: Of the rows that profiling samples and of DPM's noise.
-        sampler_noise: What DPM adds, [steps of the schedule, *shape of the latents], in place of
-            the seed's.
-        steps: Which steps of the schedule to run; `state` is that before the first of them.
+        steps: Which steps of the schedule to run.
         save: Called with the state after each step and its record, once it is known to be finite
             and the next step is on its way.
         callback_on_step_end: Called with the record of each step.
 
     Returns:
-        The state after the last step, and a record of each.
+        The run after the last step, and a record of each.
 
     Raises:
         FloatingPointError: If latents are not finite after a step; says which step and layer.
         ValueError: If labels do not fit.
     """
+    schedule, state = run.schedule, run.state
     steps = range(schedule.num_steps) if steps is None else steps
-    config: Any = transformer.config  # pyright: ignore[reportAttributeAccessIssue]
     graphdef, weights = nnx.split(transformer)
-    dense_steps = schedule.num_steps
-    sparse: Attend = attend_dense
-    if labels is not None:
-        batch, num_steps = len(state.latents), schedule.num_steps
-        check_labels(labels, config, num_steps=num_steps, batch=batch)
-    if attend is not None:
-        dense_steps, sparse = 0, attend
-    elif sparsity is not None:
-        warmup = warmup or Warmup()
-        dense_steps = dense_step_count(warmup, schedule.num_steps)
-        sparse = attend_sparse(sparsity, config.num_attention_layers, warmup=warmup)
-
-    def inputs_of(step: int) -> tuple[Attend, tuple[Any, ...]]:
-        """The attention of a step, and what else it takes, on the device."""
-        is_sparse, guided = step >= dense_steps, bool(scales[step] != 1)
-        noise = step_state = None
-        if schedule.draws_noise:
-            noise = step_noise(seed, step, state.latents.shape)
-            if sampler_noise is not None:
-                noise = jnp.asarray(sampler_noise[step], jnp.float32)
-        if is_sparse:
-            given = None
-            if labels is not None:
-                layers = labels if labels.ndim == 3 else labels[step]
-                given = _labels_of_entries(layers, guided, len(state.latents))
-            step_state = StepState(step_key(seed, step), given)
-        scale = np.float32(scales[step]) if guided else None
-        inputs = (schedule.step(step), conditions, scale, noise, step_state)
-        return sparse if is_sparse else attend_dense, jax.device_put(inputs)
-
+    config: Any = transformer.config  # pyright: ignore[reportAttributeAccessIssue]
+    kinds = step_kinds(run, config, sparsity=sparsity, warmup=warmup, attend=attend, labels=labels)
     records: list[StepRecord] = []
-    kinds = set()
+    seen = set()
     upcoming = unsaved = None
     try:
         for step in steps:
             started = time.perf_counter()
-            attention, inputs = inputs_of(step) if upcoming is None else upcoming
+            kind = kinds.of(step)
+            attention = kind[0]
+            inputs = _inputs_of(run, step, kind, labels) if upcoming is None else upcoming
             arguments = (weights, state, *inputs)
             after, info, is_finite = denoise_step(graphdef, attention, *arguments)
             # The host saves the step before, and readies the next, while the device is at this one.
             if save is not None and unsaved is not None:
                 save(*unsaved)
                 unsaved = None
-            upcoming = inputs_of(step + 1) if step + 1 in steps else None
+            upcoming = None
+            if step + 1 in steps:
+                upcoming = _inputs_of(run, step + 1, kinds.of(step + 1), labels)
             found = ()
             if isinstance(info, SparseAttentionInfo):
                 found = (info.labels, info.errors, info.density)
@@ -187,16 +179,15 @@ def denoise(
                 place = f"step {step} of {schedule.num_steps} (timestep {schedule.timesteps[step]})"
                 raise FloatingPointError(_diagnose(place, graphdef, attention, *arguments))
             state = after
-            kind = (attention, scales[step] != 1)
             record = StepRecord(
                 step=step,
                 timestep=schedule.timesteps[step].item(),
-                guidance_scale=float(scales[step]),
+                guidance_scale=run.scales[step],
                 seconds=time.perf_counter() - started,
-                first_of_kind=kind not in kinds,
+                first_of_kind=kind not in seen,
                 profile=HeadProfile(*found) if found else None,
             )
-            kinds.add(kind)
+            seen.add(kind)
             records.append(record)
             unsaved = state, record
             if callback_on_step_end is not None:
@@ -204,7 +195,30 @@ def denoise(
     finally:
         if save is not None and unsaved is not None:
             save(*unsaved)
-    return state, tuple(records)
+    return dataclasses.replace(run, state=state), tuple(records)
+
+
+def _inputs_of(
+    run: PreparedRun,
+    step: int,
+    kind: tuple[Attend, bool],
+    labels: Bool[np.ndarray, "..."] | None,
+) -> tuple[Any, ...]:
+    """What a step takes beside weights and state, on the device."""
+    attend, guided = kind
+    noise = step_state = None
+    if run.sampler_noise is not None:
+        noise = jnp.asarray(run.sampler_noise[step], jnp.float32)
+    elif run.schedule.draws_noise:
+        noise = step_noise(run.seed, step, run.state.latents.shape)
+    if attend is not attend_dense:
+        given = None
+        if labels is not None:
+            layers = labels if labels.ndim == 3 else labels[step]
+            given = jnp.asarray(labels_of_entries(layers, guided, len(run.state.latents)))
+        step_state = StepState(jax.random.fold_in(run.key, step), given)
+    scale = np.float32(run.scales[step]) if guided else None
+    return jax.device_put((run.schedule.step(step), run.conditions, scale, noise, step_state))
 
 
 @partial(jax.jit, static_argnames=("graphdef", "attend"))
@@ -238,10 +252,11 @@ def denoise_step(
         The state after the step, the info of `attend` stacked over layers, and whether all latents
         are finite.
     """
-    velocity, info = conditions.velocity(
+    velocity, info = predict(
         nnx.merge(graphdef, weights),
         state.latents,
         coefficients.timestep,
+        conditions,
         scale,
         attend=attend,
         step_state=step_state,
@@ -279,11 +294,17 @@ def check_labels(labels: np.ndarray, config: Any, *, num_steps: int, batch: int)
         )
 
 
-def _labels_of_entries(labels: np.ndarray, guided: bool, batch: int) -> Array:
-    entries = labels.shape[1]
-    if guided and entries == batch:
-        labels = np.concatenate([labels, labels], axis=1)
-    return jnp.asarray(labels if guided else labels[:, -batch:])
+def labels_of_entries(labels: np.ndarray, guided: bool, batch: int) -> np.ndarray:
+    """Labels [..., entries, heads] for the entries of a step.
+
+    Args:
+        labels: Labels for [negative, positive] entries, or for the positive ones.
+        guided: Whether the step has both.
+        batch: Number of videos.
+    """
+    if guided and labels.shape[-2] == batch:
+        return np.concatenate([labels, labels], axis=-2)
+    return labels if guided else labels[..., -batch:, :]
 
 
 def _diagnose(place: str, graphdef, attend: Attend, *arguments) -> str:

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from svg_jax.config import PAPER_PRESETS, Preset, SparsityConfig, Warmup
 from svg_jax.convert.run_defaults import RunDefaults
 from svg_jax.masks import warn_of_lost_sparsity
 from svg_jax.media.images import with_images_read
-from svg_jax.models import Attend, VideoLayout
+from svg_jax.models import Attend
 from svg_jax.sampling.components import component_names, in_memory
-from svg_jax.sampling.denoising import Conditions, check_labels, denoise
+from svg_jax.sampling.denoising import check_labels, denoise
 from svg_jax.sampling.latents import to_frames
+from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.records import SamplingInfo, StepRecord, VideoOutput
 from svg_jax.sampling.run_state import (
     RunFile,
@@ -31,8 +32,6 @@ from svg_jax.sampling.run_state import (
     saved_fingerprint,
     saving,
 )
-from svg_jax.sampling.schedules.steps import SamplerState
-from svg_jax.sampling.schedules.tables import Schedule
 from svg_jax.sampling.settings import (
     SettingError,
     check_settings,
@@ -45,31 +44,6 @@ _LOGGER = logging.getLogger(__name__)
 _NO_DEFAULTS = RunDefaults()
 
 OutputType = Literal["np", "uint8", "latent"]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class PreparedRun:
-    """All that a run of the denoising loop needs; what `prepare` makes of its arguments.
-
-    Attributes:
-        schedule: All steps.
-        state: Initial noise.
-        conditions: Encoded prompts and image.
-        scales: Guidance scale of every step.
-        seed: Of all random numbers after the initial noise.
-        layout: Where video and text stand in the transformer's sequence.
-        padding_frames: Leading latent frames that are dropped at the end (CogVideoX-1.5).
-        sampler_noise: See `denoise`.
-    """
-
-    schedule: Schedule
-    state: SamplerState
-    conditions: Conditions
-    scales: Float[np.ndarray, " steps"]
-    seed: int
-    layout: VideoLayout
-    padding_frames: int = 0
-    sampler_noise: Float[np.ndarray, "..."] | None = None
 
 
 # What a call takes beside the arguments of `prepare`.
@@ -372,23 +346,18 @@ class VideoPipeline(ABC):
             # What a density leaves, or that it leaves nothing, is told before anything is loaded.
             warn_of_lost_sparsity(run.layout, sparsity)
         with save_run as save, in_memory(self.transformer) as transformer:
-            state, records = denoise(
+            run, records = denoise(
                 transformer,
-                state,
-                run.schedule,
-                run.conditions,
-                scales=run.scales,
+                dataclasses.replace(run, state=state),
                 sparsity=sparsity,
                 warmup=warmup,
                 attend=attend,
                 labels=labels,
-                seed=run.seed,
-                sampler_noise=run.sampler_noise,
                 steps=steps,
                 save=save,
                 callback_on_step_end=callback_on_step_end,
             )
-        return dataclasses.replace(run, state=state), done + records
+        return run, done + records
 
     def decode(
         self,

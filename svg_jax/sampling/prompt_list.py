@@ -22,7 +22,7 @@ from svg_jax.convert.formats.digests import file_digest
 from svg_jax.convert.formats.json_file import parse_json
 from svg_jax.sampling import VideoOutput, VideoPipeline
 from svg_jax.sampling.components import loading_once
-from svg_jax.sampling.pipeline import PreparedRun
+from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.records import SamplingInfo, StepRecord
 from svg_jax.sampling.run_state import RunFile, check_same_run, open_run_file
 

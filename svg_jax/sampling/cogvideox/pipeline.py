@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from svg_jax.media.images import AnyImage
-from svg_jax.models import Attend, CogVideoXTransformer, CogVideoXVAE, T5Encoder
+from svg_jax.models import CogVideoXTransformer, CogVideoXVAE, T5Encoder
 from svg_jax.sampling.cogvideox.image_conditions import check_image, encode_first_frame
 from svg_jax.sampling.components import (
     Lazy,
@@ -23,7 +22,8 @@ from svg_jax.sampling.components import (
     repeat_each,
     run_encoder,
 )
-from svg_jax.sampling.denoising import guidance_scales, guided_velocity
+from svg_jax.sampling.conditions import Conditions
+from svg_jax.sampling.denoising import guidance_scales
 from svg_jax.sampling.latents import (
     NO_VAE,
     RELEASED,
@@ -35,9 +35,11 @@ from svg_jax.sampling.latents import (
     video_size,
 )
 from svg_jax.sampling.memory import check_memory
-from svg_jax.sampling.pipeline import PreparedRun, VideoPipeline, with_settings
+from svg_jax.sampling.pipeline import VideoPipeline, with_settings
+from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.prompt_features import take_prompts
 from svg_jax.sampling.schedules.config import Sampler, SchedulerConfig
+from svg_jax.sampling.schedules.noise import seed_key
 from svg_jax.sampling.schedules.steps import initial_state
 from svg_jax.sampling.schedules.tables import Schedule, make_schedule
 from svg_jax.sampling.settings import SettingError, count_prompts
@@ -50,54 +52,6 @@ _OFS = 2.0  # the only value that CogVideoX-1.5 image to video was trained with
 Embeddings = Float[Array | np.ndarray, "_batch _text_tokens _features"]
 Latents = Float[Array | np.ndarray, "_batch _frames _channels _height _width"]
 Noise = Float[Array | np.ndarray, "_steps _batch _frames _channels _height _width"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class CogVideoXConditions:
-    """What the model is told beside latents and timestep.
-
-    Attributes:
-        prompt_embeds: Text features [batch, text_tokens, features].
-        negative_prompt_embeds: Those that guidance leads away from, same shape; None if no step is
-            guided.
-        image_latents: Appended to the latents' channels (image to video), [batch, frames, channels,
-            height, width].
-        ofs: Float32 scalar, 2.0 for CogVideoX-1.5 image to video.
-    """
-
-    prompt_embeds: Any
-    negative_prompt_embeds: Any = None
-    image_latents: Any = None
-    ofs: Any = None
-
-    def velocity(
-        self,
-        model: Any,
-        latents: Array,
-        timestep: Array,
-        scale: Array | None,
-        *,
-        attend: Attend,
-        step_state: Any,
-    ) -> tuple[Array, Any]:
-        """See `svg_jax.sampling.denoising.Conditions`."""
-        hidden, embeds = latents, self.prompt_embeds
-        if self.image_latents is not None:
-            hidden = jnp.concatenate([hidden, self.image_latents], axis=2)
-        if scale is not None:
-            hidden = jnp.concatenate([hidden, hidden])
-            embeds = jnp.concatenate([self.negative_prompt_embeds, embeds])
-        entries = len(hidden)
-        velocity, info = model(
-            hidden,
-            embeds,
-            jnp.full((entries,), timestep),
-            ofs=None if self.ofs is None else jnp.full((entries,), self.ofs),
-            attend=attend,
-            step_state=step_state,
-        )
-        return guided_velocity(velocity, scale), info
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -245,14 +199,16 @@ class CogVideoXPipeline(VideoPipeline):
         return PreparedRun(
             schedule=schedule,
             state=initial_state(schedule.sampler, noise),
-            conditions=CogVideoXConditions(
-                prompt_embeds=jnp.repeat(positive, num_videos_per_prompt, axis=0),
-                negative_prompt_embeds=repeat_each(negative, num_videos_per_prompt),
-                image_latents=images,
-                ofs=None if config.ofs_embed_dim is None else np.float32(_OFS),
+            conditions=Conditions(
+                call=_call_model,
+                channel_axis=2,
+                text=jnp.repeat(positive, num_videos_per_prompt, axis=0),
+                negative_text=repeat_each(negative, num_videos_per_prompt),
+                channels=images,
+                number=None if config.ofs_embed_dim is None else np.float32(_OFS),
             ),
-            scales=scales,
-            seed=seed,
+            scales=tuple(scales.tolist()),
+            key=seed_key(seed),
             layout=layout,
             padding_frames=padding_frames,
             sampler_noise=sampler_noise,
@@ -318,6 +274,21 @@ class CogVideoXPipeline(VideoPipeline):
         input_ids = jnp.asarray(self.tokenizer(prompts, length))
         with in_memory(self.text_encoder) as encoder:
             return run_encoder(encoder, input_ids)
+
+
+def _call_model(
+    model: Any,
+    hidden: Array,
+    timestep: Array,
+    *,
+    text: Any,
+    number: Any,
+    image_features: Any,
+    **to: Any,
+) -> tuple[Array, Any]:
+    """See `Conditions.call`; the number is 1.5's ofs."""
+    del image_features  # an image is in the channels
+    return model(hidden, text, timestep, ofs=number, **to)
 
 
 def _checked_noise(

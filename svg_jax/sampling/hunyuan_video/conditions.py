@@ -1,75 +1,37 @@
 """What a HunyuanVideo transformer is told: of the prompts, of the guidance scale, of an image."""
 
-from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from svg_jax.models import Attend
-from svg_jax.sampling.denoising import guided_velocity
 from svg_jax.sampling.hunyuan_video.prompts import TextFeatures
 from svg_jax.sampling.settings import SettingError
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class HunyuanVideoConditions:
-    """What the model is told beside latents and timestep.
-
-    Attributes:
-        text: Features of the prompts.
-        negative_text: Those that guidance leads away from, of the same shapes; None if no step is
-            guided.
-        guidance: Float32 scalar, for models that take the guidance scale as an input.
-        first_frame: Image latents in front of the latents ("token_replace"), [batch, channels, 1,
-            height, width]; they are no part of what is denoised.
-        image_channels: Image latents and their mask, appended to the latents' channels
-            ("latent_concat"), [batch, channels + 1, frames, height, width].
-    """
-
-    text: TextFeatures
-    negative_text: TextFeatures | None = None
-    guidance: Any = None
-    first_frame: Any = None
-    image_channels: Any = None
-
-    def velocity(
-        self,
-        model: Any,
-        latents: Array,
-        timestep: Array,
-        scale: Array | None,
-        *,
-        attend: Attend,
-        step_state: Any,
-    ) -> tuple[Array, Any]:
-        """See `svg_jax.sampling.denoising.Conditions`."""
-        hidden, text = latents, self.text
-        if self.first_frame is not None:
-            hidden = jnp.concatenate([self.first_frame, hidden], axis=2)
-        if self.image_channels is not None:
-            hidden = jnp.concatenate([hidden, self.image_channels], axis=1)
-        if scale is not None:
-            hidden = jnp.concatenate([hidden, hidden])
-            text = jax.tree.map(lambda *each: jnp.concatenate(each), self.negative_text, text)
-        entries = len(hidden)
-        velocity, info = model(
-            hidden,
-            text.embeds,
-            jnp.full((entries,), timestep),
-            pooled_projections=text.pooled,
-            guidance=None if self.guidance is None else jnp.full((entries,), self.guidance),
-            text_length=text.lengths,
-            attend=attend,
-            step_state=step_state,
-        )
-        if self.first_frame is not None:
-            velocity = velocity[:, :, 1:]
-        return guided_velocity(velocity, scale), info
+def call_model(
+    model: Any,
+    hidden: Array,
+    timestep: Array,
+    *,
+    text: TextFeatures,
+    number: Any,
+    image_features: Any,
+    **to: Any,
+) -> tuple[Array, Any]:
+    """See `Conditions.call`; the number is the guidance that the model takes as an input."""
+    del image_features  # what it sees of an image is among its text, its frames or its channels
+    return model(
+        hidden,
+        text.embeds,
+        timestep,
+        pooled_projections=text.pooled,
+        guidance=number,
+        text_length=text.lengths,
+        **to,
+    )
 
 
 def embedded_guidance(

@@ -17,9 +17,10 @@ from svg_jax.media.images import AnyImage, as_frame, images_of_each
 from svg_jax.models import HunyuanVideoTransformer, HunyuanVideoVAE
 from svg_jax.models.vae_tiling import Tiling
 from svg_jax.sampling.components import Lazy, in_memory
+from svg_jax.sampling.conditions import Conditions
 from svg_jax.sampling.denoising import guidance_scales
 from svg_jax.sampling.hunyuan_video.conditions import (
-    HunyuanVideoConditions,
+    call_model,
     embedded_guidance,
     image_channels,
 )
@@ -35,14 +36,15 @@ from svg_jax.sampling.latents import (
 from svg_jax.sampling.memory import check_memory
 from svg_jax.sampling.pipeline import (
     OutputType,
-    PreparedRun,
     VideoOutput,
     VideoPipeline,
     with_settings,
 )
+from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.prompt_features import list_of_prompts
 from svg_jax.sampling.records import SamplingInfo
 from svg_jax.sampling.schedules.config import Sampler, SchedulerConfig
+from svg_jax.sampling.schedules.noise import seed_key
 from svg_jax.sampling.schedules.steps import initial_state
 from svg_jax.sampling.schedules.tables import make_schedule
 from svg_jax.sampling.settings import SettingError
@@ -208,15 +210,16 @@ class HunyuanVideoPipeline(VideoPipeline):
         return PreparedRun(
             schedule=schedule,
             state=initial_state(schedule.sampler, noise),
-            conditions=HunyuanVideoConditions(
+            conditions=Conditions(
+                call=call_model,
                 text=text,
                 negative_text=negative[0] if negative else None,
-                guidance=guidance,
+                number=guidance,
                 first_frame=first_frame,
-                image_channels=channels,
+                channels=channels,
             ),
-            scales=scales,
-            seed=seed,
+            scales=tuple(scales.tolist()),
+            key=seed_key(seed),
             layout=config.layout(*shape[2:], text.embeds.shape[1]),
         )
 
@@ -240,7 +243,6 @@ class HunyuanVideoPipeline(VideoPipeline):
 
     def finished_latents(self, run: PreparedRun) -> Array:
         """See `VideoPipeline.finished_latents`."""
-        assert isinstance(run.conditions, HunyuanVideoConditions)
         latents, first_frame = run.state.latents, run.conditions.first_frame
         return latents if first_frame is None else jnp.concatenate([first_frame, latents], axis=2)
 

@@ -29,12 +29,17 @@ def image_noise_of(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.random.Generator(np.random.Philox(stream)).standard_normal(shape, dtype=np.float32)
 
 
-def step_key(seed: int, step: int) -> jax.Array:
-    """The PRNG key of a step, from which the sampled query rows are drawn.
+def seed_key(seed: int) -> jax.Array:
+    """The PRNG key of a run, from whose folds the query rows of each step are sampled.
 
     Made of both halves of a seed of up to 64 bits, by one algorithm: neither jax_enable_x64 nor
     jax_default_prng_impl changes what a seed gives.
     """
     halves = np.array([seed >> 32, seed], dtype=object) & 0xFFFFFFFF
-    key = jax.random.wrap_key_data(jnp.asarray(halves.astype(np.uint32)), impl="threefry2x32")
-    return jax.random.fold_in(key, step)
+    return jax.random.wrap_key_data(jnp.asarray(halves.astype(np.uint32)), impl="threefry2x32")
+
+
+def seed_of(key: jax.Array) -> int:
+    """The seed that a run's key was made of."""
+    high, low = np.asarray(jax.random.key_data(key)).tolist()
+    return (high << 32) | low

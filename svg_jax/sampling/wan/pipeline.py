@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from svg_jax.media.images import AnyImage, CLIPImageProcessor
-from svg_jax.models import Attend, CLIPVisionEncoder, T5Encoder, WanTransformer, WanVAE
+from svg_jax.models import CLIPVisionEncoder, T5Encoder, WanTransformer, WanVAE
 from svg_jax.models.vae_tiling import Tiling
 from svg_jax.sampling.components import Lazy, in_memory, repeat_each, run_encoder
-from svg_jax.sampling.denoising import guidance_scales, guided_velocity
+from svg_jax.sampling.conditions import Conditions
+from svg_jax.sampling.denoising import guidance_scales
 from svg_jax.sampling.latents import (
     RELEASED,
     Compression,
@@ -26,13 +26,15 @@ from svg_jax.sampling.latents import (
     starting_latents,
 )
 from svg_jax.sampling.memory import check_memory
-from svg_jax.sampling.pipeline import PreparedRun, VideoPipeline, with_settings
+from svg_jax.sampling.pipeline import VideoPipeline, with_settings
+from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.prompt_features import take_prompts
 from svg_jax.sampling.schedules.config import Sampler, SchedulerConfig
+from svg_jax.sampling.schedules.noise import seed_key
 from svg_jax.sampling.schedules.steps import initial_state
 from svg_jax.sampling.schedules.tables import make_schedule
 from svg_jax.sampling.settings import SettingError, count_prompts
-from svg_jax.sampling.wan.image_conditions import ImageConditions, encode_first_frames
+from svg_jax.sampling.wan.image_conditions import encode_first_frames
 from svg_jax.text.prompts import wan_tokens
 from svg_jax.text.tokenizer import PromptTokenizer
 
@@ -45,52 +47,6 @@ _SHIFT_OF_SMALL = 3.0
 # Ranks alone: sizes are checked against each other with errors that say what to do.
 Embeddings = Float[Array | np.ndarray, "_batch _tokens _features"]
 Latents = Float[Array | np.ndarray, "_batch _channels _frames _height _width"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class WanConditions:
-    """What the model is told beside latents and timestep.
-
-    Attributes:
-        prompt_embeds: Text features [batch, text_tokens, features], zero behind the prompt.
-        negative_prompt_embeds: Those that guidance leads away from, same shape; None if no step is
-            guided.
-        images: What an image-to-video model is told of its images; None for text to video.
-    """
-
-    prompt_embeds: Any
-    negative_prompt_embeds: Any = None
-    images: ImageConditions | None = None
-
-    def velocity(
-        self,
-        model: Any,
-        latents: Array,
-        timestep: Array,
-        scale: Array | None,
-        *,
-        attend: Attend,
-        step_state: Any,
-    ) -> tuple[Array, Any]:
-        """See `svg_jax.sampling.denoising.Conditions`."""
-        hidden, embeds, features = latents, self.prompt_embeds, None
-        if self.images is not None:
-            hidden = jnp.concatenate([hidden, self.images.channels], axis=1)
-            features = self.images.features
-        if scale is not None:
-            hidden = jnp.concatenate([hidden, hidden])
-            embeds = jnp.concatenate([self.negative_prompt_embeds, embeds])
-            features = None if features is None else jnp.concatenate([features, features])
-        velocity, info = model(
-            hidden,
-            embeds,
-            jnp.full((len(hidden),), timestep),
-            encoder_hidden_states_image=features,
-            attend=attend,
-            step_state=step_state,
-        )
-        return guided_velocity(velocity, scale), info
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -240,16 +196,20 @@ class WanPipeline(VideoPipeline):
                 config.text_dim,
             ),
         )
+        if images is not None:
+            images = images.for_each(shape[0], num_videos_per_prompt)
         return PreparedRun(
             schedule=schedule,
             state=initial_state(schedule.sampler, noise),
-            conditions=WanConditions(
-                prompt_embeds=jnp.repeat(positive, num_videos_per_prompt, axis=0),
-                negative_prompt_embeds=repeat_each(negative, num_videos_per_prompt),
-                images=None if images is None else images.for_each(shape[0], num_videos_per_prompt),
+            conditions=Conditions(
+                call=_call_model,
+                text=jnp.repeat(positive, num_videos_per_prompt, axis=0),
+                negative_text=repeat_each(negative, num_videos_per_prompt),
+                channels=None if images is None else images.channels,
+                image_features=None if images is None else images.features,
             ),
-            scales=scales,
-            seed=seed,
+            scales=tuple(scales.tolist()),
+            key=seed_key(seed),
             layout=layout,
         )
 
@@ -321,3 +281,18 @@ class WanPipeline(VideoPipeline):
                 f"must be {_TEXT_TOKENS} tokens for image to video, as it was trained: got "
                 f"{length}",
             )
+
+
+def _call_model(
+    model: Any,
+    hidden: Array,
+    timestep: Array,
+    *,
+    text: Any,
+    number: Any,
+    image_features: Any,
+    **to: Any,
+) -> tuple[Array, Any]:
+    """See `Conditions.call`."""
+    del number  # it takes none
+    return model(hidden, text, timestep, encoder_hidden_states_image=image_features, **to)

@@ -1,5 +1,6 @@
 """The denoising loop: what it compiles, what it tells the model, and what it does when it fails."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,12 @@ from flax import nnx
 
 from svg_jax.config import SparsityConfig, Warmup
 from svg_jax.models import VideoLayout
-from svg_jax.sampling.cogvideox.pipeline import CogVideoXConditions as Conditions
+from svg_jax.sampling.conditions import Conditions
 from svg_jax.sampling.denoising import denoise, guidance_scales
+from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.records import SamplingInfo, median_seconds
 from svg_jax.sampling.schedules.config import SchedulerConfig
-from svg_jax.sampling.schedules.noise import initial_noise
+from svg_jax.sampling.schedules.noise import initial_noise, seed_key
 from svg_jax.sampling.schedules.steps import initial_state
 from svg_jax.sampling.schedules.tables import make_schedule
 
@@ -69,13 +71,17 @@ class Toy(nnx.Module):
         return jnp.moveaxis(velocity, -1, 2), info
 
 
+def call_toy(model, hidden, timestep, *, text, number, image_features, **attention):
+    return model(hidden, text, timestep, ofs=number, **attention)
+
+
 def conditions(**extra):
     rng = np.random.default_rng(0)
     embeds = {
         name: jnp.asarray(rng.normal(size=(1, 2, 3)).astype(np.float32))
-        for name in ("prompt_embeds", "negative_prompt_embeds")
+        for name in ("text", "negative_text")
     }
-    return Conditions(**embeds | extra)
+    return Conditions(call=call_toy, channel_axis=2, **embeds | extra)
 
 
 def run(
@@ -85,15 +91,16 @@ def run(
     if state is None:
         state = initial_state(sampler, jnp.asarray(initial_noise(seed, SHAPE)))
     scales = options.pop("scales", guidance_scales(schedule.timesteps, guidance))
-    return denoise(
-        model or Toy(),
-        state,
-        schedule,
-        options.pop("conditions", conditions()),
-        scales=scales,
-        seed=seed,
-        **options,
+    prepared = PreparedRun(
+        schedule=schedule,
+        state=state,
+        conditions=options.pop("conditions", conditions()),
+        scales=tuple(scales.tolist()),
+        key=seed_key(seed),
+        layout=LAYOUT,
     )
+    after, steps = denoise(model or Toy(), prepared, **options)
+    return after.state, steps
 
 
 def test_a_run_compiles_a_dense_and_a_sparse_step_and_a_second_run_none():
@@ -130,7 +137,7 @@ def test_density_one_is_dense():
 def test_guidance_is_that_of_diffusers():
     """Latents after one step under scale w are w·(positive's) + (1 - w)·(negative's)."""
     both = conditions()
-    swapped = Conditions(prompt_embeds=both.negative_prompt_embeds)
+    swapped = dataclasses.replace(both, text=both.negative_text)
     positive, _ = run(steps=range(1))
     negative, _ = run(steps=range(1), conditions=swapped)
     guided, _ = run(steps=range(1), guidance=4.0)
@@ -224,7 +231,7 @@ def test_image_latents_join_the_channels():
     channels: list[int] = []
     plain, _ = run(num_steps=2)
     image = jnp.zeros(SHAPE)
-    with_image, _ = run(num_steps=2, model=Recorder(), conditions=conditions(image_latents=image))
+    with_image, _ = run(num_steps=2, model=Recorder(), conditions=conditions(channels=image))
     assert channels == [6]
     np.testing.assert_array_equal(with_image.latents, plain.latents)
 

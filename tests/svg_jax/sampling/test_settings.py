@@ -378,7 +378,7 @@ def test_guidance_of_hunyuan_video_is_diffusers(changes, expected):
         encoders=HunyuanVideoEncoders(),
     )
     run: Any = pipeline.prepare(**features, **SIZE)
-    assert run.conditions.guidance == expected
+    assert run.conditions.number == expected
 
 
 @pytest.fixture(scope="module")

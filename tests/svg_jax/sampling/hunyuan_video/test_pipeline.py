@@ -269,11 +269,11 @@ def test_several_images_and_videos_of_each(checkpoints):
     images = [picture(1), np.asarray(picture(2))]
     call = {"num_inference_steps": 1, "seed": 5, **SIZE}
     run = pipeline.prepare(**features(2), image=images, num_videos_per_prompt=2, **call)
-    latents = run.conditions.image_channels[:, :4, 0]
+    latents = run.conditions.channels[:, :4, 0]
     np.testing.assert_array_equal(latents[0], latents[1])
     assert relative_error(latents[2], latents[1]) > 0.1
-    assert not run.conditions.image_channels[:, :, 1:].any()
-    assert run.conditions.image_channels[:, 4, 0].all()
+    assert not run.conditions.channels[:, :, 1:].any()
+    assert run.conditions.channels[:, 4, 0].all()
     noises = run.state.latents
     assert noises.shape == (4, *LATENTS)
     assert relative_error(noises[1], noises[0]) > 0.1
@@ -286,8 +286,8 @@ def test_settings_default_to_the_papers(checkpoints):
     run = pipeline.prepare(**features())
     assert run.state.latents.shape == (1, 4, 33, 90, 160)
     assert run.schedule.num_steps == 50
-    assert (run.scales == 1).all()
-    assert run.conditions.guidance == 6000
+    assert set(run.scales) == {1.0}
+    assert run.conditions.number == 6000
     shifted = pipeline.prepare(**features(), **SIZE, num_inference_steps=2, flow_shift=3)
     np.testing.assert_allclose(shifted.schedule.timesteps, [1000, 750])
     np.testing.assert_allclose(run.schedule.timesteps[25], 875)

@@ -228,23 +228,23 @@ def test_images_may_come_encoded(make):
     _, ours, _ = make("FLF2V")
     pictures = {"image": picture(7), "last_image": picture(8)}
     text = {"prompt_embeds": embeds(), "guidance_scale": 1.0}
-    expected = ours.prepare(**text, **CALL, **pictures).conditions.images
+    expected = ours.prepare(**text, **CALL, **pictures).conditions
     assert expected.channels.shape == (1, 8, *NOISE[1:])
-    arrays = {"image_embeds": expected.features, "image_latents": expected.channels[:, 4:]}
+    arrays = {"image_embeds": expected.image_features, "image_latents": expected.channels[:, 4:]}
     for given in (
         arrays,
-        {"image_embeds": expected.features, **pictures},
+        {"image_embeds": expected.image_features, **pictures},
         {"image_latents": expected.channels[:, 4:], **pictures},
     ):
-        found = ours.prepare(**text, **CALL, **given).conditions.images
+        found = ours.prepare(**text, **CALL, **given).conditions
         np.testing.assert_array_equal(found.channels, expected.channels)
-        np.testing.assert_array_equal(found.features, expected.features)
+        np.testing.assert_array_equal(found.image_features, expected.image_features)
     text["prompt_embeds"] = embeds(2)
     several = ours.prepare(**text, **CALL, **arrays, num_videos_per_prompt=2)
     assert several.state.latents.shape == (4, *NOISE)
-    assert several.conditions.images.channels.shape == (4, 8, *NOISE[1:])
-    assert several.conditions.images.features.shape == (4, 10, 8)
-    prompts = several.conditions.prompt_embeds
+    assert several.conditions.channels.shape == (4, 8, *NOISE[1:])
+    assert several.conditions.image_features.shape == (4, 10, 8)
+    prompts = several.conditions.text
     np.testing.assert_array_equal(prompts, embeds(2).repeat(2, axis=0))
 
 
@@ -255,12 +255,12 @@ def test_an_image_for_each_prompt_in_any_form(make, tmp_path):
 
     def images_of(prompts, image, last_image):
         given = {"image": image, "last_image": last_image, "prompt_embeds": embeds(prompts)}
-        return ours.prepare(**text, **given).conditions.images
+        return ours.prepare(**text, **given).conditions
 
     alone = [images_of(1, picture(seed), picture(8)) for seed in (7, 9)]
     pixels = torch.from_numpy(np.asarray(picture(7)).copy()).permute(2, 0, 1)
     both = images_of(2, [pixels, tmp_path / "first.png"], np.asarray(picture(8))[None])
-    for name in ("channels", "features"):
+    for name in ("channels", "image_features"):
         expected = np.concatenate([np.asarray(getattr(each, name)) for each in alone])
         np.testing.assert_allclose(getattr(both, name), expected, atol=1e-6)
     with pytest.raises(ValueError, match="last_image must be one or as many as the prompts: got 3"):
@@ -320,8 +320,8 @@ def test_a_checkpoint_without_encoders_and_vae(make, tmp_path):
     convert_pipeline(source, tmp_path / "out", components=["transformer"])
     ours: Any = from_pretrained(tmp_path / "out", dtype="float32")
     text = {"prompt_embeds": embeds(), "guidance_scale": 1.0}
-    images = whole.prepare(**text, **CALL, image=picture(7)).conditions.images
-    encoded = {"image_embeds": images.features, "image_latents": images.channels[:, 4:]}
+    images = whole.prepare(**text, **CALL, image=picture(7)).conditions
+    encoded = {"image_embeds": images.image_features, "image_latents": images.channels[:, 4:]}
     video = ours(**text, **CALL, **encoded)
     assert video.frames is None
     np.testing.assert_array_equal(
