@@ -1,7 +1,6 @@
 """Block-sparse attention on Hopper, in Pallas: listed blocks of keys are all that is ever touched.
 
-A block of queries belongs to two warpgroups of 64 rows; a third one fetches its listed blocks of
-keys and values ahead of them with the copy engine. Blocks that a mask cuts through come first in a
+A block of queries belongs to two warpgroups of 64 rows; a third one fetches its listed keys and values ahead of them by TMA. Blocks that a mask cuts through come first in a
 list and are tested pair by pair in registers; the others run untested. Lists and masks are data:
 labels and prompts change them without compiling.
 """
@@ -59,7 +58,6 @@ def block_sparse_attention(
     text_length: Int[Array, " batch"] | None,
     scale: float,
     tiling: Tiling | None = None,
-    order: Int[Array, " items"] | None = None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "batch rows heads head_dim"], Float[Array, "batch heads rows"]]:
     """Attend under closed-form masks; see `svg_jax.kernels.attention` for the contract.
@@ -75,8 +73,6 @@ def block_sparse_attention(
         text_length: Real text tokens; None means all.
         scale: Factor of the logits, positive.
         tiling: How to cut the work; None is the fastest known.
-        order: In which order query blocks start, numbered (batch, head, block); None is a good one.
-            It changes no bit of the result.
         interpret: Parameters of Pallas' interpreter, to run on a CPU.
     """
     batch, num_rows, heads, head_dim = query.shape
@@ -90,7 +86,7 @@ def block_sparse_attention(
         value,
         lists=jax.tree.map(jnp.asarray, lists),
         map_of_head=jnp.clip(mask_of_head, 0, len(masks) - 1),
-        order=starting_order(weights, batch * heads) if order is None else order,
+        order=starting_order(weights, batch * heads),
         num_tokens=masks[0].num_tokens,
         masks=masks,
         text_length=text_length,

@@ -43,7 +43,7 @@ def pad_head_dim(x: jax.Array) -> jax.Array:
 
 
 def pad_tokens(x: jax.Array, multiple: int = 8) -> jax.Array:
-    """Fill the tokens of [batch, tokens, ...] up: the copy engine counts rows in eights."""
+    """Fill the tokens of [batch, tokens, ...] up: TMA takes whole multiples of eight rows."""
     missing = -x.shape[1] % multiple
     return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
 
@@ -204,7 +204,7 @@ def blanked_values(
 def whole_eights(
     key: jax.Array, value: jax.Array, block_kv: int
 ) -> tuple[tuple[int, int], jax.Array, jax.Array, jax.Array]:
-    """Split [batch, tokens, ...] so that the copy engine can take it, which counts in eights.
+    """Split [batch, tokens, ...] into what TMA can read, a multiple of eight tokens, and the rest.
 
     Returns:
         The number of the block that is cut through and behind it (equal: there is none); keys and

@@ -39,11 +39,6 @@ class Window:
     is_full: bool
 
     @property
-    def moves_with_rows(self) -> bool:
-        """Whether every block keeps the same of its keys, because they move along with its rows."""
-        return self.key_step == self.block_rows
-
-    @property
     def stop_row(self) -> int:
         """Row behind the last block."""
         return self.first_row + self.num_blocks * self.block_rows

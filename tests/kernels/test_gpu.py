@@ -206,12 +206,11 @@ def test_any_shape_follows_the_contract(seed):
 
 
 @pytest.mark.parametrize("name", ["text last", "several"])
-def test_neither_the_number_of_ctas_nor_the_order_changes_a_bit(name):
+def test_the_number_of_ctas_changes_no_bit(name):
     case = CASES[name]
     data = draw(case, 0)
     arguments = [jnp.asarray(x) for x in data.poisoned]
     expected = compiled(case)(*arguments, **data.options)
-    num_items = case.batch * case.heads * -(-case.masks[0].num_tokens // mosaic.BLOCK_Q)
     base = mosaic.TILINGS[case.head_dim]
     for num_ctas in (1, 7, 64, 132):
         tiling = mosaic.Tiling(base.block_kv, base.stages, base.overlap, num_ctas)
@@ -223,10 +222,8 @@ def test_neither_the_number_of_ctas_nor_the_order_changes_a_bit(name):
                 tiling=tiling,
             )
         )
-        for seed in range(2):
-            order = jnp.asarray(np.random.default_rng(seed).permutation(num_items), jnp.int32)
-            poison_memory(*expected)
-            assert_same_bits(attend(*arguments, **data.options, order=order), expected)
+        poison_memory(*expected)
+        assert_same_bits(attend(*arguments, **data.options), expected)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
