@@ -1,8 +1,9 @@
 """Block-sparse attention on Hopper, in Pallas: listed blocks of keys are all that is ever touched.
 
-A block of queries belongs to two warpgroups of 64 rows; a third one fetches its listed keys and values ahead of them by TMA. Blocks that a mask cuts through come first in a
-list and are tested pair by pair in registers; the others run untested. Lists and masks are data:
-labels and prompts change them without compiling.
+A block of queries belongs to two warpgroups of 64 rows; a third one fetches its listed keys and
+values ahead of them by TMA. Blocks that a mask cuts through come first in a list and are tested
+pair by pair in registers; the others run untested. Lists and masks are data: labels and prompts
+change them without compiling.
 """
 
 from dataclasses import dataclass
