@@ -183,4 +183,11 @@ class CogVideoXConfig:
                 f"latents of {height}x{width} (height x width) exceed the largest that this model "
                 f"has positions for, {sample[0]}x{sample[1]}."
             )
-        return VideoLayout(frames, rows * columns, text_tokens, "first")
+        return VideoLayout(
+            num_frames=frames,
+            tokens_per_frame=rows * columns,
+            text_tokens=text_tokens,
+            text_position="first",
+            band_rounding="down",
+            first_frame_sink=False,
+        )

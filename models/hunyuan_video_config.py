@@ -109,4 +109,11 @@ class HunyuanVideoConfig:
         frames, rows, columns = token_grid(num_frames, height, width, self.patch_shape)
         if text_tokens < 1:
             raise ValueError(f"text_tokens={text_tokens} must be at least 1.")
-        return VideoLayout(frames, rows * columns, text_tokens, "last")
+        return VideoLayout(
+            num_frames=frames,
+            tokens_per_frame=rows * columns,
+            text_tokens=text_tokens,
+            text_position="last",
+            band_rounding="down",
+            first_frame_sink=False,
+        )

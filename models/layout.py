@@ -17,12 +17,20 @@ class VideoLayout:
         text_tokens: Text tokens in the same sequence, C, padding included; 0 where text enters by
             cross-attention.
         text_position: Whether text stands before ("first") or behind ("last") the video.
+        band_rounding: How a band's width w is rounded where attention is sparse, and what the band
+            keeps: "down" and fewer than w tokens away (CogVideoX, HunyuanVideo), or "up" and at
+            most w tokens away (Wan). Default: "down" if there is text, else "up". A model says
+            which.
+        first_frame_sink: Whether, where attention is sparse, all tokens attend to the whole first
+            frame (Wan). Default: only if there is no text. A model says which.
     """
 
     num_frames: int
     tokens_per_frame: int
     text_tokens: int = 0
     text_position: Literal["first", "last"] = "last"
+    band_rounding: Literal["down", "up"] | None = None
+    first_frame_sink: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "tokens_per_frame", "text_tokens"):
@@ -35,6 +43,18 @@ class VideoLayout:
             )
         if self.text_position not in ("first", "last"):
             raise ValueError(f"text_position is 'first' or 'last', not {self.text_position!r}")
+        if self.band_rounding not in ("down", "up", None):
+            raise ValueError(f"band_rounding is 'down' or 'up': got {self.band_rounding!r:.60}")
+        if not isinstance(self.first_frame_sink, bool | None):
+            raise ValueError(
+                f"first_frame_sink is True or False: got {self.first_frame_sink!r:.60}"
+            )
+        # A default that depends on another field: a layout of the same tokens is then equal to one
+        # that says so itself.
+        if self.band_rounding is None:
+            object.__setattr__(self, "band_rounding", "down" if self.text_tokens else "up")
+        if self.first_frame_sink is None:
+            object.__setattr__(self, "first_frame_sink", not self.text_tokens)
 
     @property
     def video_tokens(self) -> int:

@@ -99,4 +99,9 @@ class WanConfig:
                 f"{grid[0]}x{grid[1]}x{grid[2]} tokens (frames x rows x columns) exceed the "
                 f"{self.rope_max_seq_len} that this model has positions for on each axis."
             )
-        return VideoLayout(grid[0], grid[1] * grid[2])
+        return VideoLayout(
+            num_frames=grid[0],
+            tokens_per_frame=grid[1] * grid[2],
+            band_rounding="up",
+            first_frame_sink=True,
+        )

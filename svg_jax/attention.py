@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from svg_jax import kernels
@@ -27,6 +28,9 @@ Key = PRNGKeyArray | UInt32[Array, " words"]
 class SparseAttentionInfo:
     """What a call of `sparse_attention` found out. Stacked over layers, each gains a first axis.
 
+    In a run's records its arrays are numpy's; batch entries are then as the model saw them: under
+    guidance those of the negative prompt first.
+
     Attributes:
         labels: True where a head is temporal.
         errors: Mean squared errors of the spatial and the temporal mask; NaN if labels were given,
@@ -34,9 +38,9 @@ class SparseAttentionInfo:
         density: Share of the S×S map that was computed, mean over the batch: exact, token by token.
     """
 
-    labels: Bool[Array, "*layers batch heads"]
-    errors: Float[Array, "*layers batch heads 2"]
-    density: Float[Array, "*layers"]
+    labels: Bool[Array | np.ndarray, "*layers batch heads"]
+    errors: Float[Array | np.ndarray, "*layers batch heads 2"]
+    density: Float[Array | np.ndarray, "*layers"]
 
 
 @jax.tree_util.register_dataclass

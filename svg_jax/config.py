@@ -22,10 +22,10 @@ class SparsityConfig:
             first-frame sink comes on top of it. 1 is dense. The official flag `--sparsity` is this
             same kept fraction.
         sampled_rows: Query rows that the online profiling looks at, the same in all batch entries.
-        first_frame_sink: Whether every token attends to the whole first frame. None follows the
-            paper: yes where no text shares the sequence (Wan), no where it does.
-        band_multiple: The band's width is rounded to a multiple of this many tokens: down where
-            text shares the sequence, up where none does, as the official code does.
+        first_frame_sink: Whether every token attends to the whole first frame. None takes the
+            model's own, which its `VideoLayout` tells: yes for Wan, no for the others.
+        band_multiple: Number of tokens that the band's width is rounded to a multiple of, up or
+            down as the layout's `band_rounding` says.
     """
 
     density: float | int = 0.25

@@ -20,12 +20,12 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def band_width(layout: VideoLayout, config: SparsityConfig) -> int:
-    """Width w of the band that spends the density: a token keeps what is fewer than w tokens away.
+    """Width of the band that spends the density: a token keeps what is fewer tokens away than that.
 
     With S tokens of which C are text, text rows and columns take 2C/S of the map and the band the
-    rest: w = S·(1 − √(1 − (density − 2C/S))). Where no text shares the sequence, the official code
-    keeps |q − k| ≤ w and rounds w up (Wan); otherwise |q − k| < w, rounded down. A width that would
-    round down to nothing is kept unrounded.
+    rest: w = S·(1 − √(1 − (density − 2C/S))). As the official code does, `layout.band_rounding`
+    "up" rounds w up and keeps |q − k| ≤ w (Wan), "down" rounds it down and keeps |q − k| < w. A w
+    that would round down to nothing is kept unrounded.
 
     The formula counts pairs of text twice; the text's exact share is 2C/S − C²/S². A density
     between the two leaves the formula nothing, and gives a band of one token.
@@ -47,7 +47,7 @@ def band_width(layout: VideoLayout, config: SparsityConfig) -> int:
     of_band = max(config.density - 2 * layout.text_tokens / num_tokens, 0.0)
     width = num_tokens * (1 - math.sqrt(1 - of_band))
     multiple = config.band_multiple
-    if layout.text_tokens == 0:
+    if layout.band_rounding == "up":
         return min(math.ceil(width / multiple) * multiple + 1, num_tokens)
     return math.floor(width / multiple) * multiple or max(1, math.ceil(width))
 
@@ -66,7 +66,7 @@ def sparse_mask(layout: VideoLayout, config: SparsityConfig) -> BandMask:
     """
     sink = config.first_frame_sink
     if sink is None:
-        sink = layout.text_tokens == 0
+        sink = layout.first_frame_sink
     return BandMask(
         num_tokens=layout.num_tokens,
         band_width=band_width(layout, config),

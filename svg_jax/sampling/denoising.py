@@ -24,7 +24,7 @@ from svg_jax.config import SparsityConfig, Warmup, dense_step_count, share_of
 from svg_jax.models import Attend
 from svg_jax.sampling.conditions import Conditions, predict
 from svg_jax.sampling.prepared_run import PreparedRun
-from svg_jax.sampling.records import HeadProfile, StepRecord
+from svg_jax.sampling.records import StepRecord
 from svg_jax.sampling.schedules.noise import step_noise
 from svg_jax.sampling.schedules.steps import SamplerState, take_step
 from svg_jax.sampling.settings import SettingError
@@ -171,10 +171,9 @@ def denoise(
             upcoming = None
             if step + 1 in steps:
                 upcoming = _inputs_of(run, step + 1, kinds.of(step + 1), labels)
-            found = ()
-            if isinstance(info, SparseAttentionInfo):
-                found = (info.labels, info.errors, info.density)
-            found, is_finite = jax.device_get((found, is_finite))
+            if not isinstance(info, SparseAttentionInfo):
+                info = None
+            info, is_finite = jax.device_get((info, is_finite))
             if not is_finite:
                 place = f"step {step} of {schedule.num_steps} (timestep {schedule.timesteps[step]})"
                 raise FloatingPointError(_diagnose(place, graphdef, attention, *arguments))
@@ -185,7 +184,7 @@ def denoise(
                 guidance_scale=run.scales[step],
                 seconds=time.perf_counter() - started,
                 first_of_kind=kind not in seen,
-                profile=HeadProfile(*found) if found else None,
+                profile=info,
             )
             seen.add(kind)
             records.append(record)

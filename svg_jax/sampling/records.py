@@ -6,26 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Array, Float, UInt8
 
+from svg_jax.attention import SparseAttentionInfo
 from svg_jax.convert.files import written_atomically
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class HeadProfile:
-    """What sparse attention found out in one step.
-
-    Batch entries are as the model saw them: under guidance those of the negative prompt first.
-
-    Attributes:
-        labels: True where a head was treated as temporal.
-        errors: Mean squared errors of the spatial and of the temporal mask, NaN where not profiled.
-        density: Computed share of each layer's attention map.
-    """
-
-    labels: Bool[np.ndarray, "layers entries heads"]
-    errors: Float[np.ndarray, "layers entries heads 2"]
-    density: Float[np.ndarray, " layers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +22,7 @@ class StepRecord:
         guidance_scale: 1 where guidance was not paid for.
         seconds: Wall time. The first step of a kind may have compiled its executable.
         first_of_kind: Whether it was the first of its kind (dense or sparse, guided or not).
-        profile: None in a dense step.
+        profile: What sparse attention found out, in numpy's arrays; None in a dense step.
     """
 
     step: int
@@ -46,7 +30,7 @@ class StepRecord:
     guidance_scale: float
     seconds: float
     first_of_kind: bool
-    profile: HeadProfile | None
+    profile: SparseAttentionInfo | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +50,7 @@ class SamplingInfo:
         return f"SamplingInfo({len(self.steps)} steps, {sparse}, seed {self.seed})"
 
     @property
-    def profiles(self) -> tuple[HeadProfile, ...]:
+    def profiles(self) -> tuple[SparseAttentionInfo, ...]:
         """Those of the sparse steps."""
         return tuple(step.profile for step in self.steps if step.profile is not None)
 
@@ -134,7 +118,7 @@ class VideoOutput:
         return f"VideoOutput(frames={frames}, latents={latents}, info={self.info!r})"
 
 
-def _widen(array: np.ndarray, entries: int, fill: float | bool) -> np.ndarray:
+def _widen(array: Array | np.ndarray, entries: int, fill: float | bool) -> np.ndarray:
     missing = entries - array.shape[1]
     pad = [(0, 0), (missing, 0)] + [(0, 0)] * (array.ndim - 2)
     return np.pad(array, pad, constant_values=fill)

@@ -26,11 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 
+from svg_jax.attention import SparseAttentionInfo
 from svg_jax.convert import Manifest
 from svg_jax.convert.files import check_writable, open_regular, remove_leftovers, written_atomically
 from svg_jax.convert.formats.digests import array_digest, bytes_digest
 from svg_jax.provenance import run_environment
-from svg_jax.sampling.records import HeadProfile, StepRecord
+from svg_jax.sampling.records import StepRecord
 from svg_jax.sampling.schedules.steps import SamplerState
 
 FORMAT_VERSION = 2
@@ -38,7 +39,7 @@ _DIGEST_BYTES = 64  # sha256 in hexadecimal
 _MOST_BYTES = 2**31  # of a state file; HunyuanVideo's in 720p has 0.1 GB
 _SHOWN = 60  # characters of a setting in an error
 _NAMED = 3  # settings that an error names
-_PROFILE = tuple(field.name for field in dataclasses.fields(HeadProfile))
+_PROFILE = tuple(field.name for field in dataclasses.fields(SparseAttentionInfo))
 
 Fingerprint = Mapping[str, Any]
 
@@ -226,7 +227,9 @@ def _read_record(values: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> St
     """Read a step's record, and take its arrays out of the file's."""
     profile = None
     if values["profile"]:
-        profile = HeadProfile(*(arrays.pop(f"steps.{values['step']}.{name}") for name in _PROFILE))
+        profile = SparseAttentionInfo(
+            *(arrays.pop(f"steps.{values['step']}.{name}") for name in _PROFILE)
+        )
         layers, entries, heads = profile.labels.shape
         shapes = profile.errors.shape, profile.density.shape
         if profile.labels.dtype != np.bool_ or shapes != ((layers, entries, heads, 2), (layers,)):

@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 import svg_jax
+from svg_jax.attention import SparseAttentionInfo
 from svg_jax.models import (
     CogVideoXConfig,
     CogVideoXTransformer,
@@ -16,7 +17,7 @@ from svg_jax.models import (
 )
 from svg_jax.sampling import CogVideoXPipeline, HunyuanVideoPipeline, WanPipeline
 from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders
-from svg_jax.sampling.records import HeadProfile, StepRecord
+from svg_jax.sampling.records import StepRecord
 from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.sampling.schedules.steps import SamplerState
 
@@ -123,7 +124,7 @@ STATES = {
 
 
 def records_of(count, entries=2):
-    profile = HeadProfile(
+    profile = SparseAttentionInfo(
         RANDOM.random((3, entries, 2)) < 0.5,
         np.full((3, entries, 2, 2), np.nan, np.float32),
         normal(3),

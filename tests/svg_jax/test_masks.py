@@ -5,6 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +202,27 @@ def test_sparse_attention_tells_of_lost_sparsity_too(caplog):
     )
     (sentence,) = caplog.messages
     assert "1.0000 is computed" in sentence
+
+
+def test_the_model_tells_its_rule_and_a_layout_of_ones_own_is_taken_at_its_word():
+    wan, with_text = WanConfig(), VideoLayout(4, 256, text_tokens=8)
+    assert (with_text.band_rounding, with_text.first_frame_sink) == ("down", False)
+    assert wan.layout(4, 32, 32) == VideoLayout(4, 256, band_rounding="up", first_frame_sink=True)
+    for config in (CogVideoXConfig(), HunyuanVideoConfig()):
+        layout = config.layout(4, 32, 32, 8)
+        assert (layout.band_rounding, layout.first_frame_sink) == ("down", False)
+    config = SparsityConfig(density=0.3)
+    # 1024·(1 − √0.7) is 167.3, and 1032·(1 − √(0.7 + 16/1032)) is 159.
+    for rounding, alone, beside_text in (("down", 128, 128), ("up", 257, 257)):
+        own: Any = {"band_rounding": rounding, "first_frame_sink": False}
+        assert band_width(VideoLayout(4, 256, **own), config) == alone
+        assert band_width(VideoLayout(4, 256, 8, **own), config) == beside_text
+    sink = VideoLayout(4, 256, 8, "first", first_frame_sink=True)
+    assert sparse_mask(sink, config).sink_tokens == 8 + 256
+    no_sink = dataclasses.replace(config, first_frame_sink=False)
+    assert sparse_mask(sink, no_sink).sink_tokens == 0
+    without = VideoLayout(4, 256, first_frame_sink=False)
+    assert sparse_mask(without, config).sink_tokens == 0
 
 
 def test_warm_up_counts_are_floors_that_forgive_rounding():

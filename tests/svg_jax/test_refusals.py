@@ -249,6 +249,13 @@ def test_a_layout_has_whole_numbers_of_tokens(field, count):
     assert hash(VideoLayout(**same)) == hash(VideoLayout(**seven))
 
 
+@pytest.mark.parametrize("field", ["band_rounding", "first_frame_sink"])
+@pytest.mark.parametrize("value", ["sideways", 1, 0.5, np.nan, "x" * 1000])
+def test_a_layouts_rule_is_one_that_there_is(field, value):
+    wrong: dict[str, Any] = {field: value}
+    assert_refused(lambda: VideoLayout(3, 8, **wrong), field)
+
+
 @pytest.mark.parametrize("field", ["sampled_rows", "band_multiple"])
 @pytest.mark.parametrize("count", [0, -1, 1.5, 64.0, np.nan, "64", True, None])
 def test_counts_are_whole_numbers_from_1(field, count):
