@@ -108,7 +108,7 @@ def test_what_is_too_large_or_a_pipe_is_not_read(tmp_path):
 
 def test_a_state_of_another_format_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT_VERSION", 2)
+        patch.setattr(checkpoint, "FORMAT_VERSION", checkpoint.FORMAT_VERSION + 1)
         save_run(tmp_path / "state", STATES["DDIM"], (), {})
     with pytest.raises(ValueError, match="another version of svg-jax"):
         load_run(tmp_path / "state", {})
