@@ -507,7 +507,7 @@ def test_the_command_line_makes_videos_of_an_image(make, tmp_path, monkeypatch, 
     assert kernel.startswith("sparse attention by ")
     assert sparsity == (
         "sparsity: density 0.6, dense steps 0.5, dense layers 0.03, sampled rows 4 "
-        "(the paper's wan-i2v-480p but for --density, --dense-steps, --sampled-rows)"
+        "(the paper's wan-i2v-480p but for --density, --sampled-rows, --dense-steps)"
     )
     assert wrote.startswith(f"wrote {output}")
     code, printed = run(*images, "--dynamic-cfg", f"--output={output}")
