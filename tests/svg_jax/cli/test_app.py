@@ -1,5 +1,6 @@
 """The command line on a tiny checkpoint: what it writes, what it prints, and how it fails."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,8 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import PROMPT, QUICK, is_one_sentence, write_checkpoint
+from typer.testing import CliRunner
 
 from svg_jax import cli
+from svg_jax.cli import videos
+from svg_jax.cli.app import app
+from svg_jax.config import SparsityConfig, Warmup
 from svg_jax.media.video import save_video
 
 
@@ -247,3 +252,28 @@ def test_the_bundled_model_knows_the_words_of_the_demo():
     assert tokenizer([prompt], 16).shape == (1, 16)
     with pytest.raises(ValueError, match="does not know 'surfing'"):
         tokenizer(["a cat surfing"], 16)
+
+
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_every_field_of_sparsity_and_warm_up_is_an_option(command, monkeypatch):
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(videos, command, lambda *_, **given: seen.update(given))
+    words = [
+        "--density",
+        "0.5",
+        "--sampled-rows",
+        "8",
+        "--no-first-frame-sink",
+        "--band-multiple",
+        "4",
+    ]
+    words += ["--dense-steps", "0.25", "--dense-layers", "0.5"]
+    model = ["--model", "tiny", "--prompt", "a", "-o", "a.gif"]
+    result = CliRunner().invoke(app, [command, *model, *words])
+    assert result.exit_code == 0, result.output
+    assert seen["sparsity"].keys() == {field.name for field in dataclasses.fields(SparsityConfig)}
+    assert seen["warmup"].keys() == {field.name for field in dataclasses.fields(Warmup)}
+    assert SparsityConfig(**seen["sparsity"]) == SparsityConfig(0.5, 8, False, 4)
+    assert Warmup(**seen["warmup"]) == Warmup(steps=0.25, layers=0.5)
+    CliRunner().invoke(app, [command, *model, "--first-frame-sink"])
+    assert (seen["sparsity"], seen["warmup"]) == ({"first_frame_sink": True}, {})
