@@ -12,7 +12,7 @@ from svg_jax.convert.formats.show import show_some
 from svg_jax.convert.plan import ConversionPlan
 
 if TYPE_CHECKING:  # sampling takes a while to import, and folders are shown without it
-    from svg_jax.sampling.report import ComparisonReport
+    from svg_jax.evaluation.report import ComparisonReport
 
 _NAMED = 8  # of many names, how many are printed
 

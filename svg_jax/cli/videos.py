@@ -21,6 +21,8 @@ from svg_jax.config import Preset, SparsityConfig, Warmup, dense_step_count
 from svg_jax.convert import convert_pipeline
 from svg_jax.convert.files import written_atomically
 from svg_jax.convert.run_defaults import read_run_defaults
+from svg_jax.evaluation.comparison import Comparison, Pattern
+from svg_jax.evaluation.comparison import compare as compare_attention
 from svg_jax.kernels import pick_implementation
 from svg_jax.media.captions import caption_bar
 from svg_jax.media.images import with_images_read
@@ -37,8 +39,6 @@ from svg_jax.media.video import enlarge as enlarge_frames
 from svg_jax.provenance import device_name
 from svg_jax.sampling import VideoOutput, VideoPipeline, from_pretrained
 from svg_jax.sampling.cache import cache_folder
-from svg_jax.sampling.comparison import Comparison, Pattern
-from svg_jax.sampling.comparison import compare as compare_attention
 from svg_jax.sampling.prompt_list import (
     generate_videos,
     output_paths,

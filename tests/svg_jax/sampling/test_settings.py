@@ -13,6 +13,7 @@ from flax import nnx
 
 import svg_jax
 from svg_jax.cli.tables import comparison_table
+from svg_jax.evaluation.comparison import compare
 from svg_jax.models import (
     CogVideoXConfig,
     CogVideoXTransformer,
@@ -23,7 +24,6 @@ from svg_jax.models.cogvideox_vae import CogVideoXVAE
 from svg_jax.models.cogvideox_vae_config import CogVideoXVAEConfig
 from svg_jax.models.wan_vae_config import WanVAEConfig
 from svg_jax.sampling import CogVideoXPipeline, HunyuanVideoPipeline, WanPipeline, memory
-from svg_jax.sampling.comparison import compare
 from svg_jax.sampling.components import Lazy
 from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders
 from svg_jax.sampling.latents import RELEASED, Compression, decoded_frames

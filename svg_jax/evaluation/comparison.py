@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from svg_jax.config import SparsityConfig, Warmup, dense_step_count
+from svg_jax.evaluation.report import ComparisonReport
 from svg_jax.kernels import pick_implementation
 from svg_jax.masks import sparse_mask
 from svg_jax.media.metrics import SSIM_WINDOW, psnr, ssim
@@ -17,7 +18,6 @@ from svg_jax.provenance import device_name, versions
 from svg_jax.sampling.components import in_memory
 from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline
 from svg_jax.sampling.records import SamplingInfo, StepRecord, median_seconds
-from svg_jax.sampling.report import ComparisonReport
 from svg_jax.sampling.settings import SettingError, check_settings, count_prompts
 
 Pattern = Literal["svg", "spatial", "temporal", "random"]
