@@ -186,7 +186,8 @@ def run_steps(
         name: jnp.ones(shape) if "mask" in name else jax.random.normal(jax.random.key(1), shape)
         for name, shape in text.items()
     }
-    run = pipeline.prepare(None, num_inference_steps=STEPS, **numbers, **arguments)
+    settings = pipeline.settings(num_inference_steps=STEPS, **numbers, **arguments)
+    run = pipeline.prepare(settings)
     first = dense_step_count(preset.warmup, STEPS) - 2
     steps = partial(
         denoise,

@@ -97,11 +97,13 @@ def sample(
         The videos of each method, and what SVG's profiling found if it is among them.
     """
     run = pipe.prepare(
-        prompts,
-        num_inference_steps=NUM_STEPS,
-        guidance_scale=GUIDANCE_SCALE,
-        guidance_interval=(0, GUIDANCE_STEPS),
-        seed=seed,
+        pipe.settings(
+            prompts,
+            num_inference_steps=NUM_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            guidance_interval=(0, GUIDANCE_STEPS),
+            seed=seed,
+        )
     )
     warm_up = dense_step_count(WARMUP, NUM_STEPS)
     run, _ = pipe.denoise(run, steps=range(warm_up))

@@ -16,7 +16,7 @@ from svg_jax.convert.formats.values import Number, Rule, Shares, sentence_of, sh
 
 FILE = "svg_jax.json"
 _LONGEST = 300  # characters of what is wrong
-_KEYS: Mapping[str, Rule] = {
+RULES: Mapping[str, Rule] = {
     "num_inference_steps": Number(1, 1000, whole=True),
     "guidance_scale": Number(0, 1000),
     "guidance_interval": Shares(),
@@ -26,6 +26,7 @@ _KEYS: Mapping[str, Rule] = {
     "fps": Number(0.01, 1000),
     "enlarge": Number(1, 64, whole=True),
 }
+"""What the values of each key must be; those of a run's settings of the same name, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +61,9 @@ class RunDefaults:
             ValueError: At unknown keys and at values without meaning; names all of them.
         """
         problems = []
-        if unknown := sorted(entries.keys() - _KEYS.keys()):
+        if unknown := sorted(entries.keys() - RULES.keys()):
             problems.append(f"there is no {shown(', '.join(unknown))}")
-        for key, rule in _KEYS.items():
+        for key, rule in RULES.items():
             if key in entries and (problem := rule.problem(entries[key])) is not None:
                 problems.append(f"{key} {problem}")
         if problems:

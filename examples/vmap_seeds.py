@@ -22,7 +22,8 @@ SEEDS = range(3)
 def main() -> None:
     """Sample all seeds at once, and write a video of each."""
     pipe: Any = from_pretrained("tiny")
-    runs = [pipe.prepare(PROMPT, seed=seed, num_inference_steps=6) for seed in SEEDS]
+    settings = [pipe.settings(PROMPT, seed=seed, num_inference_steps=6) for seed in SEEDS]
+    runs = [pipe.prepare(each) for each in settings]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
     transformer = pipe.transformer.load()
     finish = jax.jit(jax.vmap(partial(sample, transformer, sparsity=SparsityConfig(density=0.5))))

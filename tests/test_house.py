@@ -27,11 +27,6 @@ STILL_TOO_LARGE = {
     "kernels/mosaic_attention.py _body",
     "kernels/mosaic_sampled_rows.py _body",
     "kernels/mosaic_sampled_rows.py sampled_attention",
-    "svg_jax/cli/app.py compare",
-    "svg_jax/cli/app.py generate",
-    "svg_jax/cli/videos.py compare",
-    "svg_jax/cli/videos.py generate",
-    "svg_jax/evaluation/comparison.py compare",
 }
 # Inside svg_jax: the command line stands on sampling, that on text and media, these on what lies at
 # the top, where the method is.

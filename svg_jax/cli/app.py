@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,44 +18,27 @@ import svg_jax
 from svg_jax.cli.checkpoint_commands import CHECKPOINT_COMMANDS
 from svg_jax.cli.console import forgiving_streams, say, tell, tell_lines
 from svg_jax.cli.errors import ExitCode, failure_of
+from svg_jax.cli.generated import KINDS, with_settings
 from svg_jax.cli.options import (
-    RENAMED,
+    OF_WARMUP,
     Attention,
     BandMultiple,
     DenseLayers,
     DenseSteps,
     Density,
     DtypeOption,
-    DynamicCfg,
-    Embeds,
-    Enlarge,
     FirstFrameSink,
-    FlowShift,
-    Fps,
-    Frames,
-    Guidance,
-    GuidanceInterval,
-    Height,
-    Image,
-    ImageLatents,
-    LastImage,
-    Latents,
     Model,
     ModelVariant,
-    Negative,
     PatternName,
-    Prompt,
     Revision,
     SampledRows,
-    Scheduler,
-    Seed,
-    Steps,
-    TrueCfg,
     Verify,
-    Width,
 )
 from svg_jax.cli.options import option as _option
 from svg_jax.cli.signals import ended_by_signals
+from svg_jax.sampling.settings import RunSettings
+from svg_jax.sampling.settings.run import SAVING
 
 app = typer.Typer(
     help="Sparse VideoGen in JAX: video diffusion transformers with sparse attention.",
@@ -73,6 +57,7 @@ for command in CHECKPOINT_COMMANDS:
 
 
 @app.command()
+@with_settings(*KINDS)
 def generate(
     model: Model,
     output: Annotated[
@@ -84,7 +69,6 @@ def generate(
             "folder, or a pattern such as out/{index:03d}.gif; the first index is 0.",
         ),
     ],
-    prompt: Prompt = None,
     prompts: Annotated[
         Path | None,
         _option(
@@ -93,21 +77,6 @@ def generate(
             "are skipped; so are videos that an earlier call made.",
         ),
     ] = None,
-    negative_prompt: Negative = "",
-    prompt_embeds: Embeds = None,
-    height: Height = None,
-    width: Width = None,
-    num_frames: Frames = None,
-    steps: Steps = None,
-    guidance_scale: Guidance = None,
-    true_cfg_scale: TrueCfg = None,
-    guidance_interval: GuidanceInterval = None,
-    dynamic_cfg: DynamicCfg = False,
-    seed: Seed = 0,
-    image: Image = None,
-    last_image: LastImage = None,
-    latents: Latents = None,
-    image_latents: ImageLatents = None,
     attention: Annotated[
         Attention, _option("--attention", help="Dense attention, or Sparse VideoGen.")
     ] = Attention.svg,
@@ -121,27 +90,14 @@ def generate(
     variant: ModelVariant = None,
     verify: Verify = False,
     dtype: DtypeOption = None,
-    scheduler: Scheduler = None,
-    flow_shift: FlowShift = None,
-    fps: Fps = None,
-    enlarge: Enlarge = None,
     labels_out: Annotated[
         Path | None,
         _option(
             "--labels-out", help="Write labels, errors and densities of all sparse steps: .npz."
         ),
     ] = None,
-    save_every: Annotated[
-        int,
-        _option(
-            "--save-every",
-            help="Number of steps from one save of the run's state to the next, in .OUTPUT.state "
-            "beside the output; 0: never.",
-        ),
-    ] = 5,
-    resume: Annotated[
-        bool, _option("--resume", help="Go on from the saved state; start anew if there is none.")
-    ] = False,
+    *,
+    given: Mapping[str, Any],
 ) -> None:
     """Generate a video from a prompt, or one from each line of a file.
 
@@ -150,6 +106,7 @@ def generate(
     Example: svg-jax generate --model tiny --prompt "a pink two circling over the cat" -o two.gif
     """
     from svg_jax.cli import videos
+    from svg_jax.cli.given import ModelChoice
 
     sparsity = _given(
         density=density,
@@ -158,66 +115,24 @@ def generate(
         band_multiple=band_multiple,
     )
     videos.generate(
-        model,
+        ModelChoice(model, revision, variant, verify, dtype),
         output,
+        given,
         sparsity=sparsity if attention is Attention.svg else None,
         warmup=_given(steps=dense_steps, layers=dense_layers),
-        revision=revision,
-        variant=variant,
-        verify=verify,
-        dtype=dtype,
-        fps=fps,
-        enlarge=enlarge,
-        labels_out=labels_out,
-        save_every=save_every,
-        resume=resume,
-        files={
-            "latents": latents,
-            "prompt_embeds": prompt_embeds,
-            "image_latents": image_latents,
-        },
-        image=image,
-        last_image=last_image,
-        prompt=prompt,
         prompts=prompts,
-        negative_prompt=negative_prompt,
-        height=height,
-        width=width,
-        num_frames=num_frames,
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        true_cfg_scale=true_cfg_scale,
-        guidance_interval=guidance_interval,
-        use_dynamic_cfg=dynamic_cfg or None,
-        scheduler=scheduler,
-        flow_shift=flow_shift,
-        seed=seed,
+        labels_out=labels_out,
     )
 
 
 @app.command()
+@with_settings(*KINDS, where=lambda name, setting: setting.panel != SAVING)
 def compare(
     model: Model,
-    prompt: Prompt = None,
     output: Annotated[
         Path,
         _option("--output", "-o", help="Name of the videos to write, OUTPUT.mp4 and OUTPUT.gif."),
     ] = Path("compare"),
-    negative_prompt: Negative = "",
-    prompt_embeds: Embeds = None,
-    height: Height = None,
-    width: Width = None,
-    num_frames: Frames = None,
-    steps: Steps = None,
-    guidance_scale: Guidance = None,
-    true_cfg_scale: TrueCfg = None,
-    guidance_interval: GuidanceInterval = None,
-    dynamic_cfg: DynamicCfg = False,
-    seed: Seed = 0,
-    image: Image = None,
-    last_image: LastImage = None,
-    latents: Latents = None,
-    image_latents: ImageLatents = None,
     pattern: Annotated[
         PatternName,
         _option("--pattern", help="Profile heads (svg), take all for one kind, or draw kinds."),
@@ -232,23 +147,23 @@ def compare(
     variant: ModelVariant = None,
     verify: Verify = False,
     dtype: DtypeOption = None,
-    scheduler: Scheduler = None,
-    flow_shift: FlowShift = None,
-    fps: Fps = None,
-    enlarge: Enlarge = None,
     json_file: Annotated[
         Path | None, _option("--json", help="Write the figures to this file, too.")
     ] = None,
+    *,
+    given: Mapping[str, Any],
 ) -> None:
     """Generate a video with dense and with sparse attention, and compare the two.
 
     Example: svg-jax compare --model tiny --prompt "a blue five standing still over the stars"
     """
     from svg_jax.cli import videos
+    from svg_jax.cli.given import ModelChoice
 
     videos.compare(
-        model,
+        ModelChoice(model, revision, variant, verify, dtype),
         output,
+        given,
         sparsity=_given(
             density=density,
             sampled_rows=sampled_rows,
@@ -257,37 +172,12 @@ def compare(
         ),
         warmup=_given(steps=dense_steps, layers=dense_layers),
         pattern=pattern.value,
-        revision=revision,
-        variant=variant,
-        verify=verify,
-        dtype=dtype,
-        fps=fps,
-        enlarge=enlarge,
         json_file=json_file,
-        files={
-            "latents": latents,
-            "prompt_embeds": prompt_embeds,
-            "image_latents": image_latents,
-        },
-        image=image,
-        last_image=last_image,
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        height=height,
-        width=width,
-        num_frames=num_frames,
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        true_cfg_scale=true_cfg_scale,
-        guidance_interval=guidance_interval,
-        use_dynamic_cfg=dynamic_cfg or None,
-        scheduler=scheduler,
-        flow_shift=flow_shift,
-        seed=seed,
     )
 
 
 @app.command()
+@with_settings(RunSettings, where=lambda name, setting: name in ("num_inference_steps", "seed"))
 def demo(
     prompt: Annotated[
         str,
@@ -297,8 +187,6 @@ def demo(
         ),
     ] = "a red three moving left over the flower",
     density: Density = None,
-    steps: Steps = None,
-    seed: Seed = 0,
     output: Annotated[
         Path,
         _option("--output", "-o", help="Name of the videos to write, OUTPUT.mp4 and OUTPUT.gif."),
@@ -309,6 +197,8 @@ def demo(
             "--source", help="Folder in diffusers' layout to use in place of the bundled model."
         ),
     ] = None,
+    *,
+    given: Mapping[str, Any],
 ) -> None:
     """Compare dense and sparse attention on the bundled model, which is called tiny.
 
@@ -316,7 +206,7 @@ def demo(
     """
     from svg_jax.cli import videos
 
-    videos.demo(prompt, density=density, steps=steps, seed=seed, output=output, source=source)
+    videos.demo({"prompt": prompt, **given}, density=density, output=output, source=source)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -375,18 +265,19 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             tell_lines(traceback.format_exception(error))
-        failure = failure_of(error, _fields(command, arguments))
+        failure = failure_of(error, _options_of(command, arguments))
         if failure.sentence:
             tell(failure.sentence)
         return failure.code
     return 0
 
 
-def _fields(group: Any, arguments: list[str]) -> set[str]:
-    """Collect the names of what the options of the called command give."""
+def _options_of(group: Any, arguments: list[str]) -> dict[str, str]:
+    """Collect the options of the called command by the names of what they give."""
     command = next((group.commands[name] for name in arguments if name in group.commands), group)
-    options = [given.name for given in command.params if given.param_type_name == "option"]
-    return {*options, *RENAMED} if "steps" in options else set(options)
+    options = [given for given in command.params if given.param_type_name == "option"]
+    flags = {option.name: option.opts[0] for option in options}
+    return flags | {name: flag for name, flag in OF_WARMUP.items() if flag in flags.values()}
 
 
 class _Echo(logging.Handler):

@@ -18,13 +18,12 @@ import re
 import tempfile
 import traceback
 import zipfile
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
 
 from svg_jax.cli.console import shortened
-from svg_jax.cli.options import flag_of
 
 
 class ExitCode(IntEnum):
@@ -65,19 +64,19 @@ _PARSERS = {"json", "ast", "re", "pickle", "zipfile"}  # modules that go as deep
 _FAR_TOO_LONG = 200  # characters of an internal error's message
 
 
-def failure_of(error: BaseException, fields: Collection[str] = ()) -> Failure:
+def failure_of(error: BaseException, options: Mapping[str, str] | None = None) -> Failure:
     """Tell how a command ends that raised an exception.
 
     Args:
         error: The exception.
-        fields: Names of what the command's options give, which are told as options.
+        options: Options of the command by the names of what they give, which are told as options.
     """
     if isinstance(error, KeyboardInterrupt):
         return Failure(ExitCode.INTERRUPTED, "")
     code = _foreseen_code(error)
     if code is None:
         return Failure(ExitCode.INTERNAL, _internal_sentence(error))
-    return Failure(code, _sentence(error, fields))
+    return Failure(code, _sentence(error, options or {}))
 
 
 def _foreseen_code(error: BaseException) -> int | None:
@@ -135,7 +134,7 @@ def _is_meant(error: ValueError) -> bool:
     return package not in _COMPUTING
 
 
-def _sentence(error: BaseException, fields: Collection[str]) -> str:
+def _sentence(error: BaseException, options: Mapping[str, str]) -> str:
     """Say in words what a foreseen exception is about."""
     if reason := getattr(error, "strerror", None):  # OSError and FFmpeg's
         return f"{_paths_of(error)}{reason}"
@@ -158,8 +157,7 @@ def _sentence(error: BaseException, fields: Collection[str]) -> str:
     # Errors about a field begin with its name, whether or not they carry it.
     begins = re.match(r"[\w.]+(?=[ =])", message)
     field = getattr(error, "field", begins and begins[0])
-    is_known = field in fields or hasattr(error, "field")
-    return _with_flags(message, str(field), fields) if is_known else message
+    return _with_flags(message, str(field), options) if field in options else message
 
 
 def _paths_of(error: BaseException) -> str:
@@ -172,13 +170,13 @@ def _without_bytes(error: UnicodeError) -> str:
     return getattr(error, "reason", None) or str(error)
 
 
-def _with_flags(message: str, field: str, fields: Collection[str]) -> str:
+def _with_flags(message: str, field: str, options: Mapping[str, str]) -> str:
     """Put the names of options for those of fields, as `--num-frames` for `num_frames`."""
     # Fields of one word are English, too: only the one that it is about is surely a field.
-    for name in (field, *(other for other in fields if "_" in other)):
-        if flag_of(name) not in message:
-            message = re.sub(rf"(?<![\w-]){re.escape(name)}\b", flag_of(name), message, count=1)
-    return message if flag_of(field) in message else f"{flag_of(field)}: {message}"
+    for name in (field, *(other for other in options if "_" in other)):
+        if options[name] not in message:
+            message = re.sub(rf"(?<![\w-]){re.escape(name)}\b", options[name], message, count=1)
+    return message if options[field] in message else f"{options[field]}: {message}"
 
 
 def _internal_sentence(error: BaseException) -> str:

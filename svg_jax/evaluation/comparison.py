@@ -3,22 +3,23 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool
 
-from svg_jax.config import SparsityConfig, Warmup, dense_step_count
+from svg_jax.config import Warmup, dense_step_count
 from svg_jax.evaluation.report import ComparisonReport
 from svg_jax.kernels import pick_implementation
 from svg_jax.masks import sparse_mask
 from svg_jax.media.metrics import SSIM_WINDOW, psnr, ssim
-from svg_jax.models import Attend
 from svg_jax.provenance import device_name, versions
 from svg_jax.sampling.components import in_memory
 from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline
+from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.records import SamplingInfo, StepRecord, median_seconds
-from svg_jax.sampling.settings import SettingError, check_settings, count_prompts
+from svg_jax.sampling.settings import RunSettings, SettingError
 
 Pattern = Literal["svg", "spatial", "temporal", "random"]
 
@@ -34,15 +35,10 @@ class Comparison:
 
 def compare(
     pipeline: VideoPipeline,
-    prompt: str | None,
+    settings: RunSettings,
     *,
-    sparsity: SparsityConfig | None = None,
-    warmup: Warmup | None = None,
-    attend: Attend | None = None,
     pattern: Pattern = "svg",
-    seed: int | None = 0,
     callback_on_step_end: Callable[[str, StepRecord], None] | None = None,
-    **arguments: Any,
 ) -> Comparison:
     """Generate a video with dense and with other attention from the same noise and schedule.
 
@@ -50,45 +46,43 @@ def compare(
 
     Args:
         pipeline: What generates.
-        prompt: One prompt; or None, and prompt_embeds among the arguments.
-        sparsity: Sparsity of the other run.
-        warmup: Its dense warm-up, which must leave steps to compare; None is `Warmup()`.
-        attend: An attention of one's own in its place, in all steps (see `VideoPipeline`).
+        settings: Settings of one video, which `pipeline.settings` makes: with the sparsity of the
+            other run, whose warm-up must leave steps to compare, or with an attend in its place.
         pattern: "svg" profiles heads online; the others give all heads these labels, as ablations.
-        seed: Seed of the noise, the sampled rows, and random labels; None draws one.
         callback_on_step_end: Called with "warm-up", "dense" or "sparse" and the step's record.
-        **arguments: More of the pipeline's `prepare`.
 
     Raises:
-        ValueError: On arguments that do not fit, or a warm-up that takes all steps.
+        ValueError: On settings that do not fit, or a warm-up that takes all steps.
     """
-    check_settings({"sparsity": sparsity, "warmup": warmup, "attend": attend})
+    settings = pipeline.completed(settings)
+    sparsity, warmup, attend = settings.sparsity, settings.warmup, settings.attend
+    num_steps, seed = settings.num_inference_steps, settings.seed
+    assert num_steps is not None
+    assert seed is not None
     if (sparsity is None) == (attend is None):
         raise SettingError("sparsity", "is missing: pass either a sparsity or an attend")
-    settings = pipeline.settings(prompt, seed=seed, **arguments)
-    num_steps = settings["num_inference_steps"]
-    videos = count_prompts(settings["prompt"], settings["prompt_embeds"])
-    videos *= settings["num_videos_per_prompt"]
-    if videos != 1:
-        raise SettingError("prompt", f"of compare is one at a time, for one video: got {videos}")
+    for field in ("labels", "state_file", "callback_on_step_end"):
+        if getattr(settings, field) is not None:
+            raise SettingError(field, "is of one run: a comparison takes none")
+    if settings.num_videos != 1:
+        raise SettingError(
+            "prompt", f"of compare is one at a time, for one video: got {settings.num_videos}"
+        )
     dense_steps = 0 if sparsity is None else dense_step_count(warmup or Warmup(), num_steps)
     if dense_steps == num_steps:
         raise SettingError("warmup.steps", f"leaves none of {num_steps} steps to be sparse")
     config, dtype = pipeline.transformer.config, np.dtype(pipeline.transformer.dtype)
     heads = (num_steps, config.num_attention_layers, 1, config.num_attention_heads)
-    labels = labels_of_pattern(pattern, heads, settings["seed"])
-    start = pipeline.prepare(**settings)
+    labels = labels_of_pattern(pattern, heads, seed)
+    start = pipeline.prepare(settings)
     if sparsity is not None:
         sparse_mask(start.layout, sparsity)  # a density that leaves nothing: not after dense steps
 
-    def tell(part: str) -> Callable[[StepRecord], None]:
-        def callback(record: StepRecord) -> None:
-            if callback_on_step_end is not None:
-                callback_on_step_end(part, record)
-
-        return callback
-
     rest = range(dense_steps, num_steps)
+
+    def tell(part: str) -> Callable[[StepRecord], None] | None:
+        return callback_on_step_end and partial(callback_on_step_end, part)
+
     with in_memory(pipeline.transformer) as transformer:  # loaded once for all three parts
         loaded = dataclasses.replace(pipeline, transformer=transformer)
         warm, shared = loaded.denoise(
@@ -107,33 +101,48 @@ def compare(
             callback_on_step_end=tell("sparse"),
         )
         del transformer, loaded
-    dense = pipeline.decode(dense_run, SamplingInfo(shared + dense_records))
-    sparse = pipeline.decode(sparse_run, SamplingInfo(shared + sparse_records))
+    form = {"output_type": settings.output_type, "vae_tiling": settings.vae_tiling}
+    dense = pipeline.decode(dense_run, SamplingInfo(shared + dense_records), **form)
+    sparse = pipeline.decode(sparse_run, SamplingInfo(shared + sparse_records), **form)
 
-    enough = dense.frames is not None and min(dense.frames.shape[2:4]) >= SSIM_WINDOW
-    spatial_share, profiled = sparse.info.spatial_share, bool(sparse.info.profiles)
     report = ComparisonReport(
-        prompt=prompt or "(given embeddings)",
-        seed=start.seed,
+        prompt=settings.prompt if isinstance(settings.prompt, str) else "(given embeddings)",
         pattern=pattern if attend is None else getattr(attend, "__name__", type(attend).__name__),
-        num_inference_steps=num_steps,
         dense_steps=dense_steps,
-        guided_steps=sum(scale != 1 for scale in start.scales),
         requested_density=None if sparsity is None else sparsity.density,
-        density=sparse.info.density if profiled else None,
-        latents=start.state.latents.shape[1:],
-        num_tokens=start.layout.num_tokens,
-        psnr=_of_pixels(psnr, sparse, dense),
-        ssim=_of_pixels(ssim, sparse, dense) if enough else None,
-        dense_seconds=median_seconds(dense_records),
-        sparse_seconds=median_seconds(sparse_records),
-        spatial_share=() if spatial_share is None else tuple(spatial_share.tolist()),
         implementation=pick_implementation(None, config.attention_head_dim, dtype),
         dtype=dtype.name,
+        **_of_run(start),
+        **_of_videos(dense, sparse),
+        dense_seconds=median_seconds(dense_records),
+        sparse_seconds=median_seconds(sparse_records),
         device=device_name(),
         versions=versions(),
     )
     return Comparison(dense, sparse, report)
+
+
+def _of_run(start: PreparedRun) -> dict[str, Any]:
+    """Collect what a report says of the run that both videos are."""
+    return {
+        "seed": start.seed,
+        "num_inference_steps": start.schedule.num_steps,
+        "guided_steps": sum(scale != 1 for scale in start.scales),
+        "latents": start.state.latents.shape[1:],
+        "num_tokens": start.layout.num_tokens,
+    }
+
+
+def _of_videos(dense: VideoOutput, sparse: VideoOutput) -> dict[str, Any]:
+    """Collect what a report says of the two videos."""
+    enough = dense.frames is not None and min(dense.frames.shape[2:4]) >= SSIM_WINDOW
+    spatial_share, profiled = sparse.info.spatial_share, bool(sparse.info.profiles)
+    return {
+        "density": sparse.info.density if profiled else None,
+        "psnr": _of_pixels(psnr, sparse, dense),
+        "ssim": _of_pixels(ssim, sparse, dense) if enough else None,
+        "spatial_share": () if spatial_share is None else tuple(spatial_share.tolist()),
+    }
 
 
 def labels_of_pattern(

@@ -34,7 +34,7 @@ def guidance_scales(
     timesteps: np.ndarray,
     guidance_scale: float | int,
     *,
-    guidance_interval: tuple[float | int, float | int] = (0.0, 1.0),
+    interval: tuple[float | int, float | int] = (0.0, 1.0),
     use_dynamic_cfg: bool = False,
 ) -> Float[np.ndarray, " steps"]:
     """The guidance scale of every step, float64; 1 means that the step is not guided at all.
@@ -42,12 +42,11 @@ def guidance_scales(
     Args:
         timesteps: Of the schedule.
         guidance_scale: As in diffusers; at most 1 turns guidance off.
-        guidance_interval: From which share of the steps to which they are guided: (0, 0.3) is the
-            first 30 %.
+        interval: First and last share of the steps that are guided: (0, 0.3) is the first 30 %.
         use_dynamic_cfg: diffusers' formula, literally: it compares the timestep (0 to 999) with the
             number of steps.
     """
-    start, end = guidance_interval
+    start, end = interval
     num_steps = len(timesteps)
     scales = np.full(num_steps, max(float(guidance_scale), 1.0))
     if use_dynamic_cfg and guidance_scale > 1:

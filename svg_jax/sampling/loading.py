@@ -23,8 +23,8 @@ from svg_jax.sampling.cogvideox.pipeline import CogVideoXPipeline
 from svg_jax.sampling.components import Lazy
 from svg_jax.sampling.hunyuan_video.pipeline import HunyuanVideoPipeline
 from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders
+from svg_jax.sampling.identity import weights_digest
 from svg_jax.sampling.pipeline import VideoPipeline
-from svg_jax.sampling.run_state import weights_digest
 from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.sampling.wan.pipeline import WanPipeline
 from svg_jax.text.tokenizer import load_tokenizer

@@ -1,91 +1,45 @@
 """What the families' pipelines share: prepare, denoise, decode, and when weights are loaded."""
 
 import dataclasses
-import functools
-import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from svg_jax.config import PAPER_PRESETS, Preset, SparsityConfig, Warmup
+from svg_jax.convert.formats.values import shown
 from svg_jax.convert.run_defaults import RunDefaults
 from svg_jax.masks import warn_of_lost_sparsity
-from svg_jax.media.images import with_images_read
 from svg_jax.models import Attend
 from svg_jax.sampling.components import component_names, in_memory
-from svg_jax.sampling.denoising import check_labels, denoise
+from svg_jax.sampling.denoising import check_labels, denoise, guidance_scales
+from svg_jax.sampling.identity import identity_of, make_fingerprint
 from svg_jax.sampling.latents import to_frames
 from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.records import SamplingInfo, StepRecord, VideoOutput
 from svg_jax.sampling.run_state import (
     RunFile,
     damaged,
-    make_fingerprint,
     open_run_file,
     saved_fingerprint,
     saving,
 )
-from svg_jax.sampling.settings import (
-    SettingError,
-    check_settings,
-    count_prompts,
-    draw_seed,
-    few_steps_note,
-)
+from svg_jax.sampling.schedules.tables import Schedule
+from svg_jax.sampling.settings import RunSettings, SettingError, check_settings, settings_of
+from svg_jax.sampling.settings.run import OutputType, draw_seed, few_steps_note
 
 _LOGGER = logging.getLogger(__name__)
 _NO_DEFAULTS = RunDefaults()
-
-OutputType = Literal["np", "uint8", "latent"]
-
-
-# What a call takes beside the arguments of `prepare`.
-_OF_CALL = (
-    "sparsity",
-    "warmup",
-    "attend",
-    "labels",
-    "output_type",
-    "vae_tiling",
-    "callback_on_step_end",
-)
-_OF_CALL += ("state_file", "save_every", "resume")
-
-
-def with_checked_call(call: Callable[..., "VideoOutput"]) -> Callable[..., "VideoOutput"]:
-    """A pipeline's call, with settings that are all checked and have their defaults."""
-    defaults = {name: inspect.signature(call).parameters[name].default for name in _OF_CALL}
-
-    @functools.wraps(call)
-    def checked(self: "VideoPipeline", prompt: Any = None, **arguments: Any) -> VideoOutput:
-        given = {name: arguments.pop(name, default) for name, default in defaults.items()}
-        own = check_settings(given)
-        if own["resume"] and arguments.get("seed", 0) is None:
-            arguments["seed"] = saved_fingerprint(own["state_file"]).get("seed")
-        return call(self, **own, **self.settings(prompt, **arguments))
-
-    return checked
-
-
-def with_settings(prepare: Callable[..., PreparedRun]) -> Callable[..., PreparedRun]:
-    """A family's `prepare`, called with settings that are checked and have their defaults."""
-
-    @functools.wraps(prepare)
-    def checked(self: "VideoPipeline", prompt: Any = None, **arguments: Any) -> PreparedRun:
-        return prepare(self, **self.settings(prompt, **arguments))
-
-    return checked
+Settings = TypeVar("Settings", bound=RunSettings)
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class VideoPipeline(ABC):
+class VideoPipeline(ABC, Generic[Settings]):
     """A checkpoint that can be called; a class for each family says how it is prepared.
 
     Attributes:
@@ -99,7 +53,7 @@ class VideoPipeline(ABC):
     """
 
     frame_rate: ClassVar[float] = 8.0  # frames per second that the family was trained at
-    samplers: ClassVar[tuple[str, ...]] = ("euler", "unipc")
+    settings_class: ClassVar[type[RunSettings]]  # what a run of the family is asked for
 
     transformer: Any
     scheduler: Any
@@ -114,23 +68,7 @@ class VideoPipeline(ABC):
         others = ", ".join(name for name in component_names(self) if name != "transformer")
         return f"{type(self).__name__}({size} in {dtype}; with {others or 'no other component'})"
 
-    @with_checked_call
-    def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        *,
-        sparsity: SparsityConfig | None = None,
-        warmup: Warmup | None = None,
-        attend: Attend | None = None,
-        labels: Bool[np.ndarray, "..."] | None = None,
-        output_type: OutputType = "np",
-        vae_tiling: bool = False,
-        callback_on_step_end: Callable[[StepRecord], None] | None = None,
-        state_file: str | Path | None = None,
-        save_every: int = 5,
-        resume: bool = False,
-        **arguments: Any,
-    ) -> VideoOutput:
+    def __call__(self, prompt: Any = None, **arguments: Any) -> VideoOutput:
         """Generate videos; arguments have diffusers' names and meanings.
 
         With a `state_file` a run survives what ends its process: it is saved there every few steps
@@ -140,110 +78,133 @@ class VideoPipeline(ABC):
 
         Args:
             prompt: One prompt or several; or pass `prompt_embeds`.
-            sparsity: Settings of Sparse VideoGen; None is dense attention.
-            warmup: Steps and layers that stay dense under `sparsity`; None is `Warmup()`.
-            attend: An attention of one's own in place of either, in all steps and layers (see
-                `svg_jax.Attend`); its `step_state` is a `StepState`. What it gives beside the
-                output is kept if it is a `SparseAttentionInfo`, and dropped otherwise. Each
-                callable is compiled once. Such a run is not saved: nothing tells one callable
-                from another.
-            labels: Labels to use in place of profiling, True = temporal (see `denoise`).
-            output_type: "np" for frames in 0…1, "uint8", or "latent" for latents alone.
-            vae_tiling: Decode by the released tiles: less memory, and not quite the same frames.
-            callback_on_step_end: Called with the record of each step that this call computes.
-            state_file: Where to save the run's state; None saves nothing.
-            save_every: Steps from one save to the next; 0 saves nothing.
-            resume: Go on from the state that is there; starts as usual if there is none.
-            **arguments: Arguments of the family's `prepare` (`help(pipe.prepare)`): size, steps,
-                guidance, seed, image and so on.
+            **arguments: Fields of the family's settings (`help(pipe.settings_class)`): size, steps,
+                guidance, seed, image, sparsity and so on.
 
         Returns:
             Frames, latents, and what happened on the way.
 
         Raises:
-            ValueError: On settings that no run can have (`SettingError`), arguments that do not
-                fit the checkpoint or each other, or a state that is damaged or another run's; says
-                what differs.
+            SettingError: On settings that no run can have, or that the family does not have.
+            ValueError: On what does not fit the checkpoint, or a state that is damaged or another
+                run's; says what differs.
             FileExistsError: If there is a state, and it is not to be resumed.
             FloatingPointError: If latents stop being finite.
         """
-        settings = {"prompt": prompt, **arguments}
-        self._check_labels(labels, settings)
+        settings = self.settings(prompt, **arguments)
+        steps, sparsity = settings.num_inference_steps, settings.sparsity
+        if settings.labels is not None:
+            assert steps is not None
+            check_labels(
+                settings.labels,
+                self.transformer.config,
+                num_steps=steps,
+                batch=settings.num_videos,
+            )
         if sparsity is not None:
-            note = few_steps_note(warmup or Warmup(), settings["num_inference_steps"])
+            assert steps is not None
+            note = few_steps_note(settings.warmup or Warmup(), steps)
             if note is not None:
                 _LOGGER.warning(note)
-        file = None
-        if state_file is not None:
-            identity = self.fingerprint(**settings, sparsity=sparsity, warmup=warmup, labels=labels)
-            file = open_run_file(state_file, identity, save_every=save_every, resume=resume)
-        run = self.prepare(**settings)
-        run, steps = self.denoise(
+        file = None if settings.state_file is None else self.open_run_file(settings)
+        run = self.prepare(settings)
+        run, records = self.denoise(
             run,
             sparsity=sparsity,
-            warmup=warmup,
-            attend=attend,
-            labels=labels,
+            warmup=settings.warmup,
+            attend=settings.attend,
+            labels=settings.labels,
             file=file,
-            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end=settings.callback_on_step_end,
         )
-        info = SamplingInfo(steps)
-        video = self.decode(run, info, output_type=output_type, vae_tiling=vae_tiling)
+        video = self.decode(
+            run,
+            SamplingInfo(records),
+            output_type=settings.output_type,
+            vae_tiling=settings.vae_tiling,
+        )
         if file is not None:
             file.remove()
         return video
 
-    def settings(self, prompt: Any = None, **arguments: Any) -> dict[str, Any]:
-        """All arguments of `prepare` for a call with these: checked, with defaults filled in.
+    def settings(self, prompt: Any = None, **arguments: Any) -> Settings:
+        """Make the value of a call with these arguments: checked, with all defaults filled in.
 
-        A default is what the model's folder says, or else the authors'. A seed of None is drawn,
-        and images are read.
+        Args:
+            prompt: One prompt or several; or pass `prompt_embeds`.
+            **arguments: Other fields of `settings_class`.
 
         Raises:
-            SettingError: On what no run can have.
+            SettingError: On what no run can have, and on what the family does not have
+                (`UnknownSettingError`, which is a TypeError, too).
             ValueError: On what is no image.
-            TypeError: On an argument that the family does not take.
         """
-        signature = inspect.signature(self.prepare)
-        given = signature.bind(prompt, **arguments)
-        given.apply_defaults()
-        settings = check_settings(given.arguments)
-        if settings["scheduler"] not in (None, *self.samplers):
-            names = " or ".join(map(repr, self.samplers))
-            raise SettingError("scheduler", f"is {names}: got {settings['scheduler']!r}")
-        prompts = count_prompts(settings["prompt"], settings["prompt_embeds"])
-        settings = with_images_read(settings, prompts)
-        defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
-        defaults |= {"guidance_interval": (0.0, 1.0)} | self.authors_settings
-        defaults |= self.defaults.given()
-        for name in settings.keys() - {"seed"}:
-            if settings[name] is None:
-                settings[name] = defaults[name]
-        if settings["seed"] is None:
-            settings["seed"] = draw_seed()
-            _LOGGER.warning("the seed %d was drawn", settings["seed"])
-        return settings
+        known = settings_of(self.settings_class)
+        # What other libraries have is Python's own before the value sees it.
+        plain = check_settings({"prompt": prompt, **arguments}, known)
+        made: Any = self.settings_class(**plain)
+        return self.completed(made)
 
-    def fingerprint(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        *,
-        sparsity: SparsityConfig | None = None,
-        warmup: Warmup | None = None,
-        labels: Bool[np.ndarray, "..."] | None = None,
-        **arguments: Any,
-    ) -> dict[str, Any]:
-        """What determines the outcome of a call with these arguments, and of no other, as JSON."""
-        if arguments.get("seed", 0) is None:
-            raise SettingError("seed", "must be given: it tells a saved run from another")
+    def completed(self, settings: Settings) -> Settings:
+        """Fill in what settings leave to the model: what its folder says, or else the authors'.
+
+        A seed of None is that of the saved run that is to be resumed; or it is drawn.
+
+        Raises:
+            SettingError: If they are another family's.
+        """
+        if not isinstance(settings, self.settings_class):
+            name = self.settings_class.__name__
+            raise SettingError(
+                "settings", f"must be what pipe.settings() makes, {name}: got {shown(settings)}"
+            )
+        known = settings_of(self.settings_class)
+        defaults = {"guidance_interval": (0.0, 1.0)} | self.authors_settings | self.defaults.given()
+        chosen = {
+            name: value
+            for name, value in defaults.items()
+            if name in known and getattr(settings, name) is None and value is not None
+        }
+        if settings.sparsity is not None and settings.warmup is None:
+            chosen["warmup"] = Warmup()
+        if settings.seed is None:
+            chosen["seed"] = self._seed_of(settings)
+        return dataclasses.replace(settings, **chosen) if chosen else settings
+
+    def _seed_of(self, settings: Settings) -> int:
+        """Take the seed of the saved run that is to be resumed; or draw one."""
+        if settings.resume and settings.state_file is not None:
+            saved = saved_fingerprint(settings.state_file)
+            if saved:
+                return saved.get("seed", RunSettings.seed)
+        seed = draw_seed()
+        _LOGGER.warning("the seed %d was drawn", seed)
+        return seed
+
+    def fingerprint(self, settings: Settings) -> dict[str, Any]:
+        """Tell what determines the latents of a run with these settings, and of no other, as JSON.
+
+        Args:
+            settings: What `settings` made, of a seed that is known.
+        """
+        settings = self.completed(settings)
         return make_fingerprint(
-            **self.settings(prompt, **arguments),
-            sparsity=sparsity,
-            warmup=None if sparsity is None else warmup or Warmup(),
-            labels=labels,
+            **identity_of(settings),
             dtype=np.dtype(self.transformer.dtype).name,
             weights=self.weights,
             model_scheduler=self.scheduler,
+        )
+
+    def open_run_file(self, settings: Settings) -> RunFile:
+        """Look at the state file of settings that have one; see `run_state.open_run_file`."""
+        assert settings.state_file is not None
+        return open_run_file(
+            settings.state_file,
+            self.fingerprint(settings),
+            save_every=settings.save_every,
+            resume=settings.resume,
+            allow_rounding=settings.allow_rounding,
+            kind=self.settings_class,
         )
 
     @abstractmethod
@@ -310,8 +271,39 @@ class VideoPipeline(ABC):
         """What `prepare` takes where neither the caller nor the model's folder says anything."""
 
     @abstractmethod
-    def prepare(self, prompt: str | Sequence[str] | None = None, **arguments: Any) -> PreparedRun:
-        """The first part of `__call__`: encodes prompts, makes the schedule and the noise."""
+    def prepare(self, settings: Settings) -> PreparedRun:
+        """Do the first part of `__call__`: encode prompts and images, make schedule and noise.
+
+        Args:
+            settings: What `settings` made; or a value of `settings_class`, of which None is filled
+                in.
+
+        Raises:
+            ValueError: On what does not fit the checkpoint, or does not fit into memory.
+        """
+
+    def guidance_scales(
+        self,
+        settings: Settings,
+        schedule: Schedule,
+        scale: float | int | None,
+        *,
+        use_dynamic_cfg: bool = False,
+    ) -> Float[np.ndarray, " steps"]:
+        """Give the scale of classifier-free guidance in every step of a run.
+
+        Args:
+            settings: Settings of the run.
+            schedule: All steps.
+            scale: The setting that says how strong this guidance is, which differs by family.
+            use_dynamic_cfg: See `svg_jax.sampling.denoising.guidance_scales`.
+        """
+        interval = settings.guidance_interval
+        assert scale is not None
+        assert interval is not None
+        return guidance_scales(
+            schedule.timesteps, scale, interval=interval, use_dynamic_cfg=use_dynamic_cfg
+        )
 
     def denoise(
         self,
@@ -379,17 +371,6 @@ class VideoPipeline(ABC):
     def finished_latents(self, run: PreparedRun) -> Array:
         """The latents of a video, of a run after its last step."""
         return run.state.latents
-
-    def _check_labels(self, labels: np.ndarray | None, settings: dict[str, Any]) -> None:
-        """SettingError if labels do not fit the model and the run."""
-        if labels is not None:
-            prompts = count_prompts(settings["prompt"], settings["prompt_embeds"])
-            check_labels(
-                labels,
-                self.transformer.config,
-                num_steps=settings["num_inference_steps"],
-                batch=prompts * settings["num_videos_per_prompt"],
-            )
 
     @property
     def makes_frames(self) -> bool:

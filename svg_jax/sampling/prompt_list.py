@@ -16,15 +16,16 @@ from typing import Any
 
 import jax
 
-from svg_jax.config import SparsityConfig, Warmup
 from svg_jax.convert.files import open_regular, remove_leftovers, written_atomically
 from svg_jax.convert.formats.digests import file_digest
 from svg_jax.convert.formats.json_file import parse_json
 from svg_jax.sampling import VideoOutput, VideoPipeline
 from svg_jax.sampling.components import loading_once
+from svg_jax.sampling.identity import check_same_run
 from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.records import SamplingInfo, StepRecord
-from svg_jax.sampling.run_state import RunFile, check_same_run, open_run_file
+from svg_jax.sampling.run_state import RunFile
+from svg_jax.sampling.settings import RunSettings
 
 _PROMPTS_AT_ONCE = 16  # encoded together: Wan's 720p waits with 0.1 GB of host memory for each
 _PROMPTS_BYTES = 2**24
@@ -38,13 +39,13 @@ class VideoJob:
     """One video to make.
 
     Attributes:
-        prompt: What to show; None where embeddings were given.
+        settings: What it is made by.
         output: The file to write.
         fingerprint: What tells this run, and what is written of it, from others.
         file: The state to go on from and to save.
     """
 
-    prompt: str | None
+    settings: RunSettings
     output: Path
     fingerprint: Mapping[str, Any]
     file: RunFile
@@ -109,22 +110,19 @@ def _is_pattern(text: str) -> bool:
 def plan_videos(
     pipeline: VideoPipeline,
     prompts: Mapping[Path, str | None],
+    settings: RunSettings,
     *,
     written_as: Mapping[str, Any] | None,
-    save_every: int,
-    resume: bool,
-    **arguments: Any,
 ) -> list[VideoJob]:
-    """What is left to do, in order; nothing is touched yet.
+    """Tell what is left to do, in order; nothing is touched yet.
 
     Args:
         pipeline: What generates.
-        prompts: By the file that each is to be written to.
+        prompts: Prompt of each video by the file that it is to be written to; None where embeddings
+            were given.
+        settings: What all videos are made by, but for the prompt; each is saved beside its output.
         written_as: Settings of the files themselves (frames per second, say); outputs that were
             made by the same settings are then left out. None makes an output in any case.
-        save_every: See `open_run_file`.
-        resume: See `open_run_file`.
-        **arguments: Arguments of `pipeline.fingerprint`.
 
     Raises:
         FileExistsError: If work would be lost: a state that is not to be resumed or, where
@@ -133,19 +131,19 @@ def plan_videos(
     """
     jobs = []
     for output, prompt in prompts.items():
-        settings = pipeline.fingerprint(prompt, **arguments)
-        fingerprint = settings | dict(written_as or {})
+        own = dataclasses.replace(settings, prompt=prompt, state_file=state_path(output))
+        fingerprint = pipeline.fingerprint(own) | dict(written_as or {})
         remove_leftovers(output)
-        if written_as is not None and _is_done(output, fingerprint):
+        if written_as is not None and _is_done(output, fingerprint, own):
             continue
-        file = open_run_file(state_path(output), settings, save_every=save_every, resume=resume)
+        file = pipeline.open_run_file(own)
         is_foreign = output.exists() and not _record_path(output).exists()
         if written_as is not None and is_foreign and file.saved is None:
             raise FileExistsError(
                 f"{output} is there and was not made from a list of prompts: remove it, or choose "
                 "another --output"
             )
-        jobs.append(VideoJob(prompt, output, fingerprint, file))
+        jobs.append(VideoJob(own, output, fingerprint, file))
         if file.saved is not None:
             done = len(file.records)
             _LOGGER.warning("%s: goes on after the first %d steps, which are saved", output, done)
@@ -158,10 +156,7 @@ def generate_videos(
     *,
     write: Callable[[VideoOutput, Path], None],
     keep_record: bool,
-    sparsity: SparsityConfig | None = None,
-    warmup: Warmup | None = None,
     callback_on_step_end: Callable[[StepRecord], None] | None = None,
-    **arguments: Any,
 ) -> None:
     """Make the planned videos.
 
@@ -171,17 +166,15 @@ def generate_videos(
 
     Args:
         pipeline: What generates.
-        jobs: What `plan_videos` gave for the same settings.
+        jobs: What `plan_videos` gave.
         write: Writes what the pipeline made to a file.
         keep_record: Leave behind by what settings each output was made.
-        sparsity: See `VideoPipeline`.
-        warmup: See `VideoPipeline`.
-        callback_on_step_end: See `VideoPipeline`.
-        **arguments: See `VideoPipeline.prepare`.
+        callback_on_step_end: Called with the record of each step that is computed.
     """
 
     def finish(decoder: VideoPipeline, job: VideoJob, run: PreparedRun, info: SamplingInfo) -> None:
-        video = decoder.decode(_moved(run, jax.device_put), info)
+        tiling = job.settings.vae_tiling
+        video = decoder.decode(_moved(run, jax.device_put), info, vae_tiling=tiling)
         try:
             write(video, job.output)
         except OSError as error:
@@ -199,14 +192,16 @@ def generate_videos(
 
     def make(some: Sequence[VideoJob]) -> None:
         encoder = loading_once(pipeline) if len(some) > 1 else pipeline
-        runs = [_moved(encoder.prepare(job.prompt, **arguments), jax.device_get) for job in some]
+        runs = [_moved(encoder.prepare(job.settings), jax.device_get) for job in some]
         del encoder
         denoiser, waiting, has_room = loading_once(pipeline), [], True
         for job, run in zip(some, runs, strict=True):
             after, steps = denoiser.denoise(
                 _moved(run, jax.device_put),
-                sparsity=sparsity,
-                warmup=warmup,
+                sparsity=job.settings.sparsity,
+                warmup=job.settings.warmup,
+                attend=job.settings.attend,
+                labels=job.settings.labels,
                 file=job.file,
                 callback_on_step_end=callback_on_step_end,
             )
@@ -261,7 +256,7 @@ def _write_record(job: VideoJob) -> None:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def _is_done(output: Path, fingerprint: Mapping[str, Any]) -> bool:
+def _is_done(output: Path, fingerprint: Mapping[str, Any], settings: RunSettings) -> bool:
     """Whether an output is there, whole and by these settings; ValueError if by others."""
     file = _record_path(output)
     if not (output.exists() and file.exists()):
@@ -272,5 +267,7 @@ def _is_done(output: Path, fingerprint: Mapping[str, Any]) -> bool:
         saved, digest = dict(record["fingerprint"]), record["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: remove it and {output.name} to start anew") from error
-    check_same_run(output, saved, fingerprint)
+    check_same_run(
+        output, saved, fingerprint, allow_rounding=settings.allow_rounding, kind=type(settings)
+    )
     return digest == file_digest(output)

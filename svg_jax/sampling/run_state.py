@@ -24,24 +24,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL.Image
 
 from svg_jax.attention import SparseAttentionInfo
-from svg_jax.convert import Manifest
 from svg_jax.convert.files import check_writable, open_regular, remove_leftovers, written_atomically
-from svg_jax.convert.formats.digests import array_digest, bytes_digest
-from svg_jax.provenance import run_environment
+from svg_jax.convert.formats.digests import bytes_digest
+from svg_jax.sampling.identity import Fingerprint, check_same_run
 from svg_jax.sampling.records import StepRecord
 from svg_jax.sampling.schedules.steps import SamplerState
+from svg_jax.sampling.settings import RunSettings
 
 FORMAT_VERSION = 2
 _DIGEST_BYTES = 64  # sha256 in hexadecimal
 _MOST_BYTES = 2**31  # of a state file; HunyuanVideo's in 720p has 0.1 GB
-_SHOWN = 60  # characters of a setting in an error
-_NAMED = 3  # settings that an error names
 _PROFILE = tuple(field.name for field in dataclasses.fields(SparseAttentionInfo))
-
-Fingerprint = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +92,13 @@ class RunFile:
 
 
 def open_run_file(
-    path: str | Path, fingerprint: Fingerprint, *, save_every: int, resume: bool
+    path: str | Path,
+    fingerprint: Fingerprint,
+    *,
+    save_every: int,
+    resume: bool,
+    allow_rounding: bool = False,
+    kind: type[RunSettings] = RunSettings,
 ) -> RunFile:
     """Look at a state file before the work: whether there is one, and of which run.
 
@@ -106,6 +107,8 @@ def open_run_file(
         fingerprint: Fingerprint of the run that is to be saved there or gone on with.
         save_every: Steps from one save to the next; 0 saves nothing.
         resume: Go on from what is there, or start if there is nothing.
+        allow_rounding: Whether to go on with a run that was rounded otherwise.
+        kind: Class of the run's settings, which says what effect each has.
 
     Raises:
         FileExistsError: If there is a state that is not to be gone on from: it would be lost.
@@ -122,7 +125,9 @@ def open_run_file(
             f"{path} holds a run that was not finished: go on with it by resume=True (--resume), "
             "or remove that file to start anew"
         )
-    saved = load_run(path, fingerprint) if path.exists() else None
+    saved = None
+    if path.exists():
+        saved = load_run(path, fingerprint, allow_rounding=allow_rounding, kind=kind)
     return RunFile(path, fingerprint, save_every, saved)
 
 
@@ -205,15 +210,29 @@ def save_run(
         os.fsync(out.fileno())
 
 
-def load_run(path: Path, fingerprint: Fingerprint) -> SavedRun:
+def load_run(
+    path: Path,
+    fingerprint: Fingerprint,
+    *,
+    allow_rounding: bool = False,
+    kind: type[RunSettings] = RunSettings,
+) -> SavedRun:
     """Read a state file.
+
+    Args:
+        path: The file.
+        fingerprint: Fingerprint of the run that is to be gone on with.
+        allow_rounding: See `open_run_file`.
+        kind: See `open_run_file`.
 
     Raises:
         OSError: If it cannot be read.
         ValueError: If it is damaged, or another run's; says what differs.
     """
     arrays, header = _read_file(path)
-    check_same_run(path, header["fingerprint"], fingerprint)
+    check_same_run(
+        path, header["fingerprint"], fingerprint, allow_rounding=allow_rounding, kind=kind
+    )
     try:
         records = tuple(_read_record(values, arrays) for values in header["steps"])
     except (KeyError, TypeError, ValueError) as error:
@@ -270,40 +289,6 @@ def damaged(path: Path) -> ValueError:
     return ValueError(f"{path} is damaged or no run's state: remove it to start anew")
 
 
-def make_fingerprint(**settings: Any) -> dict[str, Any]:
-    """All that determines a run's outcome, as JSON has it: settings, versions, and the device.
-
-    Args:
-        **settings: Numbers, strings, lists of these and dataclasses; arrays and images are told by
-            their digests.
-    """
-    return _plain(settings) | run_environment()
-
-
-def check_same_run(path: Path, saved: Fingerprint, current: Fingerprint) -> None:
-    """Raise ValueError if two fingerprints differ, saying in what; what is missing is None."""
-    names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
-    if names:
-        shown = names[:_NAMED]
-        before = " and ".join(f"{_shown(name)} {_shown(saved.get(name))}" for name in shown)
-        now = " and ".join(_shown(current.get(name)) for name in shown)
-        more = "" if shown == names else f"; {len(names) - _NAMED} more differ"
-        raise ValueError(
-            f"{path} is another run's: the saved one had {before}, this one {now}{more} (remove "
-            "that file to start anew)"
-        )
-
-
-def weights_digest(manifest: Manifest) -> str:
-    """Tell the weights and settings of a converted folder, without reading the weights."""
-    stored = {
-        component: {name: tensor.stored_sha256 for name, tensor in tensors.items()}
-        for component, tensors in manifest.components.items()
-    }
-    content = json.dumps([stored, dict(manifest.files)], sort_keys=True)
-    return bytes_digest(content.encode())[:16]
-
-
 def _named_leaves(state: SamplerState | None) -> dict[str, Any]:
     leaves = jax.tree.leaves_with_path(state)
     return {"state" + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
@@ -312,30 +297,3 @@ def _named_leaves(state: SamplerState | None) -> dict[str, Any]:
 def _kinds(arrays: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     """Shape and dtype of each array."""
     return {name: (array.shape, array.dtype) for name, array in arrays.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        plain = {name: _plain(inner) for name, inner in value.items()}
-        return {
-            name if key is None else f"{name}.{key}": inner
-            for name, part in plain.items()
-            for key, inner in (part.items() if isinstance(part, dict) else [(None, part)])
-        }
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, PIL.Image.Image):
-        return f"{value.mode} image {_plain(np.asarray(value.convert('RGBA')))}"
-    if isinstance(value, np.ndarray | jax.Array):
-        array = np.asarray(value)
-        return f"{array.dtype}{list(array.shape)} of digest {array_digest(array)[:16]}"
-    return str(value) if isinstance(value, str) else value
-
-
-def _shown(value: Any) -> str:
-    text = "none" if value is None else str(value)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"

@@ -137,8 +137,8 @@ def test_a_folder_says_how_its_model_is_run(source, tmp_path):
     sparsity, warmup = pipe.default_sparsity()
     assert (sparsity.density, warmup.steps) == (0.5, 0.4)
     settings = pipe.settings("a")
-    assert {name: settings[name] for name in RUN} == RUN | {"guidance_interval": (0, 0.4)}
-    assert pipe.settings("a", guidance_scale=1)["guidance_scale"] == 1
+    assert {name: getattr(settings, name) for name in RUN} == RUN | {"guidance_interval": (0, 0.4)}
+    assert pipe.settings("a", guidance_scale=1).guidance_scale == 1
 
 
 @pytest.mark.parametrize(

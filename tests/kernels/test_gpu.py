@@ -499,13 +499,7 @@ def test_what_it_cannot_run_is_refused_in_a_sentence():
 
 def test_the_demo_uses_the_kernel_by_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    videos.demo(
-        "a red three moving left over the flower",
-        density=None,
-        steps=None,
-        seed=0,
-        output=Path("demo"),
-        source=None,
-    )
+    prompt = {"prompt": "a red three moving left over the flower"}
+    videos.demo(prompt, density=None, output=Path("demo"), source=None)
     assert "mosaic_gpu in bfloat16" in capsys.readouterr().out
     assert {path.suffix for path in tmp_path.iterdir()} == {".mp4", ".gif"}

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from svg_jax.media.images import AnyImage
 from svg_jax.models import CogVideoXTransformer, CogVideoXVAE, T5Encoder
 from svg_jax.sampling.cogvideox.image_conditions import check_image, encode_first_frame
+from svg_jax.sampling.cogvideox.settings import CogVideoXSettings
 from svg_jax.sampling.components import (
     Lazy,
     in_memory,
@@ -23,7 +23,6 @@ from svg_jax.sampling.components import (
     run_encoder,
 )
 from svg_jax.sampling.conditions import Conditions
-from svg_jax.sampling.denoising import guidance_scales
 from svg_jax.sampling.latents import (
     NO_VAE,
     RELEASED,
@@ -35,27 +34,25 @@ from svg_jax.sampling.latents import (
     video_size,
 )
 from svg_jax.sampling.memory import check_memory
-from svg_jax.sampling.pipeline import VideoPipeline, with_settings
+from svg_jax.sampling.pipeline import VideoPipeline
 from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.prompt_features import take_prompts
-from svg_jax.sampling.schedules.config import Sampler, SchedulerConfig
+from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.sampling.schedules.noise import seed_key
 from svg_jax.sampling.schedules.steps import initial_state
 from svg_jax.sampling.schedules.tables import Schedule, make_schedule
-from svg_jax.sampling.settings import SettingError, count_prompts
+from svg_jax.sampling.settings import RunSettings, SettingError
 from svg_jax.text.tokenizer import PromptTokenizer
 
 _LOGGER = logging.getLogger(__name__)
 _OFS = 2.0  # the only value that CogVideoX-1.5 image to video was trained with
 
 # Ranks alone: sizes are checked against each other with errors that say what to do.
-Embeddings = Float[Array | np.ndarray, "_batch _text_tokens _features"]
-Latents = Float[Array | np.ndarray, "_batch _frames _channels _height _width"]
 Noise = Float[Array | np.ndarray, "_steps _batch _frames _channels _height _width"]
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class CogVideoXPipeline(VideoPipeline):
+class CogVideoXPipeline(VideoPipeline[CogVideoXSettings]):
     """A CogVideoX checkpoint that can be called.
 
     Attributes:
@@ -67,7 +64,7 @@ class CogVideoXPipeline(VideoPipeline):
         has_vae: Whether latents are a VAE's. Without one they are pixels in −1…1.
     """
 
-    samplers: ClassVar[tuple[str, ...]] = ("ddim", "dpm")
+    settings_class: ClassVar[type[RunSettings]] = CogVideoXSettings
 
     transformer: CogVideoXTransformer | Lazy[CogVideoXTransformer]
     vae: CogVideoXVAE | Lazy[CogVideoXVAE] | None = None
@@ -79,131 +76,77 @@ class CogVideoXPipeline(VideoPipeline):
     @property
     def authors_settings(self) -> dict[str, Any]:
         """See `VideoPipeline.authors_settings`."""
-        return {"num_inference_steps": 50, "guidance_scale": 6.0}
+        config = self.transformer.config
+        frames, height, width = video_size(config, self.compression, None, None, None)
+        return {
+            "negative_prompt": "",
+            "num_frames": frames,
+            "height": height,
+            "width": width,
+            "num_inference_steps": 50,
+            "guidance_scale": 6.0,
+            "max_sequence_length": config.max_text_seq_length,
+        }
 
-    @with_settings
-    def prepare(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        *,
-        image: AnyImage | None = None,
-        negative_prompt: str | Sequence[str] | None = "",
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | int | None = None,
-        guidance_interval: tuple[float | int, float | int] | None = None,
-        use_dynamic_cfg: bool = False,
-        scheduler: Sampler | None = None,
-        latents: Latents | None = None,
-        prompt_embeds: Embeddings | None = None,
-        negative_prompt_embeds: Embeddings | None = None,
-        image_latents: Latents | None = None,
-        image_noise: Latents | None = None,
-        sampler_noise: Noise | None = None,
-        num_videos_per_prompt: int = 1,
-        seed: int | None = 0,
-        max_sequence_length: int | None = None,
-    ) -> PreparedRun:
-        """Do the first part of `__call__`: encode prompts and image, make schedule and noise.
-
-        Args:
-            prompt: One prompt or several; or pass `prompt_embeds`.
-            image: The first frame: one for all prompts, or one for each, as paths, Pillow's images
-                or arrays (see `svg_jax.media.images.as_image`); resized without regard to its
-                proportions. Needed by image-to-video checkpoints.
-            negative_prompt: What guidance leads away from; one for all prompts, or one for each.
-            height: Height in pixels. Default: what the checkpoint was trained at (768 for 1.5).
-            width: Width in pixels. Default: as trained (1360 for 1.5).
-            num_frames: Frames of the video. As with diffusers, numbers of the form 4k + 1 and 8k
-                are made as they are, others are rounded up to one. Default: as trained.
-            num_inference_steps: Denoising steps. Default: the folder's, or 50.
-            guidance_scale: Strength of classifier-free guidance; at most 1 turns it off and halves
-                the work. Default: the folder's, or 6.
-            guidance_interval: Shares of the steps between which guidance is computed: (0, 0.3) is
-                the first 30 %. Default: the folder's, or all.
-            use_dynamic_cfg: Vary the guidance scale over the run, as diffusers does.
-            scheduler: "ddim" or "dpm". Default: the checkpoint's own.
-            latents: Initial noise in place of the seed's, padding frames included.
-            prompt_embeds: T5 features [batch, text_tokens, features] in place of prompts.
-            negative_prompt_embeds: Features of the negative prompt, in the same form.
-            image_latents: The VAE's latents of the first frame [1 or prompts, 1, channels, height,
-                width], scaled as the model expects them, in place of an image.
-            image_noise: Standard normal numbers of image_latents' shape, by which the VAE's latents
-                of an image are drawn, in place of the seed's.
-            sampler_noise: What "dpm" adds in its steps, [steps, *shape of the latents], in place of
-                the seed's.
-            num_videos_per_prompt: Videos of each prompt, from noise of their own.
-            seed: The same seed, from 0 to 2^64 − 1, gives the same noise on every device. None
-                draws one, which the outcome's `info` has.
-            max_sequence_length: Text tokens, padding included. Default: the model's.
-
-        Raises:
-            ValueError: On arguments that do not fit the checkpoint or each other.
-        """
-        assert num_inference_steps is not None
-        assert guidance_scale is not None
-        assert guidance_interval is not None
+    def prepare(self, settings: CogVideoXSettings) -> PreparedRun:
+        """See `VideoPipeline.prepare`."""
+        settings = self.completed(settings)
+        seed, tokens = settings.seed, settings.max_sequence_length
+        assert settings.num_inference_steps is not None
         assert seed is not None
-        schedule = make_schedule(self.scheduler, num_inference_steps, scheduler)
-        scales = guidance_scales(
-            schedule.timesteps,
-            guidance_scale,
-            guidance_interval=guidance_interval,
-            use_dynamic_cfg=use_dynamic_cfg,
-        )
+        assert tokens is not None
+        schedule = make_schedule(self.scheduler, settings.num_inference_steps, settings.scheduler)
+        scale, is_dynamic = settings.guidance_scale, settings.use_dynamic_cfg
+        scales = self.guidance_scales(settings, schedule, scale, use_dynamic_cfg=is_dynamic)
         guided = bool((scales != 1).any())
         config, compression = self.transformer.config, self.compression
-        size = video_size(config, compression, num_frames, height, width)
+        size = settings.num_frames, settings.height, settings.width
         frame_shape, padding_frames = latent_shape(
             config, compression=compression, num_frames=size[0], height=size[1], width=size[2]
         )
-        prompts = count_prompts(prompt, prompt_embeds)
-        shape = (prompts * num_videos_per_prompt, *frame_shape)
-        tokens = max_sequence_length or config.max_text_seq_length
-        if prompt_embeds is not None:
-            tokens = prompt_embeds.shape[1]
+        prompts = settings.num_prompts
+        shape = (settings.num_videos, *frame_shape)
+        if settings.prompt_embeds is not None:
+            tokens = settings.prompt_embeds.shape[1]
         layout = config.layout(shape[1], shape[3], shape[4], tokens)
-        made = self.video_size(num_frames, height, width)[0]
+        made = self.video_size(*size)
         check_memory(
             self.transformer,
             layout,
             shape,
             guided=guided,
-            video=(made, *size[1:]) if self.makes_frames else None,
+            video=made if self.makes_frames else None,
         )
-        if self.has_vae and made != size[0]:
-            _LOGGER.warning("of num_frames=%d this model makes %d frames", size[0], made)
-        noise = starting_latents(latents, shape, seed)
-        sampler_noise = _checked_noise(sampler_noise, schedule, shape)
+        if self.has_vae and made[0] != size[0]:
+            _LOGGER.warning("of num_frames=%d this model makes %d frames", size[0], made[0])
+        noise = starting_latents(settings.latents, shape, seed)
+        sampler_noise = _checked_noise(settings.sampler_noise, schedule, shape)
         given: dict[str, Any] = {
-            "image": image,
-            "image_latents": image_latents,
-            "image_noise": image_noise,
+            name: getattr(settings, name) for name in ("image", "image_latents", "image_noise")
         }
         check_image(config, has_encoder=self.vae is not None, **given)
         image_shape = (prompts, 1, *shape[2:])
-        check_shape("image_latents", image_latents, image_shape, (1, *image_shape[1:]))
-        check_shape("image_noise", image_noise, image_shape, (1, *image_shape[1:]))
+        for name in ("image_latents", "image_noise"):
+            check_shape(name, given[name], image_shape, (1, *image_shape[1:]))
         positive, negative = take_prompts(
             None if self.text_encoder is None else self.encode_prompts,
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
+            settings.prompt,
+            settings.negative_prompt,
+            settings.prompt_embeds,
+            settings.negative_prompt_embeds,
             guided=guided,
             shape=(prompts, tokens, config.text_embed_dim),
         )
         images = encode_first_frame(shape, prompts, vae=self.vae, seed=seed, **given)
+        videos = settings.num_videos_per_prompt
         return PreparedRun(
             schedule=schedule,
             state=initial_state(schedule.sampler, noise),
             conditions=Conditions(
                 call=_call_model,
                 channel_axis=2,
-                text=jnp.repeat(positive, num_videos_per_prompt, axis=0),
-                negative_text=repeat_each(negative, num_videos_per_prompt),
+                text=jnp.repeat(positive, videos, axis=0),
+                negative_text=repeat_each(negative, videos),
                 channels=images,
                 number=None if config.ofs_embed_dim is None else np.float32(_OFS),
             ),

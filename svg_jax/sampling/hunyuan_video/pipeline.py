@@ -11,20 +11,20 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from svg_jax.media.images import AnyImage, as_frame, images_of_each
 from svg_jax.models import HunyuanVideoTransformer, HunyuanVideoVAE
 from svg_jax.models.vae_tiling import Tiling
 from svg_jax.sampling.components import Lazy, in_memory
 from svg_jax.sampling.conditions import Conditions
-from svg_jax.sampling.denoising import guidance_scales
 from svg_jax.sampling.hunyuan_video.conditions import (
     call_model,
     embedded_guidance,
     image_channels,
 )
 from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders, Texts, negative_texts
+from svg_jax.sampling.hunyuan_video.settings import HunyuanVideoSettings
 from svg_jax.sampling.latents import (
     RELEASED,
     Compression,
@@ -34,38 +34,28 @@ from svg_jax.sampling.latents import (
     starting_latents,
 )
 from svg_jax.sampling.memory import check_memory
-from svg_jax.sampling.pipeline import (
-    OutputType,
-    VideoOutput,
-    VideoPipeline,
-    with_settings,
-)
+from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline
 from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.prompt_features import list_of_prompts
 from svg_jax.sampling.records import SamplingInfo
-from svg_jax.sampling.schedules.config import Sampler, SchedulerConfig
+from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.sampling.schedules.noise import seed_key
 from svg_jax.sampling.schedules.steps import initial_state
 from svg_jax.sampling.schedules.tables import make_schedule
-from svg_jax.sampling.settings import SettingError
+from svg_jax.sampling.settings import RunSettings, SettingError
+from svg_jax.sampling.settings.run import OutputType
 
 _FRAMES, _HEIGHT, _WIDTH = 129, 720, 1280
+_TEXT_TOKENS = 256
 _NOISE = np.float32(0.999)  # share of noise in the initial latents where there is an image
 _STRIDES = {"latent_concat": 2, "token_replace": 4}  # every so manieth image feature is kept
 
 # Ranks alone: sizes are checked against each other with errors that say what to do.
-Embeddings = Float[Array | np.ndarray, "_batch _text_tokens _features"]
-Pooled = Float[Array | np.ndarray, "_batch _features"]
-Mask = (
-    Int[Array | np.ndarray, "_batch _text_tokens"]
-    | Bool[Array | np.ndarray, "_batch _text_tokens"]
-    | Float[Array | np.ndarray, "_batch _text_tokens"]
-)
 Latents = Float[Array | np.ndarray, "_batch _channels _frames _height _width"]
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class HunyuanVideoPipeline(VideoPipeline):
+class HunyuanVideoPipeline(VideoPipeline[HunyuanVideoSettings]):
     """A HunyuanVideo checkpoint that can be called.
 
     Attributes:
@@ -76,6 +66,7 @@ class HunyuanVideoPipeline(VideoPipeline):
     """
 
     frame_rate: ClassVar[float] = 24.0
+    settings_class: ClassVar[type[RunSettings]] = HunyuanVideoSettings
 
     transformer: HunyuanVideoTransformer | Lazy[HunyuanVideoTransformer]
     vae: HunyuanVideoVAE | Lazy[HunyuanVideoVAE] | None = None
@@ -88,105 +79,43 @@ class HunyuanVideoPipeline(VideoPipeline):
         config, guidance = self.transformer.config, None
         if config.guidance_embeds:
             guidance = 6.0 if config.image_condition_type is None else 1.0
-        return {"num_inference_steps": 50, "guidance_scale": guidance}
+        return {
+            "num_frames": _FRAMES,
+            "height": _HEIGHT,
+            "width": _WIDTH,
+            "num_inference_steps": 50,
+            "guidance_scale": guidance,
+            "max_sequence_length": _TEXT_TOKENS,
+        }
 
-    @with_settings
-    def prepare(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        *,
-        negative_prompt: str | Sequence[str] | None = None,
-        image: AnyImage | None = None,
-        height: int = _HEIGHT,
-        width: int = _WIDTH,
-        num_frames: int = _FRAMES,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | int | None = None,
-        true_cfg_scale: float | int = 1.0,
-        guidance_interval: tuple[float | int, float | int] | None = None,
-        scheduler: Sampler | None = None,
-        flow_shift: float | int | None = None,
-        latents: Latents | None = None,
-        prompt_embeds: Embeddings | None = None,
-        pooled_prompt_embeds: Pooled | None = None,
-        prompt_attention_mask: Mask | None = None,
-        negative_prompt_embeds: Embeddings | None = None,
-        negative_pooled_prompt_embeds: Pooled | None = None,
-        negative_prompt_attention_mask: Mask | None = None,
-        image_latents: Latents | None = None,
-        num_videos_per_prompt: int = 1,
-        seed: int | None = 0,
-        max_sequence_length: int = 256,
-    ) -> PreparedRun:
-        """Do the first part of `__call__`: encode prompts and image, make schedule and noise.
-
-        Args:
-            prompt: One prompt or several; or pass `prompt_embeds`.
-            negative_prompt: What guidance leads away from; one for all prompts, or one for each.
-            image: With image to video, what the video begins with: one for all prompts, or one for
-                each, as paths, Pillow's images or arrays (see `svg_jax.media.images.as_image`).
-                It is stretched to the video's size.
-            height: Height in pixels, a multiple of 16.
-            width: Width in pixels, a multiple of 16.
-            num_frames: Frames of the video, 4k + 1. The 33-channel image model returns four less.
-            num_inference_steps: Denoising steps. Default: the folder's, or 50.
-            guidance_scale: Guidance that the model was distilled to take as an input; costs
-                nothing. Default: the folder's, or 6, and 1 for image to video, as in diffusers;
-                the authors run image to video with 6. The 33-channel image model takes none.
-            true_cfg_scale: Strength of classifier-free guidance, which needs a negative prompt and
-                doubles the work; at most 1 turns it off.
-            guidance_interval: Shares of the steps between which true_cfg_scale is computed:
-                (0, 0.3) is the first 30 %. Default: the folder's, or all.
-            scheduler: "euler" or "unipc". Default: the checkpoint's own, Euler.
-            flow_shift: Moves the steps towards noise. Default: the checkpoint's own, 7.
-            latents: Initial noise in place of the seed's.
-            prompt_embeds: Features [batch, text_tokens, features] in place of prompts; they need
-                the other two of the prompt.
-            pooled_prompt_embeds: CLIP's features of the whole prompt [batch, features].
-            prompt_attention_mask: 1 at each token of `prompt_embeds`, 0 at the padding behind.
-            negative_prompt_embeds: Features of the negative prompt, maybe of another length.
-            negative_pooled_prompt_embeds: CLIP's features of the negative prompt.
-            negative_prompt_attention_mask: Mask of `negative_prompt_embeds`.
-            image_latents: The VAE's latents of the image [batch, channels, 1, height, width],
-                scaled as the model expects them, in place of encoding it.
-            num_videos_per_prompt: Videos of each prompt, from noise of their own.
-            seed: The same seed, from 0 to 2^64 − 1, gives the same noise on every device. None
-                draws one, which the outcome's `info` has.
-            max_sequence_length: Text tokens, padding included.
-
-        Raises:
-            ValueError: On arguments that do not fit the checkpoint or each other.
-        """
-        assert num_inference_steps is not None
-        assert guidance_interval is not None
-        assert seed is not None
-        shift = self.scheduler.shift if flow_shift is None else float(flow_shift)
+    def prepare(self, settings: HunyuanVideoSettings) -> PreparedRun:
+        """See `VideoPipeline.prepare`."""
+        settings = self.completed(settings)
+        num_frames, height, width = settings.num_frames, settings.height, settings.width
+        assert num_frames is not None
+        assert height is not None
+        assert width is not None
+        assert settings.num_inference_steps is not None
+        assert settings.max_sequence_length is not None
+        assert settings.seed is not None
+        shift = self.scheduler.shift if settings.flow_shift is None else float(settings.flow_shift)
         schedule = make_schedule(
-            replace(self.scheduler, shift=shift), num_inference_steps, scheduler
+            replace(self.scheduler, shift=shift), settings.num_inference_steps, settings.scheduler
         )
-        scales = guidance_scales(
-            schedule.timesteps, true_cfg_scale, guidance_interval=guidance_interval
-        )
+        scales = self.guidance_scales(settings, schedule, settings.true_cfg_scale)
         config = self.transformer.config
         frame_shape = self._latent_shape(num_frames, height, width)
         guidance = embedded_guidance(
-            guidance_scale, self.transformer.dtype, takes_one=config.guidance_embeds
+            settings.guidance_scale, self.transformer.dtype, takes_one=config.guidance_embeds
         )
+        image, image_latents = settings.image, settings.image_latents
         self._check_image(image, image_latents)
-        features = prompt_embeds, prompt_attention_mask, pooled_prompt_embeds
-        parts = [self._texts(prompt, features, image)]
-        if (scales != 1).any():
-            features = (
-                negative_prompt_embeds,
-                negative_prompt_attention_mask,
-                negative_pooled_prompt_embeds,
-            )
-            black = PIL.Image.new("RGB", (1, 1))  # resized it is as black as in the video's size
-            parts.append(negative_texts(negative_prompt, features, black, parts[0].count))
-        for part in parts:
-            part.check(config)
-        shape = (parts[0].count * num_videos_per_prompt, *frame_shape)
-        tokens = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1]
+        parts = self._all_texts(settings, guided=bool((scales != 1).any()))
+        prompts, videos = parts[0].count, settings.num_videos_per_prompt
+        shape = (prompts * videos, *frame_shape)
+        tokens = settings.max_sequence_length
+        if settings.prompt_embeds is not None:
+            tokens = settings.prompt_embeds.shape[1]
         check_memory(
             self.transformer,
             config.layout(*shape[2:], tokens),
@@ -194,19 +123,19 @@ class HunyuanVideoPipeline(VideoPipeline):
             guided=len(parts) > 1,
             video=(num_frames, height, width) if self.makes_frames else None,
         )
-        self._check_image_latents(image_latents, parts[0].count, shape)
-        noise = starting_latents(latents, shape, seed)
+        self._check_image_latents(image_latents, prompts, shape)
+        noise = starting_latents(settings.latents, shape, settings.seed)
         first_frame = channels = None
         if config.image_condition_type is not None:
-            encoded = self._image_latents(image, image_latents, parts[0].count, shape)
+            encoded = self._image_latents(image, image_latents, prompts, shape)
             encoded = jnp.repeat(encoded, len(noise) // len(encoded), axis=0)
             noise = noise * _NOISE + encoded * (1 - _NOISE)
             if config.image_condition_type == "token_replace":
                 noise, first_frame = noise[:, :, 1:], encoded
             else:
                 channels = image_channels(encoded, shape[2])
-        encoded_parts = self.encoders.encode(parts, max_sequence_length)
-        text, *negative = [each.repeated(num_videos_per_prompt) for each in encoded_parts]
+        encoded_parts = self.encoders.encode(parts, settings.max_sequence_length)
+        text, *negative = [each.repeated(videos) for each in encoded_parts]
         return PreparedRun(
             schedule=schedule,
             state=initial_state(schedule.sampler, noise),
@@ -219,7 +148,7 @@ class HunyuanVideoPipeline(VideoPipeline):
                 channels=channels,
             ),
             scales=tuple(scales.tolist()),
-            key=seed_key(seed),
+            key=seed_key(settings.seed),
             layout=config.layout(*shape[2:], text.embeds.shape[1]),
         )
 
@@ -303,6 +232,26 @@ class HunyuanVideoPipeline(VideoPipeline):
                 "this checkpoint has no VAE: pass the image_latents of the image, scaled as the "
                 "model expects them"
             )
+
+    def _all_texts(self, settings: HunyuanVideoSettings, *, guided: bool) -> list[Texts]:
+        """Take the prompts and, if any step is guided, the negative ones."""
+        features = (
+            settings.prompt_embeds,
+            settings.prompt_attention_mask,
+            settings.pooled_prompt_embeds,
+        )
+        parts = [self._texts(settings.prompt, features, settings.image)]
+        if guided:
+            features = (
+                settings.negative_prompt_embeds,
+                settings.negative_prompt_attention_mask,
+                settings.negative_pooled_prompt_embeds,
+            )
+            black = PIL.Image.new("RGB", (1, 1))  # resized it is as black as in the video's size
+            parts.append(negative_texts(settings.negative_prompt, features, black, parts[0].count))
+        for part in parts:
+            part.check(self.transformer.config)
+        return parts
 
     def _texts(
         self,

@@ -9,15 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from svg_jax.media.images import AnyImage, CLIPImageProcessor
+from svg_jax.media.images import CLIPImageProcessor
 from svg_jax.models import CLIPVisionEncoder, T5Encoder, WanTransformer, WanVAE
 from svg_jax.models.vae_tiling import Tiling
 from svg_jax.sampling.components import Lazy, in_memory, repeat_each, run_encoder
 from svg_jax.sampling.conditions import Conditions
-from svg_jax.sampling.denoising import guidance_scales
 from svg_jax.sampling.latents import (
     RELEASED,
     Compression,
@@ -26,15 +24,16 @@ from svg_jax.sampling.latents import (
     starting_latents,
 )
 from svg_jax.sampling.memory import check_memory
-from svg_jax.sampling.pipeline import VideoPipeline, with_settings
+from svg_jax.sampling.pipeline import VideoPipeline
 from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.prompt_features import take_prompts
-from svg_jax.sampling.schedules.config import Sampler, SchedulerConfig
+from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.sampling.schedules.noise import seed_key
 from svg_jax.sampling.schedules.steps import initial_state
 from svg_jax.sampling.schedules.tables import make_schedule
-from svg_jax.sampling.settings import SettingError, count_prompts
+from svg_jax.sampling.settings import RunSettings, SettingError
 from svg_jax.sampling.wan.image_conditions import encode_first_frames
+from svg_jax.sampling.wan.settings import WanSettings
 from svg_jax.text.prompts import wan_tokens
 from svg_jax.text.tokenizer import PromptTokenizer
 
@@ -45,12 +44,10 @@ _WIDTH_OF_14B = 5120
 _SHIFT_OF_SMALL = 3.0
 
 # Ranks alone: sizes are checked against each other with errors that say what to do.
-Embeddings = Float[Array | np.ndarray, "_batch _tokens _features"]
-Latents = Float[Array | np.ndarray, "_batch _channels _frames _height _width"]
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class WanPipeline(VideoPipeline):
+class WanPipeline(VideoPipeline[WanSettings]):
     """A Wan 2.1 checkpoint that can be called.
 
     Attributes:
@@ -64,6 +61,7 @@ class WanPipeline(VideoPipeline):
     """
 
     frame_rate: ClassVar[float] = 16.0
+    settings_class: ClassVar[type[RunSettings]] = WanSettings
 
     transformer: WanTransformer | Lazy[WanTransformer]
     scheduler: SchedulerConfig
@@ -78,133 +76,72 @@ class WanPipeline(VideoPipeline):
         """See `VideoPipeline.authors_settings`; an image to video takes 40 steps."""
         config = self.transformer.config
         from_one_image = config.image_dim is not None and config.pos_embed_seq_len is None
-        return {"num_inference_steps": 40 if from_one_image else 50, "guidance_scale": 5.0}
+        height, width = self._default_size()
+        return {
+            "negative_prompt": "",
+            "num_frames": _FRAMES,
+            "height": height,
+            "width": width,
+            "num_inference_steps": 40 if from_one_image else 50,
+            "guidance_scale": 5.0,
+            "max_sequence_length": _TEXT_TOKENS,
+        }
 
-    @with_settings
-    def prepare(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        *,
-        image: AnyImage | None = None,
-        last_image: AnyImage | None = None,
-        negative_prompt: str | Sequence[str] | None = "",
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int = _FRAMES,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | int | None = None,
-        guidance_interval: tuple[float | int, float | int] | None = None,
-        scheduler: Sampler | None = None,
-        flow_shift: float | int | None = None,
-        latents: Latents | None = None,
-        prompt_embeds: Embeddings | None = None,
-        negative_prompt_embeds: Embeddings | None = None,
-        image_embeds: Embeddings | None = None,
-        image_latents: Latents | None = None,
-        num_videos_per_prompt: int = 1,
-        seed: int | None = 0,
-        max_sequence_length: int = _TEXT_TOKENS,
-    ) -> PreparedRun:
-        """Do the first part of `__call__`: encode prompts and images, make schedule and noise.
-
-        Args:
-            prompt: One prompt or several; or pass `prompt_embeds`.
-            image: The first frame: one for all prompts, or one for each, as paths, Pillow's images
-                or arrays (see `svg_jax.media.images.as_image`); resized without regard to its
-                proportions. Needed by image-to-video checkpoints.
-            last_image: The last frame, in the same forms; needed by those of first and last frame
-                (FLF2V).
-            negative_prompt: What guidance leads away from; one for all prompts, or one for each.
-            height: Height in pixels, a multiple of 16. Default: 480 for 1.3B, and for 14B image to
-                video if the checkpoint's shift is at most 3, by which the 480p one is told from the
-                720p one; else 720.
-            width: Width in pixels, a multiple of 16. Default: 832 at height 480, else 1280.
-            num_frames: Frames of the video, 4k + 1.
-            num_inference_steps: Denoising steps. Default, as by Wan's authors: 50; 40 for image to
-                video (diffusers takes 50 there, too). A folder's own goes before it.
-            guidance_scale: Strength of classifier-free guidance; at most 1 turns it off and halves
-                the work. Default: the folder's, or 5.
-            guidance_interval: Shares of the steps between which guidance is computed: (0, 0.3) is
-                the first 30 %. Default: the folder's, or all.
-            scheduler: "unipc" or "euler", whose steps are HunyuanVideo's. Default: the
-                checkpoint's own, which is "unipc".
-            flow_shift: Shift of the schedule; by Wan's authors 5 at 720p, 3 at 480p for image to
-                video, 16 for first and last frame. Default: the checkpoint's own.
-            latents: Initial noise [batch, 16, latent_frames, height / 8, width / 8] in place of the
-                seed's.
-            prompt_embeds: UMT5 features [batch, text_tokens, features] in place of prompts, zero
-                behind each prompt.
-            negative_prompt_embeds: Features of the negative prompt, in the same form.
-            image_embeds: CLIP features [1 or batch, image_tokens, features] in place of those of
-                the images (FLF2V: of both, one behind the other).
-            image_latents: Latents of the image and zeros behind it (FLF2V: between the two images),
-                encoded as a video and normalised, in place of the VAE's; [1 or batch, 16,
-                latent_frames, height / 8, width / 8].
-            num_videos_per_prompt: Videos of each prompt, from noise of their own.
-            seed: The same seed, from 0 to 2^64 − 1, gives the same noise on every device. None
-                draws one, which the outcome's `info` has.
-            max_sequence_length: Text tokens, padding included; 512 for image to video.
-
-        Raises:
-            ValueError: On arguments that do not fit the checkpoint or each other.
-        """
-        config, sampling = self.transformer.config, self.scheduler
-        if flow_shift is not None:
-            sampling = replace(sampling, shift=float(flow_shift))
-        assert num_inference_steps is not None
-        assert guidance_scale is not None
-        assert guidance_interval is not None
+    def prepare(self, settings: WanSettings) -> PreparedRun:
+        """See `VideoPipeline.prepare`."""
+        settings = self.completed(settings)
+        config, sampling, seed = self.transformer.config, self.scheduler, settings.seed
+        tokens = settings.max_sequence_length
+        if settings.flow_shift is not None:
+            sampling = replace(sampling, shift=float(settings.flow_shift))
+        assert settings.num_inference_steps is not None
         assert seed is not None
-        schedule = make_schedule(sampling, num_inference_steps, scheduler)
-        scales = guidance_scales(
-            schedule.timesteps, guidance_scale, guidance_interval=guidance_interval
-        )
-        num_frames, height, width = self.video_size(num_frames, height, width)
+        assert tokens is not None
+        schedule = make_schedule(sampling, settings.num_inference_steps, settings.scheduler)
+        scales = self.guidance_scales(settings, schedule, settings.guidance_scale)
+        size = self.video_size(settings.num_frames, settings.height, settings.width)
         guided, compression = bool((scales != 1).any()), self.compression
-        grid = latent_grid(
-            num_frames, height, width, compression=compression, patch_size=config.patch_size[1]
-        )
+        grid = latent_grid(*size, compression=compression, patch_size=config.patch_size[1])
         layout = config.layout(*grid)
-        prompts = count_prompts(prompt, prompt_embeds)
-        shape = (prompts * num_videos_per_prompt, config.out_channels, *grid)
-        video = (num_frames, height, width) if self.makes_frames else None
+        prompts = settings.num_prompts
+        shape = (settings.num_videos, config.out_channels, *grid)
+        video = size if self.makes_frames else None
         check_memory(self.transformer, layout, shape, guided=guided, video=video)
-        self._check_text_tokens(max_sequence_length, prompt_embeds)
-        noise = starting_latents(latents, shape, seed)
+        if settings.prompt_embeds is not None:
+            tokens = settings.prompt_embeds.shape[1]
+        self._check_text_tokens(tokens, of_embeds=settings.prompt_embeds is not None)
+        noise = starting_latents(settings.latents, shape, seed)
         images = encode_first_frames(
             config,
-            (num_frames, height, width),
+            size,
             compression,
-            (image, last_image),
+            (settings.image, settings.last_image),
             prompts=prompts,
             vae=self.vae,
             image_encoder=self.image_encoder,
             image_processor=self.image_processor,
-            image_embeds=image_embeds,
-            image_latents=image_latents,
+            image_embeds=settings.image_embeds,
+            image_latents=settings.image_latents,
         )
         positive, negative = take_prompts(
             None if self.text_encoder is None else self.encode_prompts,
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
+            settings.prompt,
+            settings.negative_prompt,
+            settings.prompt_embeds,
+            settings.negative_prompt_embeds,
             guided=guided,
-            shape=(
-                prompts,
-                max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1],
-                config.text_dim,
-            ),
+            shape=(prompts, tokens, config.text_dim),
         )
+        videos = settings.num_videos_per_prompt
         if images is not None:
-            images = images.for_each(shape[0], num_videos_per_prompt)
+            images = images.for_each(shape[0], videos)
         return PreparedRun(
             schedule=schedule,
             state=initial_state(schedule.sampler, noise),
             conditions=Conditions(
                 call=_call_model,
-                text=jnp.repeat(positive, num_videos_per_prompt, axis=0),
-                negative_text=repeat_each(negative, num_videos_per_prompt),
+                text=jnp.repeat(positive, videos, axis=0),
+                negative_text=repeat_each(negative, videos),
                 channels=None if images is None else images.channels,
                 image_features=None if images is None else images.features,
             ),
@@ -269,15 +206,10 @@ class WanPipeline(VideoPipeline):
         of_480p = config.image_dim is not None and self.scheduler.shift <= _SHIFT_OF_SMALL
         return _SMALL if of_480p else _LARGE
 
-    def _check_text_tokens(
-        self, max_sequence_length: int, prompt_embeds: Embeddings | None
-    ) -> None:
-        name, length = "max_sequence_length", max_sequence_length
-        if prompt_embeds is not None:
-            name, length = "prompt_embeds", prompt_embeds.shape[1]
+    def _check_text_tokens(self, length: int, *, of_embeds: bool) -> None:
         if self.transformer.config.image_dim is not None and length != _TEXT_TOKENS:
             raise SettingError(
-                name,
+                "prompt_embeds" if of_embeds else "max_sequence_length",
                 f"must be {_TEXT_TOKENS} tokens for image to video, as it was trained: got "
                 f"{length}",
             )

@@ -24,7 +24,7 @@ from svg_jax.convert import (
 )
 from svg_jax.convert.checkpoint.manifest import read_manifest, write_manifest
 from svg_jax.convert.formats.digests import file_digest
-from svg_jax.sampling.run_state import check_same_run
+from svg_jax.sampling.identity import check_same_run
 
 BUNDLED = Path(svg_jax.__file__).parent / "assets" / "tiny_cogvideox"
 LEAF = "transformer/weights/blocks.attention.query.kernel"
@@ -285,7 +285,7 @@ def test_a_saved_run_is_of_the_scheduler_that_the_pipeline_has(converted, tmp_pa
     pipeline: Any = svg_jax.from_pretrained(converted)
     other = dataclasses.replace(pipeline.scheduler, snr_shift_scale=1.5)
     saved, current = (
-        pipe.fingerprint("a red three", seed=0)
+        pipe.fingerprint(pipe.settings("a red three", seed=0))
         for pipe in (pipeline, dataclasses.replace(pipeline, scheduler=other))
     )
     with pytest.raises(ValueError, match=r"scheduler\.snr_shift_scale .*, this one 1\.5"):

@@ -12,7 +12,7 @@ import jax
 import pytest
 from tiny_checkpoint import PROMPT, QUICK, is_one_sentence
 
-from svg_jax.cli import videos
+from svg_jax.cli import given
 from svg_jax.sampling import CogVideoXPipeline
 
 
@@ -78,7 +78,7 @@ def test_a_gpu_s_programs_are_kept_for_runs_that_are_resumed(
         _config("jax_compilation_cache_dir", named and str(tmp_path / named)),
         _config("jax_persistent_cache_min_compile_time_secs", 1.0),
     ):
-        videos.keep_programs()
+        given.keep_programs()
         assert jax.config.values["jax_compilation_cache_dir"] == (kept and str(tmp_path / kept))
 
 

@@ -1,5 +1,6 @@
 """The bundled model by its name, run as its folder says, on the command line and in Python."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -92,18 +93,19 @@ def test_generate_takes_what_is_given_before_what_its_folder_says(run):
 
 
 def test_demo_takes_density_and_steps_and_ends_with_what_to_try(run, monkeypatch, tmp_path):
-    seen = {}
+    seen = []
     before = videos._compare
 
-    def compare(pipeline, **arguments):
-        seen.update(arguments)
-        return before(pipeline, num_frames=2, **arguments)
+    def compare(pipeline, settings, pattern):
+        seen.append(settings)
+        return before(pipeline, dataclasses.replace(settings, num_frames=2), pattern)
 
     monkeypatch.setattr(videos, "_compare", compare)
     result = run("demo", "--density", "0.4", "--steps", "3", "--seed", "5")
     assert (result.code, result.err) == (0, "")
-    assert seen["num_inference_steps"] == 3
-    assert (seen["sparsity"].density, seen["warmup"].steps) == (0.4, 0.3)
+    (settings,) = seen
+    assert (settings.num_inference_steps, settings.seed) == (3, 5)
+    assert (settings.sparsity.density, settings.warmup.steps) == (0.4, 0.3)
     assert result.out.splitlines()[-1] == (
         f"next: svg-jax generate --model tiny --prompt '{PROMPT}' --output video.gif"
     )

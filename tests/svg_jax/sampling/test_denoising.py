@@ -146,9 +146,9 @@ def test_guidance_is_that_of_diffusers():
 
 
 def test_guidance_is_paid_for_in_its_interval_only():
-    scales = guidance_scales(np.arange(20), 4.0, guidance_interval=(0, 0.3))
+    scales = guidance_scales(np.arange(20), 4.0, interval=(0, 0.3))
     assert scales.tolist() == [4.0] * 6 + [1.0] * 14
-    scales = guidance_scales(np.arange(10), 4.0, guidance_interval=(0.2, 0.5))
+    scales = guidance_scales(np.arange(10), 4.0, interval=(0.2, 0.5))
     assert scales.tolist() == [1.0] * 2 + [4.0] * 3 + [1.0] * 5
     traces.clear()
     run(num_steps=4, scales=np.array([4.0, 4.0, 1.0, 1.0]), model=Toy("of that test"))

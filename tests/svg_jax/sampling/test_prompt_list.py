@@ -235,15 +235,15 @@ def watched(pipeline, events):
 
 def generate_all(pipeline, tmp_path, events):
     outputs: Any = {tmp_path / f"{index}.npz": text for index, text in enumerate(PROMPTS)}
-    options: dict[str, Any] = {**SMALL, "sparsity": None}
-    jobs = plan_videos(pipeline, outputs, written_as={}, save_every=1, resume=False, **options)
+    settings = pipeline.settings(PROMPTS, **SMALL, save_every=1)
+    jobs = plan_videos(pipeline, outputs, settings, written_as={})
 
     def write(video, path):
         gc.collect()
         path.touch()
         events.append(f"wrote {path.name}")
 
-    generate_videos(pipeline, jobs, write=write, keep_record=True, **options)
+    generate_videos(pipeline, jobs, write=write, keep_record=True)
 
 
 def test_a_stage_is_loaded_once_and_gone_before_the_next_is_loaded(model, tmp_path):

@@ -33,15 +33,14 @@ from svg_jax.media.video import enlarge, to_uint8
 from svg_jax.sampling import WanPipeline
 from svg_jax.sampling import run_state as checkpoint
 from svg_jax.sampling.components import Lazy
+from svg_jax.sampling.identity import check_same_run, make_fingerprint, weights_digest
 from svg_jax.sampling.run_state import (
-    check_same_run,
     load_run,
-    make_fingerprint,
     open_run_file,
     save_run,
     saving,
-    weights_digest,
 )
+from svg_jax.sampling.settings import SettingError
 
 KILLS = int(os.environ.get("SVG_JAX_KILLS", "3"))
 
@@ -79,7 +78,9 @@ def test_a_resumed_run_of_every_family_and_sampler_is_the_run(name, tmp_path):
 
 def pipeline_fingerprint(pipeline, arguments):
     beside = ("state_file", "save_every")
-    return pipeline.fingerprint(**{k: v for k, v in arguments.items() if k not in beside})
+    return pipeline.fingerprint(
+        pipeline.settings(**{k: v for k, v in arguments.items() if k not in beside})
+    )
 
 
 def test_a_finished_run_that_could_not_be_decoded_is_only_decoded(tmp_path, monkeypatch):
@@ -148,7 +149,9 @@ def test_a_state_of_other_settings_is_refused_and_the_difference_is_named(
 ):
     pipeline, arguments = pipeline_of("Wan, UniPC")
     arguments |= {"seed": 3}
-    save_run(tmp_path / "state", STATES["flow"], (), pipeline.fingerprint(**arguments))
+    save_run(
+        tmp_path / "state", STATES["flow"], (), pipeline.fingerprint(pipeline.settings(**arguments))
+    )
     with pytest.raises(ValueError, match="state is another run's: the saved one") as error:
         pipeline(**arguments | change, state_file=tmp_path / "state", resume=True)
     assert sentence in str(error.value)
@@ -158,7 +161,9 @@ def test_the_same_settings_written_otherwise_are_the_same():
     pipeline, arguments = pipeline_of("Wan, UniPC")
     same = arguments | {"guidance_scale": 1.0, "seed": np.int64(0), "negative_prompt": ""}
     same["prompt_embeds"] = jax.numpy.asarray(arguments["prompt_embeds"])
-    assert pipeline.fingerprint(**arguments) == pipeline.fingerprint(**same)
+    assert pipeline.fingerprint(pipeline.settings(**arguments)) == pipeline.fingerprint(
+        pipeline.settings(**same)
+    )
 
 
 @pytest.mark.parametrize("name", ["jax", "jaxlib", "svg-jax", "device"])
@@ -166,6 +171,38 @@ def test_versions_and_device_belong_to_the_run(name):
     made = make_fingerprint(seed=3)
     with pytest.raises(ValueError, match=f"a is another run's: the saved one had {name} other"):
         check_same_run(Path("a"), made | {name: "other"}, made)
+
+
+@pytest.mark.parametrize("name", ["jax", "jaxlib", "device", "dtype"])
+def test_what_rounds_otherwise_can_be_allowed(name, caplog):
+    made = make_fingerprint(seed=3, dtype="float32")
+    with pytest.raises(ValueError, match=r"rounds otherwise: .* by allow_rounding=True"):
+        check_same_run(Path("a"), made | {name: "other"}, made)
+    check_same_run(Path("a"), made | {name: "other"}, made, allow_rounding=True)
+    assert f"a: goes on with another rounding: the saved run had {name} other" in caplog.text
+    for other in ("svg-jax", "weights", "seed"):  # bits: no rounding makes them the same
+        with pytest.raises(ValueError, match=r"another run's: .*\(remove that file"):
+            check_same_run(Path("a"), made | {name: "x", other: "x"}, made, allow_rounding=True)
+
+
+def my_attention(query, key, value, *, layout, text_length, layer, step_state):
+    places = {"layout": layout, "text_length": text_length}
+    return svg_jax.attend_dense(query, key, value, layer=layer, step_state=step_state, **places)
+
+
+@pytest.mark.parametrize("name", ["CogVideoX, DPM", "Wan, UniPC"])
+def test_an_attend_is_known_again_by_its_name(name, tmp_path):
+    pipeline, arguments = pipeline_of(name)
+    arguments |= {"sparsity": None, "warmup": None, "attend": my_attention}
+    saved = arguments | {"state_file": tmp_path / "state"}
+    with pytest.raises(SettingError, match=r"^state_file needs an attend_id"):
+        pipeline(**saved)
+    with pytest.raises(Killed):
+        pipeline(**saved, attend_id="mine, 2", callback_on_step_end=kill_after(1))
+    with pytest.raises(ValueError, match="had attend_id mine, 2, this one yours"):
+        pipeline(**saved, attend_id="yours", resume=True)
+    video = pipeline(**saved, attend_id="mine, 2", resume=True)
+    np.testing.assert_array_equal(video.latents, pipeline(**arguments).latents)
 
 
 def test_a_state_that_is_not_to_be_resumed_is_not_overwritten(tmp_path):
@@ -193,7 +230,9 @@ def test_a_saved_run_is_not_told_which_steps_to_run(tmp_path):
     del arguments["sparsity"], arguments["warmup"]
     file = open_run_file(tmp_path / "state", {}, save_every=1, resume=False)
     with pytest.raises(ValueError, match="pass either steps or a file"):
-        pipeline.denoise(pipeline.prepare(**arguments), steps=range(2), file=file)
+        pipeline.denoise(
+            pipeline.prepare(pipeline.settings(**arguments)), steps=range(2), file=file
+        )
 
 
 def test_no_save_leaves_no_file(tmp_path):

@@ -81,11 +81,10 @@ FORGED: dict[str, Any] = {
 def test_a_file_that_was_made_by_hand_is_refused(forgery, tmp_path):
     pipeline, arguments = pipeline_of("CogVideoX, DDIM, guided")
     path = tmp_path / "state"
-    of_denoising = ("sparsity", "warmup")
     begun = pipeline.prepare(
-        **{name: value for name, value in arguments.items() if name not in of_denoising}
+        pipeline.settings(**{k: v for k, v in arguments.items() if k not in ("sparsity", "warmup")})
     ).state
-    save_run(path, begun, records_of(2), pipeline.fingerprint(**arguments))
+    save_run(path, begun, records_of(2), pipeline.fingerprint(pipeline.settings(**arguments)))
     with np.load(path) as file:
         arrays = dict(file)
     arrays |= FORGED[forgery](arrays)

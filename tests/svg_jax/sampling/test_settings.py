@@ -12,6 +12,7 @@ import torch
 from flax import nnx
 
 import svg_jax
+from svg_jax.cli.generated import every_setting
 from svg_jax.cli.tables import comparison_table
 from svg_jax.evaluation.comparison import compare
 from svg_jax.models import (
@@ -24,13 +25,16 @@ from svg_jax.models.cogvideox_vae import CogVideoXVAE
 from svg_jax.models.cogvideox_vae_config import CogVideoXVAEConfig
 from svg_jax.models.wan_vae_config import WanVAEConfig
 from svg_jax.sampling import CogVideoXPipeline, HunyuanVideoPipeline, WanPipeline, memory
+from svg_jax.sampling.cogvideox.settings import CogVideoXSettings
 from svg_jax.sampling.components import Lazy
 from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders
 from svg_jax.sampling.latents import RELEASED, Compression, decoded_frames
 from svg_jax.sampling.schedules.config import SchedulerConfig
-from svg_jax.sampling.settings import SETTINGS, ArrayOf, SettingError, check_settings
+from svg_jax.sampling.settings import SettingError, check_settings, settings_of
+from svg_jax.sampling.settings.rules import ArrayOf
 
 NAN, INF = math.nan, math.inf
+SETTINGS = every_setting()
 SPARSITY = svg_jax.SparsityConfig(density=0.8, sampled_rows=4, band_multiple=1)
 WARMUP = svg_jax.Warmup(steps=0.3)
 SIZE = {"height": 32, "width": 48, "num_frames": 9}
@@ -114,19 +118,21 @@ BAD: dict[str, list[Any]] = {
     "sparsity": ["svg", 0.25, {"density": 0.25}],
     "warmup": ["dense", 0.2, {"steps": 0.2}],
     "attend": ["dense", 3],
+    "attend_id": [3, "", b"a"],
     "output_type": ["pil", "", None, 3, ["np"]],
     "vae_tiling": [*NO_FLAG, None],
     "callback_on_step_end": ["print", 3],
     "state_file": NO_PATH,
     "save_every": [*NO_WHOLE, -1, None],
     "resume": [*NO_FLAG, None],
+    "allow_rounding": [*NO_FLAG, None],
     "fps": [*NO_NUMBER, 0, -8, 1e-9, 1e9],
     "enlarge": [*NO_WHOLE, 0, 10**9],
 }
 
 
 def bad_arrays(rule: ArrayOf) -> list[Any]:
-    shape = (1, 2, 3, 4, 5, 6)[: rule.axes[0]]
+    shape = (1, 2, 3, 4, 5, 6)[: len(rule.axes)]
     good = np.ones(shape, rule.kinds[0])
     bad = [3, "x.npy", [[1.0]], good[..., None, None], good[:0], good.astype(complex)]
     bad += [good.astype(str), good.astype(object)]
@@ -149,7 +155,7 @@ def test_every_setting_has_values_that_it_cannot_have():
 def test_a_value_without_meaning_is_refused_by_the_name_of_its_setting(field):
     for value in BAD[field]:
         with pytest.raises(SettingError) as error:
-            check_settings({field: value})
+            check_settings({field: value}, SETTINGS)
         assert error.value.field == field, value
         sentence = str(error.value)
         assert sentence.startswith(f"{field} ")
@@ -160,7 +166,7 @@ def test_a_value_without_meaning_is_refused_by_the_name_of_its_setting(field):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_family_refuses_it_before_anything_is_loaded(name):
     pipeline = PIPELINES[name]
-    taken = set(pipeline.settings("a")) | {"sparsity", "labels", "output_type", "save_every"}
+    taken = settings_of(pipeline.settings_class).keys()
     for field in sorted(taken & BAD.keys()):
         for value in (BAD[field][0], BAD[field][-1]):
             with pytest.raises(SettingError) as error:
@@ -180,7 +186,7 @@ def test_values_of_every_library_are_taken_and_become_plain():
         "warmup": WARMUP,
         "latents": jnp.ones((1, 2, 3, 4, 5), jnp.bfloat16),
     }
-    checked = check_settings(given)
+    checked = check_settings(given, SETTINGS)
     assert [type(checked[name]) for name in list(given)[:5]] == [int, float, bool, tuple, int]
     assert checked["seed"] == 2**64 - 1
     assert checked["guidance_interval"] == (0.0, 0.5)
@@ -199,15 +205,15 @@ class Tensor:
 
 
 def test_tensors_of_other_libraries_are_taken_if_numpy_can_read_them():
-    assert isinstance(check_settings({"latents": Tensor()})["latents"], np.ndarray)
+    assert isinstance(check_settings({"latents": Tensor()}, SETTINGS)["latents"], np.ndarray)
     ones = torch.ones(1, 2, 3, 4, 5)
     for tensor in (ones.bfloat16(), ones.clone().requires_grad_()):
-        found = check_settings({"latents": tensor})["latents"]
+        found = check_settings({"latents": tensor}, SETTINGS)["latents"]
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, np.ones((1, 2, 3, 4, 5)))
     for error in (TypeError("on a GPU"), RuntimeError("needs a gradient")):
         with pytest.raises(SettingError, match="latents must be an array: got Tensor"):
-            check_settings({"latents": Tensor(error)})
+            check_settings({"latents": Tensor(error)}, SETTINGS)
 
 
 TEXT = {"prompt_embeds": np.ones((1, 8, 16), np.float32)}
@@ -241,6 +247,25 @@ def test_settings_that_do_not_fit_each_other(arguments, field, message):
     with pytest.raises(SettingError, match=message) as error:
         PIPELINES["CogVideoX"](**SIZE | arguments)
     assert error.value.field == field
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_is_no_setting_is_named_as_it_was_written(name):
+    for way in (PIPELINES[name], PIPELINES[name].settings):
+        with pytest.raises(TypeError, match=r"^this model takes no heigth: did you mean height\?$"):
+            way("a", heigth=32)
+    other = PIPELINES["Wan" if name == "CogVideoX" else "CogVideoX"].settings("a")
+    with pytest.raises(SettingError, match=r"^settings must be what pipe.settings\(\) makes"):
+        PIPELINES[name].completed(other)
+
+
+def test_a_value_that_was_made_by_hand_is_completed_when_it_is_used():
+    given: dict[str, Any] = {**TEXT, **SIZE}
+    settings = CogVideoXSettings(guidance_scale=1, **given)
+    assert settings.num_inference_steps is None
+    assert PIPELINES["CogVideoX"].prepare(settings).schedule.num_steps == 50
+    assert "num_frames" in repr(settings)
+    assert "  guidance_scale: Strength of guidance" in (CogVideoXSettings.__doc__ or "")
 
 
 def test_steps_that_lie_too_close_for_float32_are_refused():
@@ -284,10 +309,10 @@ def test_what_fits_is_not_refused(monkeypatch):
     for limit, fits in ((1152 + 4 * 26 * 32 * 4, True), (14_000, False)):
         monkeypatch.setattr(memory, "_host_bytes", lambda limit=limit: limit)
         if fits:
-            PIPELINES["CogVideoX"].prepare(**run)
+            PIPELINES["CogVideoX"].prepare(PIPELINES["CogVideoX"].settings(**run))
         else:
             with pytest.raises(SettingError, match="too large"):
-                PIPELINES["CogVideoX"].prepare(**run)
+                PIPELINES["CogVideoX"].prepare(PIPELINES["CogVideoX"].settings(**run))
 
 
 def test_the_vae_says_how_large_latents_are():
@@ -303,10 +328,10 @@ def test_the_vae_says_how_large_latents_are():
         transformer=lazy(CogVideoXConfig(**COGVIDEOX)), scheduler=SchedulerConfig(), vae=lazy(vae)
     )
     size = {"height": 40, "width": 24, "num_frames": 9}
-    run = cogvideox.prepare(**TEXT, guidance_scale=1, **size)
+    run = cogvideox.prepare(cogvideox.settings(**TEXT, guidance_scale=1, **size))
     assert run.state.latents.shape == (1, 5, 4, 10, 6)
     with pytest.raises(SettingError, match="height must be a positive multiple of 8: got 36"):
-        cogvideox.prepare(**TEXT, guidance_scale=1, **size | {"height": 36})
+        cogvideox.prepare(cogvideox.settings(**TEXT, guidance_scale=1, **size | {"height": 36}))
     wan = WanPipeline(
         transformer=lazy(WanConfig(**WAN)),
         scheduler=SchedulerConfig("unipc", shift=3.0),
@@ -322,9 +347,10 @@ def test_the_vae_says_how_large_latents_are():
             )
         ),
     )
-    assert wan.prepare(**TEXT, guidance_scale=1, **size).state.latents.shape == (1, 4, 5, 10, 6)
+    run = wan.prepare(wan.settings(**TEXT, guidance_scale=1, **size))
+    assert run.state.latents.shape == (1, 4, 5, 10, 6)
     with pytest.raises(SettingError, match=r"num_frames must be of the form 2k \+ 1: got 8"):
-        wan.prepare(**TEXT, guidance_scale=1, **size | {"num_frames": 8})
+        wan.prepare(wan.settings(**TEXT, guidance_scale=1, **size | {"num_frames": 8}))
 
 
 def test_any_number_of_frames_is_made_as_diffusers_makes_it():
@@ -349,7 +375,9 @@ def test_any_number_of_frames_is_made_as_diffusers_makes_it():
 
 def test_a_number_of_frames_that_is_rounded_is_said(caplog):
     for frames in (48, 13):
-        PIPELINES["CogVideoX"].prepare(**TEXT, guidance_scale=1, **SIZE | {"num_frames": frames})
+        size = SIZE | {"num_frames": frames}
+        pipeline = PIPELINES["CogVideoX"]
+        pipeline.prepare(pipeline.settings(**TEXT, guidance_scale=1, **size))
     assert [record.getMessage() for record in caplog.records] == [
         "of num_frames=13 this model makes 16 frames"
     ]
@@ -377,7 +405,7 @@ def test_guidance_of_hunyuan_video_is_diffusers(changes, expected):
         scheduler=SchedulerConfig("euler", shift=7.0),
         encoders=HunyuanVideoEncoders(),
     )
-    run: Any = pipeline.prepare(**features, **SIZE)
+    run: Any = pipeline.prepare(pipeline.settings(**features, **SIZE))
     assert run.conditions.number == expected
 
 
@@ -413,7 +441,7 @@ def test_an_attention_of_ones_own_runs_in_a_pipeline(pipeline):
     pipeline(**RUN | {"num_inference_steps": 3, "seed": 4}, attend=attend)
     assert len(traces) == compiled
     assert {state.__name__ for state in states} == {"StepState"}
-    comparison = compare(pipeline, None, **RUN, attend=attend)
+    comparison = compare(pipeline, pipeline.settings(**RUN, attend=attend))
     report = comparison.report
     assert len(traces) == compiled
     assert (report.pattern, report.dense_steps, report.density) == ("attend", 0, None)
@@ -421,12 +449,12 @@ def test_an_attention_of_ones_own_runs_in_a_pipeline(pipeline):
     comparison_table(report)
     assert '"density": null' in report.to_json()
     with pytest.raises(SettingError, match="either a sparsity or an attend"):
-        compare(pipeline, None, **RUN)
+        compare(pipeline, pipeline.settings(**RUN))
 
 
 def test_seeds_have_64_bits_and_the_smaller_ones_their_noise(pipeline):
     for seed in (0, 2**63 - 1, 2**63, 2**64 - 1):
-        run = pipeline.prepare(**RUN, seed=seed)
+        run = pipeline.prepare(pipeline.settings(**RUN, seed=seed))
         philox = np.random.Generator(np.random.Philox(seed))
         noise = philox.standard_normal((1, 3, 4, 4, 6), dtype=np.float32)
         np.testing.assert_array_equal(run.state.latents, noise)
@@ -456,8 +484,8 @@ def test_a_seed_that_was_drawn_is_told_recorded_and_gone_on_with(pipeline, tmp_p
 def test_no_negative_prompt_is_the_empty_one():
     for name in ("CogVideoX", "Wan"):
         settings = PIPELINES[name].settings("a", negative_prompt=None)
-        assert settings == PIPELINES[name].settings("a")
-        assert settings["negative_prompt"] == ""
+        assert vars(settings) == vars(PIPELINES[name].settings("a"))
+        assert settings.negative_prompt == ""
 
 
 def test_a_short_run_says_how_many_of_its_steps_are_dense(pipeline, caplog):

@@ -31,7 +31,7 @@ def pipe() -> Any:
 
 def test_seeds_of_the_bundled_model_are_sampled_at_once(pipe):
     call = CALL | {"guidance_interval": (0, 0.4)}
-    runs = [pipe.prepare(PROMPT, seed=seed, **call) for seed in SEEDS]
+    runs = [pipe.prepare(pipe.settings(PROMPT, seed=seed, **call)) for seed in SEEDS]
     assert [run.seed for run in runs] == list(SEEDS)
     transformer = pipe.transformer.load()
     at_once = jax.jit(jax.vmap(partial(sample, transformer, **SPARSE)))(stacked(runs))
@@ -47,7 +47,8 @@ def test_seeds_of_the_bundled_model_are_sampled_at_once(pipe):
 
 def test_dpm_takes_its_noise_as_an_array_and_labels_as_the_loop_does(pipe):
     transformer, config = pipe.transformer.load(), pipe.transformer.config
-    run = pipe.prepare(PROMPT, **CALL, scheduler="dpm", guidance_scale=1, seed=5)
+    settings = pipe.settings(PROMPT, **CALL, scheduler="dpm", guidance_scale=1, seed=5)
+    run = pipe.prepare(settings)
     shape = (3, config.num_attention_layers, 1, config.num_attention_heads)
     options: dict[str, Any] = SPARSE | {"labels": np.random.default_rng(0).random(shape) < 0.5}
     with pytest.raises(ValueError, match="sampler_noise is missing, which 'dpm' adds"):
@@ -67,7 +68,8 @@ def test_flow_matching_traces():
         lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), weights
     )
     transformer = nnx.merge(graphdef, weights)
-    runs = [pipe.prepare(**call | {"num_inference_steps": 4}, seed=seed) for seed in SEEDS]
+    call["num_inference_steps"] = 4
+    runs = [pipe.prepare(pipe.settings(**call, seed=seed)) for seed in SEEDS]
     found = jax.jit(jax.vmap(partial(sample, transformer, **sparse)))(stacked(runs))
     for index, run in enumerate(runs):
         expected, _ = denoise(transformer, run, **sparse)

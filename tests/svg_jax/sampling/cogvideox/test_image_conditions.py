@@ -143,7 +143,8 @@ def test_the_seed_draws_the_latents_of_the_image(make):
     text = {"prompt_embeds": normal(2, 1, 8, 16), "guidance_scale": 1}
 
     def told(**arguments):
-        return np.asarray(ours.prepare(**text, **CALL, **arguments).conditions.channels)
+        run = ours.prepare(ours.settings(**text, **CALL, **arguments))
+        return np.asarray(run.conditions.channels)
 
     drawn = told(image=picture(), seed=5)
     noise = image_noise_of(5, (1, 1, 4, 8, 12))

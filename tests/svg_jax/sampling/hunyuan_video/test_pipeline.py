@@ -233,7 +233,7 @@ def test_the_transformer_alone_goes_on_from_features(checkpoints):
     _, pipeline = checkpoints("replace")
     prompts = {"prompt": "a dog", "negative_prompt": "rain", "image": picture()}
     call = {"num_inference_steps": 2, "true_cfg_scale": 2.0, "latents": noise(), **SIZE}
-    run = pipeline.prepare(**prompts, **call)
+    run = pipeline.prepare(pipeline.settings(**prompts, **call))
     expected = pipeline(**prompts, **call, output_type="latent")
     assert expected.frames is None
 
@@ -268,7 +268,8 @@ def test_several_images_and_videos_of_each(checkpoints):
     _, pipeline = checkpoints("concat")
     images = [picture(1), np.asarray(picture(2))]
     call = {"num_inference_steps": 1, "seed": 5, **SIZE}
-    run = pipeline.prepare(**features(2), image=images, num_videos_per_prompt=2, **call)
+    settings = pipeline.settings(**features(2), image=images, num_videos_per_prompt=2, **call)
+    run = pipeline.prepare(settings)
     latents = run.conditions.channels[:, :4, 0]
     np.testing.assert_array_equal(latents[0], latents[1])
     assert relative_error(latents[2], latents[1]) > 0.1
@@ -277,18 +278,19 @@ def test_several_images_and_videos_of_each(checkpoints):
     noises = run.state.latents
     assert noises.shape == (4, *LATENTS)
     assert relative_error(noises[1], noises[0]) > 0.1
-    alone = pipeline.prepare(**features(), image=images[0], **call)
+    alone = pipeline.prepare(pipeline.settings(**features(), image=images[0], **call))
     np.testing.assert_allclose(noises[:1], alone.state.latents, atol=1e-6)
 
 
 def test_settings_default_to_the_papers(checkpoints):
     _, pipeline = checkpoints("T2V")
-    run = pipeline.prepare(**features())
+    run = pipeline.prepare(pipeline.settings(**features()))
     assert run.state.latents.shape == (1, 4, 33, 90, 160)
     assert run.schedule.num_steps == 50
     assert set(run.scales) == {1.0}
     assert run.conditions.number == 6000
-    shifted = pipeline.prepare(**features(), **SIZE, num_inference_steps=2, flow_shift=3)
+    settings = pipeline.settings(**features(), **SIZE, num_inference_steps=2, flow_shift=3)
+    shifted = pipeline.prepare(settings)
     np.testing.assert_allclose(shifted.schedule.timesteps, [1000, 750])
     np.testing.assert_allclose(run.schedule.timesteps[25], 875)
 
@@ -391,8 +393,9 @@ MASK = np.array([[0, 1, 1, 0, 0]])
     ],
 )
 def test_arguments_that_do_not_fit(variant, arguments, message, checkpoints):
+    pipeline = checkpoints(variant)[1]
     with pytest.raises(ValueError, match=message):
-        checkpoints(variant)[1].prepare(**SIZE | arguments)
+        pipeline.prepare(pipeline.settings(**SIZE | arguments))
 
 
 def test_the_command_line_takes_a_folder(checkpoints, tmp_path, monkeypatch, capsys):

@@ -228,7 +228,7 @@ def test_images_may_come_encoded(make):
     _, ours, _ = make("FLF2V")
     pictures = {"image": picture(7), "last_image": picture(8)}
     text = {"prompt_embeds": embeds(), "guidance_scale": 1.0}
-    expected = ours.prepare(**text, **CALL, **pictures).conditions
+    expected = ours.prepare(ours.settings(**text, **CALL, **pictures)).conditions
     assert expected.channels.shape == (1, 8, *NOISE[1:])
     arrays = {"image_embeds": expected.image_features, "image_latents": expected.channels[:, 4:]}
     for given in (
@@ -236,11 +236,11 @@ def test_images_may_come_encoded(make):
         {"image_embeds": expected.image_features, **pictures},
         {"image_latents": expected.channels[:, 4:], **pictures},
     ):
-        found = ours.prepare(**text, **CALL, **given).conditions
+        found = ours.prepare(ours.settings(**text, **CALL, **given)).conditions
         np.testing.assert_array_equal(found.channels, expected.channels)
         np.testing.assert_array_equal(found.image_features, expected.image_features)
     text["prompt_embeds"] = embeds(2)
-    several = ours.prepare(**text, **CALL, **arrays, num_videos_per_prompt=2)
+    several = ours.prepare(ours.settings(**text, **CALL, **arrays, num_videos_per_prompt=2))
     assert several.state.latents.shape == (4, *NOISE)
     assert several.conditions.channels.shape == (4, 8, *NOISE[1:])
     assert several.conditions.image_features.shape == (4, 10, 8)
@@ -255,7 +255,7 @@ def test_an_image_for_each_prompt_in_any_form(make, tmp_path):
 
     def images_of(prompts, image, last_image):
         given = {"image": image, "last_image": last_image, "prompt_embeds": embeds(prompts)}
-        return ours.prepare(**text, **given).conditions
+        return ours.prepare(ours.settings(**text, **given)).conditions
 
     alone = [images_of(1, picture(seed), picture(8)) for seed in (7, 9)]
     pixels = torch.from_numpy(np.asarray(picture(7)).copy()).permute(2, 0, 1)
@@ -271,9 +271,13 @@ def test_a_saved_run_knows_its_images_by_their_pixels(make, tmp_path):
     _, ours, _ = make("I2V")
     picture(7).save(tmp_path / "a.png")
     forms = [picture(7), tmp_path / "a.png", str(tmp_path / "a.png"), [picture(7)]]
-    told = [ours.fingerprint(None, prompt_embeds=embeds(), image=form) for form in forms]
+    told = [
+        ours.fingerprint(ours.settings(None, prompt_embeds=embeds(), image=form)) for form in forms
+    ]
     assert all(each == told[0] for each in told)
-    assert told[0] != ours.fingerprint(None, prompt_embeds=embeds(), image=picture(8))
+    assert told[0] != ours.fingerprint(
+        ours.settings(None, prompt_embeds=embeds(), image=picture(8))
+    )
 
 
 def test_known_frames_of_both_images():
@@ -320,7 +324,7 @@ def test_a_checkpoint_without_encoders_and_vae(make, tmp_path):
     convert_pipeline(source, tmp_path / "out", components=["transformer"])
     ours: Any = from_pretrained(tmp_path / "out", dtype="float32")
     text = {"prompt_embeds": embeds(), "guidance_scale": 1.0}
-    images = whole.prepare(**text, **CALL, image=picture(7)).conditions
+    images = whole.prepare(whole.settings(**text, **CALL, image=picture(7))).conditions
     encoded = {"image_embeds": images.image_features, "image_latents": images.channels[:, 4:]}
     video = ours(**text, **CALL, **encoded)
     assert video.frames is None
@@ -363,7 +367,9 @@ def test_settings_default_to_the_authors(shift, heads, image, expected, preset):
         given["image_embeds"] = np.zeros((1, 5, 8), np.float32)
         given["image_latents"] = np.zeros((1, 4, 21, *expected), np.float32)
     ours = pipeline_of(shift, **changes)
-    run = ours.prepare(prompt_embeds=embeds(), negative_prompt_embeds=embeds(), **given)
+    run = ours.prepare(
+        ours.settings(prompt_embeds=embeds(), negative_prompt_embeds=embeds(), **given)
+    )
     assert run.state.latents.shape == (1, 4, 21, *expected)
     assert run.schedule.num_steps == ours.default_steps == (40 if image else 50)
     assert set(run.scales) == {5.0}

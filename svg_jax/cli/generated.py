@@ -1,0 +1,122 @@
+"""Options that are made of the settings' fields, and how what they give becomes settings again.
+
+A field is an option by what it says of itself (`Setting`): name, help, group and type are in no
+second place. Fields of all families are options of one command, for which model is asked is not
+known before it is loaded: a model of another family refuses them then.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from svg_jax.cli.options import OF_WARMUP
+from svg_jax.convert.formats.values import Choice, Flag, Number, Shares
+from svg_jax.sampling.cogvideox.settings import CogVideoXSettings
+from svg_jax.sampling.hunyuan_video.settings import HunyuanVideoSettings
+from svg_jax.sampling.settings import PlaybackSettings, Setting, settings_of
+from svg_jax.sampling.settings.fields import help_of, is_file, option_of
+from svg_jax.sampling.settings.rules import FilePath
+from svg_jax.sampling.wan.settings import WanSettings
+
+FAMILIES: tuple[type, ...] = (CogVideoXSettings, HunyuanVideoSettings, WanSettings)
+KINDS: tuple[type, ...] = (*FAMILIES, PlaybackSettings)
+
+Command = Callable[..., None]
+
+
+def every_setting() -> dict[str, Setting]:
+    """Collect what the fields of all families say, and those of how a video is shown."""
+    return settings_of(*KINDS)
+
+
+def flag_of(field: str) -> str:
+    """Name the option that gives a field, as `--num-frames` gives `num_frames`."""
+    if field in OF_WARMUP:
+        return OF_WARMUP[field]
+    setting = every_setting().get(field)
+    option = None if setting is None else option_of(field, setting)
+    return "--" + field.replace("_", "-") if option is None else option
+
+
+def with_settings(
+    *kinds: type, where: Callable[[str, Setting], bool] = lambda name, setting: True
+) -> Callable[[Command], Command]:
+    """Give a command the options of settings in place of its parameter `given`.
+
+    Args:
+        *kinds: Dataclasses of settings; a field that several have is one option.
+        where: Tells by name and setting which of their fields are options of this command.
+
+    Returns:
+        What decorates the command, whose `given` is then the fields that were given.
+    """
+    fields = {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
+    made = [
+        option_parameter(name, setting, fields[name].default)
+        for name, setting in settings_of(*kinds).items()
+        if option_of(name, setting) is not None and where(name, setting)
+    ]
+    names = {parameter.name for parameter in made}
+
+    def decorate(command: Command) -> Command:
+        own = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in inspect.signature(command).parameters.items()
+            if name != "given"
+        ]
+
+        @functools.wraps(command)
+        def called(**arguments: Any) -> None:
+            given = {name: arguments.pop(name) for name in names & arguments.keys()}
+            command(**arguments, given=given_of(given))
+
+        vars(called)["__signature__"] = inspect.Signature([*own, *made])
+        return called
+
+    return decorate
+
+
+def option_parameter(name: str, setting: Setting, default: Any) -> inspect.Parameter:
+    """Make the parameter of a command that gives a field."""
+    is_flag = isinstance(setting.rule, Flag)
+    option = typer.Option(
+        option_of(name, setting), help=help_of(setting, default), rich_help_panel=setting.panel,
+        show_default=False,
+    )  # fmt: skip
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False if is_flag else None,
+        annotation=Annotated[bool if is_flag else _type_of(name, setting) | None, option],
+    )
+
+
+def given_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick the fields whose options were given."""
+    return {
+        name: str(value) if isinstance(value, StrEnum) else value
+        for name, value in arguments.items()
+        if value is not None and value is not False
+    }
+
+
+def _type_of(name: str, setting: Setting) -> Any:
+    """Choose the type of an option by what the values of its field must be."""
+    match setting.rule:
+        case Number(whole=True):
+            return int
+        case Number():
+            return float
+        case Shares():
+            return tuple[float, float]
+        case Choice(names=names):
+            return StrEnum(name, {each: each for each in names})
+        case FilePath():
+            return Path
+    return Path if is_file(setting) else str
