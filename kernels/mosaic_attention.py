@@ -250,7 +250,7 @@ def _body(
     block_kv, stages = tiling.block_kv, tiling.stages
     heads, num_q_blocks, num_items = grid
     head_dim = q_smem.shape[-1]
-    factor = scale * mgpu.LOG2_E  # of logits, to weigh with powers of two
+    factor = scale * mgpu.LOG2_E  # of logits, for powers of two
     warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
     num_turns = lax.div(num_items - 1 - cta, num_ctas) + 1
 
@@ -333,7 +333,7 @@ def _body(
 
             plgpu.barrier_wait(q_ready.at[warpgroup])
             visitor = overlapped if tiling.overlap else alternating
-            acc, top, total = visitor(
+            acc, row_max, row_sum = visitor(
                 my_q,
                 (k_smem, k_ready, k_free),
                 (v_smem, v_ready, v_free),
@@ -348,10 +348,10 @@ def _body(
             )
 
             row = mgpu.positions((mgpu.ROWS, head_dim), 0, interpret) + first_row
-            inverse = mgpu.by_row(1.0 / jnp.where(total > 0, total, 1.0), acc.shape)
+            inverse = mgpu.by_row(1.0 / jnp.where(row_sum > 0, row_sum, 1.0), acc.shape)
             my_q[...] = jnp.where(is_padding(row), 0.0, acc * inverse).astype(my_q.dtype)
-            lse = (top + jnp.log2(total)) * (1 / mgpu.LOG2_E)
-            my_lse[...] = jnp.where(total > 0, lse, -jnp.inf)
+            lse = (row_max + jnp.log2(row_sum)) * (1 / mgpu.LOG2_E)
+            my_lse[...] = jnp.where(row_sum > 0, lse, -jnp.inf)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(my_q, out_ref.at[batch, rows, head])
             plgpu.copy_smem_to_gmem(my_lse, lse_ref.at[batch, head, rows])

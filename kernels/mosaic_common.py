@@ -138,7 +138,7 @@ def logits(
     return pl.run_scoped(multiply, plgpu.ACC((query.shape[0], keys.shape[0]), jnp.float32))
 
 
-def nothing_summed(head_dim: int, interpret: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def empty_accumulator(head_dim: int, interpret: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """An empty accumulator, and the maximum and the sum of the weights of each of its rows."""
     return (
         full((ROWS, head_dim), 0.0, plgpu.Layout.WGMMA, interpret),
@@ -147,13 +147,13 @@ def nothing_summed(head_dim: int, interpret: Any) -> tuple[jax.Array, jax.Array,
     )
 
 
-def weigh(
-    logits: jax.Array, top: jax.Array, factor: float
+def online_softmax(
+    logits: jax.Array, row_max: jax.Array, factor: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The logits' weights under the new maximum, what older weights shrink by, and the maximum."""
-    new_top = jnp.maximum(top, logits.max(axis=1) * factor)
-    weights = jnp.exp2(logits * factor - by_row(new_top, logits.shape))
-    return weights, jnp.exp2(top - new_top), new_top
+    """Weights under the new running maximum, what rescales older sums, and that maximum."""
+    new_max = jnp.maximum(row_max, logits.max(axis=1) * factor)
+    weights = jnp.exp2(logits * factor - by_row(new_max, logits.shape))
+    return weights, jnp.exp2(row_max - new_max), new_max
 
 
 def product(weights: jax.Array, values: Any, acc: jax.Array, staging: Staging | None) -> jax.Array:
@@ -201,7 +201,7 @@ def blanked_values(
     )
 
 
-def whole_eights(
+def aligned_tokens(
     key: jax.Array, value: jax.Array, block_kv: int
 ) -> tuple[tuple[int, int], jax.Array, jax.Array, jax.Array]:
     """Split [batch, tokens, ...] into what TMA can read, a multiple of eight tokens, and the rest.

@@ -49,7 +49,7 @@ def sampled_attention(
     missing = num_blocks * block_kv - num_tokens
     places = jnp.pad(places, [(0, 0)] * 2 + [(0, missing)], constant_values=jnp.inf)
     edge, edge_value = mgpu.blanked_values(value, masks, text_length, block_kv)
-    tail, key, value, tail_blocks = mgpu.whole_eights(key, value, block_kv)
+    tail, key, value, tail_blocks = mgpu.aligned_tokens(key, value, block_kv)
 
     tile = partial(plgpu.SMEM, dtype=query.dtype, transforms=mgpu.TILED)
     scratch = {
@@ -72,7 +72,7 @@ def sampled_attention(
             keys=tile((len(masks), width, block_kv)),
         )
     lead = (splits, len(masks), batch, heads, query.shape[1])
-    out, top, total = mgpu.kernel(
+    out, row_max, row_sum = mgpu.kernel(
         partial(
             _body,
             num_masks=len(masks),
@@ -95,9 +95,9 @@ def sampled_attention(
         grid_names=("split", "group", "head", "batch"),
     )(query, key, value, edge_value, tail_blocks, rows, places)
 
-    share = jnp.exp2(top - top.max(axis=0, keepdims=True))
-    total = (share * total).sum(axis=0)
-    joined = (share[..., None] * out).sum(axis=0) / jnp.where(total > 0, total, 1.0)[..., None]
+    share = jnp.exp2(row_max - row_max.max(axis=0, keepdims=True))
+    row_sum = (share * row_sum).sum(axis=0)
+    joined = (share[..., None] * out).sum(axis=0) / jnp.where(row_sum > 0, row_sum, 1.0)[..., None]
     joined = joined[..., :num_rows, :head_dim]
     if text_length is None:
         return joined
@@ -152,8 +152,8 @@ def _body(
     row_ref,
     key_ref,
     out_ref,
-    top_ref,
-    total_ref,
+    max_ref,
+    sum_ref,
     *,
     num_masks: int,
     num_blocks: int,
@@ -225,7 +225,7 @@ def _body(
             return jnp.abs(mgpu.by_column(place, shape) - row) >= reach
 
         def visit(n, carry):
-            acc, top, total = carry
+            acc, row_max, row_sum = carry
             slot = lax.rem(n, STAGES)
             plgpu.barrier_wait(k_ready.at[slot])
             # Fetched before the product, a line is there behind it; one of 128 keys would spill.
@@ -233,22 +233,22 @@ def _body(
             logits = mgpu.logits(q_smem, k_smem.at[slot], my_staging)
             logits = jnp.where(dropped(slot) if early is None else early, mgpu.MASKED, logits)
             plgpu.barrier_arrive(k_free.at[slot])
-            weights, shrink, top = mgpu.weigh(logits, top, factor)
-            acc *= mgpu.by_row(shrink, acc.shape)
-            total = total * shrink + weights.sum(axis=1)
+            weights, rescale, row_max = mgpu.online_softmax(logits, row_max, factor)
+            acc *= mgpu.by_row(rescale, acc.shape)
+            row_sum = row_sum * rescale + weights.sum(axis=1)
             plgpu.barrier_wait(v_ready.at[slot])
             acc = mgpu.product(weights.astype(q_smem.dtype), v_smem.at[slot], acc, my_staging)
             plgpu.barrier_arrive(v_free.at[slot])
-            return acc, top, total
+            return acc, row_max, row_sum
 
-        start = mgpu.nothing_summed(q_smem.shape[1], interpret)
-        acc, top, total = lax.fori_loop(0, count, visit, start)
+        start = mgpu.empty_accumulator(q_smem.shape[1], interpret)
+        acc, row_max, row_sum = lax.fori_loop(0, count, visit, start)
         out_smem[warpgroup] = acc
-        sum_smem[warpgroup, 0] = top
-        sum_smem[warpgroup, 1] = total
+        sum_smem[warpgroup, 0] = row_max
+        sum_smem[warpgroup, 1] = row_sum
         plgpu.commit_smem()
         here = (split, warpgroup, batch, head, rows)
         plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_ref.at[here])
-        plgpu.copy_smem_to_gmem(sum_smem.at[warpgroup, 0], top_ref.at[here])
-        plgpu.copy_smem_to_gmem(sum_smem.at[warpgroup, 1], total_ref.at[here])
+        plgpu.copy_smem_to_gmem(sum_smem.at[warpgroup, 0], max_ref.at[here])
+        plgpu.copy_smem_to_gmem(sum_smem.at[warpgroup, 1], sum_ref.at[here])
         plgpu.wait_smem_to_gmem(0)

@@ -34,27 +34,27 @@ def alternating(
     (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
 
     def visit(n, carry, is_tested: bool):
-        acc, top, total = carry
+        acc, row_max, row_sum = carry
         slot = slot_of(n)
         plgpu.barrier_wait(k_ready.at[slot])
         logits = mgpu.logits(my_q, k_smem.at[slot], staging, partial(pass_turn, turn))
         plgpu.barrier_arrive(k_free.at[slot])
         if is_tested:
             logits = test(logits, n)
-        weights, shrink, top = mgpu.weigh(logits, top, factor)
-        acc *= mgpu.by_row(shrink, acc.shape)
-        total = total * shrink + weights.sum(axis=1)
+        weights, rescale, row_max = mgpu.online_softmax(logits, row_max, factor)
+        acc *= mgpu.by_row(rescale, acc.shape)
+        row_sum = row_sum * rescale + weights.sum(axis=1)
         narrow = weights.astype(my_q.dtype)
         # All of this is to be done before the other warpgroup gets its turn.
-        acc, total, top, narrow = lax.optimization_barrier((acc, total, top, narrow))
+        acc, row_sum, row_max, narrow = lax.optimization_barrier((acc, row_sum, row_max, narrow))
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(v_ready.at[slot])
         plgpu.barrier_wait(turn)
         acc = mgpu.product(narrow, v_smem.at[slot], acc, staging)
         plgpu.barrier_arrive(v_free.at[slot])
-        return acc, top, total
+        return acc, row_max, row_sum
 
-    carry = mgpu.nothing_summed(my_q.shape[-1], interpret)
+    carry = mgpu.empty_accumulator(my_q.shape[-1], interpret)
     carry = lax.fori_loop(0, tested, partial(visit, is_tested=True), carry)
     return lax.fori_loop(tested, count, partial(visit, is_tested=False), carry)
 
@@ -65,52 +65,52 @@ def overlapped(
     """Visit a list with the products of one block running under the weighing of the next."""
     del turn
     (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
-    acc, top, total = mgpu.nothing_summed(my_q.shape[-1], interpret)
+    acc, row_max, row_sum = mgpu.empty_accumulator(my_q.shape[-1], interpret)
 
     slot = slot_of(0)
     plgpu.barrier_wait(k_ready.at[slot])
     logits = mgpu.logits(my_q, k_smem.at[slot], staging)
     plgpu.barrier_arrive(k_free.at[slot])
     # Testing a block that needs no test changes nothing.
-    weights, _, top = mgpu.weigh(test(logits, 0), top, factor)
-    narrow, total = weights.astype(my_q.dtype), weights.sum(axis=1)
+    weights, _, row_max = mgpu.online_softmax(test(logits, 0), row_max, factor)
+    narrow, row_sum = weights.astype(my_q.dtype), weights.sum(axis=1)
 
     def visit(n, carry, is_tested: bool):
-        acc, narrow, top, total = carry
+        acc, narrow, row_max, row_sum = carry
         slot, last = slot_of(n), slot_of(n - 1)
         plgpu.barrier_wait(k_ready.at[slot])
         plgpu.barrier_wait(v_ready.at[last])
 
-        def weigh(logits):
+        def online_softmax(logits):
             plgpu.barrier_arrive(k_free.at[slot])
-            return mgpu.weigh(test(logits, n) if is_tested else logits, top, factor)
+            return mgpu.online_softmax(test(logits, n) if is_tested else logits, row_max, factor)
 
         def multiply_both(acc_ref, logits_ref):
             acc_ref[...] = acc
             mgpu.add_logits(logits_ref, my_q, k_smem.at[slot], staging)
             plgpu.wgmma(acc_ref, narrow, v_smem.at[last])
-            weighed = weigh(plgpu.wgmma_accumulator_load(logits_ref, wait_n=1))
+            weighed = online_softmax(plgpu.wgmma_accumulator_load(logits_ref, wait_n=1))
             return plgpu.wgmma_accumulator_load(acc_ref, wait_n=0), *weighed
 
         if staging is None:
             shape = (mgpu.ROWS, k_smem.shape[1])
-            acc, weights, shrink, top = pl.run_scoped(
+            acc, weights, rescale, row_max = pl.run_scoped(
                 multiply_both, plgpu.ACC(acc.shape, jnp.float32), plgpu.ACC(shape, jnp.float32)
             )
         else:
             acc = mgpu.product(narrow, v_smem.at[last], acc, staging)
-            weights, shrink, top = weigh(mgpu.logits(my_q, k_smem.at[slot], staging))
+            weights, rescale, row_max = online_softmax(mgpu.logits(my_q, k_smem.at[slot], staging))
         plgpu.barrier_arrive(v_free.at[last])
-        acc *= mgpu.by_row(shrink, acc.shape)
-        total = total * shrink + weights.sum(axis=1)
-        return acc, weights.astype(my_q.dtype), top, total
+        acc *= mgpu.by_row(rescale, acc.shape)
+        row_sum = row_sum * rescale + weights.sum(axis=1)
+        return acc, weights.astype(my_q.dtype), row_max, row_sum
 
-    carry = (acc, narrow, top, total)
+    carry = (acc, narrow, row_max, row_sum)
     carry = lax.fori_loop(1, tested, partial(visit, is_tested=True), carry)
     carry = lax.fori_loop(jnp.maximum(tested, 1), count, partial(visit, is_tested=False), carry)
-    acc, narrow, top, total = carry
+    acc, narrow, row_max, row_sum = carry
     slot = slot_of(count - 1)
     plgpu.barrier_wait(v_ready.at[slot])
     acc = mgpu.product(narrow, v_smem.at[slot], acc, staging)
     plgpu.barrier_arrive(v_free.at[slot])
-    return acc, top, total
+    return acc, row_max, row_sum

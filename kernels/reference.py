@@ -51,9 +51,9 @@ def masked_attention(
     logits = jnp.einsum("bqhd,bkhd->bhqk", query_, key, precision=highest) * scale
     logits = jnp.where(keep, logits, -jnp.inf)
     some = jnp.any(keep, axis=-1, keepdims=True)
-    top = jnp.where(some, jnp.max(logits, axis=-1, keepdims=True), 0.0)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(top))
-    total = jnp.where(some, jnp.sum(weights, axis=-1, keepdims=True), 1.0)
-    out = jnp.einsum("bhqk,bkhd->bqhd", weights / total, value, precision=highest)
-    lse = jnp.where(some, jax.lax.stop_gradient(top) + jnp.log(total), -jnp.inf)
+    row_max = jnp.where(some, jnp.max(logits, axis=-1, keepdims=True), 0.0)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(row_max))
+    row_sum = jnp.where(some, jnp.sum(weights, axis=-1, keepdims=True), 1.0)
+    out = jnp.einsum("bhqk,bkhd->bqhd", weights / row_sum, value, precision=highest)
+    lse = jnp.where(some, jax.lax.stop_gradient(row_max) + jnp.log(row_sum), -jnp.inf)
     return out.astype(query.dtype), lse[..., 0]

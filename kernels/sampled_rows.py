@@ -104,17 +104,17 @@ def sampled_attention(
             )
 
             def one_head(args):
-                highest, weight, output, query, key, value = args
+                row_max, weight, output, query, key, value = args
                 keys, values = (lax.dynamic_slice_in_dim(x, start, block_kv) for x in (key, value))
                 if length is not None:  # padding may hold NaN, and 0 · NaN is NaN
                     values = jnp.where(kept.any((0, 1))[:, None], values, 0.0)
                 scores = jnp.where(kept, dot(query, keys.T)[None], -jnp.inf)
                 scores = scores.reshape(-1, block_kv)
-                new_highest = jnp.maximum(highest, scores.max(-1, keepdims=True))
-                probabilities = jnp.exp(scores - new_highest)
-                decay = jnp.exp(highest - new_highest)  # 0 where the first key is kept only now
-                weight = weight * decay + probabilities.sum(-1, keepdims=True)
-                return new_highest, weight, output * decay + dot(probabilities, values)
+                new_max = jnp.maximum(row_max, scores.max(-1, keepdims=True))
+                probabilities = jnp.exp(scores - new_max)
+                rescale = jnp.exp(row_max - new_max)  # 0 where the first key is kept only now
+                weight = weight * rescale + probabilities.sum(-1, keepdims=True)
+                return new_max, weight, output * rescale + dot(probabilities, values)
 
             return each_head(one_head, (*carry, query, key, value)), None
 

@@ -103,13 +103,13 @@ def block_list_attention(
             rows, count, listed = args
 
             def visit(carry, number, keys, values):
-                out, top, total = carry
+                out, row_max, row_sum = carry
                 is_real = number * block + jnp.arange(block, dtype=jnp.int32) < tokens
                 logits = jnp.where(is_real[None], dot(rows, keys.T) * scale, -jnp.inf)
-                new_top = lax.stop_gradient(jnp.maximum(top, logits.max(-1, keepdims=True)))
-                weights, shrink = jnp.exp(logits - new_top), jnp.exp(top - new_top)
-                out = out * shrink + dot(weights, values)
-                return out, new_top, total * shrink + weights.sum(-1, keepdims=True)
+                new_max = lax.stop_gradient(jnp.maximum(row_max, logits.max(-1, keepdims=True)))
+                weights, rescale = jnp.exp(logits - new_max), jnp.exp(row_max - new_max)
+                out = out * rescale + dot(weights, values)
+                return out, new_max, row_sum * rescale + weights.sum(-1, keepdims=True)
 
             def step(carry, args):
                 n, number = args
@@ -120,8 +120,8 @@ def block_list_attention(
             start = (jnp.zeros_like(rows), column + jnp.finfo(dtype).min, column)
             start = tuple(vary_like(x, rows) for x in start)
             most = jnp.arange(len(listed), dtype=jnp.int32)
-            (out, top, total), _ = lax.scan(step, start, (most, listed))
-            return _normalised(out, top, total)
+            (out, row_max, row_sum), _ = lax.scan(step, start, (most, listed))
+            return _normalised(out, row_max, row_sum)
 
         out, lse = lax.map(one_block, (query, counts, blocks))
         return out.reshape(-1, out.shape[-1])[:tokens], lse.reshape(-1)[:tokens]
@@ -324,18 +324,18 @@ def _softmax(query, keys: _Keys, scale: float):
         logits += keys.bias
     # Finite even where all keys are masked, or −inf − −inf would make the row NaN.
     lowest = jnp.finfo(accumulator).min
-    top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=lowest))
-    weights = jnp.exp(logits - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    out, lse = _normalised(dot(weights.astype(keys.value.dtype), keys.value), top, total)
+    row_max = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=lowest))
+    weights = jnp.exp(logits - row_max)
+    row_sum = jnp.sum(weights, axis=-1, keepdims=True)
+    out, lse = _normalised(dot(weights.astype(keys.value.dtype), keys.value), row_max, row_sum)
     return out.astype(query.dtype), lse
 
 
-def _normalised(out, top, total):
+def _normalised(out, row_max, row_sum):
     """The output and the log-sum-exp of sums of weights; 0 and -inf of a row that has no key."""
-    some = total > 0
-    total = jnp.where(some, total, 1.0)
-    return out / total, jnp.where(some, top + jnp.log(total), -jnp.inf)[:, 0]
+    some = row_sum > 0
+    row_sum = jnp.where(some, row_sum, 1.0)
+    return out / row_sum, jnp.where(some, row_max + jnp.log(row_sum), -jnp.inf)[:, 0]
 
 
 def _blank(real, x):
