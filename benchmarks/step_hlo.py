@@ -143,6 +143,10 @@ def _results(block: Any, functions: dict[str, Any], known: dict[Any, str], place
             arguments = dict(zip(called.arguments, operands, strict=True))
             found = _results(called, functions, arguments)
             effects += found[len(types) :]
+        elif name == "stablehlo.case" and len(op.regions) == 1:
+            # A choice of one, as `jax.lax.platform_dependent` leaves it.
+            found = _results(op.regions[0].blocks[0], functions, known)
+            effects += found[len(types) :]
         else:
             names = {getattr(each, "name", each) for each in op.attributes} - NOT_PROGRAM
             attributes = [f"{each} = {op.attributes[each]}" for each in sorted(names)]

@@ -32,6 +32,14 @@ def test_order_names_calls_and_dead_code_do_not_count():
     assert step_hlo.digest_of(plain, X, X) == step_hlo.digest_of(same_in_other_words, X, X)
 
 
+def test_a_choice_by_platform_is_what_it_chooses():
+    def chosen(x, y):
+        return jax.lax.platform_dependent(x, y, cpu=same_in_other_words, default=jnp.add)
+
+    expected = same_in_other_words if jax.default_backend() == "cpu" else jnp.add
+    assert step_hlo.digest_of(chosen, X, X) == step_hlo.digest_of(expected, X, X)
+
+
 @pytest.mark.parametrize(
     "other",
     [
