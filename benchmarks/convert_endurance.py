@@ -19,7 +19,7 @@ from timing import write_entry
 from svg_jax.provenance import provenance_of
 
 TESTS = Path(__file__).parents[1] / "tests"
-FILES = ("test_convert_resume.py", "test_convert_hostile.py")
+FILES = ("convert/test_resume.py", "convert/formats/test_hostile.py")
 
 
 def main() -> int:

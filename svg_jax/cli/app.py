@@ -1,4 +1,4 @@
-"""The command line: `svg-jax generate | compare | demo`, and those of `cli_checkpoints.py`.
+"""The command line: `svg-jax generate | compare | demo`, and those of `checkpoint_commands.py`.
 
 Commands are imported when they run: `svg-jax --help` needs no jax.
 """
@@ -237,7 +237,7 @@ def _global_options(
 
 
 def main() -> None:
-    """Run the command line; an error is one sentence and an exit code (see `cli_errors`)."""
+    """Run the command line; an error is one sentence and an exit code (see `errors.py`)."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     with forgiving_streams():
         code = _run(arguments, debug=len(arguments) < len(sys.argv) - 1)

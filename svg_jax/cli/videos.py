@@ -225,7 +225,7 @@ def compare(
         given: See `generate`.
         sparsity: See `generate`.
         warmup: See `generate`.
-        pattern: See `svg_jax.sampling.comparison.compare`.
+        pattern: See `svg_jax.evaluation.comparison.compare`.
         json_file: The file for the report.
     """
     written = [("--output", path) for path in _comparison_paths(output)]

@@ -1,6 +1,6 @@
 """The videos of one prompt or of a list of them, each as a file, and how a killed run goes on.
 
-Beside an output `cat.mp4` stand `.cat.mp4.state` while it is made (see `sampling.checkpoint`) and,
+Beside an output `cat.mp4` stand `.cat.mp4.state` while it is made (see `run_state`) and,
 of a list of prompts, `.cat.mp4.json` from then on: by what settings it was made, and its digest.
 """
 

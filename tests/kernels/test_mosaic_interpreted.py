@@ -1,7 +1,7 @@
 """The Hopper kernel on a CPU: Pallas' interpreter runs its threads, copies and barriers.
 
 It shows that the arithmetic is right, that no thread waits for ever and that no two touch the same
-memory unordered. The GPU's own tests are in test_kernels_gpu.py.
+memory unordered. The GPU's own tests are in test_gpu.py.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from svg_jax.kernels import BandMask, block_sparse_attention, reference
 from svg_jax.kernels import mosaic_attention as mosaic
-from svg_jax.kernels import mosaic_sampled_rows as mosaic_profile
+from svg_jax.kernels import mosaic_sampled_rows
 from svg_jax.kernels import sampled_rows as portable
 from svg_jax.kernels.mosaic_attention import Tiling
 
@@ -194,7 +194,7 @@ def test_sampled_rows_under_three_masks(text_start, columns, head_dim):
         "text_length": lengths,
         "scale": 0.3,
     }
-    out = mosaic_profile.sampled_attention(query, *poisoned, interpret=INTERPRET, **options)
+    out = mosaic_sampled_rows.sampled_attention(query, *poisoned, interpret=INTERPRET, **options)
     assert not interpreter.get_races().races_found
     attend = partial(portable.sampled_attention, implementation="xla", **options)
     query, key, value = widened((query, key, value))

@@ -6,7 +6,7 @@ import pytest
 
 from svg_jax.kernels import BandMask
 from svg_jax.kernels import mosaic_attention as mosaic
-from svg_jax.kernels import mosaic_sampled_rows as mosaic_profile
+from svg_jax.kernels import mosaic_sampled_rows
 
 # Batch 2, odd lengths, several masks.
 SMALL = {
@@ -77,7 +77,7 @@ def test_sampled_rows_lower(case, head_dim):
     masks, tokens = (masks * 3)[:3], masks[0].num_tokens
 
     def attend(query, key, value, query_positions, key_positions, text_length):
-        return mosaic_profile.sampled_attention(
+        return mosaic_sampled_rows.sampled_attention(
             query, key, value, masks=masks, query_positions=query_positions,
             key_positions=key_positions, text_length=text_length, scale=head_dim**-0.5,
         )  # fmt: skip
