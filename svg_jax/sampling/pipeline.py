@@ -15,7 +15,7 @@ from svg_jax.config import PAPER_PRESETS, Preset, SparsityConfig, Warmup
 from svg_jax.convert.formats.values import shown
 from svg_jax.convert.run_defaults import RunDefaults
 from svg_jax.masks import warn_of_lost_sparsity
-from svg_jax.models import Attend
+from svg_jax.models import Attend, Tiling
 from svg_jax.sampling.components import component_names, in_memory
 from svg_jax.sampling.denoising import check_labels, denoise, guidance_scales
 from svg_jax.sampling.identity import identity_of, make_fingerprint
@@ -216,17 +216,22 @@ class VideoPipeline(ABC, Generic[Settings]):
             width: Likewise.
         """
 
-    @abstractmethod
     def video_size(
         self, num_frames: int | None = None, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int]:
-        """Frames, height and width of the video that a call with these makes.
+        """Tell frames, height and width of the video that a call with these makes.
 
         Args:
-            num_frames: Frames that are asked for. Default: as `prepare`'s.
-            height: Height in pixels. Default: as `prepare`'s.
-            width: Width in pixels. Default: as `prepare`'s.
+            num_frames: Frames that are asked for. Default: the authors'.
+            height: Height in pixels. Default: the authors'.
+            width: Width in pixels. Default: the authors'.
         """
+        own = self.authors_settings
+        return (
+            own["num_frames"] if num_frames is None else num_frames,
+            own["height"] if height is None else height,
+            own["width"] if width is None else width,
+        )
 
     def paper_sparsity(self, height: int | None = None, width: int | None = None) -> Preset:
         """The paper's sparsity for this model and size; the general default where it has none.
@@ -377,6 +382,8 @@ class VideoPipeline(ABC, Generic[Settings]):
         """Whether there is what decodes latents."""
         return self.vae is not None
 
-    @abstractmethod
     def decode_latents(self, latents: Array, *, vae_tiling: bool = False) -> Array:
-        """Videos [batch, 3, frames, height, width] of latents, about from −1 to 1."""
+        """Decode latents to videos [batch, 3, frames, height, width], about from −1 to 1."""
+        assert self.vae is not None
+        with in_memory(self.vae) as vae:
+            return vae.decode(vae.denormalize(latents), tiling=Tiling() if vae_tiling else None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -41,9 +42,12 @@ class PreparedRun:
     padding_frames: int = field(default=0, metadata={"static": True})
     sampler_noise: Any = None
 
-    @property
+    @cached_property
     def seed(self) -> int:
-        """Seed of all random numbers after the initial noise."""
+        """Seed of all random numbers after the initial noise.
+
+        Kept, since reading a key waits for what the device is at: for a step, within the loop.
+        """
         return seed_of(self.key)
 
     def with_sampler_noise(self) -> "PreparedRun":

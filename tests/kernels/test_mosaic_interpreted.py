@@ -13,9 +13,8 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from svg_jax.kernels import BandMask, block_sparse_attention, reference
+from svg_jax.kernels import BandMask, block_sparse_attention, mosaic_sampled_rows, reference
 from svg_jax.kernels import mosaic_attention as mosaic
-from svg_jax.kernels import mosaic_sampled_rows
 from svg_jax.kernels import sampled_rows as portable
 from svg_jax.kernels.mosaic_attention import Tiling
 

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from svg_jax.kernels import BandMask
+from svg_jax.kernels import BandMask, mosaic_sampled_rows
 from svg_jax.kernels import mosaic_attention as mosaic
-from svg_jax.kernels import mosaic_sampled_rows
 
 # Batch 2, odd lengths, several masks.
 SMALL = {

@@ -6,7 +6,7 @@ from typing import ClassVar
 from svg_jax.convert.formats.values import Flag
 from svg_jax.sampling.settings.fields import documented, setting
 from svg_jax.sampling.settings.rules import ArrayOf
-from svg_jax.sampling.settings.run import PROMPT, SAMPLING, AnyArray, RunSettings
+from svg_jax.sampling.settings.run import DIFFUSION, PROMPT, SAMPLING, AnyArray, RunSettings
 
 _LATENTS = ("batch", "frames", "channels", "height", "width")
 
@@ -16,7 +16,7 @@ _LATENTS = ("batch", "frames", "channels", "height", "width")
 class CogVideoXSettings(RunSettings):
     """What a run of CogVideoX is asked for."""
 
-    samplers: ClassVar[tuple[str, ...]] = ("ddim", "dpm")
+    samplers: ClassVar[tuple[str, ...]] = DIFFUSION
 
     use_dynamic_cfg: bool = setting(
         False,

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float
 
 from svg_jax.media.images import AnyImage, as_frame, images_of_each
 from svg_jax.models import HunyuanVideoTransformer, HunyuanVideoVAE
-from svg_jax.models.vae_tiling import Tiling
 from svg_jax.sampling.components import Lazy, in_memory
 from svg_jax.sampling.conditions import Conditions
 from svg_jax.sampling.hunyuan_video.conditions import (
@@ -156,14 +155,10 @@ class HunyuanVideoPipeline(VideoPipeline[HunyuanVideoSettings]):
         self, num_frames: int | None = None, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int]:
         """See `VideoPipeline.video_size`; the 33-channel image model leaves the image out."""
-        frames = _FRAMES if num_frames is None else num_frames
+        frames, height, width = super().video_size(num_frames, height, width)
         if self.transformer.config.image_condition_type == "latent_concat":
             frames -= self.compression.frames
-        return (
-            frames,
-            _HEIGHT if height is None else height,
-            _WIDTH if width is None else width,
-        )
+        return frames, height, width
 
     def paper_preset(self, height: int | None = None, width: int | None = None) -> str:
         """See `VideoPipeline.paper_preset`."""
@@ -190,13 +185,6 @@ class HunyuanVideoPipeline(VideoPipeline[HunyuanVideoSettings]):
         # As released: the first latent frame, the image again, is decoded and left out.
         frames = None if out.frames is None else out.frames[:, self.compression.frames :]
         return VideoOutput(frames, out.latents[:, :, 1:], out.info)
-
-    def decode_latents(self, latents: Array, *, vae_tiling: bool = False) -> Array:
-        """Videos [batch, 3, frames, height, width] of latents, about from −1 to 1."""
-        assert self.vae is not None
-        with in_memory(self.vae) as vae:
-            tiling = Tiling() if vae_tiling else None
-            return vae.decode(vae.denormalize(latents), tiling=tiling)
 
     @property
     def compression(self) -> Compression:

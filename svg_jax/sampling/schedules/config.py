@@ -3,15 +3,13 @@
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from svg_jax.convert.scheduler_config import COGVIDEOX, FLOW, check_scheduler, field_problem
 from svg_jax.sampling.settings import SettingError
+from svg_jax.sampling.settings.run import DIFFUSION, FLOW_MATCHING, SamplerName
 
-Sampler = Literal["ddim", "dpm", "euler", "unipc"]
-DIFFUSION: tuple[Sampler, ...] = ("ddim", "dpm")
-FLOW_MATCHING: tuple[Sampler, ...] = ("euler", "unipc")
-_SAMPLERS: Mapping[str, Sampler] = dict(
+_SAMPLERS: Mapping[str, SamplerName] = dict(
     zip((*COGVIDEOX, *FLOW), (*DIFFUSION, *FLOW_MATCHING), strict=True)
 )
 _SHIFTS: Mapping[str, str] = dict(zip(FLOW, ("shift", "flow_shift"), strict=True))
@@ -36,7 +34,7 @@ class SchedulerConfig:
             for HunyuanVideo; 5 for Wan at 720p, 3 at 480p.
     """
 
-    sampler: Sampler = "ddim"
+    sampler: SamplerName = "ddim"
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
@@ -80,6 +78,6 @@ class SchedulerConfig:
         return cls(sampler, **known)
 
     @property
-    def samplers(self) -> tuple[Sampler, ...]:
+    def samplers(self) -> tuple[SamplerName, ...]:
         """The samplers that the checkpoint can be sampled with."""
         return DIFFUSION if self.sampler in DIFFUSION else FLOW_MATCHING

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from svg_jax.sampling.schedules.config import Sampler
+from svg_jax.sampling.settings.run import SamplerName
 
 _ESTIMATES = {"ddim": 0, "dpm": 1, "euler": 2, "unipc": 2}  # that a sampler remembers
 
@@ -67,7 +67,7 @@ class SamplerState(NamedTuple):
     denoised: tuple[Any, ...] = ()
 
 
-def initial_state(sampler: Sampler, latents: Float[Array, "*shape"]) -> SamplerState:
+def initial_state(sampler: SamplerName, latents: Float[Array, "*shape"]) -> SamplerState:
     """Start from initial noise.
 
     Args:

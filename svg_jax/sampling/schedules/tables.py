@@ -7,11 +7,12 @@ import jax
 import numpy as np
 
 from svg_jax.convert.formats.values import shown
-from svg_jax.sampling.schedules.config import Sampler, SchedulerConfig
+from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.sampling.schedules.diffusion import ddim_steps, dpm_steps
 from svg_jax.sampling.schedules.flow import euler_steps, unipc_steps
 from svg_jax.sampling.schedules.steps import StepCoefficients
 from svg_jax.sampling.settings import SettingError
+from svg_jax.sampling.settings.run import SamplerName
 
 _STEPS: Mapping[str, Callable[[SchedulerConfig, int], StepCoefficients]] = {
     "ddim": ddim_steps,
@@ -32,7 +33,7 @@ class Schedule:
             (diffusion) or float32 (flow matching; whole numbers with UniPC).
     """
 
-    sampler: Sampler = field(metadata={"static": True})
+    sampler: SamplerName = field(metadata={"static": True})
     coefficients: StepCoefficients
 
     @property
@@ -59,7 +60,7 @@ class Schedule:
 
 
 def make_schedule(
-    config: SchedulerConfig, num_steps: int, sampler: Sampler | None = None
+    config: SchedulerConfig, num_steps: int, sampler: SamplerName | None = None
 ) -> Schedule:
     """Make the schedule of a checkpoint.
 

@@ -34,6 +34,8 @@ from svg_jax.sampling.settings.rules import (
 
 OutputType = Literal["np", "uint8", "latent"]
 SamplerName = Literal["ddim", "dpm", "euler", "unipc"]
+DIFFUSION: tuple[SamplerName, ...] = ("ddim", "dpm")
+FLOW_MATCHING: tuple[SamplerName, ...] = ("euler", "unipc")
 # NumPy's, JAX's or another library's; the rule of the field says of what axes and elements.
 AnyArray = Any
 # What `svg_jax.media.images.as_image` takes, or a list with one for each prompt.
@@ -323,7 +325,7 @@ class RunSettings:
 class FlowSettings(RunSettings):
     """What a run of a flow-matching family is asked for."""
 
-    samplers: ClassVar[tuple[str, ...]] = ("euler", "unipc")
+    samplers: ClassVar[tuple[str, ...]] = FLOW_MATCHING
 
     flow_shift: float | int | None = setting(
         None,

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 
 from svg_jax.media.images import CLIPImageProcessor
 from svg_jax.models import CLIPVisionEncoder, T5Encoder, WanTransformer, WanVAE
-from svg_jax.models.vae_tiling import Tiling
 from svg_jax.sampling.components import Lazy, in_memory, repeat_each, run_encoder
 from svg_jax.sampling.conditions import Conditions
 from svg_jax.sampling.latents import (
@@ -150,17 +149,6 @@ class WanPipeline(VideoPipeline[WanSettings]):
             layout=layout,
         )
 
-    def video_size(
-        self, num_frames: int | None = None, height: int | None = None, width: int | None = None
-    ) -> tuple[int, int, int]:
-        """See `VideoPipeline.video_size`."""
-        rows, columns = self._default_size()
-        return (
-            _FRAMES if num_frames is None else num_frames,
-            rows if height is None else height,
-            columns if width is None else width,
-        )
-
     def paper_preset(self, height: int | None = None, width: int | None = None) -> str:
         """See `VideoPipeline.paper_preset`; text to video has one for all sizes."""
         if self.transformer.config.image_dim is None:
@@ -191,12 +179,6 @@ class WanPipeline(VideoPipeline[WanSettings]):
         ids, mask = jnp.asarray(tokens.ids), jnp.asarray(tokens.mask)
         with in_memory(self.text_encoder) as encoder:
             return jnp.where(mask[..., None] == 1, run_encoder(encoder, ids, mask), 0)
-
-    def decode_latents(self, latents: Array, *, vae_tiling: bool = False) -> Array:
-        """Videos [batch, 3, frames, height, width] of latents, from −1 to 1."""
-        assert self.vae is not None
-        with in_memory(self.vae) as vae:
-            return vae.decode(vae.denormalize(latents), tiling=Tiling() if vae_tiling else None)
 
     def _default_size(self) -> tuple[int, int]:
         """Height and width; see `prepare`."""
