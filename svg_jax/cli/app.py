@@ -18,22 +18,15 @@ import svg_jax
 from svg_jax.cli.checkpoint_commands import CHECKPOINT_COMMANDS
 from svg_jax.cli.console import forgiving_streams, say, tell, tell_lines
 from svg_jax.cli.errors import ExitCode, failure_of
-from svg_jax.cli.generated import KINDS, with_settings
+from svg_jax.cli.generated import KINDS, parameters_of, with_options
 from svg_jax.cli.options import (
+    MODEL,
     OF_WARMUP,
+    SPARSITY,
+    WARMUP,
     Attention,
-    BandMultiple,
-    DenseLayers,
-    DenseSteps,
     Density,
-    DtypeOption,
-    FirstFrameSink,
-    Model,
-    ModelVariant,
     PatternName,
-    Revision,
-    SampledRows,
-    Verify,
 )
 from svg_jax.cli.options import option as _option
 from svg_jax.cli.signals import ended_by_signals
@@ -51,15 +44,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Given = Mapping[str, Any]  # what was given of a group of options
+
 
 for command in CHECKPOINT_COMMANDS:
     app.command()(command)
 
 
 @app.command()
-@with_settings(*KINDS)
+@with_options(model=MODEL, sparsity=SPARSITY, warmup=WARMUP, given=parameters_of(*KINDS))
 def generate(
-    model: Model,
+    model: Given,
     output: Annotated[
         Path,
         _option(
@@ -80,16 +75,6 @@ def generate(
     attention: Annotated[
         Attention, _option("--attention", help="Dense attention, or Sparse VideoGen.")
     ] = Attention.svg,
-    density: Density = None,
-    dense_steps: DenseSteps = None,
-    dense_layers: DenseLayers = None,
-    sampled_rows: SampledRows = None,
-    first_frame_sink: FirstFrameSink = None,
-    band_multiple: BandMultiple = None,
-    revision: Revision = None,
-    variant: ModelVariant = None,
-    verify: Verify = False,
-    dtype: DtypeOption = None,
     labels_out: Annotated[
         Path | None,
         _option(
@@ -97,7 +82,9 @@ def generate(
         ),
     ] = None,
     *,
-    given: Mapping[str, Any],
+    sparsity: Given,
+    warmup: Given,
+    given: Given,
 ) -> None:
     """Generate a video from a prompt, or one from each line of a file.
 
@@ -108,27 +95,26 @@ def generate(
     from svg_jax.cli import videos
     from svg_jax.cli.given import ModelChoice
 
-    sparsity = _given(
-        density=density,
-        sampled_rows=sampled_rows,
-        first_frame_sink=first_frame_sink,
-        band_multiple=band_multiple,
-    )
     videos.generate(
-        ModelChoice(model, revision, variant, verify, dtype),
+        ModelChoice(**model),
         output,
         given,
         sparsity=sparsity if attention is Attention.svg else None,
-        warmup=_given(steps=dense_steps, layers=dense_layers),
+        warmup=_warmup(warmup),
         prompts=prompts,
         labels_out=labels_out,
     )
 
 
 @app.command()
-@with_settings(*KINDS, where=lambda name, setting: setting.panel != SAVING)
+@with_options(
+    model=MODEL,
+    sparsity=SPARSITY,
+    warmup=WARMUP,
+    given=parameters_of(*KINDS, where=lambda name, setting: setting.panel != SAVING),
+)
 def compare(
-    model: Model,
+    model: Given,
     output: Annotated[
         Path,
         _option("--output", "-o", help="Name of the videos to write, OUTPUT.mp4 and OUTPUT.gif."),
@@ -137,21 +123,13 @@ def compare(
         PatternName,
         _option("--pattern", help="Profile heads (svg), take all for one kind, or draw kinds."),
     ] = PatternName.svg,
-    density: Density = None,
-    dense_steps: DenseSteps = None,
-    dense_layers: DenseLayers = None,
-    sampled_rows: SampledRows = None,
-    first_frame_sink: FirstFrameSink = None,
-    band_multiple: BandMultiple = None,
-    revision: Revision = None,
-    variant: ModelVariant = None,
-    verify: Verify = False,
-    dtype: DtypeOption = None,
     json_file: Annotated[
         Path | None, _option("--json", help="Write the figures to this file, too.")
     ] = None,
     *,
-    given: Mapping[str, Any],
+    sparsity: Given,
+    warmup: Given,
+    given: Given,
 ) -> None:
     """Generate a video with dense and with sparse attention, and compare the two.
 
@@ -161,23 +139,22 @@ def compare(
     from svg_jax.cli.given import ModelChoice
 
     videos.compare(
-        ModelChoice(model, revision, variant, verify, dtype),
+        ModelChoice(**model),
         output,
         given,
-        sparsity=_given(
-            density=density,
-            sampled_rows=sampled_rows,
-            first_frame_sink=first_frame_sink,
-            band_multiple=band_multiple,
-        ),
-        warmup=_given(steps=dense_steps, layers=dense_layers),
+        sparsity=sparsity,
+        warmup=_warmup(warmup),
         pattern=pattern.value,
         json_file=json_file,
     )
 
 
 @app.command()
-@with_settings(RunSettings, where=lambda name, setting: name in ("num_inference_steps", "seed"))
+@with_options(
+    given=parameters_of(
+        RunSettings, where=lambda name, setting: name in ("num_inference_steps", "seed")
+    )
+)
 def demo(
     prompt: Annotated[
         str,
@@ -198,7 +175,7 @@ def demo(
         ),
     ] = None,
     *,
-    given: Mapping[str, Any],
+    given: Given,
 ) -> None:
     """Compare dense and sparse attention on the bundled model, which is called tiny.
 
@@ -209,9 +186,9 @@ def demo(
     videos.demo({"prompt": prompt, **given}, density=density, output=output, source=source)
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """Collect the options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
+def _warmup(given: Given) -> dict[str, Any]:
+    """Name the fields of a Warmup that were given, as --dense-steps gives its steps."""
+    return {name.removeprefix("dense_"): value for name, value in given.items()}
 
 
 def _print_version(wanted: bool) -> bool:

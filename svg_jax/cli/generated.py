@@ -5,10 +5,9 @@ second place. Fields of all families are options of one command, for which model
 known before it is loaded: a model of another family refuses them then.
 """
 
-import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +19,7 @@ from svg_jax.convert.formats.values import Choice, Flag, Number, Shares
 from svg_jax.sampling.cogvideox.settings import CogVideoXSettings
 from svg_jax.sampling.hunyuan_video.settings import HunyuanVideoSettings
 from svg_jax.sampling.settings import PlaybackSettings, Setting, settings_of
-from svg_jax.sampling.settings.fields import help_of, is_file, option_of
+from svg_jax.sampling.settings.fields import defaults_of, help_of, is_file, option_of
 from svg_jax.sampling.settings.rules import FilePath
 from svg_jax.sampling.wan.settings import WanSettings
 
@@ -44,42 +43,51 @@ def flag_of(field: str) -> str:
     return "--" + field.replace("_", "-") if option is None else option
 
 
-def with_settings(
-    *kinds: type, where: Callable[[str, Setting], bool] = lambda name, setting: True
-) -> Callable[[Command], Command]:
-    """Give a command the options of settings in place of its parameter `given`.
+def with_options(**groups: Sequence[inspect.Parameter]) -> Callable[[Command], Command]:
+    """Give a command the options of some groups, each in place of a parameter of its name.
 
     Args:
-        *kinds: Dataclasses of settings; a field that several have is one option.
-        where: Tells by name and setting which of their fields are options of this command.
+        **groups: Parameters of each group.
 
     Returns:
-        What decorates the command, whose `given` is then the fields that were given.
+        What decorates the command: a group's parameter is then what was given of its options.
     """
-    fields = {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
-    made = [
-        option_parameter(name, setting, fields[name].default)
-        for name, setting in settings_of(*kinds).items()
-        if option_of(name, setting) is not None and where(name, setting)
-    ]
-    names = {parameter.name for parameter in made}
+    taken = {made.name for group in groups.values() for made in group}
 
     def decorate(command: Command) -> Command:
-        own = [
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        parameters = [
+            made.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for name, parameter in inspect.signature(command).parameters.items()
-            if name != "given"
+            for made in groups.get(name, (parameter,))
         ]
 
         @functools.wraps(command)
         def called(**arguments: Any) -> None:
-            given = {name: arguments.pop(name) for name in names & arguments.keys()}
-            command(**arguments, given=given_of(given))
+            values = {name: given_of(group, arguments) for name, group in groups.items()}
+            own = {name: value for name, value in arguments.items() if name not in taken}
+            command(**own, **values)
 
-        vars(called)["__signature__"] = inspect.Signature([*own, *made])
+        vars(called)["__signature__"] = inspect.Signature(parameters)
         return called
 
     return decorate
+
+
+def parameters_of(
+    *kinds: type, where: Callable[[str, Setting], bool] = lambda name, setting: True
+) -> list[inspect.Parameter]:
+    """Make the parameters of a command that give settings.
+
+    Args:
+        *kinds: Dataclasses of settings; a field that several have is one option.
+        where: Tells by name and setting which of their fields are options of this command.
+    """
+    defaults = {name: default for kind in kinds for name, default in defaults_of(kind).items()}
+    return [
+        option_parameter(name, setting, defaults[name])
+        for name, setting in settings_of(*kinds).items()
+        if option_of(name, setting) is not None and where(name, setting)
+    ]
 
 
 def option_parameter(name: str, setting: Setting, default: Any) -> inspect.Parameter:
@@ -97,12 +105,13 @@ def option_parameter(name: str, setting: Setting, default: Any) -> inspect.Param
     )
 
 
-def given_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick the fields whose options were given."""
+def given_of(group: Sequence[inspect.Parameter], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick the arguments of a group whose options were given."""
+    values = ((made, arguments.get(made.name, made.default)) for made in group)
     return {
-        name: str(value) if isinstance(value, StrEnum) else value
-        for name, value in arguments.items()
-        if value is not None and value is not False
+        made.name: str(value) if isinstance(value, StrEnum) else value
+        for made, value in values
+        if value is not made.default
     }
 
 

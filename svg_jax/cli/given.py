@@ -33,10 +33,10 @@ class ModelChoice:
     """
 
     model: str
-    revision: str | None
-    variant: str | None
-    verify: bool
-    dtype: str | None
+    revision: str | None = None
+    variant: str | None = None
+    verify: bool = False
+    dtype: str | None = None
 
     def load(self) -> VideoPipeline:
         """Load it, converted first if it has to be."""

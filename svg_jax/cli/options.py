@@ -1,5 +1,6 @@
 """The options that commands of the command line share."""
 
+import inspect
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -109,3 +110,27 @@ DtypeOption = Annotated[
         "--dtype", help="Dtype of the computation; default: bfloat16 on a GPU, float32 on a CPU."
     ),
 ]
+
+
+def _parameter(name: str, annotation: Any, **default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, **default)
+
+
+# Options that several commands have, by the value that they make.
+MODEL = (
+    _parameter("model", Model),
+    _parameter("revision", Revision, default=None),
+    _parameter("variant", ModelVariant, default=None),
+    _parameter("verify", Verify, default=False),
+    _parameter("dtype", DtypeOption, default=None),
+)
+SPARSITY = (
+    _parameter("density", Density, default=None),
+    _parameter("sampled_rows", SampledRows, default=None),
+    _parameter("first_frame_sink", FirstFrameSink, default=None),
+    _parameter("band_multiple", BandMultiple, default=None),
+)
+WARMUP = (
+    _parameter("dense_steps", DenseSteps, default=None),
+    _parameter("dense_layers", DenseLayers, default=None),
+)

@@ -12,7 +12,7 @@ from saved_runs import Killed, kill_after, pipeline_of
 from typer.testing import CliRunner
 
 from svg_jax.cli.errors import failure_of
-from svg_jax.cli.generated import with_settings
+from svg_jax.cli.generated import parameters_of, with_options
 from svg_jax.convert.formats.values import Flag, Number
 from svg_jax.sampling import CogVideoXPipeline, WanPipeline
 from svg_jax.sampling.cogvideox.settings import CogVideoXSettings
@@ -113,7 +113,7 @@ def command_of(pipeline) -> tuple[typer.Typer, dict[str, str], list[Any]]:
     app, made = typer.Typer(), []
 
     @app.command()
-    @with_settings(*(family.settings_class for family in FAMILIES.values()))
+    @with_options(given=parameters_of(*(family.settings_class for family in FAMILIES.values())))
     def generate(*, given: dict[str, Any]) -> None:
         made.append(pipeline.settings(**given))
 
