@@ -100,6 +100,17 @@ def run(capsys, monkeypatch, tmp_path, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def bundled(tmp_path_factory):
+    """The bundled tiny model, converted."""
+    from svg_jax.bundled import FOLDER
+    from svg_jax.convert import convert_pipeline
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    convert_pipeline(FOLDER, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def source(tmp_path_factory):
     """A tiny CogVideoX in diffusers' layout, which has no VAE."""
     from tiny_checkpoint import write_checkpoint

@@ -1,24 +1,19 @@
 """Outputs that cannot be written, or would take another file's place, are found before the work."""
 
 import errno
-import logging
 import os
 import resource
 import signal
 import socket
-import sys
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import svg_jax
-from svg_jax import cli
 from svg_jax.cli import videos
 from svg_jax.cli.errors import failure_of
 from svg_jax.cli.outputs import check_outputs
-from svg_jax.convert import convert_pipeline
 from svg_jax.convert.files import check_writable, open_regular
 from svg_jax.media.video import save_video
 
@@ -27,30 +22,21 @@ VIDEO = np.zeros((1, 16, 16, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The bundled tiny model, converted."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    convert_pipeline(Path(str(files("svg_jax"))) / "assets" / "tiny_cogvideox", folder)
-    return folder
+def model(bundled):
+    return bundled
 
 
 @pytest.fixture
-def run(model, capsys, monkeypatch, tmp_path):
+def run(model, run):
     """Calls the command line in an empty folder; gives its code, output and error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logging.getLogger("svg_jax"), "handlers", [])
-    monkeypatch.setattr(logging.getLogger("svg_jax"), "propagate", True)
 
     def call(command, *arguments):
         words = [command]
         if command != "demo":
             words += ["--model", model, "--steps", 2, "--num-frames", 2, "--guidance-scale", 1]
             words += [] if "--prompts" in arguments else ["--prompt", PROMPT]
-        monkeypatch.setattr(sys, "argv", ["svg-jax", *map(str, [*words, *arguments])])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
+        result = run(*words, *arguments)
+        return result.code, result.out, result.err
 
     return call
 

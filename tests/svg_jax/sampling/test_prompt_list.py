@@ -3,13 +3,11 @@
 import dataclasses
 import gc
 import json
-import logging
 import os
 import signal
 import sys
 import weakref
 from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,6 @@ import pytest
 from flax import nnx
 
 import svg_jax
-from svg_jax import cli
-from svg_jax.convert import convert_pipeline
 from svg_jax.sampling import CogVideoXPipeline, HunyuanVideoPipeline
 from svg_jax.sampling.components import Lazy, loading_once
 from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders
@@ -31,31 +27,22 @@ SMALL: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 1, "num_fra
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The bundled tiny model, converted."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    convert_pipeline(Path(str(files("svg_jax"))) / "assets" / "tiny_cogvideox", folder)
-    return folder
+def model(bundled):
+    return bundled
 
 
 @pytest.fixture
-def generate(model, capsys, monkeypatch, tmp_path):
+def generate(model, run):
     """Calls `svg-jax generate` for prompts.txt, in an empty folder; gives code, output, error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logging.getLogger("svg_jax"), "handlers", [])
-    monkeypatch.setattr(logging.getLogger("svg_jax"), "propagate", True)
     Path("prompts.txt").write_text("# digits\n\n" + "\n".join(PROMPTS) + "\n", encoding="utf-8")
     Path("out").mkdir()
 
     def call(*arguments, output="out/{index}.npz"):
         command = ["generate", "--model", model, "--prompts", "prompts.txt", "-o", output]
         command += ["--steps", 3, "--guidance-scale", 1, "--num-frames", 2, *arguments]
-        monkeypatch.setattr(sys, "argv", ["svg-jax", *map(str, command)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        captured = capsys.readouterr()
-        assert len(captured.err.splitlines()) <= 1
-        return exit.value.code or 0, captured.out, captured.err
+        result = run(*command)
+        assert len(result.err.splitlines()) <= 1
+        return result.code, result.out, result.err
 
     return call
 
