@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -224,7 +225,7 @@ def _small_files(source: Source) -> dict[str, Path]:
     """The files that are carried as they are, by their path in the folder."""
     index = "model_index.json"
     files = {} if index in source.texts else {index: source.path / index}
-    if (defaults := source.path / RUN_DEFAULTS).exists():
+    if os.path.lexists(defaults := source.path / RUN_DEFAULTS):
         check_inside(defaults, source.allowed)
         read_run_defaults(source.path)
         files[RUN_DEFAULTS] = defaults

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from svg_jax.convert.errors import ConversionError
-from svg_jax.convert.formats.json_file import read_json
+from svg_jax.convert.formats.json_file import read_json_if_any
 from svg_jax.convert.formats.values import Number, Rule, Shares, sentence_of, shown
 
 FILE = "svg_jax.json"
@@ -98,10 +98,8 @@ def read_run_defaults(folder: Path) -> RunDefaults:
         ConversionError: If the file is damaged, or holds anything that has no meaning.
     """
     file = folder / FILE
-    if not file.exists():
-        return RunDefaults()
     try:
-        return RunDefaults.from_dict(read_json(file))
+        return RunDefaults.from_dict(read_json_if_any(file))
     except ConversionError:
         raise
     except ValueError as error:

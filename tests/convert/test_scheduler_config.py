@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -154,4 +155,13 @@ def test_a_folder_says_how_its_model_is_run(source, tmp_path):
 def test_a_folder_that_says_nonsense_is_refused(source, values, message):
     (source / "svg_jax.json").write_text(json.dumps(values))
     with pytest.raises(ConversionError, match=message):
+        plan_conversion(source)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda file: file.symlink_to("nowhere")])
+def test_defaults_that_are_no_file_are_refused_and_not_left_out(source, make):
+    file = source / "svg_jax.json"
+    file.unlink(missing_ok=True)
+    make(file)
+    with pytest.raises(ConversionError, match=r"svg_jax.json: is (no file|a link to nothing)"):
         plan_conversion(source)
