@@ -61,7 +61,12 @@ def __getattr__(name: str) -> Any:
 
         value = version("svg-jax")
     elif name in _HOME:
-        value = getattr(import_module(_HOME[name]), name)
+        try:
+            value = getattr(import_module(_HOME[name]), name)
+        except ModuleNotFoundError as error:
+            from svg_jax.extras import missing_package
+
+            raise missing_package(error) from error
     else:
         raise AttributeError(f"module 'svg_jax' has no attribute {name!r}")
     globals()[name] = value

@@ -47,7 +47,7 @@ def test_commands_are_ones_that_the_command_line_takes(line):
 
 def test_the_first_two_shell_blocks_are_those_that_ci_runs():
     first, second = re.findall(r"^```sh\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)[:2]
-    assert first.splitlines() == ["pip install .", "svg-jax demo"]
+    assert first.splitlines() == ["pip install '.[video]'", "svg-jax demo"]
     assert second.splitlines()[-1] == "pytest"
 
 

@@ -36,8 +36,8 @@ from svg_jax.sampling.settings.run import SAVING
 app = typer.Typer(
     help="Sparse VideoGen in JAX: video diffusion transformers with sparse attention.",
     epilog="Exit codes: 0 done; 1 values that are not finite; 2 wrong usage or bad input; 3 the "
-    "system refuses (disk, rights, memory, another run); 4 a folder is not what was converted; "
-    "70 internal error; 130 Ctrl-C.",
+    "system refuses (disk, rights, memory, another run, a missing package); 4 a folder is not what "
+    "was converted; 70 internal error; 130 Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

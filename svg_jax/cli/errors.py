@@ -24,6 +24,7 @@ from enum import IntEnum
 from types import TracebackType
 
 from svg_jax.cli.console import shortened
+from svg_jax.extras import missing_package
 
 
 class ExitCode(IntEnum):
@@ -94,6 +95,8 @@ def _foreseen_code(error: BaseException) -> int | None:
             return ExitCode.BAD_INPUT if is_of_path else ExitCode.REFUSED
         case MemoryError():
             return ExitCode.REFUSED
+        case ModuleNotFoundError() if missing_package(error) is not error:
+            return ExitCode.REFUSED
         case RuntimeError() if _is_out_of_memory(error):
             return ExitCode.REFUSED
         case FloatingPointError():
@@ -139,6 +142,8 @@ def _sentence(error: BaseException, options: Mapping[str, str]) -> str:
     if reason := getattr(error, "strerror", None):  # OSError and FFmpeg's
         return f"{_paths_of(error)}{reason}"
     match error:
+        case ModuleNotFoundError():
+            return str(missing_package(error))
         case RecursionError():
             return "what was given is nested too deeply to be read"
         case UnicodeError():

@@ -236,7 +236,7 @@ def test_wrong_usage_is_one_sentence_and_code_2(run, arguments):
 
 
 def test_help_is_quick_because_it_needs_no_jax():
-    probe = "import sys; import svg_jax.cli; sys.exit('jax' in sys.modules)"
+    probe = "import sys; import svg_jax.cli.app; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe]).returncode == 0
 
 

@@ -23,6 +23,7 @@ from rich.table import Table
 import svg_jax
 from svg_jax.bundled import bundled_or
 from svg_jax.cli import checkpoints, console, videos
+from svg_jax.cli.errors import ExitCode, failure_of
 from svg_jax.convert import DamageError, RefusedError
 
 COMMANDS = {
@@ -314,3 +315,15 @@ def test_version_and_public_names(run):
 def test_help_says_nothing_on_standard_error(run, arguments):
     result = run(*arguments)
     assert (result.code, result.err, "Usage" in result.out) == (0 if arguments else 2, "", True)
+
+
+def test_a_missing_package_is_named_with_the_extra_that_has_it():
+    failure = failure_of(ModuleNotFoundError("No module named 'av.video'", name="av.video"))
+    assert failure.code == ExitCode.REFUSED
+    assert failure.sentence.startswith("av is not installed")
+    assert failure.sentence.endswith("pip install 'svg-jax[video]'")
+
+
+def test_a_module_of_this_package_that_is_missing_is_an_internal_error():
+    gone = ModuleNotFoundError("No module named 'svg_jax.gone'", name="svg_jax.gone")
+    assert failure_of(gone).code == ExitCode.INTERNAL
