@@ -1,17 +1,14 @@
 """The configs of CLIP's two towers."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
-from svg_jax.models.config import check_config, read_config
-
-_ACTIVATIONS = ("gelu", "quick_gelu")
-_NOT_THE_TOWERS = frozenset({"projection_dim"})
+from svg_jax.models.config import ModelConfig, implemented
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig:
+class CLIPTextConfig(ModelConfig):
     """What the text tower needs of a released config.json; transformers' names and defaults.
 
     Attributes:
@@ -27,32 +24,26 @@ class CLIPTextConfig:
             OpenAI's configs have, is none: it stands for the largest id of each text.
     """
 
+    other_keys: ClassVar = ("projection_dim",)
+    fixed_keys: ClassVar = MappingProxyType({"model_type": "clip_text_model"})
+
     vocab_size: int = 49408
     hidden_size: int = 512
     intermediate_size: int = 2048
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
     max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
+    hidden_act: str = implemented("quick_gelu", "gelu")
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
 
     def __post_init__(self) -> None:
-        _check(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "CLIPTextConfig":
-        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
-        only = {"model_type": "clip_text_model"}
-        return read_config(cls, values, ignored=_NOT_THE_TOWERS, only=only)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The tower's share of a config.json."""
-        return asdict(self)
+        super().__post_init__()
+        _check_heads(self)
 
 
 @dataclass(frozen=True)
-class CLIPVisionConfig:
+class CLIPVisionConfig(ModelConfig):
     """What the vision tower needs of a released config.json; transformers' names and defaults.
 
     Attributes:
@@ -67,6 +58,9 @@ class CLIPVisionConfig:
         layer_norm_eps: Epsilon of the norms.
     """
 
+    other_keys: ClassVar = ("projection_dim", "vocab_size")
+    fixed_keys: ClassVar = MappingProxyType({"model_type": "clip_vision_model"})
+
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
@@ -74,26 +68,17 @@ class CLIPVisionConfig:
     num_channels: int = 3
     image_size: int = 224
     patch_size: int = 32
-    hidden_act: str = "quick_gelu"
+    hidden_act: str = implemented("quick_gelu", "gelu")
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        _check(self)
+        super().__post_init__()
+        _check_heads(self)
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"CLIPVisionConfig: image_size={self.image_size} must be a multiple of "
                 f"patch_size={self.patch_size}."
             )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "CLIPVisionConfig":
-        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
-        only = {"model_type": "clip_vision_model"}
-        return read_config(cls, values, ignored=_NOT_THE_TOWERS | {"vocab_size"}, only=only)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The tower's share of a config.json."""
-        return asdict(self)
 
     @property
     def num_patches(self) -> int:
@@ -101,16 +86,9 @@ class CLIPVisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
-def _check(config: CLIPTextConfig | CLIPVisionConfig) -> None:
-    check_config(config, only={})
-    name = type(config).__name__
-    if config.hidden_act not in _ACTIVATIONS:
-        raise ValueError(
-            f"{name}: hidden_act={config.hidden_act!r} is not implemented, only "
-            f"{' and '.join(map(repr, _ACTIVATIONS))}."
-        )
+def _check_heads(config: CLIPTextConfig | CLIPVisionConfig) -> None:
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
-            f"{name}: hidden_size={config.hidden_size} must be a multiple of "
+            f"{type(config).__name__}: hidden_size={config.hidden_size} must be a multiple of "
             f"num_attention_heads={config.num_attention_heads}."
         )

@@ -1,28 +1,14 @@
 """The config of a CogVideoX transformer, and the videos that it can take."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from types import MappingProxyType
-from typing import Any
+from dataclasses import dataclass
 
-from svg_jax.models.config import check_config, read_config
+from svg_jax.models.config import ModelConfig, implemented
 from svg_jax.models.layout import VideoLayout
 from svg_jax.models.patches import token_grid
 
-_IMPLEMENTED = MappingProxyType(
-    {
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "attention_bias": True,
-        "activation_fn": "gelu-approximate",
-        "timestep_activation_fn": "silu",
-        "norm_elementwise_affine": True,
-    }
-)
-
 
 @dataclass(frozen=True)
-class CogVideoXConfig:
+class CogVideoXConfig(ModelConfig):
     """A released config.json; diffusers' names and defaults (these are 2b's).
 
     Attributes:
@@ -62,14 +48,14 @@ class CogVideoXConfig:
     attention_head_dim: int = 64
     in_channels: int = 16
     out_channels: int = 16
-    flip_sin_to_cos: bool = True
-    freq_shift: int = 0
+    flip_sin_to_cos: bool = implemented(True)
+    freq_shift: int = implemented(0)
     time_embed_dim: int = 512
     ofs_embed_dim: int | None = None
     text_embed_dim: int = 4096
     num_layers: int = 30
     dropout: float = 0.0
-    attention_bias: bool = True
+    attention_bias: bool = implemented(True)
     sample_width: int = 90
     sample_height: int = 60
     sample_frames: int = 49
@@ -77,9 +63,9 @@ class CogVideoXConfig:
     patch_size_t: int | None = None
     temporal_compression_ratio: int = 4
     max_text_seq_length: int = 226
-    activation_fn: str = "gelu-approximate"
-    timestep_activation_fn: str = "silu"
-    norm_elementwise_affine: bool = True
+    activation_fn: str = implemented("gelu-approximate")
+    timestep_activation_fn: str = implemented("silu")
+    norm_elementwise_affine: bool = implemented(True)
     norm_eps: float = 1e-5
     spatial_interpolation_scale: float = 1.875
     temporal_interpolation_scale: float = 1.0
@@ -88,7 +74,7 @@ class CogVideoXConfig:
     patch_bias: bool = True
 
     def __post_init__(self) -> None:
-        check_config(self, only=_IMPLEMENTED)
+        super().__post_init__()
         rotary, learned = (
             self.use_rotary_positional_embeddings,
             self.use_learned_positional_embeddings,
@@ -123,15 +109,6 @@ class CogVideoXConfig:
                 f"ofs_embed_dim={self.ofs_embed_dim} must be time_embed_dim={self.time_embed_dim}: "
                 "the two embeddings are added."
             )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "CogVideoXConfig":
-        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
-        return read_config(cls, values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config.json without diffusers' own "_" keys."""
-        return asdict(self)
 
     @property
     def num_attention_layers(self) -> int:

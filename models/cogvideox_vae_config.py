@@ -1,28 +1,15 @@
 """The config of CogVideoX's video autoencoder."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from types import MappingProxyType
-from typing import Any
+from dataclasses import dataclass
 
-from svg_jax.models.config import check_config, read_config
+from svg_jax.models.config import ModelConfig, implemented
 from svg_jax.models.vae_tiling import Tiling
 
 _DOWN, _UP = "CogVideoXDownBlock3D", "CogVideoXUpBlock3D"
-_IMPLEMENTED = MappingProxyType(
-    {
-        "act_fn": "silu",
-        "shift_factor": None,
-        "latents_mean": None,
-        "latents_std": None,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    }
-)
 
 
 @dataclass(frozen=True)
-class CogVideoXVAEConfig:
+class CogVideoXVAEConfig(ModelConfig):
     """A released config.json; diffusers' names and defaults (these are 2b's).
 
     Attributes:
@@ -58,23 +45,23 @@ class CogVideoXVAEConfig:
     block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
     latent_channels: int = 16
     layers_per_block: int = 3
-    act_fn: str = "silu"
+    act_fn: str = implemented("silu")
     norm_eps: float = 1e-6
     norm_num_groups: int = 32
     temporal_compression_ratio: int = 4
     sample_height: int = 480
     sample_width: int = 720
     scaling_factor: float = 1.15258426
-    shift_factor: float | None = None
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
+    shift_factor: float | None = implemented(None)
+    latents_mean: tuple[float, ...] | None = implemented(None)
+    latents_std: tuple[float, ...] | None = implemented(None)
     force_upcast: bool = True
-    use_quant_conv: bool = False
-    use_post_quant_conv: bool = False
+    use_quant_conv: bool = implemented(False)
+    use_post_quant_conv: bool = implemented(False)
     invert_scale_latents: bool = False
 
     def __post_init__(self) -> None:
-        check_config(self, only=_IMPLEMENTED)
+        super().__post_init__()
         blocks = len(self.block_out_channels)
         for name, only in (("down_block_types", _DOWN), ("up_block_types", _UP)):
             if getattr(self, name) != (only,) * blocks:
@@ -95,15 +82,6 @@ class CogVideoXVAEConfig:
             )
         if self.scaling_factor == 0:
             raise ValueError("scaling_factor must not be 0: latents are divided by it.")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "CogVideoXVAEConfig":
-        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
-        return read_config(cls, values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config.json without diffusers' own "_" keys."""
-        return asdict(self)
 
     @property
     def spatial_compression_ratio(self) -> int:

@@ -5,14 +5,16 @@ import dataclasses
 import types
 import typing
 from collections.abc import Collection, Mapping
-from reprlib import repr  # short, whatever stands in a file
-from typing import Any, TypeVar
+from reprlib import repr  # short, however long a file's value is
+from typing import Any, ClassVar, TypeVar
 
 Config = TypeVar("Config")
+Value = TypeVar("Value")
+SomeConfig = TypeVar("SomeConfig", bound="ModelConfig")
 _NAMED = 5  # unknown keys that an error spells out
 
-# What libraries and trainers note in the config.json of any model, of no consequence for what its
-# layers compute: notes on its files, on training, and on writing texts.
+# Keys that libraries and trainers write into the config.json of any model and that change nothing
+# its layers compute: notes on its files, on training, and on generating text.
 NOTES = frozenset(
     {
         *("architectures", "auto_map", "dtype", "torch_dtype", "tokenizer_class"),
@@ -31,12 +33,12 @@ NOTES = frozenset(
         *("top_p", "typical_p", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
         *("output_scores", "return_dict_in_generate", "remove_invalid_values"),
         "exponential_decay_length_penalty",
-        # Of a moving average, which diffusers' EMAModel saves with the weights.
+        # diffusers' EMAModel saves these with the weights that it averaged.
         *("decay", "min_decay", "inv_gamma", "power", "use_ema_warmup"),
         *("optimization_step", "update_after_step"),
     }
 )
-# The same where they have this value; any other changes what a model computes.
+# The same, if they have this value; any other would change what a model computes.
 _NOTES_WITH_VALUE: Mapping[str, Any] = types.MappingProxyType(
     {
         "add_cross_attention": False,
@@ -47,6 +49,55 @@ _NOTES_WITH_VALUE: Mapping[str, Any] = types.MappingProxyType(
 )
 
 
+def implemented(*values: Value) -> Value:
+    """Declare a field of a config of which only these values are implemented.
+
+    Args:
+        values: Values that are implemented; the first one is the default.
+    """
+    # Typed as its default, as `dataclasses.field` is.
+    return typing.cast(
+        Value, dataclasses.field(default=values[0], metadata={"implemented": values})
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Base of every model's config: fields named as in a released config.json, checked when made.
+
+    Attributes:
+        other_keys: Keys of the file that are not fields and change nothing that the model computes.
+        fixed_keys: Keys of the file that are not fields, with the only value allowed for each: they
+            tell other models.
+    """
+
+    other_keys: ClassVar[Collection[str]] = ()
+    fixed_keys: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value that is not implemented, or a size below one."""
+        name = type(self).__name__
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if values := field.metadata.get("implemented"):
+                if value not in values:
+                    raise ValueError(
+                        f"{name}: {field.name}={repr(value)} is not implemented, only "
+                        f"{' and '.join(sorted(f'{each!r}' for each in values))}."
+                    )
+            elif any(type(size) is int and size < 1 for size in _sizes(value)):
+                raise ValueError(f"{name}: {field.name} must be at least 1, not {repr(value)}.")
+
+    @classmethod
+    def from_dict(cls: type[SomeConfig], values: Mapping[str, Any]) -> SomeConfig:
+        """Read a parsed config.json; ValueError on anything unknown or not implemented."""
+        return read_config(cls, values, ignored=cls.other_keys, only=cls.fixed_keys)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a config.json has them, without the library's own "_" keys."""
+        return dataclasses.asdict(self)
+
+
 def read_config(
     config: type[Config],
     values: Mapping[str, Any],
@@ -54,19 +105,21 @@ def read_config(
     ignored: Collection[str] = (),
     only: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Config:
-    """Makes a config dataclass from a parsed config.json.
+    """Make a config dataclass from a parsed config.json.
 
     Args:
-        config: The dataclass; its field names are the file's keys.
-        values: The parsed file. Keys that begin with "_" are the writing library's notes to itself.
-        ignored: Keys that, as those of `NOTES`, say nothing about what the model computes.
-        only: Keys that are no fields, with the value that they must have where they stand: they
-            tell other models.
+        config: Dataclass whose field names are the file's keys.
+        values: Parsed file. Keys that begin with "_" are the writing library's own notes.
+        ignored: Keys that, like those of `NOTES`, say nothing about what the model computes.
+        only: Keys that are not fields, with the only value allowed for each.
 
     Raises:
-        ValueError: On unknown keys or values of another type than the field's.
+        ValueError: On unknown keys, or values of another type than the field's.
     """
-    kinds = typing.get_type_hints(config)
+    hints = typing.get_type_hints(config)
+    kinds = {
+        field.name: hints[field.name] for field in dataclasses.fields(typing.cast(Any, config))
+    }
     only = {**_NOTES_WITH_VALUE, **only}
     for name in only.keys() & values.keys():
         if values[name] != only[name]:
@@ -91,7 +144,7 @@ def read_config(
 
 
 def _typed(value: Any, kind: Any) -> Any:
-    """The value as one of its field's type; TypeError where JSON's is another."""
+    """Convert a JSON value to its field's type; TypeError if it has another."""
     parts = typing.get_args(kind)
     if typing.get_origin(kind) is tuple and type(value) in (list, tuple):
         endless = parts[-1] is Ellipsis
@@ -109,29 +162,6 @@ def _typed(value: Any, kind: Any) -> Any:
     if type(value) is not kind:
         raise TypeError
     return value
-
-
-def check_config(config: Any, only: Mapping[str, Any]) -> None:
-    """Refuses what no model has and what is not implemented.
-
-    Args:
-        config: A config dataclass.
-        only: Fields of which a single value is implemented, with that value.
-
-    Raises:
-        ValueError: On another value than that, or sizes below one.
-    """
-    name = type(config).__name__
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name in only:
-            if value != only[field.name]:
-                raise ValueError(
-                    f"{name}: {field.name}={repr(value)} is not implemented, only "
-                    f"{only[field.name]!r}."
-                )
-        elif any(type(size) is int and size < 1 for size in _sizes(value)):
-            raise ValueError(f"{name}: {field.name} must be at least 1, not {repr(value)}.")
 
 
 def _sizes(value: Any) -> tuple[Any, ...]:

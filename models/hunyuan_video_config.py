@@ -1,20 +1,14 @@
 """The config of a HunyuanVideo transformer, and the videos that it can take."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from types import MappingProxyType
-from typing import Any
+from dataclasses import dataclass
 
-from svg_jax.models.config import check_config, read_config
+from svg_jax.models.config import ModelConfig, implemented
 from svg_jax.models.layout import VideoLayout
 from svg_jax.models.patches import token_grid
 
-_IMPLEMENTED = MappingProxyType({"qk_norm": "rms_norm"})
-_IMAGE_CONDITIONS = (None, "latent_concat", "token_replace")
-
 
 @dataclass(frozen=True)
-class HunyuanVideoConfig:
+class HunyuanVideoConfig(ModelConfig):
     """A released config.json; diffusers' names and defaults (those of text to video).
 
     Attributes:
@@ -49,21 +43,16 @@ class HunyuanVideoConfig:
     mlp_ratio: float = 4.0
     patch_size: int = 2
     patch_size_t: int = 1
-    qk_norm: str = "rms_norm"
+    qk_norm: str = implemented("rms_norm")
     guidance_embeds: bool = True
     text_embed_dim: int = 4096
     pooled_projection_dim: int = 768
     rope_theta: float = 256.0
     rope_axes_dim: tuple[int, int, int] = (16, 56, 56)
-    image_condition_type: str | None = None
+    image_condition_type: str | None = implemented(None, "latent_concat", "token_replace")
 
     def __post_init__(self) -> None:
-        check_config(self, only=_IMPLEMENTED)
-        if self.image_condition_type not in _IMAGE_CONDITIONS:
-            raise ValueError(
-                f"image_condition_type={self.image_condition_type!r} is not implemented, only "
-                f"{_IMAGE_CONDITIONS}."
-            )
+        super().__post_init__()
         axes = self.rope_axes_dim
         if sum(axes) != self.attention_head_dim or any(features % 2 for features in axes):
             raise ValueError(
@@ -74,15 +63,6 @@ class HunyuanVideoConfig:
             raise ValueError(
                 f"mlp_ratio={self.mlp_ratio} and rope_theta={self.rope_theta} must be positive."
             )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "HunyuanVideoConfig":
-        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
-        return read_config(cls, values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config.json without diffusers' own "_" keys."""
-        return asdict(self)
 
     @property
     def num_attention_layers(self) -> int:

@@ -1,20 +1,14 @@
 """The config of HunyuanVideo's video autoencoder."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from types import MappingProxyType
-from typing import Any
+from dataclasses import dataclass
 
-from svg_jax.models.config import check_config, read_config
+from svg_jax.models.config import ModelConfig
 
 _DOWN, _UP = "HunyuanVideoDownBlock3D", "HunyuanVideoUpBlock3D"
-_IMPLEMENTED = MappingProxyType(
-    {"act_fn": "silu", "spatial_compression_ratio": 8, "temporal_compression_ratio": 4}
-)
 
 
 @dataclass(frozen=True)
-class HunyuanVideoVAEConfig:
+class HunyuanVideoVAEConfig(ModelConfig):
     """A released config.json; diffusers' names and defaults.
 
     Attributes:
@@ -42,15 +36,15 @@ class HunyuanVideoVAEConfig:
     up_block_types: tuple[str, ...] = (_UP,) * 4
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
-    act_fn: str = "silu"
+    act_fn: str = implemented("silu")
     norm_num_groups: int = 32
     scaling_factor: float = 0.476986
-    spatial_compression_ratio: int = 8
-    temporal_compression_ratio: int = 4
+    spatial_compression_ratio: int = implemented(8)
+    temporal_compression_ratio: int = implemented(4)
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
-        check_config(self, only=_IMPLEMENTED)
+        super().__post_init__()
         blocks = len(self.block_out_channels)
         for name, only in (("down_block_types", _DOWN), ("up_block_types", _UP)):
             if getattr(self, name) != (only,) * blocks:
@@ -70,15 +64,6 @@ class HunyuanVideoVAEConfig:
             )
         if self.scaling_factor == 0:
             raise ValueError("scaling_factor must not be 0: latents are divided by it.")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "HunyuanVideoVAEConfig":
-        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
-        return read_config(cls, values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config.json without diffusers' own "_" keys."""
-        return asdict(self)
 
     @property
     def factors(self) -> tuple[tuple[int, int, int] | None, ...]:

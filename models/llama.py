@@ -5,10 +5,10 @@ transformers `LlamaModel`.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -17,7 +17,7 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Bool, Float, Int
 
 from svg_jax.models.attention import softmax_attention
-from svg_jax.models.config import check_config, read_config
+from svg_jax.models.config import ModelConfig, implemented
 from svg_jax.models.layers import (
     GatedFeedForward,
     layers_below,
@@ -28,12 +28,9 @@ from svg_jax.models.layers import (
 )
 from svg_jax.models.rope import Rotation, rotate_halves, text_rotation
 
-_IMPLEMENTED = MappingProxyType({"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
-_NOT_THE_ENCODERS = {"eos_token_id", "pretraining_tp"}
-
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(ModelConfig):
     """What the encoder needs of a released config.json; transformers' names and defaults.
 
     Attributes:
@@ -53,6 +50,9 @@ class LlamaConfig:
         mlp_bias: False.
     """
 
+    other_keys: ClassVar = ("eos_token_id", "pretraining_tp")
+    fixed_keys: ClassVar = MappingProxyType({"model_type": "llama"})
+
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -63,12 +63,12 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    hidden_act: str = "silu"
-    attention_bias: bool = False
-    mlp_bias: bool = False
+    hidden_act: str = implemented("silu")
+    attention_bias: bool = implemented(False)
+    mlp_bias: bool = implemented(False)
 
     def __post_init__(self) -> None:
-        check_config(self, only=_IMPLEMENTED)
+        super().__post_init__()
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"LlamaConfig: hidden_size={self.hidden_size} must be a multiple of "
@@ -84,13 +84,8 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
-        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
-        only = {"model_type": "llama"}
-        return read_config(cls, _plain_rope(values), ignored=_NOT_THE_ENCODERS, only=only)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The encoder's share of a config.json."""
-        return asdict(self)
+        """Read a parsed config.json; ValueError on anything unknown or not implemented."""
+        return super().from_dict(_plain_rope(values))
 
     @property
     def head_features(self) -> int:

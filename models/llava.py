@@ -5,9 +5,9 @@ architecture as released: transformers `LlavaForConditionalGeneration`.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -16,29 +16,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from svg_jax.models.clip import CLIPVisionEncoder
 from svg_jax.models.clip_config import CLIPVisionConfig
-from svg_jax.models.config import check_config, read_config
+from svg_jax.models.config import ModelConfig, implemented
 from svg_jax.models.layers import FeedForward, gelu
 from svg_jax.models.llama import LlamaConfig, LlamaEncoder
 
-_IMPLEMENTED = MappingProxyType(
-    {
-        "projector_hidden_act": "gelu",
-        "vision_feature_select_strategy": "default",
-        "vision_feature_layer": -2,
-        "multimodal_projector_bias": True,
-    }
-)
 _PARTS = MappingProxyType({"text_config": LlamaConfig, "vision_config": CLIPVisionConfig})
-_NOT_THE_ENCODERS = {
-    "eos_token_id",
-    "ignore_index",
-    "image_seq_length",
-    "vocab_size",
-}
 
 
 @dataclass(frozen=True)
-class LlavaConfig:
+class LlavaConfig(ModelConfig):
     """What the encoder needs of a released config.json; transformers' names and defaults.
 
     Attributes:
@@ -51,16 +37,19 @@ class LlavaConfig:
         multimodal_projector_bias: True.
     """
 
+    other_keys: ClassVar = ("eos_token_id", "ignore_index", "image_seq_length", "vocab_size")
+    fixed_keys: ClassVar = MappingProxyType({"model_type": "llava"})
+
     text_config: LlamaConfig
     vision_config: CLIPVisionConfig
     image_token_index: int = 32000
-    projector_hidden_act: str = "gelu"
-    vision_feature_select_strategy: str = "default"
-    vision_feature_layer: int = -2
-    multimodal_projector_bias: bool = True
+    projector_hidden_act: str = implemented("gelu")
+    vision_feature_select_strategy: str = implemented("default")
+    vision_feature_layer: int = implemented(-2)
+    multimodal_projector_bias: bool = implemented(True)
 
     def __post_init__(self) -> None:
-        check_config(self, only=_IMPLEMENTED)
+        super().__post_init__()
         if self.image_token_index >= self.text_config.vocab_size:
             raise ValueError(
                 f"LlavaConfig: image_token_index={self.image_token_index} is beyond the "
@@ -69,19 +58,14 @@ class LlavaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlavaConfig":
-        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
+        """Read a parsed config.json; ValueError on anything unknown or not implemented."""
         parts = {}
         for name, config in _PARTS.items():
             part = values.get(name)
             if not isinstance(part, Mapping):
                 raise ValueError(f"LlavaConfig: {name} must be a config of its own, not {part!r}.")
             parts[name] = config.from_dict(part)
-        only = {"model_type": "llava"}
-        return read_config(cls, {**values, **parts}, ignored=_NOT_THE_ENCODERS, only=only)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The encoder's share of a config.json."""
-        return asdict(self)
+        return super().from_dict({**values, **parts})
 
 
 class LlavaEncoder(nnx.Module):

@@ -7,10 +7,10 @@ and `UMT5EncoderModel`.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +20,7 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Bool, Float, Int
 
 from svg_jax.models.attention import softmax_attention
-from svg_jax.models.config import check_config, read_config
+from svg_jax.models.config import ModelConfig, implemented
 from svg_jax.models.layers import (
     GatedFeedForward,
     gelu_tanh,
@@ -29,29 +29,9 @@ from svg_jax.models.layers import (
     stack_layers,
 )
 
-_IMPLEMENTED = MappingProxyType({"feed_forward_proj": "gated-gelu"})
-_MODEL_TYPES = ("t5", "umt5")
-
-# What transformers writes beside it: training, the decoder, generation, how the file was made.
-_NOT_THE_ENCODERS = {
-    "classifier_dropout",
-    "decoder_start_token_id",
-    "dropout_rate",
-    "eos_token_id",
-    "is_decoder",
-    "is_encoder_decoder",
-    "is_gated_act",
-    "n_positions",
-    "num_decoder_layers",
-    "output_past",
-    "scalable_attention",
-    "scale_decoder_outputs",
-    "task_specific_params",
-}
-
 
 @dataclass(frozen=True)
-class T5Config:
+class T5Config(ModelConfig):
     """What the encoder needs of a released config.json; transformers' names, XXL's sizes.
 
     Attributes:
@@ -68,6 +48,14 @@ class T5Config:
         model_type: "t5", or "umt5" for a distance bias in every layer.
     """
 
+    # Training, the decoder, generation, how the file was made.
+    other_keys: ClassVar = (
+        *("dropout_rate", "eos_token_id", "is_decoder", "is_encoder_decoder", "is_gated_act"),
+        *("n_positions", "num_decoder_layers", "output_past", "scalable_attention"),
+        "scale_decoder_outputs",
+    )
+    fixed_keys: ClassVar = MappingProxyType({"dense_act_fn": "gelu_new"})
+
     vocab_size: int = 32128
     d_model: int = 4096
     d_kv: int = 64
@@ -77,16 +65,11 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
-    feed_forward_proj: str = "gated-gelu"
-    model_type: str = "t5"
+    feed_forward_proj: str = implemented("gated-gelu")
+    model_type: str = implemented("t5", "umt5")
 
     def __post_init__(self) -> None:
-        check_config(self, only=_IMPLEMENTED)
-        if self.model_type not in _MODEL_TYPES:
-            raise ValueError(
-                f"T5Config: model_type={self.model_type!r} is not implemented, only "
-                f"{' and '.join(map(repr, _MODEL_TYPES))}."
-            )
+        super().__post_init__()
         if self.relative_attention_num_buckets % 4:
             raise ValueError(
                 "relative_attention_num_buckets must be a multiple of 4, not "
@@ -100,12 +83,12 @@ class T5Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, model_type: str | None = None) -> "T5Config":
-        """Reads a parsed config.json.
+        """Read a parsed config.json.
 
         Args:
-            values: The parsed file.
-            model_type: Which type the model is known to be of, whether the file names it or not;
-                None goes by the file.
+            values: Parsed file.
+            model_type: Type that the model is known to have, whether or not the file names it; None
+                takes the file's.
 
         Raises:
             ValueError: On anything unknown or not implemented, or another type.
@@ -115,12 +98,7 @@ class T5Config:
             if named != model_type:
                 raise ValueError(f"T5Config: model_type={named!r} and must be {model_type!r}.")
             values = {**values, "model_type": model_type}
-        only = {"dense_act_fn": "gelu_new"}
-        return read_config(cls, values, ignored=_NOT_THE_ENCODERS, only=only)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The encoder's share of a config.json."""
-        return asdict(self)
+        return super().from_dict(values)
 
 
 class Attention(nnx.Module):

@@ -1,19 +1,14 @@
 """The config of a Wan transformer, and the videos that it can take."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from types import MappingProxyType
-from typing import Any
+from dataclasses import dataclass
 
-from svg_jax.models.config import check_config, read_config
+from svg_jax.models.config import ModelConfig, implemented
 from svg_jax.models.layout import VideoLayout
 from svg_jax.models.patches import token_grid
 
-_IMPLEMENTED = MappingProxyType({"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"})
-
 
 @dataclass(frozen=True)
-class WanConfig:
+class WanConfig(ModelConfig):
     """A released config.json; diffusers' names and defaults (these are 14B's, text to video).
 
     Attributes:
@@ -45,8 +40,8 @@ class WanConfig:
     freq_dim: int = 256
     ffn_dim: int = 13824
     num_layers: int = 40
-    cross_attn_norm: bool = True
-    qk_norm: str | None = "rms_norm_across_heads"
+    cross_attn_norm: bool = implemented(True)
+    qk_norm: str | None = implemented("rms_norm_across_heads")
     eps: float = 1e-6
     image_dim: int | None = None
     added_kv_proj_dim: int | None = None
@@ -54,7 +49,7 @@ class WanConfig:
     pos_embed_seq_len: int | None = None
 
     def __post_init__(self) -> None:
-        check_config(self, only=_IMPLEMENTED)
+        super().__post_init__()
         for name in ("attention_head_dim", "freq_dim"):
             if getattr(self, name) % 2:
                 raise ValueError(f"{name} must be even, not {getattr(self, name)}.")
@@ -65,15 +60,6 @@ class WanConfig:
             )
         if self.pos_embed_seq_len is not None and self.image_dim is None:
             raise ValueError("pos_embed_seq_len without image_dim: no such model.")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "WanConfig":
-        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
-        return read_config(cls, values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config.json without diffusers' own "_" keys."""
-        return asdict(self)
 
     @property
     def num_attention_layers(self) -> int:

@@ -1,17 +1,12 @@
 """The config of a Wan VAE, and the videos that it can take."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from types import MappingProxyType
-from typing import Any
+from dataclasses import dataclass
 
-from svg_jax.models.config import check_config, read_config
-
-_IMPLEMENTED = MappingProxyType({"attn_scales": ()})
+from svg_jax.models.config import ModelConfig, implemented
 
 
 @dataclass(frozen=True)
-class WanVAEConfig:
+class WanVAEConfig(ModelConfig):
     """A released config.json; diffusers' names and defaults (these are those of Wan 2.1).
 
     Attributes:
@@ -38,7 +33,7 @@ class WanVAEConfig:
     z_dim: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
-    attn_scales: tuple[float, ...] = ()
+    attn_scales: tuple[float, ...] = implemented(())
     temperal_downsample: tuple[bool, ...] = (False, True, True)
     dropout: float = 0.0
     latents_mean: tuple[float, ...] = (
@@ -57,7 +52,7 @@ class WanVAEConfig:
     scale_factor_spatial: int = 8
 
     def __post_init__(self) -> None:
-        check_config(self, only=_IMPLEMENTED)
+        super().__post_init__()
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(
                 f"temperal_downsample has {len(self.temperal_downsample)} steps and the "
@@ -82,15 +77,6 @@ class WanVAEConfig:
                     f"{name}={getattr(self, name)} must be a multiple of patch_size² = "
                     f"{self.patch**2}."
                 )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "WanVAEConfig":
-        """Reads a parsed config.json; ValueError on anything unknown or not implemented."""
-        return read_config(cls, values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config.json without diffusers' own "_" keys."""
-        return asdict(self)
 
     @property
     def patch(self) -> int:
