@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from svg_jax.models.config import ModelConfig
+from svg_jax.models.config import ModelConfig, implemented
 
 _DOWN, _UP = "HunyuanVideoDownBlock3D", "HunyuanVideoUpBlock3D"
 
