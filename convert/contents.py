@@ -1,10 +1,10 @@
-"""What a folder or file holds, converted or not, and its tensors' statistics."""
+"""Read what a folder or file holds, converted or not, and the statistics of its tensors."""
 
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,8 @@ import numpy as np
 from svg_jax.convert.checkpoint.folder import ConvertedFolder, open_folder
 from svg_jax.convert.checkpoint.manifest import NAME, LoraRecord
 from svg_jax.convert.checkpoint.staging import standing_folder
-from svg_jax.convert.checkpoint.tensors import open_tensors, read_checked
-from svg_jax.convert.components import (
-    COPIED,
-    PipelineIndex,
-    passed_over,
-    split_unused,
-)
+from svg_jax.convert.checkpoint.tensors import open_tensors
+from svg_jax.convert.components import COPIED, PipelineIndex, passed_over, split_unused
 from svg_jax.convert.formats.json_file import read_json
 from svg_jax.convert.formats.stored_tensor import DTYPES, StoredTensor, read_tensor
 from svg_jax.convert.paths import real_path, usable_path
@@ -33,7 +28,15 @@ _PIECE = 1 << 22  # elements that are taken at once
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the finite elements of a tensor; None where there are none."""
+    """Statistics of the finite elements of a tensor; None if it has none.
+
+    Attributes:
+        minimum: Smallest element.
+        maximum: Largest element.
+        mean: Mean of the elements.
+        std: Standard deviation of the elements.
+        nonfinite: Number of the other elements: NaN and infinities.
+    """
 
     minimum: float | None
     maximum: float | None
@@ -44,13 +47,13 @@ class Statistics:
 
 @dataclass(frozen=True)
 class TensorContents:
-    """One tensor by its name in diffusers' layout.
+    """One tensor.
 
     Attributes:
-        name: Its name.
-        shape: Its shape.
-        dtype: Its dtype, as stored.
-        statistics: If they were asked for.
+        name: Name in diffusers' layout.
+        shape: Shape.
+        dtype: Dtype as stored.
+        statistics: Statistics of the elements, if they were asked for.
     """
 
     name: str
@@ -69,15 +72,15 @@ class ComponentContents:
     """A component with weights.
 
     Attributes:
-        name: Its name.
-        class_name: Its class in model_index.json.
-        config: Its config.json.
-        tensors: Its tensors.
-        release: What it is called if it is in its authors' own layout; names and config are then
-            those that its class gives them.
-        unused: Names of tensors beside them that the model does without.
-        casts: The dtypes that weights are not kept in, each with what it is converted to.
-        passed_over: Keys of config.json that say nothing about what the model computes.
+        name: Name of the component.
+        class_name: Class in model_index.json.
+        config: Content of config.json.
+        tensors: Tensors that the model needs.
+        release: Name of the release if it is in its authors' own layout; `config` and the tensors'
+            names are nevertheless those of the class.
+        unused: Names of tensors that the model does not need.
+        casts: Dtypes that a conversion does not keep, and what it converts each to.
+        passed_over: Keys of config.json that do not affect what the model computes.
     """
 
     name: str
@@ -96,7 +99,7 @@ class ComponentContents:
 
     @property
     def dtypes(self) -> dict[str, int]:
-        """Elements of each dtype."""
+        """Number of elements of each dtype, the most frequent first."""
         sizes: Counter[str] = Counter()
         for tensor in self.tensors:
             sizes[tensor.dtype] += tensor.size
@@ -113,12 +116,12 @@ class Contents:
     """A pipeline, or a component alone.
 
     Attributes:
-        pipeline: Its class; None of a component alone.
-        converted: Whether it is converted; else it is in diffusers' or an original layout.
-        components: Those with weights.
-        others: Class of each of the others, by name.
-        skipped: Components that were left out when it was converted.
-        loras: What was merged into its weights then.
+        pipeline: Class of the pipeline; None for a component alone.
+        converted: Whether it is a converted folder, not one in diffusers' or an original layout.
+        components: Components with weights.
+        others: Class of each other component, by name.
+        skipped: Names of components that were left out of the conversion.
+        loras: LoRAs that the conversion merged into the weights.
     """
 
     pipeline: str | None
@@ -129,17 +132,7 @@ class Contents:
     loras: tuple[LoraRecord, ...] = ()
 
 
-# A tensor's name, shape and dtype, and what reads it.
-_Readable = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
-
-
-@dataclass(frozen=True)
-class _Part:
-    config: Mapping[str, Any]
-    tensors: Sequence[_Readable]
-    release: str | None = None
-    unused: tuple[str, ...] = ()
-    casts: Mapping[str, str] = field(default_factory=dict)
+_Part = tuple[ComponentContents, list[Callable[[], np.ndarray]]]  # and what reads each tensor
 
 
 def read_contents(
@@ -150,18 +143,18 @@ def read_contents(
     weights_key: str | None = None,
     progress: Progress | None = None,
 ) -> Contents:
-    """Reads what a folder or file holds: headers only, or every tensor for its statistics.
+    """Read what a folder or file holds: only headers, or every tensor for its statistics.
 
     Args:
-        source: A converted folder, or what `convert_pipeline` takes; of a pipeline also components
-            that are not ported.
+        source: Converted folder, or anything that `convert_pipeline` takes; a pipeline may have
+            components that are not ported.
         statistics: Whether to read the tensors, one at a time.
-        variant: See `convert_pipeline`.
-        weights_key: See `convert_pipeline`.
-        progress: Called with (bytes done, bytes in all, component).
+        variant: Set of weights to read; see `ConversionSettings`.
+        weights_key: Key of the weights to read; see `ConversionSettings`.
+        progress: Function called with (bytes done, bytes in all, component) while tensors are read.
 
     Raises:
-        ConversionError: If it is nothing of the kind, or something in it cannot be read.
+        ConversionError: If it is neither, or something in it cannot be read.
     """
     source = usable_path(source)
     converted = os.path.lexists(standing_folder(real_path(source)) / NAME)
@@ -169,97 +162,81 @@ def read_contents(
         folder = open_folder(source)
         index = PipelineIndex(folder.pipeline, folder.classes)
         skipped, loras = folder.manifest.skipped, folder.manifest.loras
-        parts = _converted_parts(folder)
+        parts = list(_converted_parts(folder))
     else:
         opened = open_source(source, variant, weights_key)
         index, skipped, loras = opened.index, (), ()
-        parts = _stored_parts(opened, variant)
-    total = sum(
-        math.prod(shape) * np.dtype(dtype).itemsize
-        for part in parts.values()
-        for _, shape, dtype, _ in part.tensors
-    )
-    advance = count_bytes(total, progress if statistics else None)
-
-    def measure(component: str, tensor: _Readable) -> TensorContents:
-        name, shape, dtype, read = tensor
-        if not statistics:
-            return TensorContents(name, shape, dtype)
-        array = read()
-        advance(array.nbytes, component)
-        return TensorContents(name, shape, dtype, tensor_statistics(array))
-
+        parts = list(_stored_parts(opened, variant))
+    components = [component for component, _ in parts]
+    if statistics:
+        advance = count_bytes(sum(component.nbytes for component in components), progress)
+        components = [_measure(component, reads, advance) for component, reads in parts]
+    others = index.classes.keys() - {component.name for component in components} - {*skipped}
     return Contents(
         pipeline=index.pipeline,
         converted=converted,
-        components=tuple(
-            ComponentContents(
-                name=name,
-                class_name=index.classes[name],
-                config=part.config,
-                tensors=tuple(measure(name, tensor) for tensor in part.tensors),
-                release=part.release,
-                unused=part.unused,
-                casts=part.casts,
-                passed_over=passed_over(index.classes[name], part.config),
-            )
-            for name, part in parts.items()
-        ),
-        others={
-            name: of
-            for name, of in index.classes.items()
-            if name not in parts and name not in skipped
-        },
+        components=tuple(components),
+        others={name: of for name, of in index.classes.items() if name in others},
         skipped=skipped,
         loras=loras,
     )
 
 
-def _converted_parts(folder: ConvertedFolder) -> dict[str, _Part]:
-    return {
-        component: _Part(
-            read_json(folder.path / component / "config.json"),
-            [
-                (
-                    name,
-                    of.record.shape,
-                    of.record.stored_dtype,
-                    partial(read_checked, component, name, of),
-                )
-                for name, of in sorted(tensors.items())
-            ],
+def _converted_parts(folder: ConvertedFolder) -> Iterator[_Part]:
+    for name, tensors in open_tensors(folder).items():
+        class_name = folder.classes[name]
+        config = read_json(folder.path / name / "config.json")
+        found = [tensors[name] for name in sorted(tensors)]
+        shown = (TensorContents(of.name, of.record.shape, of.record.stored_dtype) for of in found)
+        component = ComponentContents(
+            name=name,
+            class_name=class_name,
+            config=config,
+            tensors=tuple(shown),
+            passed_over=passed_over(class_name, config),
         )
-        for component, tensors in open_tensors(folder).items()
-    }
+        yield component, [tensor.read for tensor in found]
 
 
-def _stored_parts(source: Source, variant: str | None) -> dict[str, _Part]:
-    components = sorted(source.index.classes.keys() - {*COPIED})
-    found = {}
-    for component, chosen in select_variants(source, components, variant).items():
-        weights = source.read(component, chosen)
-        original, class_name = weights.original, source.index.classes[component]
-        tensors, unused = weights.tensors, weights.others
-        if original is None and class_name in MODEL_CLASSES:
-            folder = source.folder(component)
-            rules = MODEL_CLASSES[class_name].rules(weights.config)
-            tensors, spare = split_unused(tensors, rules, MODEL_CLASSES[class_name].unused, folder)
+def _stored_parts(source: Source, variant: str | None) -> Iterator[_Part]:
+    names = sorted(source.index.classes.keys() - {*COPIED})
+    for name, chosen in select_variants(source, names, variant).items():
+        weights, class_name = source.read(name, chosen), source.index.classes[name]
+        tensors, unused, original = weights.tensors, weights.others, weights.original
+        model, folder = MODEL_CLASSES.get(class_name), source.folder(name)
+        if original is None and model is not None:
+            rules = model.rules(weights.config)
+            tensors, spare = split_unused(tensors, rules, model.unused, folder)
             unused = tuple(sorted((*unused, *spare)))
-        found[component] = _Part(
-            _said(source, component) if original is None else original.config,
-            [
-                (name, of.shape, of.dtype.name, partial(read_tensor, of))
-                for name, of in sorted(tensors.items())
-            ],
-            None if original is None else original.release,
-            unused,
-            _casts(tensors.values()) if class_name in MODEL_CLASSES else {},
+        if original is None:
+            config = source.files.json(folder / "config.json").values
+        else:
+            config = original.config
+        found = sorted(tensors.items())
+        component = ComponentContents(
+            name=name,
+            class_name=class_name,
+            config=config,
+            tensors=tuple(TensorContents(key, of.shape, of.dtype.name) for key, of in found),
+            release=None if original is None else original.release,
+            unused=unused,
+            casts={} if model is None else _casts(tensors.values()),
+            passed_over=passed_over(class_name, config),
         )
-    return found
+        yield component, [partial(read_tensor, tensor) for _, tensor in found]
 
 
-def _said(source: Source, component: str) -> Mapping[str, Any]:
-    return source.files.json(source.folder(component) / "config.json").values
+def _measure(
+    component: ComponentContents,
+    reads: Iterable[Callable[[], np.ndarray]],
+    advance: Callable[[int, str], None],
+) -> ComponentContents:
+    measured = []
+    for tensor, read in zip(component.tensors, reads, strict=True):
+        array = read()
+        advance(array.nbytes, component.name)
+        measured.append(replace(tensor, statistics=tensor_statistics(array)))
+    return replace(component, tensors=tuple(measured))
 
 
 def _casts(tensors: Iterable[StoredTensor]) -> dict[str, str]:
@@ -271,7 +248,7 @@ def _casts(tensors: Iterable[StoredTensor]) -> dict[str, str]:
 
 
 def tensor_statistics(array: np.ndarray) -> Statistics:
-    """Statistics of an array of any float dtype, in float64."""
+    """Measure an array of any float dtype, in float64."""
     count, mean, squares, nonfinite = 0, 0.0, 0.0, 0
     low, high = math.inf, -math.inf
     for piece in _pieces(array):
@@ -279,7 +256,7 @@ def tensor_statistics(array: np.ndarray) -> Statistics:
         nonfinite += piece.size - finite.size
         if not finite.size:
             continue
-        # Chan et al., "Algorithms for computing the sample variance" (1983): parts are merged.
+        # Merge as in Chan et al., "Algorithms for computing the sample variance" (1983).
         shift, total = float(finite.mean()) - mean, count + finite.size
         squares += float(finite.var()) * finite.size + shift**2 * count * finite.size / total
         mean += shift * finite.size / total

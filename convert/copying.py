@@ -1,7 +1,7 @@
-"""The tensors of a component, from their files into the checkpoint's, a piece at a time.
+"""Copy a component's tensors from their files into those of the checkpoint, a piece at a time.
 
-All that has to be done to a piece (digest, the check for NaN, the cast) is done while it lies in
-the processor's cache. Several threads do so, each for a tensor, in the order of the source's files.
+Everything that a piece needs (digest, check for NaN, cast) is done while it is in the processor's
+cache. Several threads copy a tensor each, in the order of the source's files.
 """
 
 import math
@@ -30,34 +30,19 @@ from svg_jax.convert.lora.change import Change, add_changes
 from svg_jax.convert.plan import ComponentPlan
 
 _MOST_WORKERS = 8  # more do not read a disk faster
-_SYNCED_BYTES = 2**20  # from here on a file is brought to the disk when it is written
+_SYNCED_BYTES = 2**20  # files of at least this size are synced as soon as they are written
 _PIECE = 1 << 20  # elements of a changed tensor that are cast at once
 
 
 @dataclass(frozen=True)
-class CopiedWeights:
-    """What was copied.
-
-    Attributes:
-        records: Of each tensor, by its name in the source.
-        sources: Digests (sha256) of the component's files, by file.
-        files: Digests of all files of the checkpoint, by path in it.
-    """
-
-    records: Mapping[str, TensorRecord]
-    sources: Mapping[Path, str]
-    files: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class _Place:
-    """Where a tensor goes: into the files of a leaf, from a byte on.
+    """Where a tensor goes in the files of a leaf.
 
     Attributes:
-        leaf: The leaf.
-        start: The byte, counted through all its files.
-        nbytes: How many bytes the tensor takes there.
-        is_first: Whether it is written; of tied tensors the others are only compared with it.
+        leaf: Files of the leaf.
+        start: First byte of the tensor, counted through all these files.
+        nbytes: Bytes of the tensor there.
+        is_first: Whether the tensor is written; tied ones are only compared with the first.
     """
 
     leaf: LeafFiles
@@ -72,22 +57,25 @@ def copy_weights(
     *,
     allow_nonfinite: bool,
     advance: Callable[[int, str], None],
-) -> CopiedWeights:
-    """Makes the orbax checkpoint of a component.
+) -> tuple[dict[str, TensorRecord], dict[Path, str], dict[str, str]]:
+    """Write the orbax checkpoint of a component.
 
     Args:
-        component: What is to be copied.
-        folder: The checkpoint's folder; it must not exist.
-        allow_nonfinite: Whether NaN and infinities pass.
-        advance: Called with the bytes of each tensor that was read.
+        component: Component to copy.
+        folder: Folder of the checkpoint, which must not exist.
+        allow_nonfinite: Whether NaN and infinities are allowed.
+        advance: Function called with the bytes of each tensor that was read.
+
+    Returns:
+        The record of each tensor by its name in the source, the digests (sha256) of the files that
+        were read, and those of the checkpoint's files by their path in it.
 
     Raises:
-        ConversionError: If a tensor cannot be read, holds what it must not, or tied ones differ.
+        ConversionError: If a tensor cannot be read or converted, or tied ones differ.
         OSError: If the system refuses to write.
     """
-    leaves = component.leaf_files
-    create_checkpoint(folder, leaves)
-    places = _places(component, leaves)
+    create_checkpoint(folder, component.files)
+    places = _places(component)
     stopped, memory = threading.Event(), threading.Lock()
     synced: list[Future[None]] = []
 
@@ -97,7 +85,9 @@ def copy_weights(
         takes_memory = bool(changes) or stored.strides is not None
         with (
             memory if takes_memory else nullcontext(),
-            _writing(folder, place, close) if place.is_first else nullcontext(_drop) as write,
+            _writing(folder, place, close)
+            if place.is_first
+            else nullcontext(lambda _: None) as write,
         ):
             return _copy_tensor(
                 stored, changes, place.leaf.dtype, write, stopped, allow_nonfinite=allow_nonfinite
@@ -106,7 +96,7 @@ def copy_weights(
     def close(file: int, nbytes: int) -> None:
         if nbytes < _SYNCED_BYTES:
             os.close(file)
-        else:  # so that the disk is at work before all is written
+        else:  # sync in the background, while other tensors are copied
             synced.append(syncing.submit(_sync_and_close, file))
 
     workers = min(_MOST_WORKERS, 1 + (os.cpu_count() or 1))
@@ -119,9 +109,7 @@ def copy_weights(
             copies: dict[str, Future[TensorRecord]] = {}
             for name in sorted(places, key=lambda name: _position(component.tensors[name])):
                 file = component.tensors[name].file
-                if (
-                    file not in digests
-                ):  # read twice at about the same time, it comes once from disk
+                if file not in digests:  # near its tensors' copies, so that the disk reads it once
                     digests[file] = pool.submit(_source_digest, file)
                 copies[name] = pool.submit(copy, name)
             records = {}
@@ -141,25 +129,20 @@ def copy_weights(
             files |= dict(zip(others, pool.map(file_digest, others), strict=True))
             for future in synced:
                 future.result()
-            return CopiedWeights(
-                records={name: records[name] for name in places},
-                sources={
-                    file: component.digests.get(file) or digests[file].result()
-                    for file in component.states
-                },
-                files={f.relative_to(folder).as_posix(): files[f] for f in sorted(files)},
-            )
+            sources = {
+                file: component.digests.get(file) or digests[file].result()
+                for file in component.states
+            }
+            return records, sources, {f.relative_to(folder).as_posix(): files[f] for f in files}
         finally:
             stopped.set()
             pool.shutdown(cancel_futures=True)
 
 
-def _places(
-    component: ComponentPlan, leaves: Mapping[tuple[str, ...], LeafFiles]
-) -> dict[str, _Place]:
+def _places(component: ComponentPlan) -> dict[str, _Place]:
     places = {}
     for leaf in component.leaves:
-        files = leaves[leaf.path]
+        files = component.files[leaf.path]
         nbytes = math.prod(leaf.rule.source_shape) * files.dtype.itemsize
         for layer, names in enumerate(leaf.names):
             for name in names:
@@ -172,15 +155,11 @@ def _position(stored: StoredTensor) -> tuple[str, int]:
 
 
 def _source_digest(file: Path) -> str:
-    check_regular(file)  # opening a pipe would wait for ever
+    check_regular(file)  # opening a pipe would wait forever
     try:
         return file_digest(file)
     except OSError as error:
         raise ConversionError(f"{file}: cannot be read: {error.strerror}.") from error
-
-
-def _drop(piece: np.ndarray) -> None:
-    del piece
 
 
 def _sync_and_close(file: int) -> None:
@@ -194,12 +173,12 @@ def _sync_and_close(file: int) -> None:
 def _writing(
     folder: Path, place: _Place, close: Callable[[int, int], None]
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """Gives what writes a tensor's pieces, one after the other, into the chunks' files.
+    """Give a function that writes a tensor's pieces, in order, into the files of its chunks.
 
     Args:
-        folder: The checkpoint.
-        place: Where the tensor goes.
-        close: Is given each file's descriptor when all is written, and how much that was.
+        folder: Folder of the checkpoint.
+        place: Place of the tensor.
+        close: Function called with the descriptor of each finished file, and the bytes written.
     """
     at, chunk, file, begun = place.start, -1, -1, 0
 
@@ -234,10 +213,16 @@ def _copy_tensor(
     *,
     allow_nonfinite: bool,
 ) -> TensorRecord:
-    """Reads a tensor and writes it as `dtype`, with changes; says what it was and what it is."""
+    """Read a tensor, apply changes, write it as `dtype`, and return its record."""
     read, written = running_digest(), running_digest()
     is_kept = not changes and stored.is_plain and stored.dtype == dtype
     nonfinite = 0
+
+    def write_cast(piece: np.ndarray, nonfinite: int) -> None:
+        cast = _cast(piece, dtype, stored, nonfinite)
+        written.update(cast.view(np.uint8).data)
+        write(cast)
+
     for elements, piece in read_pieces(stored):
         if stopped.is_set():
             raise ConversionError(f"{stored.file}: {stored.name} was not read to its end.")
@@ -247,9 +232,7 @@ def _copy_tensor(
         if is_kept:
             write(piece)
         elif not changes:
-            cast = _cast(piece, dtype, stored, found)
-            written.update(cast.view(np.uint8).data)
-            write(cast)
+            write_cast(piece, found)
     if nonfinite and not allow_nonfinite:
         raise ConversionError(
             f"{stored.file}: {stored.name} holds NaN or infinities ({nonfinite} of "
@@ -257,11 +240,8 @@ def _copy_tensor(
         )
     if changes:
         changed = add_changes(read_tensor(stored), changes).reshape(-1)
-        for at in range(0, changed.size, _PIECE):
-            piece = changed[at : at + _PIECE]
-            cast = _cast(piece, dtype, stored, count_nonfinite(piece))
-            written.update(cast.view(np.uint8).data)
-            write(cast)
+        for piece in np.split(changed, range(_PIECE, changed.size, _PIECE)):
+            write_cast(piece, count_nonfinite(piece))
     return TensorRecord(
         shape=stored.shape,
         dtype=stored.dtype.name,

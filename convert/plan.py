@@ -1,4 +1,4 @@
-"""What a conversion will do: everything is checked and counted before anything is written."""
+"""Plan a conversion: check and count everything before anything is written."""
 
 import json
 import logging
@@ -16,11 +16,7 @@ from svg_jax.convert import scheduler_config
 from svg_jax.convert.checkpoint.manifest import NAME, SMALL_BYTES
 from svg_jax.convert.checkpoint.orbax_writer import LeafFiles, checkpoint_nbytes
 from svg_jax.convert.checkpoint.staging import check_destination
-from svg_jax.convert.components import (
-    COPIED,
-    match_component,
-    select_components,
-)
+from svg_jax.convert.components import COPIED, match_component, select_components
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.checked_files import (
     FileState,
@@ -42,8 +38,8 @@ from svg_jax.convert.source import ComponentWeights, Source, open_source, select
 from svg_jax.convert.tables.lora_names import TRANSFORMER
 from svg_jax.convert.tables.rules import Leaf
 
-_BYTES_A_RECORD = 330  # of the manifest, beside the tensor's name
-_BYTES_A_FILE = 130  # of the manifest
+_BYTES_A_RECORD = 330  # in the manifest, beside the tensor's name
+_BYTES_A_FILE = 130  # in the manifest
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -52,28 +48,24 @@ class ComponentPlan:
     """A component that was checked and can be written.
 
     Attributes:
-        name: Its name and that of the folder to be made.
-        class_name: Its class in model_index.json.
-        folder: Where it is read from.
-        tensors: The tensors that it is made of, by name.
-        leaves: What it is made into.
-        dtypes: What each leaf is stored in, by its path.
-        cast: What it is cast to, but for what the model keeps in float32; None keeps all.
-        unused: Names of tensors that are there and that nothing needs.
-        states: The files that are read, config.json among them, as they were before the check.
-        changes: What LoRAs add to tensors, by name, in their order.
-        config_text: What config.json will hold: the source's own is carried over as it is; only a
-            dtype that it names follows a cast.
-        digests: Digests of the files that were read whole: of the source's config.json.
+        name: Name of the component and of its folder in the destination.
+        class_name: Class in model_index.json.
+        tensors: Tensors to read, by name.
+        leaves: Leaves to write.
+        files: Files of each leaf, by the leaf's path.
+        unused: Names of tensors in the source that the model does not need.
+        states: States of the files that are read, taken before they were checked.
+        changes: Changes by LoRAs to tensors, by name, in the order of the LoRAs.
+        config_text: Text of the new config.json: the source's own, in which only a dtype follows a
+            cast.
+        digests: Digest of the source's config.json, which was read whole.
     """
 
     name: str
     class_name: str
-    folder: Path
     tensors: Mapping[str, StoredTensor]
     leaves: tuple[Leaf, ...]
-    dtypes: Mapping[tuple[str, ...], np.dtype]
-    cast: np.dtype | None
+    files: Mapping[tuple[str, ...], LeafFiles]
     unused: tuple[str, ...]
     states: Mapping[Path, FileState]
     changes: Mapping[str, tuple[Change, ...]]
@@ -88,19 +80,13 @@ class ComponentPlan:
     @property
     def stored_nbytes(self) -> int:
         """Bytes of tensors to write."""
-        sizes = (math.prod(leaf.shape) * self.dtypes[leaf.path].itemsize for leaf in self.leaves)
-        return sum(sizes)
-
-    @property
-    def leaf_files(self) -> dict[tuple[str, ...], LeafFiles]:
-        """How each leaf will lie in the checkpoint, by its path."""
-        return {leaf.path: LeafFiles.of(leaf, self.dtypes[leaf.path]) for leaf in self.leaves}
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.files.values())
 
     def check_unchanged(self) -> None:
-        """Compares the files that were read with what they were before.
+        """Check that the files that were read are as they were before.
 
         Raises:
-            ConversionError: If one was written to or replaced meanwhile.
+            ConversionError: If one was written to, replaced or removed meanwhile.
         """
         if (file := find_changed(self.states)) is not None:
             raise ConversionError(
@@ -110,15 +96,15 @@ class ComponentPlan:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What will be read and written.
+    """What a conversion reads and writes.
 
     Attributes:
-        settings: What was asked for.
-        source: What is read.
-        components: The components to convert, sorted by name.
-        files: The files that are carried as they are, by their path in the folder.
-        dtype: What weights are cast to; None keeps what is stored.
-        loras: What is merged into the weights.
+        settings: Settings that were asked for.
+        source: Source to read.
+        components: Components to convert, sorted by name.
+        files: Files to copy as they are, by their path in the destination.
+        dtype: Dtype to cast weights to; None keeps theirs.
+        loras: LoRAs to merge into the weights.
     """
 
     settings: ConversionSettings
@@ -130,7 +116,7 @@ class ConversionPlan:
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """Components of the source that are left out."""
+        """Names of the source's components that are left out, sorted."""
         chosen = {component.name for component in self.components}
         return tuple(sorted(self.source.index.classes.keys() - set(COPIED) - chosen))
 
@@ -141,14 +127,13 @@ class ConversionPlan:
 
     @property
     def written_nbytes(self) -> int:
-        """Bytes of the folder that will be there, manifest and all, within 1 % from 10 MB on."""
+        """Bytes of the whole new folder, to within 1 % if it has at least 10 MB."""
         size = sum(file.stat().st_size for file in self.files.values())
         size += sum(len(text.encode()) for text in self.source.texts.values())
         for component in self.components:
-            leaves = component.leaf_files
-            size += checkpoint_nbytes(leaves) + len(component.config_text.encode())
+            size += checkpoint_nbytes(component.files) + len(component.config_text.encode())
             size += sum(_BYTES_A_RECORD + len(name) for name in component.tensors)
-            size += _BYTES_A_FILE * sum(1 + leaf.num_chunks for leaf in leaves.values())
+            size += _BYTES_A_FILE * sum(1 + leaf.num_chunks for leaf in component.files.values())
         return size
 
 
@@ -160,14 +145,15 @@ def plan_conversion(
     lora_into: str | Sequence[str] = TRANSFORMER,
     **settings: Any,
 ) -> ConversionPlan:
-    """Check a source as far as that is possible without reading its weights; write nothing.
+    """Check a source without reading its weights, and write nothing; see `make_plan`.
 
     Args:
-        source: See `ConversionSettings`.
-        lora: See `convert_pipeline`.
-        lora_scale: See `convert_pipeline`.
-        lora_into: See `convert_pipeline`.
-        settings: Fields of `ConversionSettings`.
+        source: Folder or file to read; see `ConversionSettings`.
+        lora: Path of a LoRA to merge into the weights, or a list of them; see `LoraSource`.
+        lora_scale: Strength of all LoRAs, or one for each.
+        lora_into: Component that receives the LoRAs' layers of a "transformer": one for all, or one
+            for each.
+        **settings: Other fields of `ConversionSettings`.
 
     Raises:
         ConversionError: One sentence that says what is wrong with the source or a LoRA.
@@ -177,12 +163,12 @@ def plan_conversion(
 
 
 def make_plan(settings: ConversionSettings) -> ConversionPlan:
-    """Check all that a conversion needs but the numbers of its weights; write nothing.
+    """Check everything that a conversion needs except the values of its weights; write nothing.
 
     Raises:
         ConversionError: One sentence that says what is wrong with the source, a LoRA or the
             destination.
-        RefusedError: If the disk has too little room for what would be written.
+        RefusedError: If the disk has too little room.
     """
     destination = None if settings.destination is None else real_place(settings.destination)
     source = usable_path(settings.source)
@@ -222,7 +208,7 @@ def _weight_dtype(dtype: DTypeLike) -> np.dtype:
 
 
 def _small_files(source: Source) -> dict[str, Path]:
-    """The files that are carried as they are, by their path in the folder."""
+    """List the files to copy as they are, by their path in the destination."""
     index = "model_index.json"
     files = {} if index in source.texts else {index: source.path / index}
     if os.path.lexists(defaults := source.path / RUN_DEFAULTS):
@@ -243,24 +229,15 @@ def _small_files(source: Source) -> dict[str, Path]:
             if file.stat().st_size > SMALL_BYTES:
                 raise ConversionError(f"{file}: is too large for a {name}: remove it.")
             files[f"{name}/{file.name}"] = file
-    if (scheduler := files.get(scheduler_config.FILE)) is not None:
-        _check_scheduler(scheduler, source.index.pipeline)
+    if (file := files.get(scheduler_config.FILE)) is not None:
+        classes = scheduler_config.classes_of(source.index.pipeline)
+        found = scheduler_config.check_scheduler(read_json(file), classes)
+        if found.malformed:
+            raise ConversionError(f"{file}: {sentence_of(found.malformed, 300)}: correct it.")
+        if found.unported:
+            reasons = sentence_of(found.unported, 300)
+            _LOGGER.warning("%s: %s: it is carried as it is, and cannot be sampled", file, reasons)
     return files
-
-
-def _check_scheduler(file: Path, pipeline: str | None) -> None:
-    """Refuse a scheduler config without meaning, and say of what kind none can be sampled here.
-
-    Raises:
-        ConversionError: With all that has no meaning.
-    """
-    classes = scheduler_config.classes_of(pipeline)
-    found = scheduler_config.check_scheduler(read_json(file), classes)
-    if found.malformed:
-        raise ConversionError(f"{file}: {sentence_of(found.malformed, 300)}: correct it.")
-    if found.unported:
-        reasons = sentence_of(found.unported, 300)
-        _LOGGER.warning("%s: %s: it is carried as it is, and cannot be sampled", file, reasons)
 
 
 def _plan_component(
@@ -277,14 +254,13 @@ def _plan_component(
     used = {name for leaf in leaves for names in leaf.names for name in names}
     read = {folder / "config.json", *source.weights_files(name, variant)}
     read |= {file for name in used for file in tensors[name].files}
+    dtypes = _leaf_dtypes(folder, class_name, weights, leaves, cast)
     return ComponentPlan(
         name=name,
         class_name=class_name,
-        folder=folder,
         tensors={name: tensors[name] for name in tensors if name in used},
         leaves=leaves,
-        dtypes=_leaf_dtypes(folder, class_name, weights.config, tensors, leaves, cast),
-        cast=cast,
+        files={leaf.path: LeafFiles.of(leaf, dtypes[leaf.path]) for leaf in leaves},
         unused=tuple(sorted({*(tensors.keys() - used), *weights.others})),
         states={file: of for file, of in source.files.states(folder).items() if file in read},
         changes={},
@@ -308,22 +284,20 @@ def _config_text(weights: ComponentWeights, cast: np.dtype | None) -> str:
 def _leaf_dtypes(
     folder: Path,
     class_name: str,
-    config: Any,
-    tensors: Mapping[str, StoredTensor],
+    weights: ComponentWeights,
     leaves: Collection[Leaf],
     cast: np.dtype | None,
 ) -> dict[tuple[str, ...], np.dtype]:
     for names in (names for leaf in leaves for names in leaf.names):
         for name in names:
-            _ = tensors[name].converted_dtype  # refuses what is no weight
+            _ = weights.tensors[name].converted_dtype  # refuses what is no weight
     if cast is not None:
-        from svg_jax.convert.checkpoint.load import param_dtypes  # flax and all the models
+        from svg_jax.convert.checkpoint.load import param_dtypes  # imports flax and all the models
 
-        # The modules know what the originals keep in float32.
-        return param_dtypes(class_name, config, cast)
+        return param_dtypes(class_name, weights.config, cast)
     dtypes = {}
     for leaf in leaves:
-        stored = [tensors[name] for names in leaf.names for name in names]
+        stored = [weights.tensors[name] for names in leaf.names for name in names]
         found = {tensor.converted_dtype for tensor in stored}
         if len(found) > 1 and any(tensor.dtype not in found for tensor in stored):
             found = {DTYPES["F32"]}  # some are widened anyway; it holds all of them exactly

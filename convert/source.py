@@ -31,11 +31,7 @@ from svg_jax.convert.releases.recognise import OriginalComponent, identify
 from svg_jax.convert.releases.wan_repository import read_repository
 from svg_jax.convert.sources.files import SourceFiles, folder_of
 from svg_jax.convert.sources.scales import attach_scales, check_scales
-from svg_jax.convert.sources.weights import (
-    SUFFIXES,
-    is_weights,
-    weights_files,
-)
+from svg_jax.convert.sources.weights import SUFFIXES, is_weights, weights_files
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 
 _GIVE = (

@@ -1,1 +1,1 @@
-"""A converted folder: written whole or not at all, checked, loaded, verified, exported."""
+"""Converted folders: write them whole or not at all, check, load, verify and export them."""

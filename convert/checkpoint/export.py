@@ -1,4 +1,4 @@
-"""A converted folder back to diffusers' layout, bit for bit."""
+"""Convert a folder back into diffusers' layout, bit for bit."""
 
 import json
 import shutil
@@ -10,14 +10,14 @@ import numpy as np
 
 from svg_jax.convert.checkpoint.folder import open_folder
 from svg_jax.convert.checkpoint.staging import check_destination, staged_folder
-from svg_jax.convert.checkpoint.tensors import ConvertedTensor, open_tensors, read_checked
+from svg_jax.convert.checkpoint.tensors import ConvertedTensor, open_tensors
 from svg_jax.convert.formats.json_file import read_json
 from svg_jax.convert.formats.stored_tensor import DTYPES
 from svg_jax.convert.paths import real_place
 from svg_jax.convert.progress import Progress, count_bytes
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 
-SHARD_BYTES = 5 * 10**9  # transformers' usual size
+SHARD_BYTES = 5 * 10**9  # the default of transformers
 _WORDS = {dtype.name: word for word, dtype in DTYPES.items()}
 
 
@@ -32,25 +32,26 @@ def export_pipeline(
     """Write a converted folder as a pipeline folder in diffusers' layout.
 
     Names, shapes, dtypes and bytes of all tensors are those of the folder that was converted (after
-    the cast, if one was asked for); every tensor is checked against its digest on the way. Skipped
-    components are null in model_index.json.
+    the cast, if there was one); every tensor is checked against its digest. Components that were
+    left out are null in model_index.json.
 
     Args:
-        source: What `convert_pipeline` made.
-        destination: Folder to be made.
-        shard_bytes: Weights larger than this are split into shards with an index.
+        source: Converted folder.
+        destination: Folder to write.
+        shard_bytes: Largest size of a file of weights; larger weights are split into shards with an
+            index.
         overwrite: Whether to replace a checkpoint folder that is at `destination`.
-        progress: Called with (bytes done, bytes in all, component).
+        progress: Function called with (bytes done, bytes in all, component).
 
     Raises:
-        ConversionError: One sentence; at `destination` is then what was there before, or nothing.
+        ConversionError: One sentence that says what is wrong, where, and what to do. The
+            destination is then as it was before.
     """
     folder, destination = open_folder(source), real_place(destination)
     source, manifest = folder.path, folder.manifest
     sources = open_tensors(folder)
-    total = manifest.tensor_bytes
-    check_destination(destination, source, total, overwrite)
-    advance = count_bytes(total, progress)
+    check_destination(destination, source, manifest.tensor_bytes, overwrite)
+    advance = count_bytes(manifest.tensor_bytes, progress)
     with staged_folder(destination, overwrite=overwrite) as staging:
         for name in manifest.files:
             (staging / name).parent.mkdir(exist_ok=True)
@@ -81,7 +82,7 @@ def _write_weights(
         with file.open("wb") as stream:
             stream.write(_header({name: tensors[name] for name in names}))
             for name in names:
-                array = read_checked(folder.name, name, tensors[name])
+                array = tensors[name].read()
                 stream.write(array.reshape(-1).view(np.uint8).data)
                 advance(array.nbytes, folder.name)
     if len(shards) > 1:
@@ -92,7 +93,7 @@ def _write_weights(
 
 
 def _shards(tensors: Mapping[str, ConvertedTensor], limit: int) -> Iterator[list[str]]:
-    """Names in the order of the files: wide dtypes first, so that every tensor lies aligned."""
+    """Yield the names of each shard, wide dtypes first, so that every tensor is aligned."""
     names, size = [], 0
     width = {name: np.dtype(of.record.stored_dtype).itemsize for name, of in tensors.items()}
     for name in sorted(tensors, key=lambda name: (-width[name], name)):

@@ -1,4 +1,4 @@
-"""A converted folder, believed only as far as it was checked against its manifest."""
+"""Open a converted folder and check its files against its manifest."""
 
 import os
 import stat
@@ -12,7 +12,12 @@ import tensorstore as ts
 from svg_jax.convert.checkpoint.manifest import NAME, SMALL_BYTES, Manifest, read_manifest
 from svg_jax.convert.checkpoint.orbax_writer import LeafFiles, open_leaves, unreadable
 from svg_jax.convert.checkpoint.staging import standing_folder
-from svg_jax.convert.components import COPIED, component_leaves, read_pipeline_index
+from svg_jax.convert.components import (
+    COPIED,
+    match_component,
+    read_component_config,
+    read_pipeline_index,
+)
 from svg_jax.convert.errors import ConversionError, DamageError, RefusedError
 from svg_jax.convert.formats.digests import file_digest
 from svg_jax.convert.paths import real_path
@@ -25,13 +30,13 @@ WEIGHTS = "weights"
 
 @dataclass(frozen=True)
 class ConvertedFolder:
-    """A converted folder whose small files are those that were converted.
+    """A converted folder whose small files are as they were converted.
 
     Attributes:
-        path: The folder, without links and `..`.
-        manifest: What it holds.
-        pipeline: The pipeline's class; None of a component converted alone.
-        classes: Class of each component that model_index.json names, there or not.
+        path: Real path of the folder.
+        manifest: Manifest of the folder.
+        pipeline: Class of the pipeline; None for a component converted alone.
+        classes: Class of each component that model_index.json names, even if it was left out.
     """
 
     path: Path
@@ -41,12 +46,11 @@ class ConvertedFolder:
 
 
 def open_folder(path: str | Path) -> ConvertedFolder:
-    """Open a converted folder: all of it but the weights is read and compared with the manifest.
+    """Open a converted folder and compare all of it except the weights with its manifest.
 
     Raises:
         ConversionError: If it is no converted folder.
-        DamageError: If a small file is not as it was converted, or one lies where a component's
-            are that the conversion did not put there.
+        DamageError: If a small file is not as it was converted, or was added to the folder.
         RefusedError: If the system does not let it be read.
     """
     folder = standing_folder(real_path(path))
@@ -77,7 +81,7 @@ def open_folder(path: str | Path) -> ConvertedFolder:
 
 
 def _small_files(folder: Path, parts: Iterable[str]) -> Iterator[str]:
-    """The files that a reader might look for: configs at the top, all in a component's folder."""
+    """Yield the files that a reader might open: JSON at the top, any file of a component."""
     for entry in os.scandir(folder):
         if entry.name.endswith(".json"):
             yield entry.name
@@ -89,18 +93,18 @@ def _small_files(folder: Path, parts: Iterable[str]) -> Iterator[str]:
 
 
 def check_file(folder: Path, name: str) -> int:
-    """Check that a file of a converted folder is one before it is opened: a pipe would never end.
+    """Check a file of a converted folder before it is opened: reading a pipe would never end.
 
     Args:
-        folder: A real path.
-        name: The file's path in the folder.
+        folder: Real path of the folder.
+        name: Path of the file in the folder.
 
     Returns:
-        Its size in bytes.
+        The file's size in bytes.
 
     Raises:
-        DamageError: If it is missing, no regular file, or a link that leads elsewhere.
-        RefusedError: If the system does not let it be looked at.
+        DamageError: If it is missing, not a regular file, or a link that leads out of the folder.
+        RefusedError: If the system does not let it be examined.
     """
     found = _look_at(folder, name)
     if isinstance(found, str):
@@ -109,10 +113,12 @@ def check_file(folder: Path, name: str) -> int:
 
 
 def _look_at(folder: Path, name: str) -> int | str:
-    """A file's size in bytes, or what is wrong with it."""
+    """Return a file's size in bytes, or what is wrong with it."""
     file = os.path.join(folder, *name.split("/"))
-    real = os.path.realpath(file)
-    if real != file and not _is_inside(Path(real), folder):
+    real, roots = os.path.realpath(file), [folder]
+    if folder.parent.name == "snapshots":  # the hub's cache keeps a snapshot's files in `blobs`
+        roots.append(folder.parent.parent / "blobs")
+    if real != file and not any(Path(real).is_relative_to(root) for root in roots):
         return f"leads out of the folder, to {real}"
     try:
         found = os.stat(real)
@@ -125,29 +131,25 @@ def _look_at(folder: Path, name: str) -> int | str:
     return found.st_size
 
 
-def _is_inside(target: Path, folder: Path) -> bool:
-    """Whether a link's target is the folder's: the hub's cache keeps a snapshot's in `blobs`."""
-    if folder.parent.name == "snapshots" and target.is_relative_to(folder.parent.parent / "blobs"):
-        return True
-    return target.is_relative_to(folder)
-
-
-def check_weights(
+def open_weights(
     folder: ConvertedFolder, component: str
-) -> tuple[tuple[Leaf, ...], dict[tuple[str, ...], LeafFiles]]:
-    """Check the files of a component's weights without reading their numbers.
+) -> tuple[tuple[Leaf, ...], dict[tuple[str, ...], ts.TensorStore]]:
+    """Check the files of a component's weights and open them, without reading values.
 
     Returns:
-        The leaves that its config asks for, and how each must lie in its files, by its path.
+        The leaves that the component's config asks for, and each opened leaf by its path.
 
     Raises:
-        DamageError: If a file is missing, no regular file or of another size, or what says how
-            numbers lie is not as it was converted.
+        DamageError: If a file is missing, not regular or of another size, or the metadata are not
+            as they were converted.
+        RefusedError: If the system does not let them be read.
     """
     records, where = folder.manifest.components[component], folder.path / component
     shapes = {name: record.shape for name, record in records.items()}
+    class_name = folder.classes[component]
     try:
-        leaves = component_leaves(where, folder.classes[component], shapes)
+        config = read_component_config(where, class_name)
+        leaves = match_component(where, class_name, config, shapes)
     except ConversionError as error:
         raise DamageError(str(error)) from error
     files = {}
@@ -163,7 +165,7 @@ def check_weights(
                 fault = found
             elif nbytes is not None:
                 fault = "" if found == nbytes else f"has {found} bytes, {nbytes} expected"
-            else:  # it says how the numbers lie
+            else:  # metadata
                 is_same = found <= SMALL_BYTES and (
                     file_digest(file) == folder.manifest.weights.get(name)
                 )
@@ -171,7 +173,7 @@ def check_weights(
             if fault:
                 within = file.relative_to(where / WEIGHTS).as_posix()
                 raise unreadable(where / WEIGHTS, f"{within} {fault}")
-    return leaves, files
+    return leaves, open_leaves(where / WEIGHTS, files)
 
 
 def check_components(
@@ -181,25 +183,24 @@ def check_components(
     verify: bool,
     progress: Progress | None = None,
 ) -> dict[str, dict[tuple[str, ...], ts.TensorStore]]:
-    """Check components' weights, before anything is done with them, and open them.
+    """Check the weights of components and open them.
 
     Args:
-        folder: The folder.
+        folder: Folder that they are in.
         components: Names of the components.
-        verify: Whether to read their files, in little memory, and to compare them with the
-            manifest; otherwise only their layout and sizes are checked.
-        progress: Called with (bytes done, bytes in all, component) while files are compared.
+        verify: Whether to read all their files, in little memory, and compare them with the
+            manifest; otherwise only layout and sizes are checked.
+        progress: Function called with (bytes done, bytes in all, component) during that.
 
     Returns:
-        Each component's leaves, of which no number was read, by their path.
+        The opened leaves of each component, by path.
 
     Raises:
         DamageError: If a file is not as it was converted.
     """
     opened, sizes = {}, {}
     for component in components:
-        _, files = check_weights(folder, component)
-        opened[component] = open_leaves(folder.path / component / WEIGHTS, files)
+        _, opened[component] = open_weights(folder, component)
         if verify:
             prefix = f"{component}/"
             names = [name for name in folder.manifest.weights if name.startswith(prefix)]

@@ -1,6 +1,6 @@
-"""Modules from a converted folder, straight onto the default device."""
+"""Load modules from a converted folder onto the default device."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,7 @@ import tensorstore as ts
 from flax import nnx
 from jax.typing import DTypeLike
 
-from svg_jax.convert.checkpoint.folder import (
-    WEIGHTS,
-    ConvertedFolder,
-    check_components,
-    open_folder,
-)
+from svg_jax.convert.checkpoint.folder import WEIGHTS, check_components, open_folder
 from svg_jax.convert.checkpoint.orbax_writer import readable
 from svg_jax.convert.components import read_component_config
 from svg_jax.convert.errors import ConversionError
@@ -50,56 +45,68 @@ def load_component(
     """Load a component of a converted folder: a transformer, an encoder or a VAE.
 
     Args:
-        folder: What `convert_pipeline` made.
+        folder: Converted folder.
         name: Name of the component, e.g. "vae" or "image_encoder".
         dtype: Dtype of the matrix products.
-        param_dtype: Dtype to cast the parameters to, but those that the model keeps in float32 (see
-            `WanTransformer`); None keeps each as it is stored.
+        param_dtype: Dtype to cast the parameters to, except those that the model keeps in float32
+            (see `WanTransformer`); None keeps each as it is stored.
         classes: Classes that are allowed, by their names in model_index.json.
-        verify: Whether to read the files of its weights first and to compare them with the
-            manifest. Otherwise their names, kinds, sizes and layout are checked, and their numbers
-            are taken as they lie there.
-        progress: Called with (bytes done, bytes in all, component) while files are compared.
-        **options: Passed to the module's class.
+        verify: Whether to read the files of the weights first and compare them with the manifest;
+            otherwise only their names, kinds, sizes and layout are checked.
+        progress: Function called with (bytes done, bytes in all, component) during that.
+        **options: Arguments of the module's class.
 
     Returns:
-        The module, the port of the component's class.
+        The module that implements the component's class.
 
     Raises:
-        ConversionError: If the folder is not a whole converted one, or holds no such component.
+        ConversionError: If the folder is no complete converted one, or lacks the component.
         DamageError: If a file is not as it was converted.
         RefusedError: If the system does not let it be read.
     """
     opened = open_folder(folder)
-    class_name = _class_of(opened, name, classes)
-    stored = check_components(opened, [name], verify=verify, progress=progress)[name]
-
-    def make(config: Any) -> nnx.Module:
-        return MODEL_CLASSES[class_name].module(
-            config,
-            dtype=dtype,
-            param_dtype=jnp.float32 if param_dtype is None else param_dtype,
-            rngs=nnx.Rngs(0),
-            **options,
+    class_name, there = opened.classes.get(name), sorted(opened.manifest.components)
+    if class_name is None or name not in there or class_name not in classes:
+        raise ConversionError(
+            f"{opened.path}: holds no {name} of class {' or '.join(classes)} (it holds "
+            f"{', '.join(there)}): convert the source again with it."
         )
-
+    stored = check_components(opened, [name], verify=verify, progress=progress)[name]
     config = read_component_config(opened.path / name, class_name)
-    weights = opened.path / name / WEIGHTS
-    return _load(weights, stored, lambda: make(config), cast=param_dtype is not None)
+    made_in = jnp.float32 if param_dtype is None else param_dtype
+    graph, state = nnx.split(_outline(class_name, config, dtype, made_in, **options))
+    dtypes, params = _dtypes(state), {}
+    # Leaf by leaf, since orbax would cast silently and, after a leaf that cannot be read, leave
+    # other reads running into its closed event loop. The largest comes first: there are two copies
+    # of it while its axes are permuted.
+    for path in sorted(stored, key=lambda path: -stored[path].size):
+        param = _read(opened.path / name / WEIGHTS, path, stored[path])
+        params[path] = param if param_dtype is None else param.astype(dtypes[path])
+    nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(params))
+    return nnx.merge(graph, state)
 
 
 def param_dtypes(
     class_name: str, config: Any, param_dtype: DTypeLike
 ) -> dict[tuple[str, ...], np.dtype]:
-    """The dtype of each parameter of a model that is made with `param_dtype`, by its path.
+    """Return the dtype of each parameter of a model made with `param_dtype`, by its path.
 
-    It is `param_dtype` but for those that the model keeps in float32, as the original does.
+    It is `param_dtype` except where the model keeps float32, as the original does.
     """
+    return _dtypes(nnx.state(_outline(class_name, config, jnp.float32, param_dtype)))
+
+
+def _outline(
+    class_name: str, config: Any, dtype: DTypeLike, param_dtype: DTypeLike, **options: Any
+) -> nnx.Module:
+    """Make a module whose parameters are shapes and dtypes alone."""
+    kwargs = {"dtype": dtype, "param_dtype": param_dtype, **options}
     module = MODEL_CLASSES[class_name].module
-    made = nnx.eval_shape(
-        lambda: module(config, dtype=jnp.float32, param_dtype=param_dtype, rngs=nnx.Rngs(0))
-    )
-    leaves = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(made)))
+    return nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), **kwargs))
+
+
+def _dtypes(state: Any) -> dict[tuple[str, ...], np.dtype]:
+    leaves = nnx.traversals.flatten_mapping(nnx.to_pure_dict(state))
     return {tuple(str(key) for key in path): leaf.dtype for path, leaf in leaves.items()}
 
 
@@ -111,17 +118,17 @@ def load_transformer(
     param_dtype: DTypeLike | None = None,
     residual_dtype: DTypeLike | None = None,
 ) -> Transformer:
-    """Load a transformer of a converted folder, of whichever family it is.
+    """Load the transformer of a converted folder of any family.
 
     Args:
-        folder: What `convert_pipeline` made.
-        name: Name of the component: Wan 2.2 has a "transformer_2", too.
+        folder: Converted folder.
+        name: Name of the component; Wan 2.2 also has a "transformer_2".
         dtype: Dtype of the matrix products.
         param_dtype: Dtype to cast the parameters to; None keeps each as it is stored.
         residual_dtype: Dtype of the residual stream; None is `dtype`.
 
     Raises:
-        ConversionError: If the folder is not a whole converted one, or holds no such component.
+        ConversionError: If the folder is no complete converted one, or lacks the component.
     """
     return load_component(
         folder,
@@ -134,20 +141,17 @@ def load_transformer(
 
 
 def load_text_encoder(
-    folder: str | Path,
-    *,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike | None = None,
+    folder: str | Path, *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike | None = None
 ) -> T5Encoder:
     """Load the T5 or UMT5 encoder of a converted folder.
 
     Args:
-        folder: What `convert_pipeline` made.
-        dtype: Dtype of the matrix products; float16 is refused, T5 overflows in it.
+        folder: Converted folder.
+        dtype: Dtype of the matrix products; float16 is refused, since T5 overflows in it.
         param_dtype: Dtype to cast the parameters to; None keeps each as it is stored.
 
     Raises:
-        ConversionError: If the folder is not a whole converted one, or holds no such component.
+        ConversionError: If the folder is no complete converted one, or lacks the component.
     """
     return load_component(
         folder, "text_encoder", dtype=dtype, param_dtype=param_dtype, classes=_T5_CLASSES
@@ -155,67 +159,26 @@ def load_text_encoder(
 
 
 def load_vae(
-    folder: str | Path,
-    *,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike | None = None,
+    folder: str | Path, *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike | None = None
 ) -> VAE:
-    """Load the video autoencoder of a converted folder, of whichever family it is.
+    """Load the video autoencoder of a converted folder of any family.
 
     Args:
-        folder: What `convert_pipeline` made.
+        folder: Converted folder.
         dtype: Dtype of the matrix products.
         param_dtype: Dtype to cast the parameters to; None keeps each as it is stored.
 
     Raises:
-        ConversionError: If the folder is not a whole converted one, or holds no such component.
+        ConversionError: If the folder is no complete converted one, or lacks the component.
     """
     return load_component(
         folder, "vae", dtype=dtype, param_dtype=param_dtype, classes=classes_of("vae")
     )
 
 
-def _class_of(folder: ConvertedFolder, name: str, known: Collection[str]) -> str:
-    components = folder.manifest.components
-    found = folder.classes.get(name)
-    if found is None or name not in components or found not in known:
-        there = ", ".join(sorted(components))
-        raise ConversionError(
-            f"{folder.path}: holds no {name} of class {' or '.join(known)} (it holds {there}): "
-            "convert the source again with it."
-        )
-    return found
-
-
-def _load(
-    weights: Path,
-    stored: Mapping[tuple[str, ...], ts.TensorStore],
-    make: Callable[[], nnx.Module],
-    *,
-    cast: bool,
-) -> nnx.Module:
-    graph, state = nnx.split(nnx.eval_shape(make))
-    # Leaf by leaf: orbax would cast to another dtype without a word, and after a leaf that cannot
-    # be read it leaves the others' reads running into its closed event loop.
-    params = {}
-    dtypes = {
-        tuple(str(key) for key in path): leaf.dtype
-        for path, leaf in nnx.traversals.flatten_mapping(nnx.to_pure_dict(state)).items()
-    }
-    # The largest first: while it is turned, there are two of it.
-    for path in sorted(stored, key=lambda path: -stored[path].size):
-        param = _read(weights, path, stored[path])
-        params[path] = param.astype(dtypes[path]) if cast else param
-    nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(params))
-    return nnx.merge(graph, state)
-
-
 def _read(weights: Path, path: tuple[str, ...], leaf: ts.TensorStore) -> jax.Array:
-    """Read a leaf in the order in which it lies, and turn its axes on the device."""
+    """Read a leaf in the order on disk, and permute its axes on the device."""
     order = leaf.chunk_layout.inner_order or ()
     with readable(weights, path):
-        read = leaf.transpose(order).read().result()
-    lying = jnp.asarray(read)
-    return (
-        jnp.transpose(lying, np.argsort(order).tolist()) if list(order) != sorted(order) else lying
-    )
+        read = jnp.asarray(leaf.transpose(order).read().result())
+    return jnp.transpose(read, np.argsort(order).tolist()) if list(order) != sorted(order) else read

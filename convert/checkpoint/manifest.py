@@ -1,4 +1,4 @@
-"""manifest.json: what a converted folder holds and what it was made of; it is written last."""
+"""manifest.json: what a converted folder holds and what it was made from. It is written last."""
 
 import dataclasses
 import json
@@ -22,25 +22,25 @@ from svg_jax.convert.versions import package_versions
 
 FORMAT_VERSION = 3
 NAME = "manifest.json"
-SMALL_BYTES = 100 * 2**20  # no file outside of `weights` comes near it
-_OWN_DIGEST = "sha256"  # of everything else in the manifest
+SMALL_BYTES = 100 * 2**20  # no file outside `weights` comes near it
+_OWN_DIGEST = "sha256"  # key of the digest of everything else in the manifest
 _VERSIONS_OF = ("svg-jax", "jax", "flax", "orbax-checkpoint", "tensorstore", "numpy")
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One source tensor.
+    """What is known of one tensor of the source.
 
     Attributes:
-        shape: Its shape, as in the source.
-        dtype: Its dtype, as in the source.
-        sha256: Digest of its bytes, as in the source.
-        stored_dtype: Its dtype in the converted folder.
-        stored_sha256: Digest of its bytes in that dtype, in the source's layout. It differs from
-            `sha256` where the conversion was asked to cast or to merge a LoRA, and where `dtype` is
-            none that a model has: float64 was rounded to float32, float8 widened.
-        nonfinite: How many of its elements are NaN or infinite; more than none only where the
-            conversion was asked to let them pass.
+        shape: Shape in the source.
+        dtype: Dtype in the source.
+        sha256: Digest of the bytes in the source.
+        stored_dtype: Dtype in the converted folder.
+        stored_sha256: Digest of the bytes in that dtype, in the source's layout. It differs from
+            `sha256` after a cast or a merged LoRA, and where no model has `dtype`: float64 is
+            rounded to float32, float8 is widened.
+        nonfinite: Number of elements that are NaN or infinite; 0 unless the conversion was asked
+            to allow them.
     """
 
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class TensorRecord:
 
     @property
     def stored_nbytes(self) -> int:
-        """Size in the converted folder, in bytes."""
+        """Bytes that it takes in the converted folder."""
         return math.prod(self.shape) * np.dtype(self.stored_dtype).itemsize
 
 
@@ -61,11 +61,11 @@ class LoraRecord:
     """A LoRA that was merged into the weights.
 
     Attributes:
-        source: Name of its file or folder.
-        scale: Its strength.
-        files: Digests (sha256) of its files, by name.
-        into: The component that its names of the transformer mean.
-        skipped: Names, with an asterisk for each number, of what the model has no layers for.
+        source: Name of the LoRA's file or folder.
+        scale: Strength of the LoRA.
+        files: Digests (sha256) of the LoRA's files, by name.
+        into: Component that received the LoRA's layers of a "transformer".
+        skipped: Names of parts whose layers the model lacks, each number replaced by an asterisk.
     """
 
     source: str
@@ -77,21 +77,21 @@ class LoraRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What stands in manifest.json.
+    """The content of manifest.json.
 
     Attributes:
         source: Name of the source folder or file.
-        pipeline: The pipeline's class in model_index.json; None of a component converted alone.
-        dtype: What weights were cast to, if they were.
-        variant: Which variant of the weights was taken ("fp16"), if one was asked for.
-        components: Per converted component, its tensors' records by the source's names.
+        pipeline: Class of the pipeline in model_index.json; None for a component converted alone.
+        dtype: Dtype that weights were cast to; None if they were not.
+        variant: Variant of the weights that was asked for, such as "fp16".
+        components: Records of each component's tensors, by their names in the source.
         skipped: Components of the source that were left out on request.
-        sources: Digests (sha256) of the files that weights and configs were read from, by their
-            component and name.
-        files: Digests of the files of this folder outside of `weights`, by path.
-        weights: Digests of the files of the checkpoints, by path.
+        sources: Digests (sha256) of the files that weights and configs were read from, by
+            "component/name".
+        files: Digests of this folder's files outside `weights`, by path.
+        weights: Digests of the checkpoints' files, by path.
         versions: Versions of the libraries that wrote the folder.
-        loras: What was merged into the weights, in this order.
+        loras: LoRAs that were merged into the weights, in this order.
         rules_version: Version of the conversion rules.
         format_version: Version of this layout.
     """
@@ -112,19 +112,32 @@ class Manifest:
 
     @property
     def tensor_bytes(self) -> int:
-        """Size of all tensors as they are stored."""
+        """Bytes of all tensors as they are stored."""
         records = (record for tensors in self.components.values() for record in tensors.values())
         return sum(record.stored_nbytes for record in records)
 
+    def add(
+        self,
+        component: str,
+        records: Mapping[str, TensorRecord],
+        *,
+        sources: Mapping[str, str],
+        files: Mapping[str, str],
+        weights: Mapping[str, str],
+    ) -> "Manifest":
+        """Return a manifest with one more component; see the attributes."""
+        return dataclasses.replace(
+            self,
+            components={**self.components, component: records},
+            sources={**self.sources, **sources},
+            files={**self.files, **files},
+            weights={**self.weights, **weights},
+        )
+
 
 def library_versions() -> dict[str, str]:
-    """Give the versions of the libraries that a conversion depends on."""
+    """Return the versions of the libraries that a conversion depends on."""
     return package_versions(_VERSIONS_OF)
-
-
-def manifest_text(manifest: Manifest) -> str:
-    """What stands in the file: the same manifest gives the same text."""
-    return _signed(dataclasses.asdict(manifest))
 
 
 def _signed(values: Mapping[str, Any]) -> str:
@@ -136,15 +149,15 @@ def _signed(values: Mapping[str, Any]) -> str:
 def write_manifest(folder: Path, manifest: Manifest, name: str = NAME) -> None:
     """Write the manifest, whole or not at all."""
     with written_atomically(folder / name) as temporary:
-        temporary.write_text(manifest_text(manifest), encoding="utf-8")
+        temporary.write_text(_signed(dataclasses.asdict(manifest)), encoding="utf-8")
 
 
 def read_manifest(folder: Path, name: str = NAME) -> Manifest:
     """Read the manifest of a converted folder and check it against its own digest.
 
     Raises:
-        ConversionError: If the folder is not a converted one, or of another format version.
-        DamageError: If a single bit of the manifest is not as it was written.
+        ConversionError: If the folder was not converted, or has another format version.
+        DamageError: If a single bit of the manifest was changed.
     """
     file = folder / name
     if not file.is_file():
@@ -171,12 +184,8 @@ def read_manifest(folder: Path, name: str = NAME) -> Manifest:
     values = said.values
     version = values.get("format_version")
     body = {key: value for key, value in values.items() if key != _OWN_DIGEST}
-    if _OWN_DIGEST not in values and version == 1:  # which had none
-        raise ConversionError(
-            f"{file}: is of format 1 and this version reads {FORMAT_VERSION}: convert the source "
-            "again."
-        )
-    if said.content != _signed(body).encode("utf-8"):
+    is_first = version == 1 and _OWN_DIGEST not in values  # format 1 had no digest
+    if said.content != _signed(body).encode("utf-8") and not is_first:
         raise DamageError(
             f"{file}: is damaged (it does not have its own digest): convert the source again."
         )
@@ -193,13 +202,12 @@ def read_manifest(folder: Path, name: str = NAME) -> Manifest:
             }
             for component, tensors in values["components"].items()
         }
-        skipped = tuple(values["skipped"])
         loras = tuple(
             LoraRecord(**{**record, "skipped": tuple(record.get("skipped", ()))})
             for record in body.get("loras", ())
         )
-        read = {"components": components, "skipped": skipped, "loras": loras}
-        manifest = Manifest(**{**body, **read})
+        body |= {"components": components, "skipped": tuple(body["skipped"]), "loras": loras}
+        manifest = Manifest(**body)
         _check_types(manifest)
         _check_names(manifest)
         return manifest
@@ -209,7 +217,7 @@ def read_manifest(folder: Path, name: str = NAME) -> Manifest:
 
 
 def _check_types(manifest: Manifest) -> None:
-    """Refuse values of other types: whoever signs a manifest may have written anything."""
+    """Refuse values of wrong types: a valid digest does not prove who wrote the manifest."""
     for name in ("sources", "files", "weights", "versions"):
         table = getattr(manifest, name)
         if not isinstance(table, dict) or not all(isinstance(text, str) for text in table.values()):
@@ -225,7 +233,7 @@ def _check_types(manifest: Manifest) -> None:
 
 
 def _check_names(manifest: Manifest) -> None:
-    """Refuse names that lead out of the folder, for they become paths, and unknown dtypes."""
+    """Refuse unknown dtypes, and names that lead out of the folder, since they become paths."""
     for name in (*manifest.components, *manifest.files, *manifest.weights):
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:

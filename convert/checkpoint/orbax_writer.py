@@ -1,10 +1,10 @@
-"""Orbax folders whose files hold the source's bytes as they are, and how they are opened.
+"""Make and open orbax checkpoints whose files hold the source's bytes as they are.
 
-The layout is orbax's own (zarr3, a folder a leaf), which `StandardCheckpointer().restore` reads; so
-are the files beside the leaves, which orbax would only write with the numbers. These are put into
-the leaves' files by `copying.py`. A chunk is one file without compression, and zarr's transpose
-codec turns a kernel's axes when it is read: so nothing has to be transposed or held in memory, and
-a digest of a chunk is one of the source's tensor.
+The layout is orbax's own (zarr3, one folder per leaf), which `StandardCheckpointer().restore`
+reads. Orbax writes its metadata only together with values, so the metadata are written here and
+`copying.py` fills in the values. A chunk is one uncompressed file, and zarr's transpose codec
+permutes the axes when it is read: nothing has to be transposed or held in memory, and the digest of
+a chunk is that of the source's bytes.
 """
 
 import contextlib
@@ -23,12 +23,11 @@ import tensorstore as ts
 from svg_jax.convert.errors import ConversionError, DamageError, RefusedError
 from svg_jax.convert.tables.rules import Leaf
 
-# Leaves above this many bytes lie in several chunks: stacked ones a layer a chunk, others by rows.
-# A folder of other chunks is one of another FORMAT_VERSION.
+# Larger leaves are split into chunks: stacked ones by layer, others by rows. Folders with other
+# chunks need another FORMAT_VERSION.
 CHUNK_BYTES = 64 * 2**20
-_BYTES_A_LEAF, _BYTES_A_CHECKPOINT = 460, 600  # of orbax's and zarr's metadata
-# What zarr.json says of every leaf; what orbax's file says of every checkpoint; and how orbax
-# numbers a key of a dictionary.
+_BYTES_A_LEAF, _BYTES_A_CHECKPOINT = 460, 600  # of metadata, about
+# The part of zarr.json and of orbax's metadata that is the same for all.
 _ZARR = {
     "zarr_format": 3,
     "node_type": "array",
@@ -43,21 +42,21 @@ _CHECKPOINT = {
     "performance_metrics": {},
     "custom_metadata": {},
 }
-_DICTIONARY_KEY = 2
-# How tensorstore names what is no damage: a right, memory, open files, a disk that is away.
+_DICTIONARY_KEY = 2  # orbax's number of this type of key
+# Tensorstore's names of errors that are no damage: permissions, memory, open files, a lost disk.
 _OF_THE_SYSTEM = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "CANCELLED")
 
 
 @dataclass(frozen=True)
 class LeafFiles:
-    """How a leaf lies in its files: its tensors' bytes, one after the other, in equal chunks.
+    """The layout of a leaf's files: the bytes of its tensors, in order, split into equal chunks.
 
     Attributes:
-        path: Keys from the root of the tree.
-        shape: The leaf's shape.
-        dtype: Its dtype.
-        order: Its axes in the order in which they lie in the files.
-        rows: How much of the first of these a chunk holds; the last chunk may be filled up.
+        path: Keys from the root of the tree to the leaf.
+        shape: Shape of the leaf.
+        dtype: Dtype of the leaf.
+        order: Axes of the leaf, from the slowest to the fastest varying in the files.
+        rows: Size of a chunk along the first of these axes; the last chunk may be padded.
     """
 
     path: tuple[str, ...]
@@ -68,7 +67,7 @@ class LeafFiles:
 
     @classmethod
     def of(cls, leaf: Leaf, dtype: np.dtype) -> "LeafFiles":
-        """A leaf's files, in the order of its source tensors."""
+        """Lay out a leaf in the axis order of its source tensors."""
         order, rows = leaf.rule.inverse_axes, 1
         if leaf.rule.stacked:
             order = (0, *(1 + axis for axis in order))
@@ -82,7 +81,7 @@ class LeafFiles:
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
-        """Shape of a chunk, its axes in the leaf's order."""
+        """Shape of a chunk, with the axes of the leaf."""
         shape = list(self.shape)
         if self.order:
             shape[self.order[0]] = self.rows
@@ -90,64 +89,57 @@ class LeafFiles:
 
     @property
     def chunk_nbytes(self) -> int:
-        """Bytes of each chunk's file."""
+        """Bytes of the file of each chunk."""
         return math.prod(self.chunk_shape) * self.dtype.itemsize
 
     @property
     def num_chunks(self) -> int:
-        """How many files the leaf lies in."""
+        """Number of chunks."""
         return -(-self.shape[self.order[0]] // self.rows) if self.order else 1
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its files."""
-        return self.num_chunks * self.chunk_nbytes
-
     def chunk_file(self, folder: Path, chunk: int) -> Path:
-        """The file of a chunk in the checkpoint `folder`."""
+        """Return the file of a chunk in the checkpoint `folder`."""
         index = [0] * len(self.shape)
         if self.order:
             index[self.order[0]] = chunk
         return folder.joinpath(".".join(self.path), "c", *map(str, index))
 
     def files(self, folder: Path) -> Iterator[tuple[Path, int | None]]:
-        """Its files in the checkpoint `folder`, and their bytes; None for what says how it lies."""
+        """Yield the files in the checkpoint `folder` and their bytes; None for the metadata."""
         yield folder / ".".join(self.path) / "zarr.json", None
         for chunk in range(self.num_chunks):
             yield self.chunk_file(folder, chunk), self.chunk_nbytes
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What zarr has to know about it: the codecs say that the bytes lie there as they are."""
+        """The content of zarr.json, whose codecs leave the bytes as they are."""
         transpose = {"name": "transpose", "configuration": {"order": self.order}}
         as_they_are = {"name": "bytes", "configuration": {"endian": "little"}}
-        grid = {"name": "regular", "configuration": {"chunk_shape": self.chunk_shape}}
-        return {
+        return _ZARR | {
             "shape": self.shape,
             "data_type": self.dtype.name,
-            "chunk_grid": grid,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.chunk_shape}},
             "codecs": [transpose, as_they_are] if self.order else [as_they_are],
         }
 
 
 def create_checkpoint(folder: Path, leaves: Mapping[tuple[str, ...], LeafFiles]) -> None:
-    """Make an orbax checkpoint whose chunks are there and are to be filled.
+    """Make an orbax checkpoint whose chunks have their size but no values yet.
 
     Args:
-        folder: The checkpoint's folder, a real path; it must not exist.
-        leaves: Its leaves by their path.
+        folder: Folder of the checkpoint, a real path, which must not exist.
+        leaves: Layout of each leaf, by path.
 
     Raises:
-        OSError: If the system refuses to write: no room, no right.
+        OSError: If the system refuses to write.
     """
     begun = time.time_ns()
     folder.mkdir()
     for path, leaf in leaves.items():
         lying = folder / ".".join(path)
         lying.mkdir()
-        text = json.dumps(_ZARR | leaf.metadata, separators=(",", ":"), sort_keys=True)
+        text = json.dumps(leaf.metadata, separators=(",", ":"), sort_keys=True)
         (lying / "zarr.json").write_text(text, encoding="utf-8")
-    for leaf in leaves.values():
         for chunk in range(leaf.num_chunks):
             file = leaf.chunk_file(folder, chunk)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -164,12 +156,11 @@ def create_checkpoint(folder: Path, leaves: Mapping[tuple[str, ...], LeafFiles])
 
 
 def _tree_metadata(leaves: Iterable[tuple[str, ...]]) -> dict[str, Any]:
-    """What orbax has to know of a tree of nested dictionaries, of which the leaves are arrays."""
-    value = {"value_type": "np.ndarray", "skip_deserialize": False}
+    """Return orbax's metadata of a tree of nested dictionaries whose leaves are arrays."""
     tree = {
         str(path): {
             "key_metadata": [{"key": key, "key_type": _DICTIONARY_KEY} for key in path],
-            "value_metadata": value,
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
         }
         for path in sorted(leaves)
     }
@@ -183,37 +174,33 @@ def _tree_metadata(leaves: Iterable[tuple[str, ...]]) -> dict[str, Any]:
 
 
 def checkpoint_nbytes(leaves: Mapping[tuple[str, ...], LeafFiles]) -> int:
-    """Bytes that a checkpoint takes: exactly, but for the hundreds of each leaf's metadata."""
-    numbers = sum(leaf.nbytes for leaf in leaves.values())
-    return numbers + _BYTES_A_LEAF * len(leaves) + _BYTES_A_CHECKPOINT
+    """Return the bytes of a checkpoint, exact up to some hundreds of metadata per leaf."""
+    chunks = sum(leaf.num_chunks * leaf.chunk_nbytes for leaf in leaves.values())
+    return chunks + _BYTES_A_LEAF * len(leaves) + _BYTES_A_CHECKPOINT
 
 
 def open_leaves(
     folder: Path, leaves: Mapping[tuple[str, ...], LeafFiles]
 ) -> dict[tuple[str, ...], ts.TensorStore]:
-    """Open the leaves of a checkpoint without reading their numbers, by their path in the tree.
+    """Open the leaves of a checkpoint, by path, without reading their values.
 
     Args:
-        folder: The checkpoint's folder, a real path: tensorstore takes no `..`.
-        leaves: How each leaf must lie there; its files were seen to be regular ones.
+        folder: Folder of the checkpoint, a real path: tensorstore takes no `..`.
+        leaves: Layout that each leaf must have, whose files were checked to be regular.
 
     Raises:
-        DamageError: If zarr's metadata do not say so.
+        DamageError: If zarr's metadata differ.
         RefusedError: If the system does not let them be read.
     """
-
-    def open_leaf(path: tuple[str, ...], leaf: LeafFiles) -> Any:
+    opening, opened = {}, {}
+    for path, leaf in leaves.items():
         spec = {
             "driver": "zarr3",
             "kvstore": {"driver": "file", "path": f"{folder / '.'.join(path)}/"},
-            # What is on disk must say the same, or it is not opened.
-            "metadata": _ZARR | leaf.metadata,
-            "fill_missing_data_reads": False,  # a chunk that is not there would read as zeros
+            "metadata": leaf.metadata,  # must be what is on disk
+            "fill_missing_data_reads": False,  # a missing chunk would read as zeros
         }
-        return ts.open(spec, open=True, read=True)
-
-    opening = {path: open_leaf(path, leaf) for path, leaf in leaves.items()}
-    opened = {}
+        opening[path] = ts.open(spec, open=True, read=True)
     for path, store in opening.items():
         with readable(folder, path):
             opened[path] = store.result()
@@ -222,18 +209,18 @@ def open_leaves(
 
 @contextlib.contextmanager
 def readable(folder: Path, path: tuple[str, ...]) -> Iterator[None]:
-    """Turn whatever tensorstore raises about a leaf whose files were checked into one sentence.
+    """Turn any error of tensorstore about a leaf into one sentence.
 
     Raises:
-        RefusedError: In place of an error of the system.
-        DamageError: In place of any other.
+        RefusedError: If the system does not let the leaf be read.
+        DamageError: If its files are damaged.
     """
     try:
         yield
     except (ConversionError, MemoryError):
         raise
     except Exception as error:
-        # Behind the reason tensorstore repeats the request and names lines of its own source.
+        # After the reason, tensorstore repeats the request and names lines of its own source.
         reason = (str(error) or type(error).__name__).split(" [")[0].splitlines()[0][:200]
         leaf = ".".join(path)
         if isinstance(error, OSError) or reason.startswith(_OF_THE_SYSTEM):
@@ -242,7 +229,7 @@ def readable(folder: Path, path: tuple[str, ...]) -> Iterator[None]:
 
 
 def unreadable(folder: Path, fault: str) -> DamageError:
-    """The error of a checkpoint that is not what was converted."""
+    """Return the error for a checkpoint that is not as it was converted."""
     return DamageError(
         f"{folder}: cannot be read as an orbax checkpoint ({fault}): convert the source again."
     )

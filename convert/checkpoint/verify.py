@@ -1,4 +1,4 @@
-"""The check that a converted folder holds what was converted, to the last bit."""
+"""Check that a converted folder holds what was converted, to the last bit."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from svg_jax.convert.checkpoint.folder import check_file, open_folder
 from svg_jax.convert.checkpoint.manifest import NAME, SMALL_BYTES, Manifest, read_manifest
 from svg_jax.convert.checkpoint.staging import standing_folder
-from svg_jax.convert.checkpoint.tensors import open_tensors, read_checked
+from svg_jax.convert.checkpoint.tensors import open_tensors
 from svg_jax.convert.errors import DamageError
 from svg_jax.convert.formats.digests import file_digest
 from svg_jax.convert.paths import real_path
@@ -16,21 +16,22 @@ _NAMED = 3  # how many files an error spells out
 
 
 def verify_pipeline(source: str | Path, *, progress: Progress | None = None) -> Manifest:
-    """Read a converted folder whole and compare every file and every tensor with the manifest.
+    """Read all of a converted folder and compare every file and every tensor with its manifest.
 
-    The files show whether anything has changed since the conversion; the tensors, read through
-    orbax and turned back into the source's layout, show that the conversion itself was right.
+    The files show whether anything has changed since the conversion. The tensors, read through
+    orbax in the source's layout, show that the conversion itself was right.
 
     Args:
-        source: What `convert_pipeline` made.
-        progress: Called with (bytes done, bytes in all, what); the bytes are read twice.
+        source: Converted folder.
+        progress: Function called with (bytes done, bytes in all, component or "files"); weights
+            are read twice, as files and as tensors.
 
     Returns:
-        The manifest, which is true.
+        The manifest of the folder.
 
     Raises:
-        ConversionError: If the folder is no converted one.
-        DamageError: Naming what is changed, missing, or was not put there by the conversion.
+        ConversionError: If it is no converted folder.
+        DamageError: If files or tensors are changed, missing or added; names them.
     """
     source = standing_folder(real_path(source))
     manifest = read_manifest(source)
@@ -55,7 +56,7 @@ def verify_pipeline(source: str | Path, *, progress: Progress | None = None) -> 
             sizes[name] = min(nbytes, most)
     advance = count_bytes(sum(sizes.values()) + manifest.tensor_bytes, progress)
     for name, nbytes in sizes.items():
-        # A file that is larger than all tensors is wrong, and may be endless holes.
+        # A file larger than all tensors is wrong, and may be a huge sparse one.
         if there[name].stat().st_size > nbytes or file_digest(there[name]) != expected[name]:
             changed.append(name)
         advance(nbytes, "files")
@@ -65,8 +66,8 @@ def verify_pipeline(source: str | Path, *, progress: Progress | None = None) -> 
             "convert the source again."
         )
     for component, tensors in open_tensors(open_folder(source)).items():
-        for name, tensor in tensors.items():
-            read_checked(component, name, tensor)
+        for tensor in tensors.values():
+            tensor.read()
             advance(tensor.record.stored_nbytes, component)
     return manifest
 

@@ -87,7 +87,7 @@ def plan_tables(plan: ConversionPlan) -> Iterator[Table | str]:
     """Tabulate what a conversion would write."""
     table = _table("component", "class", "tensors", "read", "written", "dtypes", "not needed")
     for part in plan.components:
-        dtypes = sorted({dtype.name for dtype in part.dtypes.values()})
+        dtypes = sorted({leaf.dtype.name for leaf in part.files.values()})
         add_row(
             table,
             part.name,

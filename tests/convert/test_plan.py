@@ -108,7 +108,7 @@ class TestVariants:
 
     def test_none_is_the_one_without_a_name(self, with_variants):
         (part,) = plan_conversion(with_variants, components=["transformer"]).components
-        assert part.dtypes["final_norm", "scale"] == ml_dtypes.bfloat16
+        assert part.files["final_norm", "scale"].dtype == ml_dtypes.bfloat16
         message = "found: model.fp16-00001.*choose the variant that is there"
         with pytest.raises(ConversionError, match=message):
             plan_conversion(with_variants)
