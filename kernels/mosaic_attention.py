@@ -8,7 +8,7 @@ change them without compiling.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,22 +165,18 @@ def _attend(
         tiling=tiling,
         num_tokens=num_tokens,
         num_ctas=num_ctas,
-        grid=(heads, num_q_blocks, num_items),
         edge=edge,
         scale=scale,
         interpret=interpret,
     )
     tile = partial(plgpu.SMEM, dtype=query.dtype, transforms=mgpu.TILED)
+    ring = mgpu.ring(tile((tiling.stages, block_kv, head_dim)), readers=CONSUMERS)
     scratch = {
         "q_smem": tile((CONSUMERS, mgpu.ROWS, head_dim)),
-        "k_smem": tile((tiling.stages, block_kv, head_dim)),
-        "v_smem": tile((tiling.stages, block_kv, head_dim)),
         "lse_smem": plgpu.SMEM((CONSUMERS, mgpu.ROWS), jnp.float32),
         "q_ready": plgpu.Barrier(num_barriers=CONSUMERS),
-        "k_ready": plgpu.Barrier(num_barriers=tiling.stages),
-        "v_ready": plgpu.Barrier(num_barriers=tiling.stages),
-        "k_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiling.stages),
-        "v_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiling.stages),
+        "k_ring": ring,
+        "v_ring": ring,
         "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
     }
     if interpret is not None:
@@ -212,6 +208,47 @@ def _attend(
     )
 
 
+class _Work(NamedTuple):
+    """What there is to do, for all thread blocks, in global memory.
+
+    Attributes:
+        lists: Blocks of keys of each map.
+        map_of_head: Map of each head of each batch entry, [batch · heads].
+        order: Numbers of the query blocks of all heads, in the order in which they start.
+        text_length: Real text tokens of each batch entry.
+        heads: Number of heads.
+        num_tokens: Number of tokens, without padding.
+    """
+
+    lists: Lists
+    map_of_head: Any
+    order: Any
+    text_length: Any
+    heads: int
+    num_tokens: int
+
+
+class _Place(NamedTuple):
+    """The queries of a thread block: their batch entry, head and number, and the head's map."""
+
+    batch: Any
+    head: Any
+    which: Any
+    q_block: Any
+
+
+def _place(work: _Work, number: Any) -> _Place:
+    num_q_blocks = work.lists.counts.shape[1]
+    chosen = work.order[number]
+    entry = lax.div(chosen, num_q_blocks)
+    return _Place(
+        lax.div(entry, work.heads),
+        lax.rem(entry, work.heads),
+        work.map_of_head[entry],
+        lax.rem(chosen, num_q_blocks),
+    )
+
+
 def _body(
     q_ref,
     k_ref,
@@ -230,134 +267,127 @@ def _body(
     tiling: Tiling,
     num_tokens: int,
     num_ctas: int,
-    grid: tuple[int, int, int],
     edge: tuple[int, int],
     scale: float,
     interpret: Any,
     q_smem,
-    k_smem,
-    v_smem,
+    k_ring: mgpu.Ring,
+    v_ring: mgpu.Ring,
     lse_smem,
     q_ready,
-    k_ready,
-    v_ready,
-    k_free,
-    v_free,
     turn,
     staging=None,
 ):
-    """What every thread block does: three warpgroups, two of which compute."""
-    block_kv, stages = tiling.block_kv, tiling.stages
-    heads, num_q_blocks, num_items = grid
-    head_dim = q_smem.shape[-1]
-    factor = scale * mgpu.LOG2_E  # of logits, for powers of two
+    """Run one warpgroup of a thread block: two compute, the third fetches keys and values."""
     warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-    num_turns = lax.div(num_items - 1 - cta, num_ctas) + 1
-
-    def item(number):
-        chosen = order_ref[cta + number * num_ctas]
-        entry = lax.div(chosen, num_q_blocks)
-        return (
-            lax.div(entry, heads),
-            lax.rem(entry, heads),
-            map_ref[entry],
-            lax.rem(chosen, num_q_blocks),
-        )
+    num_turns = lax.div(order_ref.shape[0] - 1 - cta, num_ctas) + 1
+    lists = Lists(tested_ref, counts_ref, blocks_ref, bounds_ref)
+    work = _Work(lists, map_ref, order_ref, length_ref, out_ref.shape[2], num_tokens)
 
     @pl.when(warpgroup == CONSUMERS)
     def _produce():
         plgpu.set_max_registers(REGISTERS[1], action="decrease")
 
         def one_item(number, step):
-            batch, head, which, q_block = item(number)
-            count = counts_ref[which, q_block]
-
-            def fetch(n, _):
-                block = blocks_ref[which, q_block, n]
-                slot = lax.rem(step + n, stages)
-                rows = (batch, pl.ds(block * block_kv, block_kv), head)
-                plgpu.barrier_wait(k_free.at[slot])
-                plgpu.copy_gmem_to_smem(k_ref.at[rows], k_smem.at[slot], k_ready.at[slot])
-                plgpu.barrier_wait(v_free.at[slot])
-                mgpu.fetch_block(
-                    v_ref,
-                    v_smem.at[slot],
-                    v_ready.at[slot],
-                    ((edge, edge_ref),),
-                    batch,
-                    block,
-                    head,
-                )
-
-            lax.fori_loop(0, count, fetch, None)
-            return step + count
+            place = _place(work, cta + number * num_ctas)
+            sources = (k_ref, v_ref, (edge, edge_ref))
+            return step + _fetch(sources, k_ring, v_ring, work.lists, place, step)
 
         step = lax.fori_loop(0, num_turns, one_item, jnp.int32(0))
-        for n in range(stages):  # a barrier may not end with arrivals that nobody saw
-            plgpu.barrier_wait(k_free.at[lax.rem(step + n, stages)])
-            plgpu.barrier_wait(v_free.at[lax.rem(step + n, stages)])
+        mgpu.await_readers(step, k_ring, v_ring)
 
     @pl.when(warpgroup < CONSUMERS)
     def _consume():
         plgpu.set_max_registers(REGISTERS[0], action="increase")
         my_q, my_lse = q_smem.at[warpgroup], lse_smem.at[warpgroup]
         my_staging = jax.tree.map(lambda ref: ref.at[warpgroup], staging)
-        for slot in range(stages):
-            plgpu.barrier_arrive(k_free.at[slot])
-            plgpu.barrier_arrive(v_free.at[slot])
+        mgpu.release_all(k_ring, v_ring)
         if not tiling.overlap:  # the second warpgroup is half a step behind
             pl.when(warpgroup == 1)(partial(pass_turn, turn))
 
         def one_item(number, step):
-            batch, head, which, q_block = item(number)
-            first_row = q_block * BLOCK_Q + warpgroup * mgpu.ROWS
+            place = _place(work, cta + number * num_ctas)
+            first_row = place.q_block * BLOCK_Q + warpgroup * mgpu.ROWS
             rows = pl.ds(first_row, mgpu.ROWS)
-            plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], my_q, q_ready.at[warpgroup])
-            tested, count = tested_ref[which, q_block], counts_ref[which, q_block]
-            band, text_start, text_stop, sink = (bounds_ref[which, n] for n in range(4))
-            real_stop = jnp.clip(text_start + length_ref[batch], text_start, text_stop)
-
-            def is_padding(position):
-                return (position >= real_stop) & (position < text_stop) | (position >= num_tokens)
-
-            def is_text(position):
-                return (position >= text_start) & (position < text_stop)
-
-            def test(logits, n):
-                shape = logits.shape
-                q = mgpu.positions(shape, 0, interpret) + first_row
-                k = mgpu.positions(shape, 1, interpret) + blocks_ref[which, q_block, n] * block_kv
-                near = (q - k < band) & (k - q < band)
-                kept = near | (k < sink) | is_text(k) | is_text(q)
-                return jnp.where(kept & ~is_padding(k), logits, mgpu.MASKED)
-
+            here = (place.batch, rows, place.head)
+            plgpu.copy_gmem_to_smem(q_ref.at[here], my_q, q_ready.at[warpgroup])
+            at = (place.which, place.q_block)
+            tested, count = tested_ref[at], counts_ref[at]
+            is_padding, test = _tests(work, place, first_row, tiling.block_kv, interpret)
             plgpu.barrier_wait(q_ready.at[warpgroup])
             visitor = overlapped if tiling.overlap else alternating
             acc, row_max, row_sum = visitor(
                 my_q,
-                (k_smem, k_ready, k_free),
-                (v_smem, v_ready, v_free),
+                k_ring,
+                v_ring,
                 turn,
                 my_staging,
                 test=test,
-                slot_of=lambda n: lax.rem(step + n, stages),
+                slot_of=lambda n: lax.rem(step + n, tiling.stages),
                 tested=tested,
                 count=count,
-                factor=factor,
+                factor=scale * mgpu.LOG2_E,
                 interpret=interpret,
             )
-
-            row = mgpu.positions((mgpu.ROWS, head_dim), 0, interpret) + first_row
+            row = mgpu.positions(my_q.shape, 0, interpret) + first_row
             inverse = mgpu.by_row(1.0 / jnp.where(row_sum > 0, row_sum, 1.0), acc.shape)
             my_q[...] = jnp.where(is_padding(row), 0.0, acc * inverse).astype(my_q.dtype)
             lse = (row_max + jnp.log2(row_sum)) * (1 / mgpu.LOG2_E)
             my_lse[...] = jnp.where(row_sum > 0, lse, -jnp.inf)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(my_q, out_ref.at[batch, rows, head])
-            plgpu.copy_smem_to_gmem(my_lse, lse_ref.at[batch, head, rows])
+            plgpu.copy_smem_to_gmem(my_q, out_ref.at[here])
+            plgpu.copy_smem_to_gmem(my_lse, lse_ref.at[place.batch, place.head, rows])
             plgpu.wait_smem_to_gmem(0)
             return step + count
 
         lax.fori_loop(0, num_turns, one_item, jnp.int32(0))
         if not tiling.overlap:
             pl.when(warpgroup == 0)(partial(pass_turn, turn))
+
+
+def _fetch(sources, k_ring: mgpu.Ring, v_ring: mgpu.Ring, lists: Lists, place: _Place, step):
+    """Fetch the listed keys and values of a query block, and return how many blocks they are."""
+    k_ref, v_ref, edge = sources
+    stages, block_kv = k_ring.tiles.shape[:2]
+    count = lists.counts[place.which, place.q_block]
+
+    def fetch(n, _):
+        block = lists.blocks[place.which, place.q_block, n]
+        slot = lax.rem(step + n, stages)
+        rows = (place.batch, pl.ds(block * block_kv, block_kv), place.head)
+        plgpu.barrier_wait(k_ring.free.at[slot])
+        plgpu.copy_gmem_to_smem(k_ref.at[rows], k_ring.tiles.at[slot], k_ring.ready.at[slot])
+        plgpu.barrier_wait(v_ring.free.at[slot])
+        mgpu.fetch_block(v_ref, v_ring, slot, (edge,), place.batch, block, place.head)
+
+    lax.fori_loop(0, count, fetch, None)
+    return count
+
+
+def _tests(work: _Work, place: _Place, first_row, block_kv: int, interpret):
+    """Make the tests of a query block's mask.
+
+    Returns:
+        is_padding: Whether positions hold padding.
+        test: Masks the logits of the list's n-th block.
+    """
+    band, text_start, text_stop, sink = (work.lists.bounds[place.which, n] for n in range(4))
+    real_stop = text_start + work.text_length[place.batch]
+    real_stop = jnp.clip(real_stop, text_start, text_stop)
+
+    def is_padding(position):
+        is_text_padding = (position >= real_stop) & (position < text_stop)
+        return is_text_padding | (position >= work.num_tokens)
+
+    def is_text(position):
+        return (position >= text_start) & (position < text_stop)
+
+    def test(logits, n):
+        q = mgpu.positions(logits.shape, 0, interpret) + first_row
+        k = mgpu.positions(logits.shape, 1, interpret)
+        k += work.lists.blocks[place.which, place.q_block, n] * block_kv
+        near = (q - k < band) & (k - q < band)
+        kept = near | (k < sink) | is_text(k) | is_text(q)
+        return jnp.where(kept & ~is_padding(k), logits, mgpu.MASKED)
+
+    return is_padding, test

@@ -102,6 +102,56 @@ def by_column(line: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(line, shape, [1])
 
 
+class Ring(NamedTuple):
+    """Tiles of shared memory that one warpgroup fills in turn, and others read.
+
+    Attributes:
+        free: Barriers that say of each tile when its readers have left it.
+        ready: Barriers that say of each tile when it is filled.
+        tiles: The tiles, [stages, rows, head_dim].
+    """
+
+    free: Any
+    ready: Any
+    tiles: Any
+
+
+def ring(tiles: Any, *, readers: int, copies: int = 1) -> Ring:
+    """Describe a ring for a kernel's scratch memory.
+
+    Args:
+        tiles: Shared memory of the tiles.
+        readers: Number of warpgroups that read each tile.
+        copies: Number of copies that fill a tile.
+    """
+    stages = tiles.shape[0]
+    return Ring(
+        free=plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
+        ready=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        tiles=tiles,
+    )
+
+
+def release_all(*rings: Ring) -> None:
+    """Mark all tiles as free, as each reader does before the first is filled."""
+    for slot in range(rings[0].tiles.shape[0]):
+        for each in rings:
+            plgpu.barrier_arrive(each.free.at[slot])
+
+
+def await_readers(step: Any, *rings: Ring) -> None:
+    """Wait until all tiles are free: no barrier may end with arrivals that nobody waited for.
+
+    Args:
+        step: Number of tiles that were filled.
+        rings: The rings.
+    """
+    stages = rings[0].tiles.shape[0]
+    for n in range(stages):
+        for each in rings:
+            plgpu.barrier_wait(each.free.at[lax.rem(step + n, stages)])
+
+
 class Staging(NamedTuple):
     """Shared memory that only the interpreter needs.
 
@@ -224,8 +274,8 @@ def aligned_tokens(
 
 def fetch_block(
     source: Any,
-    tile: Any,
-    ready: Any,
+    ring: Ring,
+    slot: Any,
     patches: tuple[tuple[tuple[int, int], Any], ...],
     batch: Any,
     block: Any,
@@ -235,19 +285,19 @@ def fetch_block(
 
     Args:
         source: [batch, tokens, heads, head_dim] in global memory.
-        tile: Where to: shared memory.
-        ready: The barrier.
+        ring: The ring to fill.
+        slot: Which of its tiles.
         patches: Numbers of blocks, first and behind the last, and what to take in their place. The
             first that has a block counts.
         batch: Which entry.
         block: Which block.
         head: Which head.
     """
-    block_kv = tile.shape[0]
+    block_kv = ring.tiles.shape[1]
 
     def fetch(source, number):
         rows = (batch, pl.ds(number * block_kv, block_kv), head)
-        plgpu.copy_gmem_to_smem(source.at[rows], tile, ready)
+        plgpu.copy_gmem_to_smem(source.at[rows], ring.tiles.at[slot], ring.ready.at[slot])
 
     elsewhere = True
     for (first, stop), patch in patches:

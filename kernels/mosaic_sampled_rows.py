@@ -52,19 +52,16 @@ def sampled_attention(
     tail, key, value, tail_blocks = mgpu.aligned_tokens(key, value, block_kv)
 
     tile = partial(plgpu.SMEM, dtype=query.dtype, transforms=mgpu.TILED)
+    blocks = tile((STAGES, block_kv, width))
     scratch = {
         "q_smem": tile((mgpu.ROWS, width)),
-        "k_smem": tile((STAGES, block_kv, width)),
-        "v_smem": tile((STAGES, block_kv, width)),
         "row_smem": plgpu.SMEM((len(masks), 2, mgpu.ROWS), jnp.float32),
         "key_smem": plgpu.SMEM((STAGES, len(masks), block_kv), jnp.float32),
         "out_smem": plgpu.SMEM((len(masks), mgpu.ROWS, width), jnp.float32),
         "sum_smem": plgpu.SMEM((len(masks), 2, mgpu.ROWS), jnp.float32),
         "q_ready": plgpu.Barrier(num_arrivals=2),
-        "k_ready": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-        "v_ready": plgpu.Barrier(num_barriers=STAGES),
-        "k_free": plgpu.Barrier(num_arrivals=len(masks), num_barriers=STAGES),
-        "v_free": plgpu.Barrier(num_arrivals=len(masks), num_barriers=STAGES),
+        "k_ring": mgpu.ring(blocks, readers=len(masks), copies=2),
+        "v_ring": mgpu.ring(blocks, readers=len(masks)),
     }
     if interpret is not None:
         scratch["staging"] = mgpu.Staging(
@@ -72,12 +69,10 @@ def sampled_attention(
             keys=tile((len(masks), width, block_kv)),
         )
     lead = (splits, len(masks), batch, heads, query.shape[1])
+    of_rows = jax.ShapeDtypeStruct(lead, jnp.float32)
     out, row_max, row_sum = mgpu.kernel(
         partial(
             _body,
-            num_masks=len(masks),
-            num_blocks=num_blocks,
-            splits=splits,
             edge=edge,
             tail=tail,
             factor=scale * mgpu.LOG2_E,
@@ -85,20 +80,13 @@ def sampled_attention(
         ),
         warpgroups=len(masks) + 1,
         interpret=interpret,
-        out_type=(
-            jax.ShapeDtypeStruct((*lead, width), jnp.float32),
-            jax.ShapeDtypeStruct(lead, jnp.float32),
-            jax.ShapeDtypeStruct(lead, jnp.float32),
-        ),
+        out_type=(jax.ShapeDtypeStruct((*lead, width), jnp.float32), of_rows, of_rows),
         scratch_types=scratch,
         grid=(splits, row_groups, heads, batch),
         grid_names=("split", "group", "head", "batch"),
     )(query, key, value, edge_value, tail_blocks, rows, places)
 
-    share = jnp.exp2(row_max - row_max.max(axis=0, keepdims=True))
-    row_sum = (share * row_sum).sum(axis=0)
-    joined = (share[..., None] * out).sum(axis=0) / jnp.where(row_sum > 0, row_sum, 1.0)[..., None]
-    joined = joined[..., :num_rows, :head_dim]
+    joined = _joined(out, row_max, row_sum)[..., :num_rows, :head_dim]
     if text_length is None:
         return joined
     real = jnp.stack(
@@ -108,6 +96,17 @@ def sampled_attention(
         ]
     )
     return jnp.where(real[:, :, None, :, None], joined, 0.0)
+
+
+def _joined(
+    out: Float[Array, "splits masks batch heads rows head_dim"],
+    row_max: Float[Array, "splits masks batch heads rows"],
+    row_sum: Float[Array, "splits masks batch heads rows"],
+) -> Float[Array, "masks batch heads rows head_dim"]:
+    """Join the softmaxes of all stretches of keys."""
+    share = jnp.exp2(row_max - row_max.max(axis=0, keepdims=True))
+    row_sum = (share * row_sum).sum(axis=0)
+    return (share[..., None] * out).sum(axis=0) / jnp.where(row_sum > 0, row_sum, 1.0)[..., None]
 
 
 def _places(
@@ -155,32 +154,27 @@ def _body(
     max_ref,
     sum_ref,
     *,
-    num_masks: int,
-    num_blocks: int,
-    splits: int,
     edge: tuple[int, int],
     tail: tuple[int, int],
     factor: float,
     interpret: Any,
     q_smem,
-    k_smem,
-    v_smem,
     row_smem,
     key_smem,
     out_smem,
     sum_smem,
     q_ready,
-    k_ready,
-    v_ready,
-    k_free,
-    v_free,
+    k_ring: mgpu.Ring,
+    v_ring: mgpu.Ring,
     staging=None,
 ):
-    """What every thread block does: a producer, and one warpgroup for each mask."""
+    """Run one warpgroup of a thread block: the producer, or that of a mask."""
     warpgroup = lax.axis_index("warpgroup")
     split, group = lax.axis_index("split"), lax.axis_index("group")
     head, batch = lax.axis_index("head"), lax.axis_index("batch")
-    block_kv = k_smem.shape[1]
+    splits, num_masks = out_ref.shape[:2]
+    block_kv = k_ring.tiles.shape[1]
+    num_blocks = key_ref.shape[-1] // block_kv
     first = lax.div(split * num_blocks, splits)
     count = lax.div((split + 1) * num_blocks, splits) - first
     rows = pl.ds(group * mgpu.ROWS, mgpu.ROWS)
@@ -193,56 +187,35 @@ def _body(
         def fetch(n, _):
             slot = lax.rem(n, STAGES)
             keys = pl.ds((first + n) * block_kv, block_kv)
-            ready = k_ready.at[slot]
-            plgpu.barrier_wait(k_free.at[slot])
+            plgpu.barrier_wait(k_ring.free.at[slot])
             here = (batch, first + n, head)
-            mgpu.fetch_block(k_ref, k_smem.at[slot], ready, ((tail, tail_ref.at[0]),), *here)
-            plgpu.copy_gmem_to_smem(key_ref.at[:, batch, keys], key_smem.at[slot], ready)
-            plgpu.barrier_wait(v_free.at[slot])
+            mgpu.fetch_block(k_ref, k_ring, slot, ((tail, tail_ref.at[0]),), *here)
+            places = key_ref.at[:, batch, keys]
+            plgpu.copy_gmem_to_smem(places, key_smem.at[slot], k_ring.ready.at[slot])
+            plgpu.barrier_wait(v_ring.free.at[slot])
             patches = ((edge, edge_ref), (tail, tail_ref.at[1]))
-            mgpu.fetch_block(v_ref, v_smem.at[slot], v_ready.at[slot], patches, *here)
+            mgpu.fetch_block(v_ref, v_ring, slot, patches, *here)
 
         lax.fori_loop(0, count, fetch, None)
-        for n in range(STAGES):  # a barrier may not end with arrivals that nobody saw
-            plgpu.barrier_wait(k_free.at[lax.rem(count + n, STAGES)])
-            plgpu.barrier_wait(v_free.at[lax.rem(count + n, STAGES)])
+        mgpu.await_readers(count, k_ring, v_ring)
 
     @pl.when(warpgroup < num_masks)
     def _consume():
-        for slot in range(STAGES):
-            plgpu.barrier_arrive(k_free.at[slot])
-            plgpu.barrier_arrive(v_free.at[slot])
+        mgpu.release_all(k_ring, v_ring)
         my_staging = jax.tree.map(lambda ref: ref.at[warpgroup], staging)
-        shape = (mgpu.ROWS, block_kv)
         plgpu.barrier_wait(q_ready)
-        row, reach = (
-            mgpu.by_row(mgpu.load_line(row_smem, (warpgroup, n), mgpu.ROW, interpret), shape)
-            for n in range(2)
+        acc, row_max, row_sum = _visit(
+            q_smem,
+            k_ring,
+            v_ring,
+            row_smem,
+            key_smem,
+            my_staging,
+            mask=warpgroup,
+            count=count,
+            factor=factor,
+            interpret=interpret,
         )
-
-        def dropped(slot):
-            place = mgpu.load_line(key_smem, (slot, warpgroup), mgpu.COLUMN, interpret)
-            return jnp.abs(mgpu.by_column(place, shape) - row) >= reach
-
-        def visit(n, carry):
-            acc, row_max, row_sum = carry
-            slot = lax.rem(n, STAGES)
-            plgpu.barrier_wait(k_ready.at[slot])
-            # Fetched before the product, a line is there behind it; one of 128 keys would spill.
-            early = dropped(slot) if block_kv <= 64 else None
-            logits = mgpu.logits(q_smem, k_smem.at[slot], my_staging)
-            logits = jnp.where(dropped(slot) if early is None else early, mgpu.MASKED, logits)
-            plgpu.barrier_arrive(k_free.at[slot])
-            weights, rescale, row_max = mgpu.online_softmax(logits, row_max, factor)
-            acc *= mgpu.by_row(rescale, acc.shape)
-            row_sum = row_sum * rescale + weights.sum(axis=1)
-            plgpu.barrier_wait(v_ready.at[slot])
-            acc = mgpu.product(weights.astype(q_smem.dtype), v_smem.at[slot], acc, my_staging)
-            plgpu.barrier_arrive(v_free.at[slot])
-            return acc, row_max, row_sum
-
-        start = mgpu.empty_accumulator(q_smem.shape[1], interpret)
-        acc, row_max, row_sum = lax.fori_loop(0, count, visit, start)
         out_smem[warpgroup] = acc
         sum_smem[warpgroup, 0] = row_max
         sum_smem[warpgroup, 1] = row_sum
@@ -252,3 +225,65 @@ def _body(
         plgpu.copy_smem_to_gmem(sum_smem.at[warpgroup, 0], max_ref.at[here])
         plgpu.copy_smem_to_gmem(sum_smem.at[warpgroup, 1], sum_ref.at[here])
         plgpu.wait_smem_to_gmem(0)
+
+
+def _visit(
+    queries,
+    k_ring: mgpu.Ring,
+    v_ring: mgpu.Ring,
+    row_smem,
+    key_smem,
+    staging,
+    *,
+    mask,
+    count,
+    factor: float,
+    interpret: Any,
+):
+    """Attend to the blocks of a stretch under one mask.
+
+    Args:
+        queries: Queries in shared memory, [rows, head_dim].
+        k_ring: Keys.
+        v_ring: Values.
+        row_smem: Place and reach of each row, [masks, 2, rows]; see `_places`.
+        key_smem: Places of each tile's keys, [stages, masks, keys].
+        staging: Shared memory of the interpreter; None on a GPU.
+        mask: Number of the mask.
+        count: Number of blocks.
+        factor: Factor of the logits, for powers of two.
+        interpret: Parameters of the interpreter, or None.
+
+    Returns:
+        The weighed sum of values, and of each row the largest logit and the sum of the weights.
+    """
+    block_kv = k_ring.tiles.shape[1]
+    shape = (mgpu.ROWS, block_kv)
+    row, reach = (
+        mgpu.by_row(mgpu.load_line(row_smem, (mask, n), mgpu.ROW, interpret), shape)
+        for n in range(2)
+    )
+
+    def dropped(slot):
+        place = mgpu.load_line(key_smem, (slot, mask), mgpu.COLUMN, interpret)
+        return jnp.abs(mgpu.by_column(place, shape) - row) >= reach
+
+    def visit(n, carry):
+        acc, row_max, row_sum = carry
+        slot = lax.rem(n, STAGES)
+        plgpu.barrier_wait(k_ring.ready.at[slot])
+        # Fetched before the product, a line is there behind it; one of 128 keys would spill.
+        early = dropped(slot) if block_kv <= 64 else None
+        logits = mgpu.logits(queries, k_ring.tiles.at[slot], staging)
+        logits = jnp.where(dropped(slot) if early is None else early, mgpu.MASKED, logits)
+        plgpu.barrier_arrive(k_ring.free.at[slot])
+        weights, rescale, row_max = mgpu.online_softmax(logits, row_max, factor)
+        acc *= mgpu.by_row(rescale, acc.shape)
+        row_sum = row_sum * rescale + weights.sum(axis=1)
+        plgpu.barrier_wait(v_ring.ready.at[slot])
+        acc = mgpu.product(weights.astype(queries.dtype), v_ring.tiles.at[slot], acc, staging)
+        plgpu.barrier_arrive(v_ring.free.at[slot])
+        return acc, row_max, row_sum
+
+    start = mgpu.empty_accumulator(queries.shape[1], interpret)
+    return lax.fori_loop(0, count, visit, start)

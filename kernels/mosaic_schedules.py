@@ -28,17 +28,27 @@ def pass_turn(turn) -> None:
 
 
 def alternating(
-    my_q, keys, values, turn, staging, *, test, slot_of, tested, count, factor, interpret
+    my_q,
+    keys: mgpu.Ring,
+    values: mgpu.Ring,
+    turn,
+    staging,
+    *,
+    test,
+    slot_of,
+    tested,
+    count,
+    factor,
+    interpret,
 ):
     """Visit a list while the other warpgroup is half a step away: one multiplies, one weighs."""
-    (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
 
     def visit(n, carry, is_tested: bool):
         acc, row_max, row_sum = carry
         slot = slot_of(n)
-        plgpu.barrier_wait(k_ready.at[slot])
-        logits = mgpu.logits(my_q, k_smem.at[slot], staging, partial(pass_turn, turn))
-        plgpu.barrier_arrive(k_free.at[slot])
+        plgpu.barrier_wait(keys.ready.at[slot])
+        logits = mgpu.logits(my_q, keys.tiles.at[slot], staging, partial(pass_turn, turn))
+        plgpu.barrier_arrive(keys.free.at[slot])
         if is_tested:
             logits = test(logits, n)
         weights, rescale, row_max = mgpu.online_softmax(logits, row_max, factor)
@@ -48,10 +58,10 @@ def alternating(
         # All of this is to be done before the other warpgroup gets its turn.
         acc, row_sum, row_max, narrow = lax.optimization_barrier((acc, row_sum, row_max, narrow))
         plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(v_ready.at[slot])
+        plgpu.barrier_wait(values.ready.at[slot])
         plgpu.barrier_wait(turn)
-        acc = mgpu.product(narrow, v_smem.at[slot], acc, staging)
-        plgpu.barrier_arrive(v_free.at[slot])
+        acc = mgpu.product(narrow, values.tiles.at[slot], acc, staging)
+        plgpu.barrier_arrive(values.free.at[slot])
         return acc, row_max, row_sum
 
     carry = mgpu.empty_accumulator(my_q.shape[-1], interpret)
@@ -60,17 +70,27 @@ def alternating(
 
 
 def overlapped(
-    my_q, keys, values, turn, staging, *, test, slot_of, tested, count, factor, interpret
+    my_q,
+    keys: mgpu.Ring,
+    values: mgpu.Ring,
+    turn,
+    staging,
+    *,
+    test,
+    slot_of,
+    tested,
+    count,
+    factor,
+    interpret,
 ):
     """Visit a list with the products of one block running under the weighing of the next."""
     del turn
-    (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
     acc, row_max, row_sum = mgpu.empty_accumulator(my_q.shape[-1], interpret)
 
     slot = slot_of(0)
-    plgpu.barrier_wait(k_ready.at[slot])
-    logits = mgpu.logits(my_q, k_smem.at[slot], staging)
-    plgpu.barrier_arrive(k_free.at[slot])
+    plgpu.barrier_wait(keys.ready.at[slot])
+    logits = mgpu.logits(my_q, keys.tiles.at[slot], staging)
+    plgpu.barrier_arrive(keys.free.at[slot])
     # Testing a block that needs no test changes nothing.
     weights, _, row_max = mgpu.online_softmax(test(logits, 0), row_max, factor)
     narrow, row_sum = weights.astype(my_q.dtype), weights.sum(axis=1)
@@ -78,29 +98,31 @@ def overlapped(
     def visit(n, carry, is_tested: bool):
         acc, narrow, row_max, row_sum = carry
         slot, last = slot_of(n), slot_of(n - 1)
-        plgpu.barrier_wait(k_ready.at[slot])
-        plgpu.barrier_wait(v_ready.at[last])
+        plgpu.barrier_wait(keys.ready.at[slot])
+        plgpu.barrier_wait(values.ready.at[last])
 
         def online_softmax(logits):
-            plgpu.barrier_arrive(k_free.at[slot])
+            plgpu.barrier_arrive(keys.free.at[slot])
             return mgpu.online_softmax(test(logits, n) if is_tested else logits, row_max, factor)
 
         def multiply_both(acc_ref, logits_ref):
             acc_ref[...] = acc
-            mgpu.add_logits(logits_ref, my_q, k_smem.at[slot], staging)
-            plgpu.wgmma(acc_ref, narrow, v_smem.at[last])
+            mgpu.add_logits(logits_ref, my_q, keys.tiles.at[slot], staging)
+            plgpu.wgmma(acc_ref, narrow, values.tiles.at[last])
             weighed = online_softmax(plgpu.wgmma_accumulator_load(logits_ref, wait_n=1))
             return plgpu.wgmma_accumulator_load(acc_ref, wait_n=0), *weighed
 
         if staging is None:
-            shape = (mgpu.ROWS, k_smem.shape[1])
+            shape = (mgpu.ROWS, keys.tiles.shape[1])
             acc, weights, rescale, row_max = pl.run_scoped(
                 multiply_both, plgpu.ACC(acc.shape, jnp.float32), plgpu.ACC(shape, jnp.float32)
             )
         else:
-            acc = mgpu.product(narrow, v_smem.at[last], acc, staging)
-            weights, rescale, row_max = online_softmax(mgpu.logits(my_q, k_smem.at[slot], staging))
-        plgpu.barrier_arrive(v_free.at[last])
+            acc = mgpu.product(narrow, values.tiles.at[last], acc, staging)
+            weights, rescale, row_max = online_softmax(
+                mgpu.logits(my_q, keys.tiles.at[slot], staging)
+            )
+        plgpu.barrier_arrive(values.free.at[last])
         acc *= mgpu.by_row(rescale, acc.shape)
         row_sum = row_sum * rescale + weights.sum(axis=1)
         return acc, weights.astype(my_q.dtype), row_max, row_sum
@@ -110,7 +132,7 @@ def overlapped(
     carry = lax.fori_loop(jnp.maximum(tested, 1), count, partial(visit, is_tested=False), carry)
     acc, narrow, row_max, row_sum = carry
     slot = slot_of(count - 1)
-    plgpu.barrier_wait(v_ready.at[slot])
-    acc = mgpu.product(narrow, v_smem.at[slot], acc, staging)
-    plgpu.barrier_arrive(v_free.at[slot])
+    plgpu.barrier_wait(values.ready.at[slot])
+    acc = mgpu.product(narrow, values.tiles.at[slot], acc, staging)
+    plgpu.barrier_arrive(values.free.at[slot])
     return acc, row_max, row_sum
