@@ -186,17 +186,11 @@ def run_steps(
         name: jnp.ones(shape) if "mask" in name else jax.random.normal(jax.random.key(1), shape)
         for name, shape in text.items()
     }
+    arguments |= {"sparsity": preset.sparsity, "warmup": preset.warmup}
     settings = pipeline.settings(num_inference_steps=STEPS, **numbers, **arguments)
     run = pipeline.prepare(settings)
     first = dense_step_count(preset.warmup, STEPS) - 2
-    steps = partial(
-        denoise,
-        pipeline.transformer,
-        run,
-        sparsity=preset.sparsity,
-        warmup=preset.warmup,
-        steps=range(first, first + 4),
-    )
+    steps = partial(denoise, pipeline.transformer, run, steps=range(first, first + 4))
     after, records = steps()
     profile = records[-1].profile
     assert profile is not None

@@ -103,13 +103,15 @@ def sample(
             guidance_scale=GUIDANCE_SCALE,
             guidance_interval=(0, GUIDANCE_STEPS),
             seed=seed,
+            sparsity=SPARSITY,
+            warmup=WARMUP,
         )
     )
     warm_up = dense_step_count(WARMUP, NUM_STEPS)
     run, _ = pipe.denoise(run, steps=range(warm_up))
-    shape = (pipe.transformer.config.num_layers, len(prompts))
+    shape = (NUM_STEPS, pipe.transformer.config.num_layers, len(prompts))
     heads = pipe.transformer.config.num_attention_heads
-    coins = np.random.default_rng(seed).random((NUM_STEPS, *shape, heads)) < 0.5
+    coins = np.random.default_rng(seed).random((*shape, heads)) < 0.5
     labels = {
         "spatial only": np.zeros((*shape, heads), bool),
         "temporal only": np.ones((*shape, heads), bool),
@@ -118,9 +120,9 @@ def sample(
     videos: Videos = {}
     info = None
     for method in methods:
-        sparse = {} if method == "dense" else {"sparsity": SPARSITY, "warmup": WARMUP}
-        rest = range(warm_up, NUM_STEPS)
-        end, steps = pipe.denoise(run, **sparse, labels=labels.get(method), steps=rest)
+        sparse = dataclasses.replace(run, labels=labels.get(method))
+        start = run.dense() if method == "dense" else sparse
+        end, steps = pipe.denoise(start, steps=range(warm_up, NUM_STEPS))
         videos[method] = _pixels(pipe, end)
         if method == "svg":
             info = SamplingInfo(steps)

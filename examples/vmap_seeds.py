@@ -22,11 +22,15 @@ SEEDS = range(3)
 def main() -> None:
     """Sample all seeds at once, and write a video of each."""
     pipe: Any = from_pretrained("tiny")
-    settings = [pipe.settings(PROMPT, seed=seed, num_inference_steps=6) for seed in SEEDS]
+    settings = [
+        pipe.settings(
+            PROMPT, seed=seed, num_inference_steps=6, sparsity=SparsityConfig(density=0.5)
+        )
+        for seed in SEEDS
+    ]
     runs = [pipe.prepare(each) for each in settings]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
-    transformer = pipe.transformer.load()
-    finish = jax.jit(jax.vmap(partial(sample, transformer, sparsity=SparsityConfig(density=0.5))))
+    finish = jax.jit(jax.vmap(partial(sample, pipe.transformer.load())))
     finished = finish(stacked)
     for index, seed in enumerate(SEEDS):
         run = jax.tree.map(lambda leaf, at=index: leaf[at], finished)

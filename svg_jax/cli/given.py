@@ -14,7 +14,13 @@ from svg_jax.config import SparsityConfig, Warmup
 from svg_jax.media.images import with_images_read
 from svg_jax.sampling import VideoPipeline, from_pretrained
 from svg_jax.sampling.cache import cache_folder
-from svg_jax.sampling.settings import PlaybackSettings, RunSettings, check_settings, settings_of
+from svg_jax.sampling.settings import (
+    PlaybackSettings,
+    RunSettings,
+    check_settings,
+    settings_of,
+    with_values,
+)
 from svg_jax.sampling.settings.fields import is_file
 from svg_jax.sampling.settings.rules import ArrayOf
 from svg_jax.sampling.settings.run import few_steps_note
@@ -125,7 +131,7 @@ def with_sparsity(
     assert settings.num_inference_steps is not None
     if (note := few_steps_note(warmup, settings.num_inference_steps)) is not None:
         say(note)
-    return dataclasses.replace(settings, sparsity=sparsity, warmup=warmup)
+    return with_values(settings, sparsity=sparsity, warmup=warmup)
 
 
 def keep_programs() -> None:

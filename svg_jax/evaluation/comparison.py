@@ -12,14 +12,13 @@ from jaxtyping import Bool
 from svg_jax.config import Warmup, dense_step_count
 from svg_jax.evaluation.report import ComparisonReport
 from svg_jax.kernels import pick_implementation
-from svg_jax.masks import sparse_mask
 from svg_jax.media.metrics import SSIM_WINDOW, psnr, ssim
 from svg_jax.provenance import device_name, versions
 from svg_jax.sampling.components import in_memory
 from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline
 from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.records import SamplingInfo, StepRecord, median_seconds
-from svg_jax.sampling.settings import RunSettings, SettingError
+from svg_jax.sampling.settings import RunSettings, SettingError, with_values
 
 Pattern = Literal["svg", "spatial", "temporal", "random"]
 
@@ -74,10 +73,7 @@ def compare(
     config, dtype = pipeline.transformer.config, np.dtype(pipeline.transformer.dtype)
     heads = (num_steps, config.num_attention_layers, 1, config.num_attention_heads)
     labels = labels_of_pattern(pattern, heads, seed)
-    start = pipeline.prepare(settings)
-    if sparsity is not None:
-        sparse_mask(start.layout, sparsity)  # a density that leaves nothing: not after dense steps
-
+    start = pipeline.prepare(with_values(settings, labels=labels))
     rest = range(dense_steps, num_steps)
 
     def tell(part: str) -> Callable[[StepRecord], None] | None:
@@ -86,17 +82,13 @@ def compare(
     with in_memory(pipeline.transformer) as transformer:  # loaded once for all three parts
         loaded = dataclasses.replace(pipeline, transformer=transformer)
         warm, shared = loaded.denoise(
-            start, steps=range(dense_steps), callback_on_step_end=tell("warm-up")
+            start.dense(), steps=range(dense_steps), callback_on_step_end=tell("warm-up")
         )
         dense_run, dense_records = loaded.denoise(
             warm, steps=rest, callback_on_step_end=tell("dense")
         )
         sparse_run, sparse_records = loaded.denoise(
-            warm,
-            sparsity=sparsity,
-            warmup=warmup,
-            attend=attend,
-            labels=labels,
+            dataclasses.replace(start, state=warm.state),
             steps=rest,
             callback_on_step_end=tell("sparse"),
         )

@@ -18,12 +18,12 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 @dataclass(frozen=True, eq=False)
 class Lazy(Generic[Module]):
-    """A component that is loaded where it is used and freed behind it.
+    """A component that is loaded where it is used, and freed afterwards.
 
     Attributes:
-        config: Of the module.
-        dtype: Of its matrix products.
-        load: Loads it onto the default device.
+        config: Config of the module.
+        dtype: Dtype of its matrix products.
+        load: Function that loads it onto the default device.
     """
 
     config: Any
@@ -34,14 +34,18 @@ class Lazy(Generic[Module]):
         return f"Lazy({type(self.config).__name__}, {np.dtype(self.dtype).name})"
 
 
+Component = Module | Lazy[Module]
+"""A module, loaded or not: `Component[WanVAE]`."""
+
+
 @contextmanager
-def in_memory(component: Module | Lazy[Module]) -> Iterator[Module]:
-    """The module of a component, for as long as the block lasts if it has to be loaded for it."""
+def in_memory(component: Component[Module]) -> Iterator[Module]:
+    """Give the module of a component, which is loaded for the block if it has to be."""
     yield component.load() if isinstance(component, Lazy) else component
 
 
 def loading_once(pipeline: Any) -> Any:
-    """A copy whose components are loaded at most once, and freed with the copy.
+    """Copy a pipeline: the copy loads each component at most once, and frees all with itself.
 
     For several runs: one copy encodes all prompts and is dropped before another loads the
     transformer.
@@ -56,12 +60,22 @@ def loading_once(pipeline: Any) -> Any:
     return dataclasses.replace(pipeline, **changed) if changed else pipeline
 
 
+def component_names(pipeline: Any) -> Iterator[str]:
+    """Name the modules of a pipeline, and those of its parts."""
+    for field in dataclasses.fields(pipeline):
+        part = getattr(pipeline, field.name)
+        if isinstance(part, Lazy | nnx.Module):
+            yield field.name
+        elif dataclasses.is_dataclass(part):
+            yield from component_names(part)
+
+
 def run_encoder(encoder: nnx.Module, *inputs: Array, **options: int) -> Any:
-    """What an encoder makes of its inputs, compiled, every array of it in float32.
+    """Run an encoder, compiled; every array of its output becomes float32.
 
     Args:
-        encoder: The module.
-        *inputs: What it is called with.
+        encoder: Module to call.
+        *inputs: Arrays that it is called with.
         **options: Settings that it is compiled for.
     """
     return _run_encoder(*nnx.split(encoder), inputs, tuple(options.items()))
@@ -73,22 +87,7 @@ def _run_encoder(graphdef: Any, weights: Any, inputs: tuple[Array, ...], options
     return jax.tree.map(lambda array: array.astype(jnp.float32), out)
 
 
-def repeat_each(array: Array | None, times: int) -> Array | None:
-    """Every batch entry so many times, for several videos of a prompt."""
-    return None if array is None else jnp.repeat(array, times, axis=0)
-
-
-def check_finite(name: str, array: Array | np.ndarray) -> None:
-    """ValueError if an array holds NaN or infinity."""
+def check_finite(field: str, array: Array | np.ndarray) -> None:
+    """Raise ValueError if an array holds NaN or infinity."""
     if not np.isfinite(np.asarray(array)).all():
-        raise ValueError(f"{name} has values that are not finite")
-
-
-def component_names(pipeline: Any) -> Iterator[str]:
-    """Names of the modules of a pipeline, those in a part of their own among them."""
-    for field in dataclasses.fields(pipeline):
-        part = getattr(pipeline, field.name)
-        if isinstance(part, Lazy | nnx.Module):
-            yield field.name
-        elif dataclasses.is_dataclass(part):
-            yield from component_names(part)
+        raise ValueError(f"{field} has values that are not finite")

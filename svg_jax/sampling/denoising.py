@@ -1,15 +1,13 @@
 """The denoising loop: one jitted pure step, called in order.
 
 All that changes from step to step (coefficients, guidance scale, PRNG key, labels) enters the step
-as a traced value. What remains is two executables per shape and guidance mode: a dense one and a
-sparse one.
+as a traced value, which leaves two executables per shape and guidance mode: dense and sparse.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,15 +17,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from svg_jax.attention import SparseAttentionInfo, StepState, attend_dense, attend_sparse
-from svg_jax.config import SparsityConfig, Warmup, dense_step_count, share_of
+from svg_jax.attention import SparseAttentionInfo, StepState, attend_dense
+from svg_jax.config import share_of
 from svg_jax.models import Attend
 from svg_jax.sampling.conditions import Conditions, predict
 from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.records import StepRecord
 from svg_jax.sampling.schedules.noise import step_noise
 from svg_jax.sampling.schedules.steps import SamplerState, take_step
-from svg_jax.sampling.settings import SettingError
 
 
 def guidance_scales(
@@ -37,14 +34,14 @@ def guidance_scales(
     interval: tuple[float | int, float | int] = (0.0, 1.0),
     use_dynamic_cfg: bool = False,
 ) -> Float[np.ndarray, " steps"]:
-    """The guidance scale of every step, float64; 1 means that the step is not guided at all.
+    """Compute the guidance scale of every step, float64; 1 means that the step is not guided.
 
     Args:
-        timesteps: Of the schedule.
-        guidance_scale: As in diffusers; at most 1 turns guidance off.
-        interval: First and last share of the steps that are guided: (0, 0.3) is the first 30 %.
-        use_dynamic_cfg: diffusers' formula, literally: it compares the timestep (0 to 999) with the
-            number of steps.
+        timesteps: Timesteps of the schedule.
+        guidance_scale: Strength of guidance as in diffusers; 1 or less turns it off.
+        interval: Shares of the steps between which steps are guided: (0, 0.3) is the first 30 %.
+        use_dynamic_cfg: Whether the scale follows diffusers' formula, which compares the timestep
+            (0 to 999) with the number of steps.
     """
     start, end = interval
     num_steps = len(timesteps)
@@ -58,68 +55,10 @@ def guidance_scales(
     return scales
 
 
-@dataclass(frozen=True, eq=False)
-class StepKinds:
-    """Which attention each step of a run has, and whether it is guided.
-
-    Attributes:
-        dense_steps: Number of dense steps, the first ones.
-        sparse: Attention of the others.
-        scales: Guidance scale of every step.
-    """
-
-    dense_steps: int
-    sparse: Attend
-    scales: Sequence[float]
-
-    def of(self, step: int) -> tuple[Attend, bool]:
-        """The attention of a step, and whether it is guided."""
-        attend = self.sparse if step >= self.dense_steps else attend_dense
-        return attend, self.scales[step] != 1
-
-
-def step_kinds(
-    run: PreparedRun,
-    config: Any,
-    *,
-    sparsity: SparsityConfig | None,
-    warmup: Warmup | None,
-    attend: Attend | None,
-    labels: Bool[np.ndarray, "..."] | None,
-) -> StepKinds:
-    """Tell which attention each step has.
-
-    Args:
-        run: The run.
-        config: The transformer's config.
-        sparsity: Sparse attention after its dense warm-up, or None.
-        warmup: Steps and layers that stay dense under it; None is `Warmup()`.
-        attend: Attention of all steps in place of it, or None.
-        labels: Labels of the run, or None.
-
-    Raises:
-        SettingError: If labels do not fit.
-    """
-    num_steps = len(run.scales)
-    if labels is not None:
-        check_labels(labels, config, num_steps=num_steps, batch=len(run.state.latents))
-    if attend is not None:
-        return StepKinds(0, attend, run.scales)
-    if sparsity is None:
-        return StepKinds(num_steps, attend_dense, run.scales)
-    warmup = warmup or Warmup()
-    sparse = attend_sparse(sparsity, config.num_attention_layers, warmup=warmup)
-    return StepKinds(dense_step_count(warmup, num_steps), sparse, run.scales)
-
-
 def denoise(
     transformer: nnx.Module,
     run: PreparedRun,
     *,
-    sparsity: SparsityConfig | None = None,
-    warmup: Warmup | None = None,
-    attend: Attend | None = None,
-    labels: Bool[np.ndarray, "..."] | None = None,
     steps: range | None = None,
     save: Callable[[SamplerState, StepRecord], None] | None = None,
     callback_on_step_end: Callable[[StepRecord], None] | None = None,
@@ -127,55 +66,43 @@ def denoise(
     """Run the steps of a schedule, or some of them, one after the other from the host.
 
     Args:
-        transformer: Predicts velocities.
-        run: The run, in the state before the first of the steps.
-        sparsity: Sparse attention after its dense warm-up; None is dense throughout.
-        warmup: Steps and layers that stay dense under `sparsity`; None is `Warmup()`.
-        attend: Attention of all steps in place of both; hashable, its `step_state` a `StepState`.
-        labels: Labels to use in place of profiling, True = temporal: bool [layers, entries, heads],
-            or with a leading axis for all steps of the schedule. Entries are those of a guided
-            step ([negative, positive]), or the positive ones alone for both.
-        steps: Which steps of the schedule to run.
-        save: Called with the state after each step and its record, once it is known to be finite
-            and the next step is on its way.
-        callback_on_step_end: Called with the record of each step.
+        transformer: Model that predicts velocities.
+        run: Run in its state before the first of the steps.
+        steps: Steps of the schedule to run; None runs all.
+        save: Function that is called with the state after each step and the step's record, once
+            the state is known to be finite and the next step has started.
+        callback_on_step_end: Function that is called with the record of each step.
 
     Returns:
         The run after the last step, and a record of each.
 
     Raises:
-        FloatingPointError: If latents are not finite after a step; says which step and layer.
-        ValueError: If labels do not fit.
+        FloatingPointError: If latents are not finite after a step; names the step and layer.
     """
     schedule, state = run.schedule, run.state
     steps = range(schedule.num_steps) if steps is None else steps
     graphdef, weights = nnx.split(transformer)
-    config: Any = transformer.config  # pyright: ignore[reportAttributeAccessIssue]
-    kinds = step_kinds(run, config, sparsity=sparsity, warmup=warmup, attend=attend, labels=labels)
     records: list[StepRecord] = []
     seen = set()
     upcoming = unsaved = None
     try:
         for step in steps:
             started = time.perf_counter()
-            kind = kinds.of(step)
-            attention = kind[0]
-            inputs = _inputs_of(run, step, kind, labels) if upcoming is None else upcoming
+            kind = run.kind_of(step)
+            inputs = _inputs_of(run, step) if upcoming is None else upcoming
             arguments = (weights, state, *inputs)
-            after, info, is_finite = denoise_step(graphdef, attention, *arguments)
+            after, info, is_finite = denoise_step(graphdef, kind[0], *arguments)
             # The host saves the step before, and readies the next, while the device is at this one.
             if save is not None and unsaved is not None:
                 save(*unsaved)
                 unsaved = None
-            upcoming = None
-            if step + 1 in steps:
-                upcoming = _inputs_of(run, step + 1, kinds.of(step + 1), labels)
+            upcoming = _inputs_of(run, step + 1) if step + 1 in steps else None
             if not isinstance(info, SparseAttentionInfo):
                 info = None
             info, is_finite = jax.device_get((info, is_finite))
             if not is_finite:
                 place = f"step {step} of {schedule.num_steps} (timestep {schedule.timesteps[step]})"
-                raise FloatingPointError(_diagnose(place, graphdef, attention, *arguments))
+                raise FloatingPointError(_diagnose(place, graphdef, kind[0], *arguments))
             state = after
             record = StepRecord(
                 step=step,
@@ -196,25 +123,19 @@ def denoise(
     return dataclasses.replace(run, state=state), tuple(records)
 
 
-def _inputs_of(
-    run: PreparedRun,
-    step: int,
-    kind: tuple[Attend, bool],
-    labels: Bool[np.ndarray, "..."] | None,
-) -> tuple[Any, ...]:
-    """What a step takes beside weights and state, on the device."""
-    attend, guided = kind
+def _inputs_of(run: PreparedRun, step: int) -> tuple[Any, ...]:
+    """Put what a step takes beside weights and state onto the device."""
+    attend, guided = run.kind_of(step)
     noise = step_state = None
     if run.sampler_noise is not None:
         noise = jnp.asarray(run.sampler_noise[step], jnp.float32)
     elif run.schedule.draws_noise:
         noise = step_noise(run.seed, step, run.state.latents.shape)
     if attend is not attend_dense:
-        given = None
-        if labels is not None:
-            layers = labels if labels.ndim == 3 else labels[step]
-            given = jnp.asarray(labels_of_entries(layers, guided, len(run.state.latents)))
-        step_state = StepState(jax.random.fold_in(run.key, step), given)
+        labels = None
+        if run.labels is not None:
+            labels = labels_of_entries(run.labels[step], guided, len(run.state.latents))
+        step_state = StepState(jax.random.fold_in(run.key, step), labels)
     scale = np.float32(run.scales[step]) if guided else None
     return jax.device_put((run.schedule.step(step), run.conditions, scale, noise, step_state))
 
@@ -231,20 +152,20 @@ def denoise_step(
     noise: Array | None,
     step_state: Any,
 ) -> tuple[SamplerState, Any, Bool[Array, ""]]:
-    """One step of a run, compiled once per shape, `attend` and guidance mode.
+    """Compute one step of a run; compiled once per shape, `attend` and guidance mode.
 
-    Nothing is donated: latents are small, and those of before the step tell why it failed.
+    Nothing is donated: latents are small, and those before a step are needed to tell why it failed.
 
     Args:
         graphdef: Structure of the transformer (`nnx.split`); static.
-        attend: The attention of every layer; static, so it must be the same object in every call.
-        weights: The transformer's parameters.
-        state: Before the step.
-        coefficients: Of the step, as the schedule of `state`'s sampler has them.
-        conditions: What the model is told.
+        attend: Attention of every layer; static, so it must be the same object in every call.
+        weights: Parameters of the transformer.
+        state: State before the step.
+        coefficients: Numbers of the step, from the schedule of `state`'s sampler.
+        conditions: Inputs of the model beside latents and timestep.
         scale: Guidance scale; None runs the model on the prompt alone.
-        noise: Standard normal noise of latents' shape, for DPM; None for the other samplers.
-        step_state: For `attend`.
+        noise: Standard normal noise of the latents' shape, for DPM; None for the other samplers.
+        step_state: State for `attend`.
 
     Returns:
         The state after the step, the info of `attend` stacked over layers, and whether all latents
@@ -263,50 +184,24 @@ def denoise_step(
     return state, info, jnp.isfinite(state.latents).all()
 
 
-def check_labels(labels: np.ndarray, config: Any, *, num_steps: int, batch: int) -> None:
-    """Check the shape of given labels.
+def labels_of_entries(
+    labels: Bool[Array | np.ndarray, "*steps layers entries heads"], guided: bool, batch: int
+) -> Bool[Array, "*steps layers _entries heads"]:
+    """Give labels to the batch entries of a step.
 
     Args:
-        labels: Labels of a run.
-        config: The transformer's config.
-        num_steps: Number of steps in the schedule.
-        batch: Number of videos.
-
-    Raises:
-        SettingError: If they do not fit.
-    """
-    layers, heads = config.num_attention_layers, config.num_attention_heads
-    if labels.ndim not in (3, 4) or (labels.ndim == 4 and len(labels) != num_steps):
-        raise SettingError(
-            "labels",
-            "are [layers, entries, heads] or [steps, layers, entries, heads] with "
-            f"{num_steps} steps: got {labels.shape}",
-        )
-    if labels.shape[-2] not in (batch, 2 * batch):
-        raise SettingError(
-            "labels", f"have {labels.shape[-2]} batch entries, not {batch} or {2 * batch}"
-        )
-    if (labels.shape[-3], labels.shape[-1]) != (layers, heads):
-        raise SettingError(
-            "labels", f"are of {layers} layers and {heads} heads: got {labels.shape}"
-        )
-
-
-def labels_of_entries(labels: np.ndarray, guided: bool, batch: int) -> np.ndarray:
-    """Labels [..., entries, heads] for the entries of a step.
-
-    Args:
-        labels: Labels for [negative, positive] entries, or for the positive ones.
+        labels: Labels of [negative, positive] entries, or of the positive ones alone.
         guided: Whether the step has both.
         batch: Number of videos.
     """
+    labels = jnp.asarray(labels)
     if guided and labels.shape[-2] == batch:
-        return np.concatenate([labels, labels], axis=-2)
+        return jnp.concatenate([labels, labels], axis=-2)
     return labels if guided else labels[..., -batch:, :]
 
 
 def _diagnose(place: str, graphdef, attend: Attend, *arguments) -> str:
-    """Repeats a step that failed and says where its numbers first stop being finite."""
+    """Repeat a step that failed, and say where its numbers first stop being finite."""
 
     def watch(query, key, value, **context):
         out, _ = attend(query, key, value, **context)

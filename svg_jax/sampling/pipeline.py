@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
 from svg_jax.config import PAPER_PRESETS, Preset, SparsityConfig, Warmup
 from svg_jax.convert.formats.values import shown
 from svg_jax.convert.run_defaults import RunDefaults
-from svg_jax.masks import warn_of_lost_sparsity
-from svg_jax.models import Attend, Tiling
-from svg_jax.sampling.components import component_names, in_memory
-from svg_jax.sampling.denoising import check_labels, denoise, guidance_scales
+from svg_jax.masks import sparse_mask
+from svg_jax.models import Tiling, VideoLayout
+from svg_jax.sampling.components import Component, component_names, in_memory
+from svg_jax.sampling.denoising import denoise, guidance_scales
 from svg_jax.sampling.identity import identity_of, make_fingerprint
-from svg_jax.sampling.latents import to_frames
-from svg_jax.sampling.prepared_run import PreparedRun
+from svg_jax.sampling.latents import RELEASED, Compression, starting_latents, to_frames
+from svg_jax.sampling.memory import check_memory
+from svg_jax.sampling.prepared_run import PreparedRun, RunPlan, attends_of, labels_of_steps
 from svg_jax.sampling.records import SamplingInfo, StepRecord, VideoOutput
 from svg_jax.sampling.run_state import (
     RunFile,
@@ -29,8 +30,15 @@ from svg_jax.sampling.run_state import (
     saved_fingerprint,
     saving,
 )
-from svg_jax.sampling.schedules.tables import Schedule
-from svg_jax.sampling.settings import RunSettings, SettingError, check_settings, settings_of
+from svg_jax.sampling.schedules.config import SchedulerConfig
+from svg_jax.sampling.schedules.tables import make_schedule
+from svg_jax.sampling.settings import (
+    FlowSettings,
+    RunSettings,
+    SettingError,
+    settings_of,
+    with_values,
+)
 from svg_jax.sampling.settings.run import OutputType, draw_seed, few_steps_note
 
 _LOGGER = logging.getLogger(__name__)
@@ -40,24 +48,24 @@ Settings = TypeVar("Settings", bound=RunSettings)
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class VideoPipeline(ABC, Generic[Settings]):
-    """A checkpoint that can be called; a class for each family says how it is prepared.
+    """A checkpoint that can be called; each family has a class that prepares its runs.
 
     Attributes:
-        transformer: The denoiser.
-        scheduler: What scheduler_config.json says.
-        vae: Decodes latents, and encodes images; None where the checkpoint was converted without
-            it: the outcome is then latents.
-        weights: Digest of the folder that it was loaded from, by which a saved run is known to be
-            of the same weights; None if it was put together otherwise.
-        defaults: What the folder says of a run; goes before the authors' settings.
+        transformer: Denoiser.
+        scheduler: Content of scheduler_config.json.
+        vae: Autoencoder that decodes latents and encodes images; None where the checkpoint was
+            converted without it: the outcome is then latents.
+        weights: Digest of the folder that the pipeline was loaded from, by which a saved run is
+            recognised; None if it was put together otherwise.
+        defaults: Settings that the folder asks for; they go before the authors'.
     """
 
     frame_rate: ClassVar[float] = 8.0  # frames per second that the family was trained at
     settings_class: ClassVar[type[RunSettings]]  # what a run of the family is asked for
 
     transformer: Any
-    scheduler: Any
-    vae: Any = None
+    scheduler: SchedulerConfig
+    vae: Component[Any] | None = None
     weights: str | None = None
     defaults: RunDefaults = _NO_DEFAULTS
 
@@ -72,9 +80,8 @@ class VideoPipeline(ABC, Generic[Settings]):
         """Generate videos; arguments have diffusers' names and meanings.
 
         With a `state_file` a run survives what ends its process: it is saved there every few steps
-        and at an exception, and the same call with `resume` goes on from there, with the same
-        outcome bit for bit on the same device. The file goes when the call returns, for then the
-        outcome is in the caller's hands.
+        and at an exception, and the same call with `resume` continues it, with the same outcome bit
+        for bit on the same device. The file is removed when the call returns.
 
         Args:
             prompt: One prompt or several; or pass `prompt_embeds`.
@@ -82,40 +89,24 @@ class VideoPipeline(ABC, Generic[Settings]):
                 guidance, seed, image, sparsity and so on.
 
         Returns:
-            Frames, latents, and what happened on the way.
+            Frames, latents and a record of every step.
 
         Raises:
             SettingError: On settings that no run can have, or that the family does not have.
             ValueError: On what does not fit the checkpoint, or a state that is damaged or another
                 run's; says what differs.
-            FileExistsError: If there is a state, and it is not to be resumed.
+            FileExistsError: If there is a state and `resume` is not set.
             FloatingPointError: If latents stop being finite.
         """
         settings = self.settings(prompt, **arguments)
-        steps, sparsity = settings.num_inference_steps, settings.sparsity
-        if settings.labels is not None:
-            assert steps is not None
-            check_labels(
-                settings.labels,
-                self.transformer.config,
-                num_steps=steps,
-                batch=settings.num_videos,
-            )
-        if sparsity is not None:
-            assert steps is not None
-            note = few_steps_note(settings.warmup or Warmup(), steps)
+        if settings.sparsity is not None:
+            assert settings.num_inference_steps is not None
+            note = few_steps_note(settings.warmup or Warmup(), settings.num_inference_steps)
             if note is not None:
                 _LOGGER.warning(note)
         file = None if settings.state_file is None else self.open_run_file(settings)
-        run = self.prepare(settings)
         run, records = self.denoise(
-            run,
-            sparsity=sparsity,
-            warmup=settings.warmup,
-            attend=settings.attend,
-            labels=settings.labels,
-            file=file,
-            callback_on_step_end=settings.callback_on_step_end,
+            self.prepare(settings), file=file, callback_on_step_end=settings.callback_on_step_end
         )
         video = self.decode(
             run,
@@ -128,27 +119,24 @@ class VideoPipeline(ABC, Generic[Settings]):
         return video
 
     def settings(self, prompt: Any = None, **arguments: Any) -> Settings:
-        """Make the value of a call with these arguments: checked, with all defaults filled in.
+        """Make the settings of a call with these arguments: checked, with all defaults filled in.
 
         Args:
             prompt: One prompt or several; or pass `prompt_embeds`.
             **arguments: Other fields of `settings_class`.
 
         Raises:
-            SettingError: On what no run can have, and on what the family does not have
-                (`UnknownSettingError`, which is a TypeError, too).
-            ValueError: On what is no image.
+            SettingError: On values that no run can have, and on fields that the family does not
+                have (`UnknownSettingError`, which is a TypeError, too).
+            ValueError: If an image cannot be read.
         """
-        known = settings_of(self.settings_class)
-        # What other libraries have is Python's own before the value sees it.
-        plain = check_settings({"prompt": prompt, **arguments}, known)
-        made: Any = self.settings_class(**plain)
+        made: Any = self.settings_class.of({"prompt": prompt, **arguments})
         return self.completed(made)
 
     def completed(self, settings: Settings) -> Settings:
-        """Fill in what settings leave to the model: what its folder says, or else the authors'.
+        """Fill in settings that are None: as the model's folder says, or else the authors.
 
-        A seed of None is that of the saved run that is to be resumed; or it is drawn.
+        A seed of None becomes that of the saved run that is to be resumed; or it is drawn.
 
         Raises:
             SettingError: If they are another family's.
@@ -163,16 +151,16 @@ class VideoPipeline(ABC, Generic[Settings]):
         chosen = {
             name: value
             for name, value in defaults.items()
-            if name in known and getattr(settings, name) is None and value is not None
+            if name in known and getattr(settings, name) is None
         }
         if settings.sparsity is not None and settings.warmup is None:
             chosen["warmup"] = Warmup()
         if settings.seed is None:
             chosen["seed"] = self._seed_of(settings)
-        return dataclasses.replace(settings, **chosen) if chosen else settings
+        return with_values(settings, **chosen)
 
     def _seed_of(self, settings: Settings) -> int:
-        """Take the seed of the saved run that is to be resumed; or draw one."""
+        """Read the seed of the saved run that is to be resumed; or draw one."""
         if settings.resume and settings.state_file is not None:
             saved = saved_fingerprint(settings.state_file)
             if saved:
@@ -182,10 +170,10 @@ class VideoPipeline(ABC, Generic[Settings]):
         return seed
 
     def fingerprint(self, settings: Settings) -> dict[str, Any]:
-        """Tell what determines the latents of a run with these settings, and of no other, as JSON.
+        """Collect everything that the latents of a run depend on, as JSON.
 
         Args:
-            settings: What `settings` made, of a seed that is known.
+            settings: Settings of the run, with a seed.
         """
         settings = self.completed(settings)
         return make_fingerprint(
@@ -196,7 +184,7 @@ class VideoPipeline(ABC, Generic[Settings]):
         )
 
     def open_run_file(self, settings: Settings) -> RunFile:
-        """Look at the state file of settings that have one; see `run_state.open_run_file`."""
+        """Open the state file of settings that have one; see `run_state.open_run_file`."""
         assert settings.state_file is not None
         return open_run_file(
             settings.state_file,
@@ -209,20 +197,20 @@ class VideoPipeline(ABC, Generic[Settings]):
 
     @abstractmethod
     def paper_preset(self, height: int | None = None, width: int | None = None) -> str | None:
-        """The paper's setting for this model, by its name in PAPER_PRESETS; None has none.
+        """Name the paper's setting for this model in PAPER_PRESETS; None if it has none.
 
         Args:
-            height: Of the video, in pixels. Default: as `prepare`'s.
-            width: Likewise.
+            height: Height of the video in pixels. Default: the authors'.
+            width: Width of the video in pixels. Default: the authors'.
         """
 
     def video_size(
         self, num_frames: int | None = None, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int]:
-        """Tell frames, height and width of the video that a call with these makes.
+        """Compute frames, height and width of the video that a call with these makes.
 
         Args:
-            num_frames: Frames that are asked for. Default: the authors'.
+            num_frames: Number of frames that are asked for. Default: the authors'.
             height: Height in pixels. Default: the authors'.
             width: Width in pixels. Default: the authors'.
         """
@@ -234,24 +222,24 @@ class VideoPipeline(ABC, Generic[Settings]):
         )
 
     def paper_sparsity(self, height: int | None = None, width: int | None = None) -> Preset:
-        """The paper's sparsity for this model and size; the general default where it has none.
+        """Give the paper's sparsity for this model and size; the general default if it has none.
 
         As in `sparsity, warmup = pipe.paper_sparsity()`, or with another density
         `dataclasses.replace(sparsity, density=0.2)`.
 
         Args:
-            height: Of the video, in pixels. Default: as `prepare`'s.
-            width: Likewise.
+            height: Height of the video in pixels. Default: the authors'.
+            width: Width of the video in pixels. Default: the authors'.
         """
         name = self.paper_preset(height, width)
         return Preset(SparsityConfig(), Warmup()) if name is None else PAPER_PRESETS[name]
 
     def default_sparsity(self, height: int | None = None, width: int | None = None) -> Preset:
-        """The sparsity that the model's folder asks for; what it leaves out is the paper's.
+        """Give the sparsity that the model's folder asks for; what it leaves out is the paper's.
 
         Args:
-            height: Height in pixels. Default: as `prepare`'s.
-            width: Width in pixels. Default: as `prepare`'s.
+            height: Height of the video in pixels. Default: the authors'.
+            width: Width of the video in pixels. Default: the authors'.
         """
         sparsity, warmup = self.paper_sparsity(height, width)
         return Preset(
@@ -261,95 +249,173 @@ class VideoPipeline(ABC, Generic[Settings]):
 
     @property
     def default_steps(self) -> int:
-        """Denoising steps that `prepare` takes unless told."""
+        """Number of denoising steps where settings leave it out."""
         own = self.defaults.num_inference_steps
         return self.authors_settings["num_inference_steps"] if own is None else own
 
     @property
     def default_fps(self) -> float:
-        """Frames per second of a video unless told."""
+        """Frames per second of a video where settings leave them out."""
         return float(self.frame_rate if self.defaults.fps is None else self.defaults.fps)
 
     @property
     @abstractmethod
     def authors_settings(self) -> dict[str, Any]:
-        """What `prepare` takes where neither the caller nor the model's folder says anything."""
+        """Settings of the model's authors, for what caller and model's folder leave out."""
+
+    @property
+    def compression(self) -> Compression:
+        """Frames and pixels to a latent of the VAE; those of released ones if it was left out."""
+        if self.vae is None:
+            return RELEASED
+        config = self.vae.config
+        return Compression(config.temporal_compression_ratio, config.spatial_compression_ratio)
 
     @abstractmethod
     def prepare(self, settings: Settings) -> PreparedRun:
-        """Do the first part of `__call__`: encode prompts and images, make schedule and noise.
+        """Encode prompts and images, make schedule and noise: the first part of `__call__`.
 
         Args:
-            settings: What `settings` made; or a value of `settings_class`, of which None is filled
-                in.
+            settings: Settings of the run, from `settings` or made of `settings_class`; what is None
+                in them is filled in.
 
         Raises:
             ValueError: On what does not fit the checkpoint, or does not fit into memory.
         """
 
-    def guidance_scales(
-        self,
-        settings: Settings,
-        schedule: Schedule,
-        scale: float | int | None,
-        *,
-        use_dynamic_cfg: bool = False,
-    ) -> Float[np.ndarray, " steps"]:
-        """Give the scale of classifier-free guidance in every step of a run.
+    @abstractmethod
+    def latent_shape(
+        self, num_frames: int, height: int, width: int
+    ) -> tuple[tuple[int, int, int, int], int]:
+        """Compute the shape of a video's latents, and its number of padding frames.
 
         Args:
-            settings: Settings of the run.
-            schedule: All steps.
-            scale: The setting that says how strong this guidance is, which differs by family.
-            use_dynamic_cfg: See `svg_jax.sampling.denoising.guidance_scales`.
+            num_frames: Number of frames that are asked for.
+            height: Height in pixels.
+            width: Width in pixels.
+
+        Raises:
+            SettingError: On a size that the model cannot take.
         """
-        interval = settings.guidance_interval
-        assert scale is not None
-        assert interval is not None
-        return guidance_scales(
-            schedule.timesteps, scale, interval=interval, use_dynamic_cfg=use_dynamic_cfg
+
+    @abstractmethod
+    def layout(self, latents: tuple[int, ...], text_tokens: int) -> VideoLayout:
+        """Lay out the transformer's sequence of a video.
+
+        Args:
+            latents: Shape of the video's latents, from `latent_shape`.
+            text_tokens: Number of tokens of its prompt.
+        """
+
+    def plan(
+        self,
+        settings: Settings,
+        *,
+        guidance_scale: float | int | None,
+        use_dynamic_cfg: bool = False,
+    ) -> RunPlan:
+        """Compute what follows from settings and configs alone, before anything is loaded.
+
+        Args:
+            settings: Settings of the run, all filled in.
+            guidance_scale: Strength of classifier-free guidance, which families name differently.
+            use_dynamic_cfg: See `svg_jax.sampling.denoising.guidance_scales`.
+
+        Raises:
+            ValueError: On what does not fit the checkpoint, or does not fit into memory.
+        """
+        num_steps, seed = settings.num_inference_steps, settings.seed
+        num_frames, height, width = settings.num_frames, settings.height, settings.width
+        assert num_steps is not None
+        assert seed is not None
+        assert guidance_scale is not None
+        assert settings.guidance_interval is not None
+        assert num_frames is not None
+        assert height is not None
+        assert width is not None
+        scheduler = self.scheduler
+        if isinstance(settings, FlowSettings) and settings.flow_shift is not None:
+            scheduler = dataclasses.replace(scheduler, shift=float(settings.flow_shift))
+        schedule = make_schedule(scheduler, num_steps, settings.scheduler)
+        scales = guidance_scales(
+            schedule.timesteps,
+            guidance_scale,
+            interval=settings.guidance_interval,
+            use_dynamic_cfg=use_dynamic_cfg,
+        )
+        config = self.transformer.config
+        frame_shape, padding_frames = self.latent_shape(num_frames, height, width)
+        shape = (settings.num_videos, *frame_shape)
+        tokens = settings.max_sequence_length
+        if settings.prompt_embeds is not None:
+            tokens = settings.prompt_embeds.shape[1]
+        assert tokens is not None
+        layout = self.layout(frame_shape, tokens)
+        check_memory(
+            self.transformer,
+            layout,
+            shape,
+            guided=bool((scales != 1).any()),
+            video=self.video_size(num_frames, height, width) if self.makes_frames else None,
+        )
+        if settings.sparsity is not None:  # a density that leaves nothing is refused
+            sparse_mask(layout, settings.sparsity)
+        return RunPlan(
+            schedule=schedule,
+            scales=tuple(scales.tolist()),
+            sparsity=settings.sparsity,
+            attends=attends_of(settings, config.num_attention_layers, num_steps),
+            labels=labels_of_steps(
+                settings.labels, config, num_steps=num_steps, batch=settings.num_videos
+            ),
+            noise=starting_latents(settings.latents, shape, seed),
+            seed=seed,
+            text_tokens=tokens,
+            layout=layout,
+            padding_frames=padding_frames,
         )
 
     def denoise(
         self,
         run: PreparedRun,
         *,
-        sparsity: SparsityConfig | None = None,
-        warmup: Warmup | None = None,
-        attend: Attend | None = None,
-        labels: Bool[np.ndarray, "..."] | None = None,
         steps: range | None = None,
         file: RunFile | None = None,
         callback_on_step_end: Callable[[StepRecord], None] | None = None,
     ) -> tuple[PreparedRun, tuple[StepRecord, ...]]:
-        """Runs all steps, or `steps` of them from the state that `run` is in (see `denoise`).
+        """Run all steps, or some of them from the state that `run` is in.
 
-        With a `file` it goes on from what is saved there, and saves; the records are then those of
-        the saved steps, too.
+        Args:
+            run: Run from `prepare`.
+            steps: Steps to run; None runs all.
+            file: File to continue from and to save in; the records are then those of the saved
+                steps, too.
+            callback_on_step_end: Function that is called with the record of each step.
+
+        Returns:
+            The run after the last step, and a record of each.
+
+        Raises:
+            ValueError: If both steps and a file are given, or the file does not fit.
+            FloatingPointError: If latents are not finite after a step; names the step and layer.
         """
-        state, done = run.state, ()
+        done: tuple[StepRecord, ...] = ()
         if file is not None:
             if steps is not None:
                 raise ValueError("a saved run knows its steps: pass either steps or a file")
             if file.saved is not None:
-                state, done = file.saved.state_like(state), file.records
+                run = dataclasses.replace(run, state=file.saved.state_like(run.state))
+                done = file.records
                 if len(done) > run.schedule.num_steps:
                     raise damaged(file.path)
             steps = range(len(done), run.schedule.num_steps)
         if steps is not None and not steps:  # nothing to load the transformer for
-            return dataclasses.replace(run, state=state), done
+            return run, done
         save_run = nullcontext() if file is None else saving(file)
-        if sparsity is not None:
-            # What a density leaves, or that it leaves nothing, is told before anything is loaded.
-            warn_of_lost_sparsity(run.layout, sparsity)
         with save_run as save, in_memory(self.transformer) as transformer:
             run, records = denoise(
                 transformer,
-                dataclasses.replace(run, state=state),
-                sparsity=sparsity,
-                warmup=warmup,
-                attend=attend,
-                labels=labels,
+                run,
                 steps=steps,
                 save=save,
                 callback_on_step_end=callback_on_step_end,
@@ -364,7 +430,14 @@ class VideoPipeline(ABC, Generic[Settings]):
         output_type: OutputType = "np",
         vae_tiling: bool = False,
     ) -> VideoOutput:
-        """The last part of `__call__`: drops padding frames, and makes pixels of latents."""
+        """Drop padding frames and decode latents: the last part of `__call__`.
+
+        Args:
+            run: Run after its last step.
+            info: Records of its steps.
+            output_type: Form of the frames.
+            vae_tiling: Whether to decode by the released tiles.
+        """
         latents = self.finished_latents(run)
         frames = None
         if output_type != "latent" and self.makes_frames:
@@ -374,12 +447,12 @@ class VideoPipeline(ABC, Generic[Settings]):
         return VideoOutput(frames, np.asarray(latents), dataclasses.replace(info, seed=run.seed))
 
     def finished_latents(self, run: PreparedRun) -> Array:
-        """The latents of a video, of a run after its last step."""
+        """Take a video's latents out of a run after its last step."""
         return run.state.latents
 
     @property
     def makes_frames(self) -> bool:
-        """Whether there is what decodes latents."""
+        """Whether latents can be decoded."""
         return self.vae is not None
 
     def decode_latents(self, latents: Array, *, vae_tiling: bool = False) -> Array:

@@ -1,4 +1,4 @@
-"""All that the steps of a run need, as one pytree."""
+"""What the steps of a run need: what is planned of it, and the run as one pytree."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -7,40 +7,52 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
-from svg_jax.models import VideoLayout
+from svg_jax.attention import attend_dense, attend_sparse
+from svg_jax.config import SparsityConfig, Warmup, dense_step_count
+from svg_jax.masks import warn_of_lost_sparsity
+from svg_jax.models import Attend, VideoLayout
 from svg_jax.sampling.conditions import Conditions
-from svg_jax.sampling.schedules.noise import seed_of, step_noise
-from svg_jax.sampling.schedules.steps import SamplerState
+from svg_jax.sampling.schedules.noise import seed_key, seed_of, step_noise
+from svg_jax.sampling.schedules.steps import SamplerState, initial_state
 from svg_jax.sampling.schedules.tables import Schedule
+from svg_jax.sampling.settings import RunSettings, SettingError
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class PreparedRun:
     """What `prepare` makes of a run's settings, and what the loop carries on; a pytree.
 
-    Runs of one shape and guidance can be stacked, leaf by leaf, and given to `jax.vmap`.
+    Runs of one shape, guidance and attention can be stacked, leaf by leaf, and given to `jax.vmap`.
 
     Attributes:
         schedule: All steps.
-        state: Initial noise, or where the run stands.
+        state: Initial noise, or the sampler's state after some steps.
         conditions: Encoded prompts and image.
-        scales: Static: guidance scale of every step; 1 means that the step is not guided.
-        key: PRNG key of the rows that profiling samples; tells the seed, too.
-        layout: Static: where video and text stand in the transformer's sequence.
-        padding_frames: Static: leading latent frames that are dropped at the end (CogVideoX-1.5).
-        sampler_noise: What DPM adds, [steps, *shape of the latents], in place of the seed's.
+        scales: Guidance scale of every step, static; 1 means that the step is not guided.
+        attends: Attention of every step, static.
+        key: PRNG key of the rows that profiling samples; the seed can be read from it.
+        layout: Where video and text stand in the transformer's sequence, static.
+        padding_frames: Number of leading latent frames that are dropped at the end, static
+            (CogVideoX-1.5).
+        sampler_noise: Noise that DPM adds, [steps, *shape of the latents], in place of the seed's.
+        labels: Labels that replace profiling, True = temporal: bool [steps, layers, entries,
+            heads]. Entries are those of a guided step ([negative, positive]), or the positive ones
+            alone for both. None profiles.
     """
 
     schedule: Schedule
     state: SamplerState
     conditions: Conditions
     scales: tuple[float, ...] = field(metadata={"static": True})
+    attends: tuple[Attend, ...] = field(metadata={"static": True})
     key: Any
     layout: VideoLayout = field(metadata={"static": True})
     padding_frames: int = field(default=0, metadata={"static": True})
     sampler_noise: Any = None
+    labels: Any = None
 
     @cached_property
     def seed(self) -> int:
@@ -50,10 +62,141 @@ class PreparedRun:
         """
         return seed_of(self.key)
 
+    def kind_of(self, step: int) -> tuple[Attend, bool]:
+        """Tell the attention of a step, and whether the step is guided."""
+        return self.attends[step], self.scales[step] != 1
+
+    def dense(self) -> "PreparedRun":
+        """Return the same run with dense attention in all steps."""
+        return dataclasses.replace(self, attends=(attend_dense,) * len(self.attends), labels=None)
+
     def with_sampler_noise(self) -> "PreparedRun":
-        """Draw what its sampler adds in every step, if it adds any and has none yet."""
+        """Draw the noise that the sampler adds in every step, if it adds any and has none yet."""
         if not self.schedule.draws_noise or self.sampler_noise is not None:
             return self
         steps, shape = range(self.schedule.num_steps), self.state.latents.shape
         noise = np.stack([step_noise(self.seed, step, shape) for step in steps])
         return dataclasses.replace(self, sampler_noise=noise)
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class RunPlan:
+    """What follows from a run's settings before anything is loaded or encoded.
+
+    Attributes:
+        schedule: See `PreparedRun`.
+        scales: See `PreparedRun`.
+        sparsity: Settings of sparse attention, or None.
+        attends: See `PreparedRun`.
+        labels: See `PreparedRun`.
+        noise: Initial latents, float32, the batch first.
+        seed: Seed of all other random numbers.
+        text_tokens: Number of tokens of each prompt.
+        layout: Layout of the sequence with so many text tokens.
+        padding_frames: See `PreparedRun`.
+    """
+
+    schedule: Schedule
+    scales: tuple[float, ...]
+    sparsity: SparsityConfig | None
+    attends: tuple[Attend, ...]
+    labels: Bool[np.ndarray, "..."] | None
+    noise: Float[Array, "..."]
+    seed: int
+    text_tokens: int
+    layout: VideoLayout
+    padding_frames: int
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether any step is guided."""
+        return any(scale != 1 for scale in self.scales)
+
+    def run(
+        self,
+        conditions: Conditions,
+        *,
+        noise: Float[Array, "..."] | None = None,
+        layout: VideoLayout | None = None,
+        sampler_noise: Any = None,
+    ) -> PreparedRun:
+        """Make the run.
+
+        Args:
+            conditions: Encoded prompts and image.
+            noise: Initial latents in place of the plan's.
+            layout: Layout of the sequence in place of the plan's.
+            sampler_noise: See `PreparedRun`.
+
+        Raises:
+            ValueError: If the density is too small for the text.
+        """
+        layout = layout or self.layout
+        if self.sparsity is not None:
+            warn_of_lost_sparsity(layout, self.sparsity)
+        return PreparedRun(
+            schedule=self.schedule,
+            state=initial_state(self.schedule.sampler, self.noise if noise is None else noise),
+            conditions=conditions,
+            scales=self.scales,
+            attends=self.attends,
+            key=seed_key(self.seed),
+            layout=layout,
+            padding_frames=self.padding_frames,
+            sampler_noise=sampler_noise,
+            labels=self.labels,
+        )
+
+
+def attends_of(settings: RunSettings, num_layers: int, num_steps: int) -> tuple[Attend, ...]:
+    """Choose the attention of each step: dense, sparse after its warm-up, or the caller's own.
+
+    Args:
+        settings: Settings of the run.
+        num_layers: Number of the model's attention layers.
+        num_steps: Number of steps in the schedule.
+    """
+    if settings.attend is not None:
+        return (settings.attend,) * num_steps
+    if settings.sparsity is None:
+        return (attend_dense,) * num_steps
+    warmup = settings.warmup or Warmup()
+    sparse = attend_sparse(settings.sparsity, num_layers, warmup=warmup)
+    dense_steps = dense_step_count(warmup, num_steps)
+    return (attend_dense,) * dense_steps + (sparse,) * (num_steps - dense_steps)
+
+
+def labels_of_steps(
+    labels: Bool[Array | np.ndarray, "..."] | None, config: Any, *, num_steps: int, batch: int
+) -> Bool[np.ndarray, "steps layers entries heads"] | None:
+    """Give every step its labels.
+
+    Args:
+        labels: Labels [layers, entries, heads] for all steps, or with an axis of steps before
+            these; or None.
+        config: The transformer's config.
+        num_steps: Number of steps in the schedule.
+        batch: Number of videos.
+
+    Raises:
+        SettingError: If they do not fit.
+    """
+    if labels is None:
+        return None
+    labels = np.asarray(labels)
+    layers, heads = config.num_attention_layers, config.num_attention_heads
+    if labels.ndim not in (3, 4) or (labels.ndim == 4 and len(labels) != num_steps):
+        raise SettingError(
+            "labels",
+            "are [layers, entries, heads] or [steps, layers, entries, heads] with "
+            f"{num_steps} steps: got {labels.shape}",
+        )
+    if labels.shape[-2] not in (batch, 2 * batch):
+        raise SettingError(
+            "labels", f"have {labels.shape[-2]} batch entries, not {batch} or {2 * batch}"
+        )
+    if (labels.shape[-3], labels.shape[-1]) != (layers, heads):
+        raise SettingError(
+            "labels", f"are of {layers} layers and {heads} heads: got {labels.shape}"
+        )
+    return np.broadcast_to(labels, (num_steps, *labels.shape[-3:]))

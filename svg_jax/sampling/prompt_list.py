@@ -25,7 +25,7 @@ from svg_jax.sampling.identity import check_same_run
 from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.records import SamplingInfo, StepRecord
 from svg_jax.sampling.run_state import RunFile
-from svg_jax.sampling.settings import RunSettings
+from svg_jax.sampling.settings import RunSettings, with_values
 
 _PROMPTS_AT_ONCE = 16  # encoded together: Wan's 720p waits with 0.1 GB of host memory for each
 _PROMPTS_BYTES = 2**24
@@ -131,7 +131,7 @@ def plan_videos(
     """
     jobs = []
     for output, prompt in prompts.items():
-        own = dataclasses.replace(settings, prompt=prompt, state_file=state_path(output))
+        own = with_values(settings, prompt=prompt, state_file=state_path(output))
         fingerprint = pipeline.fingerprint(own) | dict(written_as or {})
         remove_leftovers(output)
         if written_as is not None and _is_done(output, fingerprint, own):
@@ -198,10 +198,6 @@ def generate_videos(
         for job, run in zip(some, runs, strict=True):
             after, steps = denoiser.denoise(
                 _moved(run, jax.device_put),
-                sparsity=job.settings.sparsity,
-                warmup=job.settings.warmup,
-                attend=job.settings.attend,
-                labels=job.settings.labels,
                 file=job.file,
                 callback_on_step_end=callback_on_step_end,
             )

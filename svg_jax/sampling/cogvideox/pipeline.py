@@ -13,15 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from svg_jax.models import CogVideoXTransformer, CogVideoXVAE, T5Encoder
+from svg_jax.models import CogVideoXTransformer, CogVideoXVAE, T5Encoder, VideoLayout
 from svg_jax.sampling.cogvideox.image_conditions import check_image, encode_first_frame
 from svg_jax.sampling.cogvideox.settings import CogVideoXSettings
-from svg_jax.sampling.components import (
-    Lazy,
-    in_memory,
-    repeat_each,
-    run_encoder,
-)
+from svg_jax.sampling.components import Component, in_memory, run_encoder
 from svg_jax.sampling.conditions import Conditions
 from svg_jax.sampling.latents import (
     NO_VAE,
@@ -30,17 +25,12 @@ from svg_jax.sampling.latents import (
     check_shape,
     decoded_frames,
     latent_shape,
-    starting_latents,
     video_size,
 )
-from svg_jax.sampling.memory import check_memory
 from svg_jax.sampling.pipeline import VideoPipeline
 from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.prompt_features import take_prompts
-from svg_jax.sampling.schedules.config import SchedulerConfig
-from svg_jax.sampling.schedules.noise import seed_key
-from svg_jax.sampling.schedules.steps import initial_state
-from svg_jax.sampling.schedules.tables import Schedule, make_schedule
+from svg_jax.sampling.schedules.tables import Schedule
 from svg_jax.sampling.settings import RunSettings, SettingError
 from svg_jax.text.tokenizer import PromptTokenizer
 
@@ -56,20 +46,18 @@ class CogVideoXPipeline(VideoPipeline[CogVideoXSettings]):
     """A CogVideoX checkpoint that can be called.
 
     Attributes:
-        transformer: The denoiser.
+        transformer: See `VideoPipeline`.
         vae: See `VideoPipeline`.
-        scheduler: From scheduler_config.json.
-        text_encoder: T5, or None: prompts then come as embeddings.
-        tokenizer: T5's, or None.
-        has_vae: Whether latents are a VAE's. Without one they are pixels in −1…1.
+        text_encoder: T5, or None: prompts are then given as embeddings.
+        tokenizer: Tokenizer of T5, or None.
+        has_vae: Whether latents are a VAE's; without one they are pixels in −1…1.
     """
 
     settings_class: ClassVar[type[RunSettings]] = CogVideoXSettings
 
-    transformer: CogVideoXTransformer | Lazy[CogVideoXTransformer]
-    vae: CogVideoXVAE | Lazy[CogVideoXVAE] | None = None
-    scheduler: SchedulerConfig
-    text_encoder: T5Encoder | Lazy[T5Encoder] | None = None
+    transformer: Component[CogVideoXTransformer]
+    vae: Component[CogVideoXVAE] | None = None
+    text_encoder: Component[T5Encoder] | None = None
     tokenizer: PromptTokenizer | None = None
     has_vae: bool = True
 
@@ -91,92 +79,66 @@ class CogVideoXPipeline(VideoPipeline[CogVideoXSettings]):
     def prepare(self, settings: CogVideoXSettings) -> PreparedRun:
         """See `VideoPipeline.prepare`."""
         settings = self.completed(settings)
-        seed, tokens = settings.seed, settings.max_sequence_length
-        assert settings.num_inference_steps is not None
-        assert seed is not None
-        assert tokens is not None
-        schedule = make_schedule(self.scheduler, settings.num_inference_steps, settings.scheduler)
         scale, is_dynamic = settings.guidance_scale, settings.use_dynamic_cfg
-        scales = self.guidance_scales(settings, schedule, scale, use_dynamic_cfg=is_dynamic)
-        guided = bool((scales != 1).any())
-        config, compression = self.transformer.config, self.compression
-        size = settings.num_frames, settings.height, settings.width
-        frame_shape, padding_frames = latent_shape(
-            config, compression=compression, num_frames=size[0], height=size[1], width=size[2]
-        )
-        prompts = settings.num_prompts
-        shape = (settings.num_videos, *frame_shape)
-        if settings.prompt_embeds is not None:
-            tokens = settings.prompt_embeds.shape[1]
-        layout = config.layout(shape[1], shape[3], shape[4], tokens)
-        made = self.video_size(*size)
-        check_memory(
-            self.transformer,
-            layout,
-            shape,
-            guided=guided,
-            video=made if self.makes_frames else None,
-        )
-        if self.has_vae and made[0] != size[0]:
-            _LOGGER.warning("of num_frames=%d this model makes %d frames", size[0], made[0])
-        noise = starting_latents(settings.latents, shape, seed)
-        sampler_noise = _checked_noise(settings.sampler_noise, schedule, shape)
-        given: dict[str, Any] = {
-            name: getattr(settings, name) for name in ("image", "image_latents", "image_noise")
-        }
-        check_image(config, has_encoder=self.vae is not None, **given)
-        image_shape = (prompts, 1, *shape[2:])
-        for name in ("image_latents", "image_noise"):
-            check_shape(name, given[name], image_shape, (1, *image_shape[1:]))
-        positive, negative = take_prompts(
+        plan = self.plan(settings, guidance_scale=scale, use_dynamic_cfg=is_dynamic)
+        config, shape = self.transformer.config, plan.noise.shape
+        made = self.video_size(settings.num_frames)[0]
+        if self.has_vae and made != settings.num_frames:
+            _LOGGER.warning(
+                "of num_frames=%d this model makes %d frames", settings.num_frames, made
+            )
+        sampler_noise = _checked_noise(settings.sampler_noise, plan.schedule, shape)
+        check_image(config, settings, shape, has_encoder=self.vae is not None)
+        text, negative_text = take_prompts(
             None if self.text_encoder is None else self.encode_prompts,
-            settings.prompt,
-            settings.negative_prompt,
-            settings.prompt_embeds,
-            settings.negative_prompt_embeds,
-            guided=guided,
-            shape=(prompts, tokens, config.text_embed_dim),
+            settings,
+            guided=plan.is_guided,
+            text_tokens=plan.text_tokens,
+            width=config.text_embed_dim,
         )
-        images = encode_first_frame(shape, prompts, vae=self.vae, seed=seed, **given)
-        videos = settings.num_videos_per_prompt
-        return PreparedRun(
-            schedule=schedule,
-            state=initial_state(schedule.sampler, noise),
-            conditions=Conditions(
-                call=_call_model,
-                channel_axis=2,
-                text=jnp.repeat(positive, videos, axis=0),
-                negative_text=repeat_each(negative, videos),
-                channels=images,
-                number=None if config.ofs_embed_dim is None else np.float32(_OFS),
-            ),
-            scales=tuple(scales.tolist()),
-            key=seed_key(seed),
-            layout=layout,
-            padding_frames=padding_frames,
-            sampler_noise=sampler_noise,
+        conditions = Conditions(
+            call=_call_model,
+            channel_axis=2,
+            text=text,
+            negative_text=negative_text,
+            channels=encode_first_frame(settings, shape, vae=self.vae, seed=plan.seed),
+            number=None if config.ofs_embed_dim is None else np.float32(_OFS),
         )
+        return plan.run(conditions, sampler_noise=sampler_noise)
+
+    def latent_shape(
+        self, num_frames: int, height: int, width: int
+    ) -> tuple[tuple[int, int, int, int], int]:
+        """See `VideoPipeline.latent_shape`: frames, channels, height and width."""
+        return latent_shape(
+            self.transformer.config,
+            compression=self.compression,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+        )
+
+    def layout(self, latents: tuple[int, ...], text_tokens: int) -> VideoLayout:
+        """See `VideoPipeline.layout`."""
+        frames, _, rows, columns = latents
+        return self.transformer.config.layout(frames, rows, columns, text_tokens)
 
     @property
     def compression(self) -> Compression:
-        """What the VAE makes of a video; that of released ones if it was left out."""
+        """See `VideoPipeline.compression`; latents that are no VAE's are pixels."""
         if not self.has_vae:
             return NO_VAE
         if self.vae is None:
             return RELEASED._replace(frames=self.transformer.config.temporal_compression_ratio)
-        config = self.vae.config
-        return Compression(config.temporal_compression_ratio, config.spatial_compression_ratio)
+        return super().compression
 
     def video_size(
         self, num_frames: int | None = None, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int]:
         """See `VideoPipeline.video_size`; frames are those that the VAE makes."""
-        config, compression = self.transformer.config, self.compression
-        frames, rows, columns = video_size(config, compression, num_frames, height, width)
-        shape, padding_frames = latent_shape(
-            config, compression=compression, num_frames=frames, height=rows, width=columns
-        )
-        return decoded_frames(shape[0] - padding_frames, compression), rows, columns
+        frames, rows, columns = super().video_size(num_frames, height, width)
+        shape, padding_frames = self.latent_shape(frames, rows, columns)
+        return decoded_frames(shape[0] - padding_frames, self.compression), rows, columns
 
     def paper_preset(self, height: int | None = None, width: int | None = None) -> str | None:
         """See `VideoPipeline.paper_preset`; one for all sizes, none for models of pixels."""

@@ -37,7 +37,12 @@ def call_model(
 def embedded_guidance(
     scale: float | int | None, dtype: DTypeLike, *, takes_one: bool
 ) -> np.float32 | None:
-    """The guidance scale as an input of the model: times 1000, rounded as in its dtype.
+    """Scale guidance as the model takes it as an input: times 1000, rounded as in its dtype.
+
+    Args:
+        scale: Guidance scale; None is 6.
+        dtype: Dtype of the model.
+        takes_one: Whether the model has the input.
 
     Raises:
         ValueError: If the model takes none.
@@ -58,7 +63,7 @@ def embedded_guidance(
 def image_channels(
     image_latents: Float[Array, "batch channels 1 height width"], num_frames: int
 ) -> Float[Array, "batch channels_and_mask {num_frames} height width"]:
-    """Image latents and a mask of ones in the first frame, zeros in all others."""
+    """Join image latents and a mask of ones in the first frame, with zeros in all others."""
     ones = jnp.ones_like(image_latents[:, :1])
     channels = jnp.concatenate([image_latents, ones], axis=1)
     return jnp.pad(channels, ((0, 0), (0, 0), (0, num_frames - 1), (0, 0), (0, 0)))

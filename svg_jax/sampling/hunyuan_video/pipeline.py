@@ -4,8 +4,7 @@ Follows diffusers' HunyuanVideoPipeline and HunyuanVideoImageToVideoPipeline (0.
 arithmetic; latents stay float32, where diffusers rounds them to the model's dtype in every step.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -13,9 +12,9 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Array, Float
 
-from svg_jax.media.images import AnyImage, as_frame, images_of_each
-from svg_jax.models import HunyuanVideoTransformer, HunyuanVideoVAE
-from svg_jax.sampling.components import Lazy, in_memory
+from svg_jax.media.images import as_frame, images_of_each
+from svg_jax.models import HunyuanVideoTransformer, HunyuanVideoVAE, VideoLayout
+from svg_jax.sampling.components import Component, in_memory
 from svg_jax.sampling.conditions import Conditions
 from svg_jax.sampling.hunyuan_video.conditions import (
     call_model,
@@ -24,33 +23,18 @@ from svg_jax.sampling.hunyuan_video.conditions import (
 )
 from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders, Texts, negative_texts
 from svg_jax.sampling.hunyuan_video.settings import HunyuanVideoSettings
-from svg_jax.sampling.latents import (
-    RELEASED,
-    Compression,
-    check_shape,
-    is_480p,
-    latent_grid,
-    starting_latents,
-)
-from svg_jax.sampling.memory import check_memory
+from svg_jax.sampling.latents import check_shape, is_480p, latent_grid
 from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline
 from svg_jax.sampling.prepared_run import PreparedRun
-from svg_jax.sampling.prompt_features import list_of_prompts
+from svg_jax.sampling.prompt_features import list_of_prompts, repeat_each
 from svg_jax.sampling.records import SamplingInfo
-from svg_jax.sampling.schedules.config import SchedulerConfig
-from svg_jax.sampling.schedules.noise import seed_key
-from svg_jax.sampling.schedules.steps import initial_state
-from svg_jax.sampling.schedules.tables import make_schedule
 from svg_jax.sampling.settings import RunSettings, SettingError
 from svg_jax.sampling.settings.run import OutputType
 
 _FRAMES, _HEIGHT, _WIDTH = 129, 720, 1280
 _TEXT_TOKENS = 256
 _NOISE = np.float32(0.999)  # share of noise in the initial latents where there is an image
-_STRIDES = {"latent_concat": 2, "token_replace": 4}  # every so manieth image feature is kept
-
-# Ranks alone: sizes are checked against each other with errors that say what to do.
-Latents = Float[Array | np.ndarray, "_batch _channels _frames _height _width"]
+_STRIDES = {"latent_concat": 2, "token_replace": 4}  # one image feature in so many is kept
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -58,18 +42,16 @@ class HunyuanVideoPipeline(VideoPipeline[HunyuanVideoSettings]):
     """A HunyuanVideo checkpoint that can be called.
 
     Attributes:
-        transformer: The denoiser; its config says what it does with an image.
+        transformer: See `VideoPipeline`; its config says what it does with an image.
         vae: See `VideoPipeline`.
-        scheduler: From scheduler_config.json.
-        encoders: Of prompts, and of an image as a part of them.
+        encoders: Encoders of prompts, and of an image as a part of them.
     """
 
     frame_rate: ClassVar[float] = 24.0
     settings_class: ClassVar[type[RunSettings]] = HunyuanVideoSettings
 
-    transformer: HunyuanVideoTransformer | Lazy[HunyuanVideoTransformer]
-    vae: HunyuanVideoVAE | Lazy[HunyuanVideoVAE] | None = None
-    scheduler: SchedulerConfig
+    transformer: Component[HunyuanVideoTransformer]
+    vae: Component[HunyuanVideoVAE] | None = None
     encoders: HunyuanVideoEncoders
 
     @property
@@ -90,66 +72,54 @@ class HunyuanVideoPipeline(VideoPipeline[HunyuanVideoSettings]):
     def prepare(self, settings: HunyuanVideoSettings) -> PreparedRun:
         """See `VideoPipeline.prepare`."""
         settings = self.completed(settings)
-        num_frames, height, width = settings.num_frames, settings.height, settings.width
-        assert num_frames is not None
-        assert height is not None
-        assert width is not None
-        assert settings.num_inference_steps is not None
         assert settings.max_sequence_length is not None
-        assert settings.seed is not None
-        shift = self.scheduler.shift if settings.flow_shift is None else float(settings.flow_shift)
-        schedule = make_schedule(
-            replace(self.scheduler, shift=shift), settings.num_inference_steps, settings.scheduler
-        )
-        scales = self.guidance_scales(settings, schedule, settings.true_cfg_scale)
         config = self.transformer.config
-        frame_shape = self._latent_shape(num_frames, height, width)
+        plan = self.plan(settings, guidance_scale=settings.true_cfg_scale)
         guidance = embedded_guidance(
             settings.guidance_scale, self.transformer.dtype, takes_one=config.guidance_embeds
         )
-        image, image_latents = settings.image, settings.image_latents
-        self._check_image(image, image_latents)
-        parts = self._all_texts(settings, guided=bool((scales != 1).any()))
-        prompts, videos = parts[0].count, settings.num_videos_per_prompt
-        shape = (prompts * videos, *frame_shape)
-        tokens = settings.max_sequence_length
-        if settings.prompt_embeds is not None:
-            tokens = settings.prompt_embeds.shape[1]
-        check_memory(
-            self.transformer,
-            config.layout(*shape[2:], tokens),
-            shape,
-            guided=len(parts) > 1,
-            video=(num_frames, height, width) if self.makes_frames else None,
-        )
-        self._check_image_latents(image_latents, prompts, shape)
-        noise = starting_latents(settings.latents, shape, settings.seed)
-        first_frame = channels = None
+        self._check_image(settings, plan.noise.shape)
+        parts = self._all_texts(settings, guided=plan.is_guided)
+        noise, first_frame, channels = plan.noise, None, None
         if config.image_condition_type is not None:
-            encoded = self._image_latents(image, image_latents, prompts, shape)
-            encoded = jnp.repeat(encoded, len(noise) // len(encoded), axis=0)
+            encoded = self._image_latents(settings, noise.shape)
             noise = noise * _NOISE + encoded * (1 - _NOISE)
             if config.image_condition_type == "token_replace":
                 noise, first_frame = noise[:, :, 1:], encoded
             else:
-                channels = image_channels(encoded, shape[2])
+                channels = image_channels(encoded, noise.shape[2])
         encoded_parts = self.encoders.encode(parts, settings.max_sequence_length)
-        text, *negative = [each.repeated(videos) for each in encoded_parts]
-        return PreparedRun(
-            schedule=schedule,
-            state=initial_state(schedule.sampler, noise),
-            conditions=Conditions(
-                call=call_model,
-                text=text,
-                negative_text=negative[0] if negative else None,
-                number=guidance,
-                first_frame=first_frame,
-                channels=channels,
-            ),
-            scales=tuple(scales.tolist()),
-            key=seed_key(settings.seed),
-            layout=config.layout(*shape[2:], text.embeds.shape[1]),
+        text, *negative = repeat_each(encoded_parts, settings.num_videos_per_prompt)
+        conditions = Conditions(
+            call=call_model,
+            text=text,
+            negative_text=negative[0] if negative else None,
+            number=guidance,
+            first_frame=first_frame,
+            channels=channels,
         )
+        # Features of an image count as text: their number is known once prompts are encoded.
+        layout = self.layout(plan.noise.shape[1:], text.embeds.shape[1])
+        return plan.run(conditions, noise=noise, layout=layout)
+
+    def latent_shape(
+        self, num_frames: int, height: int, width: int
+    ) -> tuple[tuple[int, int, int, int], int]:
+        """See `VideoPipeline.latent_shape`: channels, frames, height and width."""
+        config, compression = self.transformer.config, self.compression
+        grid = latent_grid(
+            num_frames, height, width, compression=compression, patch_size=config.patch_size
+        )
+        if config.image_condition_type is not None and num_frames == 1:
+            raise SettingError(
+                "num_frames", f"behind an image must be at least {1 + compression.frames}: got 1"
+            )
+        return (config.out_channels, *grid), 0
+
+    def layout(self, latents: tuple[int, ...], text_tokens: int) -> VideoLayout:
+        """See `VideoPipeline.layout`."""
+        _, frames, rows, columns = latents
+        return self.transformer.config.layout(frames, rows, columns, text_tokens)
 
     def video_size(
         self, num_frames: int | None = None, height: int | None = None, width: int | None = None
@@ -186,28 +156,9 @@ class HunyuanVideoPipeline(VideoPipeline[HunyuanVideoSettings]):
         frames = None if out.frames is None else out.frames[:, self.compression.frames :]
         return VideoOutput(frames, out.latents[:, :, 1:], out.info)
 
-    @property
-    def compression(self) -> Compression:
-        """What the VAE makes of a video; that of released ones if it was left out."""
-        if self.vae is None:
-            return RELEASED
-        config = self.vae.config
-        return Compression(config.temporal_compression_ratio, config.spatial_compression_ratio)
-
-    def _latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Channels, frames, height and width of the latents of a video."""
-        config = self.transformer.config
-        compression = self.compression
-        grid = latent_grid(
-            num_frames, height, width, compression=compression, patch_size=config.patch_size
-        )
-        if config.image_condition_type is not None and num_frames == 1:
-            raise SettingError(
-                "num_frames", f"behind an image must be at least {1 + compression.frames}: got 1"
-            )
-        return config.out_channels, *grid
-
-    def _check_image(self, image: AnyImage | None, image_latents: Latents | None) -> None:
+    def _check_image(self, settings: HunyuanVideoSettings, shape: tuple[int, ...]) -> None:
+        """Raise ValueError if the image of a run does not fit the checkpoint."""
+        image, image_latents = settings.image, settings.image_latents
         if self.transformer.config.image_condition_type is None:
             if image is not None or image_latents is not None:
                 raise ValueError(
@@ -220,15 +171,14 @@ class HunyuanVideoPipeline(VideoPipeline[HunyuanVideoSettings]):
                 "this checkpoint has no VAE: pass the image_latents of the image, scaled as the "
                 "model expects them"
             )
+        expected = (shape[1], 1, *shape[3:])
+        check_shape(
+            "image_latents", image_latents, (settings.num_prompts, *expected), (1, *expected)
+        )
 
     def _all_texts(self, settings: HunyuanVideoSettings, *, guided: bool) -> list[Texts]:
         """Take the prompts and, if any step is guided, the negative ones."""
-        features = (
-            settings.prompt_embeds,
-            settings.prompt_attention_mask,
-            settings.pooled_prompt_embeds,
-        )
-        parts = [self._texts(settings.prompt, features, settings.image)]
+        parts = [self._texts(settings)]
         if guided:
             features = (
                 settings.negative_prompt_embeds,
@@ -241,45 +191,37 @@ class HunyuanVideoPipeline(VideoPipeline[HunyuanVideoSettings]):
             part.check(self.transformer.config)
         return parts
 
-    def _texts(
-        self,
-        prompt: str | Sequence[str] | None,
-        features: tuple[Any, Any, Any],
-        image: AnyImage | None,
-    ) -> Texts:
-        """The prompts, with the images that are encoded among them."""
-        if prompt is None:
+    def _texts(self, settings: HunyuanVideoSettings) -> Texts:
+        """Take the prompts, with the images that are encoded among them."""
+        features = (
+            settings.prompt_embeds,
+            settings.prompt_attention_mask,
+            settings.pooled_prompt_embeds,
+        )
+        if settings.prompt is None:
             return Texts(None, *features)
-        prompts, kind = list_of_prompts(prompt), self.transformer.config.image_condition_type
+        prompts = list_of_prompts(settings.prompt)
+        kind = self.transformer.config.image_condition_type
         if kind is None:
             return Texts(prompts, *features)
-        if image is None:
+        if settings.image is None:
             raise ValueError("the text encoder reads the image, too: pass it beside image_latents")
-        images = images_of_each(image, len(prompts))
+        images = images_of_each(settings.image, len(prompts))
         images *= len(prompts) // len(images)
         return Texts(prompts, *features, images=images, stride=_STRIDES[kind])
 
     def _image_latents(
-        self,
-        image: AnyImage | None,
-        image_latents: Latents | None,
-        prompts: int,
-        shape: tuple[int, ...],
-    ) -> Float[Array, "_batch _channels 1 _height _width"]:
-        """Of one image, or of one for each prompt; as the transformer takes them."""
-        if image_latents is None:
-            assert image is not None
+        self, settings: HunyuanVideoSettings, shape: tuple[int, ...]
+    ) -> Float[Array, "videos channels 1 height width"]:
+        """Encode the image of a run, or take its latents, for each video."""
+        latents = settings.image_latents
+        if latents is None:
             assert self.vae is not None
             scale = self.compression.pixels
             size = scale * shape[3], scale * shape[4]
-            frames = np.stack([as_frame(each, *size) for each in images_of_each(image, prompts)])
+            images = images_of_each(settings.image, settings.num_prompts)
+            frames = np.stack([as_frame(image, *size) for image in images])
             with in_memory(self.vae) as vae:
                 posterior = vae.encode(jnp.asarray(frames)[:, :, None])
-                return vae.normalize(posterior.mean.astype(jnp.float32))
-        return jnp.asarray(image_latents, jnp.float32)
-
-    def _check_image_latents(
-        self, image_latents: Latents | None, prompts: int, shape: tuple[int, ...]
-    ) -> None:
-        expected = (shape[1], 1, *shape[3:])
-        check_shape("image_latents", image_latents, (prompts, *expected), (1, *expected))
+                latents = vae.normalize(posterior.mean.astype(jnp.float32))
+        return jnp.repeat(jnp.asarray(latents, jnp.float32), shape[0] // len(latents), axis=0)

@@ -16,12 +16,7 @@ from jaxtyping import Array
 
 from svg_jax.media.images import CLIPImageProcessor, Image
 from svg_jax.models import CLIPTextEncoder, HunyuanVideoConfig, LlamaEncoder, LlavaEncoder
-from svg_jax.sampling.components import (
-    Lazy,
-    in_memory,
-    repeat_each,
-    run_encoder,
-)
+from svg_jax.sampling.components import Component, in_memory, run_encoder
 from svg_jax.sampling.latents import check_shape
 from svg_jax.sampling.prompt_features import negative_of_each
 from svg_jax.sampling.settings import SettingError
@@ -39,12 +34,12 @@ _HIDDEN_STATE = -3  # LLaMA's that is taken: without its last two layers and fin
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TextFeatures:
-    """What the transformer is told of texts.
+    """Encoded texts, as the transformer takes them.
 
     Attributes:
-        embeds: Of their tokens, float32 [batch, tokens, features], padding behind each text.
-        lengths: How many of the tokens are no padding, int32 [batch].
-        pooled: Of each text as a whole, float32 [batch, features].
+        embeds: Features of tokens, float32 [batch, tokens, features], padding behind each text.
+        lengths: Number of tokens that are no padding, int32 [batch].
+        pooled: Features of each text as a whole, float32 [batch, features].
     """
 
     embeds: Any
@@ -52,14 +47,10 @@ class TextFeatures:
     pooled: Any
 
     def padded(self, tokens: int) -> "TextFeatures":
-        """The same with padding up to so many tokens."""
+        """Pad to so many tokens."""
         room = tokens - self.embeds.shape[1]
         embeds = jnp.pad(self.embeds, ((0, 0), (0, room), (0, 0)))
         return TextFeatures(embeds, self.lengths, self.pooled)
-
-    def repeated(self, times: int) -> "TextFeatures":
-        """Every text so many times."""
-        return jax.tree.map(lambda array: repeat_each(array, times), self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +58,13 @@ class Texts:
     """Texts to encode, or features that were given in their place.
 
     Attributes:
-        prompts: The texts; None where all of their features were given.
+        prompts: Texts; None where all of their features were given.
         embeds: Features of tokens [batch, tokens, features], or None.
-        mask: 1 or True at the tokens that are no padding [batch, tokens], or None.
+        mask: Mask that is 1 or True at tokens that are no padding [batch, tokens], or None.
         pooled: Features of each text as a whole [batch, features], or None.
-        images: With image to video, one for each prompt.
-        stride: Every so manieth of an image's features is kept.
-        prefix: Of the arguments' names, for errors: "negative_" or nothing.
+        images: Image of each prompt, for image to video.
+        stride: Distance from one kept feature of an image to the next.
+        prefix: Prefix of the settings' names in errors: "negative_" or nothing.
     """
 
     prompts: Sequence[str] | None
@@ -86,11 +77,11 @@ class Texts:
 
     @property
     def count(self) -> int:
-        """How many texts."""
+        """Number of texts."""
         return len(self.prompts or ()) if self.embeds is None else len(self.embeds)
 
     def check(self, config: HunyuanVideoConfig) -> None:
-        """SettingError if features were given that are not complete, or do not fit the model."""
+        """Raise SettingError if given features are not complete, or do not fit the model."""
         name, pooled_name = f"{self.prefix}prompt_embeds", f"{self.prefix}pooled_prompt_embeds"
         mask_name = f"{self.prefix}prompt_attention_mask"
         if self.embeds is not None:
@@ -116,32 +107,31 @@ class Texts:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HunyuanVideoEncoders:
-    """What reads prompts; each may be missing where features are given in their place.
+    """Encoders of prompts; each may be missing where features are given in its place.
 
     Attributes:
         text_encoder: LLaMA 3, or LLaVA for image to video.
-        tokenizer: Its tokenizer.
-        text_encoder_2: CLIP's text encoder.
-        tokenizer_2: Its tokenizer.
-        image_processor: What LLaVA does to images.
+        tokenizer: Tokenizer of text_encoder.
+        text_encoder_2: Text encoder of CLIP.
+        tokenizer_2: Tokenizer of text_encoder_2.
+        image_processor: Preparation of images for LLaVA.
     """
 
-    text_encoder: LlamaEncoder | LlavaEncoder | Lazy[Any] | None = None
+    text_encoder: Component[LlamaEncoder | LlavaEncoder] | None = None
     tokenizer: PromptTokenizer | None = None
-    text_encoder_2: CLIPTextEncoder | Lazy[CLIPTextEncoder] | None = None
+    text_encoder_2: Component[CLIPTextEncoder] | None = None
     tokenizer_2: PromptTokenizer | None = None
     image_processor: CLIPImageProcessor | None = None
 
     def encode(self, parts: Sequence[Texts], max_length: int) -> list[TextFeatures]:
-        """Features of each part, all padded to the same number of tokens.
+        """Encode each part, all padded to the same number of tokens.
 
         Args:
-            parts: Prompts and their negatives, say: each encoder is loaded once for all of them.
-            max_length: Tokens of a text, padding included.
+            parts: Prompts, and negative prompts: each encoder is loaded once for all of them.
+            max_length: Number of tokens of a text, padding included.
 
         Raises:
-            ValueError: If an encoder is needed that is missing, or on given features that do not
-                fit.
+            ValueError: If an encoder is needed that is missing.
         """
         embedded = iter(self._embed([x for x in parts if x.embeds is None], max_length))
         pooled = iter(self._pool([x for x in parts if x.pooled is None]))
@@ -160,7 +150,7 @@ class HunyuanVideoEncoders:
         return [each.padded(most) for each in features]
 
     def _embed(self, parts: Sequence[Texts], max_length: int) -> list[tuple[Array, np.ndarray]]:
-        """LLaMA 3's features of each part, behind those of the images if it is LLaVA; masks."""
+        """Encode each part by LLaMA 3, or by LLaVA behind its images; features and masks."""
         prompts = [prompt for part in parts for prompt in part.prompts or ()]
         if not prompts:
             return []
@@ -202,7 +192,7 @@ class HunyuanVideoEncoders:
         return out
 
     def _pool(self, parts: Sequence[Texts]) -> list[Array]:
-        """CLIP's features of each part's texts as a whole."""
+        """Encode each part's texts as a whole, by CLIP."""
         prompts = [prompt for part in parts for prompt in part.prompts or ()]
         if not prompts:
             return []
@@ -223,9 +213,9 @@ def negative_texts(
     black: PIL.Image.Image,
     count: int,
 ) -> Texts:
-    """The negative prompts; features that were given have priority.
+    """Take the negative prompts; features that were given have priority.
 
-    They go with a black image, of whose features every second is kept whatever the model is.
+    They go with a black image, of whose features every second one is kept for every model.
     """
     if features[0] is not None:
         if len(features[0]) != count:

@@ -12,6 +12,7 @@ from svg_jax.sampling.settings.run import (
     FlowSettings,
     PlaybackSettings,
     RunSettings,
+    with_values,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "count_prompts",
     "setting",
     "settings_of",
+    "with_values",
 ]

@@ -5,12 +5,12 @@ memory holds) is checked where the checkpoint is known, in `prepare`. What a fam
 beside its pipeline.
 """
 
-import dataclasses
+import copy
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from svg_jax.config import SparsityConfig, Warmup, dense_step_count
 from svg_jax.convert.formats.values import Choice, Flag, Number
@@ -32,6 +32,7 @@ from svg_jax.sampling.settings.rules import (
     is_hashable,
 )
 
+Settings = TypeVar("Settings")
 OutputType = Literal["np", "uint8", "latent"]
 SamplerName = Literal["ddim", "dpm", "euler", "unipc"]
 DIFFUSION: tuple[SamplerName, ...] = ("ddim", "dpm")
@@ -296,13 +297,33 @@ class RunSettings:
     )
 
     def __post_init__(self) -> None:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        checked = check_settings(values, settings_of(type(self)))
-        if checked["scheduler"] not in (None, *self.samplers):
-            names = " or ".join(map(repr, self.samplers))
+        vars(self).update(self._checked(vars(self)))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "RunSettings":
+        """Make settings of values from any library, as `cls(**values)` does for Python's own.
+
+        Raises:
+            SettingError: On values that no run can have, and on names that are no fields.
+            ValueError: If an image cannot be read.
+        """
+        made = object.__new__(cls)
+        vars(made).update(cls._checked({**defaults_of(cls), **values}))
+        return made
+
+    @classmethod
+    def _checked(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Check the values of all fields, and read the images among them."""
+        checked = check_settings(values, settings_of(cls))
+        if checked["scheduler"] not in (None, *cls.samplers):
+            names = " or ".join(map(repr, cls.samplers))
             raise SettingError("scheduler", f"is {names}: got {checked['scheduler']!r}")
-        for name, value in _with_images(checked).items():
-            object.__setattr__(self, name, value)
+        if checked["image"] is None and checked.get("last_image") is None:
+            return checked
+        from svg_jax.media.images import with_images_read
+
+        prompts = count_prompts(checked["prompt"], checked["prompt_embeds"])
+        return with_images_read(checked, prompts)
 
     def __repr__(self) -> str:
         given = (name for name, value in defaults_of(type(self)).items()
@@ -361,9 +382,17 @@ class PlaybackSettings:
     )
 
     def __post_init__(self) -> None:
-        values = check_settings(vars(self), settings_of(type(self)))
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(check_settings(vars(self), settings_of(type(self))))
+
+
+def with_values(settings: Settings, **values: Any) -> Settings:
+    """Copy settings with other values, which must be known to be right: they are not checked.
+
+    `dataclasses.replace` checks all of them again, arrays too.
+    """
+    made = copy.copy(settings)
+    vars(made).update(values)
+    return made
 
 
 def few_steps_note(warmup: Warmup, num_inference_steps: int) -> str | None:
@@ -377,12 +406,3 @@ def few_steps_note(warmup: Warmup, num_inference_steps: int) -> str | None:
 def draw_seed() -> int:
     """Draw a seed for who wants any: it is told and recorded, so that the run can be repeated."""
     return secrets.randbelow(2**32)
-
-
-def _with_images(values: dict[str, Any]) -> dict[str, Any]:
-    """Read the images among settings, once for all that will see them."""
-    if values.get("image") is None and values.get("last_image") is None:
-        return values
-    from svg_jax.media.images import with_images_read
-
-    return with_images_read(values, count_prompts(values["prompt"], values["prompt_embeds"]))

@@ -5,31 +5,20 @@ stay float32, where diffusers rounds the model's input and guidance to its dtype
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from svg_jax.media.images import CLIPImageProcessor
-from svg_jax.models import CLIPVisionEncoder, T5Encoder, WanTransformer, WanVAE
-from svg_jax.sampling.components import Lazy, in_memory, repeat_each, run_encoder
+from svg_jax.models import CLIPVisionEncoder, T5Encoder, VideoLayout, WanTransformer, WanVAE
+from svg_jax.sampling.components import Component, in_memory, run_encoder
 from svg_jax.sampling.conditions import Conditions
-from svg_jax.sampling.latents import (
-    RELEASED,
-    Compression,
-    is_480p,
-    latent_grid,
-    starting_latents,
-)
-from svg_jax.sampling.memory import check_memory
+from svg_jax.sampling.latents import RELEASED, Compression, is_480p, latent_grid
 from svg_jax.sampling.pipeline import VideoPipeline
 from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.prompt_features import take_prompts
-from svg_jax.sampling.schedules.config import SchedulerConfig
-from svg_jax.sampling.schedules.noise import seed_key
-from svg_jax.sampling.schedules.steps import initial_state
-from svg_jax.sampling.schedules.tables import make_schedule
 from svg_jax.sampling.settings import RunSettings, SettingError
 from svg_jax.sampling.wan.image_conditions import encode_first_frames
 from svg_jax.sampling.wan.settings import WanSettings
@@ -42,32 +31,29 @@ _SMALL, _LARGE = (480, 832), (720, 1280)
 _WIDTH_OF_14B = 5120
 _SHIFT_OF_SMALL = 3.0
 
-# Ranks alone: sizes are checked against each other with errors that say what to do.
-
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class WanPipeline(VideoPipeline[WanSettings]):
     """A Wan 2.1 checkpoint that can be called.
 
     Attributes:
-        transformer: The denoiser.
+        transformer: See `VideoPipeline`.
         vae: See `VideoPipeline`.
-        scheduler: From scheduler_config.json.
-        text_encoder: UMT5, or None: prompts then come as embeddings.
-        tokenizer: UMT5's, or None.
-        image_encoder: CLIP's, for image to video; None: image_embeds then take its place.
-        image_processor: The image encoder's, or None.
+        text_encoder: UMT5, or None: prompts are then given as embeddings.
+        tokenizer: Tokenizer of UMT5, or None.
+        image_encoder: Image encoder of CLIP for image to video, or None: image_embeds are then
+            given.
+        image_processor: Preparation of images for it, or None.
     """
 
     frame_rate: ClassVar[float] = 16.0
     settings_class: ClassVar[type[RunSettings]] = WanSettings
 
-    transformer: WanTransformer | Lazy[WanTransformer]
-    scheduler: SchedulerConfig
-    vae: WanVAE | Lazy[WanVAE] | None = None
-    text_encoder: T5Encoder | Lazy[T5Encoder] | None = None
+    transformer: Component[WanTransformer]
+    vae: Component[WanVAE] | None = None
+    text_encoder: Component[T5Encoder] | None = None
     tokenizer: PromptTokenizer | None = None
-    image_encoder: CLIPVisionEncoder | Lazy[CLIPVisionEncoder] | None = None
+    image_encoder: Component[CLIPVisionEncoder] | None = None
     image_processor: CLIPImageProcessor | None = None
 
     @property
@@ -89,65 +75,56 @@ class WanPipeline(VideoPipeline[WanSettings]):
     def prepare(self, settings: WanSettings) -> PreparedRun:
         """See `VideoPipeline.prepare`."""
         settings = self.completed(settings)
-        config, sampling, seed = self.transformer.config, self.scheduler, settings.seed
-        tokens = settings.max_sequence_length
-        if settings.flow_shift is not None:
-            sampling = replace(sampling, shift=float(settings.flow_shift))
-        assert settings.num_inference_steps is not None
-        assert seed is not None
-        assert tokens is not None
-        schedule = make_schedule(sampling, settings.num_inference_steps, settings.scheduler)
-        scales = self.guidance_scales(settings, schedule, settings.guidance_scale)
-        size = self.video_size(settings.num_frames, settings.height, settings.width)
-        guided, compression = bool((scales != 1).any()), self.compression
-        grid = latent_grid(*size, compression=compression, patch_size=config.patch_size[1])
-        layout = config.layout(*grid)
-        prompts = settings.num_prompts
-        shape = (settings.num_videos, config.out_channels, *grid)
-        video = size if self.makes_frames else None
-        check_memory(self.transformer, layout, shape, guided=guided, video=video)
-        if settings.prompt_embeds is not None:
-            tokens = settings.prompt_embeds.shape[1]
-        self._check_text_tokens(tokens, of_embeds=settings.prompt_embeds is not None)
-        noise = starting_latents(settings.latents, shape, seed)
+        plan = self.plan(settings, guidance_scale=settings.guidance_scale)
+        config = self.transformer.config
+        if config.image_dim is not None and plan.text_tokens != _TEXT_TOKENS:
+            raise SettingError(
+                "max_sequence_length" if settings.prompt_embeds is None else "prompt_embeds",
+                f"must be {_TEXT_TOKENS} tokens for image to video, as it was trained: got "
+                f"{plan.text_tokens}",
+            )
         images = encode_first_frames(
             config,
-            size,
-            compression,
-            (settings.image, settings.last_image),
-            prompts=prompts,
+            settings,
+            self.compression,
             vae=self.vae,
             image_encoder=self.image_encoder,
             image_processor=self.image_processor,
-            image_embeds=settings.image_embeds,
-            image_latents=settings.image_latents,
         )
-        positive, negative = take_prompts(
+        text, negative_text = take_prompts(
             None if self.text_encoder is None else self.encode_prompts,
-            settings.prompt,
-            settings.negative_prompt,
-            settings.prompt_embeds,
-            settings.negative_prompt_embeds,
-            guided=guided,
-            shape=(prompts, tokens, config.text_dim),
+            settings,
+            guided=plan.is_guided,
+            text_tokens=plan.text_tokens,
+            width=config.text_dim,
         )
-        videos = settings.num_videos_per_prompt
-        if images is not None:
-            images = images.for_each(shape[0], videos)
-        return PreparedRun(
-            schedule=schedule,
-            state=initial_state(schedule.sampler, noise),
-            conditions=Conditions(
+        channels, features = images or (None, None)
+        return plan.run(
+            Conditions(
                 call=_call_model,
-                text=jnp.repeat(positive, videos, axis=0),
-                negative_text=repeat_each(negative, videos),
-                channels=None if images is None else images.channels,
-                image_features=None if images is None else images.features,
-            ),
-            scales=tuple(scales.tolist()),
-            key=seed_key(seed),
-            layout=layout,
+                text=text,
+                negative_text=negative_text,
+                channels=channels,
+                image_features=features,
+            )
         )
+
+    def latent_shape(
+        self, num_frames: int, height: int, width: int
+    ) -> tuple[tuple[int, int, int, int], int]:
+        """See `VideoPipeline.latent_shape`: channels, frames, height and width."""
+        config, compression = self.transformer.config, self.compression
+        patch_size = config.patch_size[1]
+        grid = latent_grid(
+            num_frames, height, width, compression=compression, patch_size=patch_size
+        )
+        return (config.out_channels, *grid), 0
+
+    def layout(self, latents: tuple[int, ...], text_tokens: int) -> VideoLayout:
+        """See `VideoPipeline.layout`; there is no text in the sequence."""
+        del text_tokens
+        _, frames, rows, columns = latents
+        return self.transformer.config.layout(frames, rows, columns)
 
     def paper_preset(self, height: int | None = None, width: int | None = None) -> str:
         """See `VideoPipeline.paper_preset`; text to video has one for all sizes."""
@@ -159,7 +136,7 @@ class WanPipeline(VideoPipeline[WanSettings]):
 
     @property
     def compression(self) -> Compression:
-        """What the VAE makes of a video; that of released ones if it was left out."""
+        """See `VideoPipeline.compression`."""
         if self.vae is None:
             return RELEASED
         config = self.vae.config
@@ -168,7 +145,7 @@ class WanPipeline(VideoPipeline[WanSettings]):
     def encode_prompts(
         self, prompts: Sequence[str], max_sequence_length: int | None = None
     ) -> Float[Array, "batch text_tokens features"]:
-        """UMT5's features of prompts, float32, zero behind each prompt as Wan was trained.
+        """Encode prompts by UMT5: float32, zero behind each prompt as Wan was trained.
 
         Raises:
             ValueError: If the checkpoint was converted without text encoder or tokenizer.
@@ -181,20 +158,12 @@ class WanPipeline(VideoPipeline[WanSettings]):
             return jnp.where(mask[..., None] == 1, run_encoder(encoder, ids, mask), 0)
 
     def _default_size(self) -> tuple[int, int]:
-        """Height and width; see `prepare`."""
+        """Choose the height and width that the checkpoint was released for."""
         config = self.transformer.config
         if config.width < _WIDTH_OF_14B:
             return _SMALL
         of_480p = config.image_dim is not None and self.scheduler.shift <= _SHIFT_OF_SMALL
         return _SMALL if of_480p else _LARGE
-
-    def _check_text_tokens(self, length: int, *, of_embeds: bool) -> None:
-        if self.transformer.config.image_dim is not None and length != _TEXT_TOKENS:
-            raise SettingError(
-                "prompt_embeds" if of_embeds else "max_sequence_length",
-                f"must be {_TEXT_TOKENS} tokens for image to video, as it was trained: got "
-                f"{length}",
-            )
 
 
 def _call_model(

@@ -12,9 +12,10 @@ from flax import nnx
 
 from svg_jax.config import SparsityConfig, Warmup
 from svg_jax.models import VideoLayout
+from svg_jax.sampling.cogvideox.settings import CogVideoXSettings
 from svg_jax.sampling.conditions import Conditions
 from svg_jax.sampling.denoising import denoise, guidance_scales
-from svg_jax.sampling.prepared_run import PreparedRun
+from svg_jax.sampling.prepared_run import PreparedRun, attends_of, labels_of_steps
 from svg_jax.sampling.records import SamplingInfo, median_seconds
 from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.sampling.schedules.noise import initial_noise, seed_key
@@ -91,11 +92,15 @@ def run(
     if state is None:
         state = initial_state(sampler, jnp.asarray(initial_noise(seed, SHAPE)))
     scales = options.pop("scales", guidance_scales(schedule.timesteps, guidance))
+    labels = options.pop("labels", None)
+    attention = {name: options.pop(name) for name in ("sparsity", "warmup") if name in options}
     prepared = PreparedRun(
         schedule=schedule,
         state=state,
         conditions=options.pop("conditions", conditions()),
         scales=tuple(scales.tolist()),
+        attends=attends_of(CogVideoXSettings(prompt="a", **attention), LAYERS, num_steps),
+        labels=labels_of_steps(labels, ToyConfig(), num_steps=num_steps, batch=SHAPE[0]),
         key=seed_key(seed),
         layout=LAYOUT,
     )

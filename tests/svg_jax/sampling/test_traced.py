@@ -31,10 +31,10 @@ def pipe() -> Any:
 
 def test_seeds_of_the_bundled_model_are_sampled_at_once(pipe):
     call = CALL | {"guidance_interval": (0, 0.4)}
-    runs = [pipe.prepare(pipe.settings(PROMPT, seed=seed, **call)) for seed in SEEDS]
+    runs = [pipe.prepare(pipe.settings(PROMPT, seed=seed, **SPARSE, **call)) for seed in SEEDS]
     assert [run.seed for run in runs] == list(SEEDS)
     transformer = pipe.transformer.load()
-    at_once = jax.jit(jax.vmap(partial(sample, transformer, **SPARSE)))(stacked(runs))
+    at_once = jax.jit(jax.vmap(partial(sample, transformer)))(stacked(runs))
     for index, seed in enumerate(SEEDS):
         video = pipe(PROMPT, seed=seed, **SPARSE, output_type="latent", **call)
         profiles = [step.profile is not None for step in video.info.steps]
@@ -47,21 +47,21 @@ def test_seeds_of_the_bundled_model_are_sampled_at_once(pipe):
 
 def test_dpm_takes_its_noise_as_an_array_and_labels_as_the_loop_does(pipe):
     transformer, config = pipe.transformer.load(), pipe.transformer.config
-    settings = pipe.settings(PROMPT, **CALL, scheduler="dpm", guidance_scale=1, seed=5)
-    run = pipe.prepare(settings)
     shape = (3, config.num_attention_layers, 1, config.num_attention_heads)
-    options: dict[str, Any] = SPARSE | {"labels": np.random.default_rng(0).random(shape) < 0.5}
+    labels = np.random.default_rng(0).random(shape) < 0.5
+    call = CALL | {"scheduler": "dpm", "guidance_scale": 1, "seed": 5, "labels": labels}
+    run = pipe.prepare(pipe.settings(PROMPT, **SPARSE, **call))
     with pytest.raises(ValueError, match="sampler_noise is missing, which 'dpm' adds"):
-        sample(transformer, run, **options)
-    found = jax.jit(partial(sample, transformer, **options))(run.with_sampler_noise())
-    expected, steps = denoise(transformer, run, **options)  # whose noise is the seed's
+        sample(transformer, run)
+    found = jax.jit(partial(sample, transformer))(run.with_sampler_noise())
+    expected, steps = denoise(transformer, run)  # whose noise is the seed's
     assert steps[-1].profile is not None
+    np.testing.assert_array_equal(steps[-1].profile.labels, labels[-1])
     np.testing.assert_allclose(found.state.latents, expected.state.latents, rtol=0, atol=2e-5)
 
 
 def test_flow_matching_traces():
     pipe, call = pipeline_of("Wan, UniPC")
-    sparse = {name: call.pop(name) for name in ("sparsity", "warmup") if name in call}
     # An untrained model predicts zeros.
     graphdef, weights = nnx.split(pipe.transformer)
     weights = jax.tree.map(
@@ -70,9 +70,9 @@ def test_flow_matching_traces():
     transformer = nnx.merge(graphdef, weights)
     call["num_inference_steps"] = 4
     runs = [pipe.prepare(pipe.settings(**call, seed=seed)) for seed in SEEDS]
-    found = jax.jit(jax.vmap(partial(sample, transformer, **sparse)))(stacked(runs))
+    found = jax.jit(jax.vmap(partial(sample, transformer)))(stacked(runs))
     for index, run in enumerate(runs):
-        expected, _ = denoise(transformer, run, **sparse)
+        expected, _ = denoise(transformer, run)
         np.testing.assert_allclose(
             found.state.latents[index], expected.state.latents, rtol=0, atol=2e-5
         )
