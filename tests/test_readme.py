@@ -1,54 +1,34 @@
 """What the README shows runs as it stands."""
 
+import json
 import re
-import shlex
+import sys
 from pathlib import Path
-from typing import Any
 
-import jax
 import pytest
 import typer
 
 import svg_jax
 from svg_jax.cli.app import app
-from svg_jax.cli.errors import ExitCode
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import project_runs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
-COMMANDS = re.findall(r"^(?: {4})?(svg-jax .+)$", README, flags=re.MULTILINE)
-COMMANDS += re.findall(r"`(svg-jax [^`…]+)`", README)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("readme")
+def marked(mark: str) -> list[str]:
+    """Lines of the block that `.ci/run` finds by a mark."""
+    (block,) = re.findall(
+        rf"^<!-- ci: {mark} -->\n```sh\n(.*?)^```$", README, re.DOTALL | re.MULTILINE
+    )
+    return block.splitlines()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_python_blocks_run_where_nothing_was_done_before(number, cache, tmp_path, monkeypatch):
-    monkeypatch.setenv("SVG_JAX_CACHE", str(cache))
-    monkeypatch.chdir(tmp_path)
-    block = BLOCKS[number].replace("num_inference_steps=20", "num_inference_steps=4")
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(compile(block, "README.md", "exec"), {})
-    assert ("save_video" in block) == (tmp_path / "three.mp4").exists()
-
-
-@pytest.mark.parametrize("line", [line for line in COMMANDS if len(shlex.split(line)) > 2])
-def test_commands_are_ones_that_the_command_line_takes(line):
-    group: Any = typer.main.get_command(app)
-    name, *rest = shlex.split(line)[1:]
-    # Files and folders that are not there are found out later: here options are.
-    context = group.get_command(typer.Context(group), name).make_context(name, rest)
-    assert context.params
-
-
-def test_the_first_two_shell_blocks_are_those_that_ci_runs():
-    first, second = re.findall(r"^```sh\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)[:2]
-    assert first.splitlines() == ["pip install '.[video]'", "svg-jax demo"]
-    assert second.splitlines()[-1] == "pytest"
+def test_two_blocks_are_those_that_ci_runs():
+    assert marked("demo") == ["pip install '.[video]'", "svg-jax demo"]
+    assert marked("test")[-1] == "pytest"
 
 
 def test_the_citation_is_of_this_version():
@@ -56,12 +36,6 @@ def test_the_citation_is_of_this_version():
     assert f"\nversion: {svg_jax.__version__}\n" in citation
     assert "2502.01776" in citation
     assert "2502.01776" in README.partition("```bibtex")[2]
-
-
-def test_exit_codes_that_are_told_are_those_that_there_are():
-    codes = {0, *map(int, ExitCode)}
-    assert {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)} == codes
-    assert {int(code) for code in re.findall(r"\b\d+\b", app.info.epilog or "")} == codes
 
 
 def test_each_option_says_what_it_gives():
@@ -86,11 +60,45 @@ def test_the_architecture_names_files_that_exist():
     assert len(named) > 100
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
-def test_links_lead_somewhere(page):
-    file = ROOT / page
-    links = re.findall(r"\]\(([^)#\s]+)", file.read_text())
-    assert links
-    for link in links:
-        if not link.startswith("http"):
-            assert (file.parent / link).exists(), link
+def test_it_is_short():
+    prose = re.sub(
+        r"^```.*?^```$|^\|[^\n]*$|<!--.*?-->", "", README, flags=re.DOTALL | re.MULTILINE
+    )
+    assert 300 < len(prose.split()) <= 1000
+
+
+def row(first: str) -> list[str]:
+    """Cells behind the first of a table's row that begins with it."""
+    (cells,) = re.findall(rf"^\| {re.escape(first)} \|(.*)\|$", README, flags=re.MULTILINE)
+    return [cell.strip() for cell in cells.split("|")]
+
+
+@pytest.mark.parametrize(
+    ("model", "run", "case"),
+    [
+        ("CogVideoX 1.5-5b", "CogVideoX 1.5, 768 × 1360, 81 frames", "CogVideoX-1.5, 12 heads"),
+        ("HunyuanVideo", "HunyuanVideo, 720p, 129 frames", "HunyuanVideo 720p, 6 heads"),
+        ("Wan 2.1 14B", "Wan 2.1 14B, 720p, 81 frames", "Wan 720p, 8 heads"),
+        ("Wan 2.1 1.3B", "Wan 2.1 1.3B, 480p, 81 frames", None),
+    ],
+)
+def test_its_figures_are_those_of_the_committed_results(model, run, case):
+    projected = project_runs.rounded(project_runs.RUNS[run])
+    minutes, dense, memory, _ = projected
+    assert row(model)[-2:] == [str(minutes), str(memory)]
+    if case is None:  # the first real video
+        assert f"takes about {minutes} minutes" in README
+        return
+    results = ROOT / "benchmarks/results"
+    attention = json.loads((results / "attention.json").read_text())["cases"][case]["rows"]
+    forward = json.loads((results / "forward.json").read_text())["forward"]
+    step = forward[project_runs.RUNS[run].forward]["rows"]["sparse"]
+    assert row(run) == [
+        f"{1 / attention['whole step']['to dense']:.1f} × faster",
+        f"{1 / step['to dense']:.1f} × faster",
+        f"{minutes} minutes, dense {dense}",
+    ]
+
+
+def test_the_projections_are_those_that_the_command_prints():
+    assert project_runs.table() in (ROOT / "docs/benchmarks.md").read_text()
