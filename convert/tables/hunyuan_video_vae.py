@@ -2,20 +2,27 @@
 
 from itertools import pairwise
 
-from svg_jax.convert.tables.rules import Rule, conv_rules, linear_rules, norm_rules, pointwise_rules
+from svg_jax.convert.tables.rules import (
+    Rule,
+    conv_rules,
+    heads_rules,
+    linear_rules,
+    norm_rules,
+    patch_rules,
+)
 from svg_jax.models.hunyuan_video_vae_config import HunyuanVideoVAEConfig
 
-_CUBE = (3, 3, 3)
+_CUBE, _POINT = (3, 3, 3), (1, 1, 1)
 
 
 def rules(config: HunyuanVideoVAEConfig) -> tuple[Rule, ...]:
-    """The table; source names are those of `AutoencoderKLHunyuanVideo`."""
+    """Build the table of an `AutoencoderKLHunyuanVideo`."""
     widths, latents = config.block_out_channels, config.latent_channels
     layers = config.layers_per_block
     return (
         *_coder(config, "encoder", config.in_channels, widths, 2 * latents, layers),
-        *pointwise_rules("quant_conv", "encoder.moments", 2 * latents, 2 * latents, rank=3),
-        *pointwise_rules("post_quant_conv", "decoder.latents", latents, latents, rank=3),
+        *patch_rules("quant_conv", "encoder.moments", 2 * latents, 2 * latents, _POINT),
+        *patch_rules("post_quant_conv", "decoder.latents", latents, latents, _POINT),
         *_coder(config, "decoder", latents, widths[::-1], config.out_channels, layers + 1),
     )
 
@@ -34,9 +41,8 @@ def _coder(
         *conv_rules(f"{coder}.conv_in.conv", f"{coder}.input", channels, widths[0], _CUBE),
         *_middle(config, coder),
     ]
-    for block, pair in enumerate(pairwise((widths[0], *widths))):
+    for block, (features, width) in enumerate(pairwise((widths[0], *widths))):
         source, target = f"{coder}.{blocks}.{block}", f"{coder}.blocks.{block}"
-        features, width = pair
         for layer in range(layers):
             table += _layer(source, target, layer, width if layer else features, width)
         if config.factors[block] is not None:
@@ -56,18 +62,13 @@ def _middle(config: HunyuanVideoVAEConfig, coder: str) -> list[Rule]:
     if config.mid_block_add_attention:
         source, target = f"{source}.attentions.0", f"{target}.attention"
         table += norm_rules(f"{source}.group_norm", f"{target}.norm", width)
-        for theirs, ours in (
-            ("to_q", "query"),
-            ("to_k", "key"),
-            ("to_v", "value"),
-            ("to_out.0", "output"),
-        ):
-            table += linear_rules(f"{source}.{theirs}", f"{target}.{ours}", width, width)
+        table += heads_rules(f"{source}.to_{{}}", target, width)
+        table += linear_rules(f"{source}.to_out.0", f"{target}.output", width, width)
     return table
 
 
 def _layer(source: str, target: str, layer: int, features: int, width: int) -> list[Rule]:
-    """One residual layer of a block."""
+    """Map one residual layer of a block."""
     source, target = f"{source}.resnets.{layer}", f"{target}.layers.{layer}"
     table = [
         *norm_rules(f"{source}.norm1", f"{target}.norm_1", features),
@@ -76,7 +77,6 @@ def _layer(source: str, target: str, layer: int, features: int, width: int) -> l
         *conv_rules(f"{source}.conv2.conv", f"{target}.conv_2", width, width, _CUBE),
     ]
     if features != width:
-        table += pointwise_rules(
-            f"{source}.conv_shortcut.conv", f"{target}.shortcut", features, width, rank=3
-        )
+        shortcut = f"{source}.conv_shortcut.conv", f"{target}.shortcut"
+        table += patch_rules(*shortcut, features, width, _POINT)
     return table

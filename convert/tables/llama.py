@@ -5,21 +5,20 @@ import re
 from svg_jax.convert.tables.rules import Rule, gain_rule, matrix_rule, nest_rules, stack_rules
 from svg_jax.models.llama import LlamaConfig
 
-# Held by files of a whole language model: it makes words of the last hidden state.
+# Files of a whole language model hold this, too: it turns the last hidden state into words.
 UNUSED = re.compile(r"(.*\.)?lm_head\.weight")
 
 
 def rules(config: LlamaConfig) -> tuple[Rule, ...]:
-    """The table; `LlamaModel` has its names as they are, `LlamaForCausalLM` with a prefix."""
+    """Build the table: `LlamaForCausalLM` has the names of `LlamaModel` with a prefix."""
     return tuple(nest_rules(("", "model."), "", table(config)))
 
 
 def table(config: LlamaConfig) -> list[Rule]:
-    """The table without the names that have a prefix."""
+    """Build the table of `LlamaModel` alone."""
     width, hidden = config.hidden_size, config.intermediate_size
     inner = config.num_attention_heads * config.head_features
     shared = config.key_value_heads * config.head_features
-
     layer = [
         gain_rule("input_layernorm", "attention_norm", width),
         matrix_rule("self_attn.q_proj", "attention.query", width, inner),

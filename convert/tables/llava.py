@@ -1,29 +1,18 @@
 """The tensors of a LLaVA encoder, as released by transformers and as laid out here."""
 
 from svg_jax.convert.tables import clip, llama
-from svg_jax.convert.tables.rules import Rule, linear_rules, nest_rules
+from svg_jax.convert.tables.rules import Rule, mlp_rules, nest_rules
 from svg_jax.models.llava import LlavaConfig
 
 
 def rules(config: LlavaConfig) -> tuple[Rule, ...]:
-    """The table; `LlavaForConditionalGeneration` names its parts by transformers' version."""
+    """Build the table; the prefixes differ between versions of transformers."""
     features, width = config.vision_config.hidden_size, config.text_config.hidden_size
-    projector = [
-        *linear_rules("linear_1", "input", features, width),
-        *linear_rules("linear_2", "output", width, width),
-    ]
+    towers = ("vision_tower.", "model.vision_tower.")
+    words = ("language_model.model.", "model.language_model.")
+    projector = mlp_rules("multi_modal_projector", "projector", (features, width, width))
     return (
-        *nest_rules(
-            ("vision_tower.", "model.vision_tower."),
-            "vision.",
-            clip.vision_rules(config.vision_config),
-        ),
-        *nest_rules(
-            ("multi_modal_projector.", "model.multi_modal_projector."), "projector.", projector
-        ),
-        *nest_rules(
-            ("language_model.model.", "model.language_model."),
-            "language_model.",
-            llama.table(config.text_config),
-        ),
+        *nest_rules(towers, "vision.", clip.vision_rules(config.vision_config)),
+        *nest_rules(("", "model."), "", projector),
+        *nest_rules(words, "language_model.", llama.table(config.text_config)),
     )

@@ -1,47 +1,35 @@
 """The names that trainers give the tensors of a LoRA, as data: prefixes, suffixes, other methods.
 
 A name is a prefix, a module's name and a suffix. Modules have diffusers' names or those of a first
-release (convert/lora/targets.py). Dots and underscores are read alike, as many as there are, since
-trainers turn some or all of one into the other. docs/lora.md says who writes what.
+release (convert/lora/targets.py). A run of dots and underscores counts as one separator, since
+trainers replace some or all of one by the other. docs/lora.md tells who writes what.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
-TRANSFORMER = "transformer"  # what names without a component's belong to
+TRANSFORMER = "transformer"  # the component of names that name none
 Kind = Literal["down", "mid", "up", "bias", "difference", "bias difference", "alpha"]
 
-# What may stand before a module's name, several of them one after the other, and the component
-# that it means.
-PREFIXES = {
-    "base_model.model.": TRANSFORMER,
-    "model.diffusion_model.": TRANSFORMER,
-    "diffusion_model.": TRANSFORMER,
-    "transformer.": TRANSFORMER,
-    "transformer_1.": TRANSFORMER,
-    "transformer_2.": "transformer_2",
-    "unet.": TRANSFORMER,
-    "pipe.dit.": TRANSFORMER,
-    "pipe.dit2.": "transformer_2",
-    "lora_unet_": TRANSFORMER,
-    "lora_transformer_": TRANSFORMER,
-    "lycoris_": TRANSFORMER,
-    "Hunyuan_video_I2V_lora_": TRANSFORMER,
-    "text_encoder.": "text_encoder",
-    "text_encoder_2.": "text_encoder_2",
-    "text_encoders.": "text_encoder",
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
+# Prefixes of a module's name, several of which may follow each other, by the component they mean.
+_COMPONENTS: Mapping[str, Sequence[str]] = {
+    TRANSFORMER: (
+        *("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer."),
+        *("transformer_1.", "unet.", "pipe.dit.", "lora_unet_", "lora_transformer_", "lycoris_"),
+        "Hunyuan_video_I2V_lora_",
+    ),
+    "transformer_2": ("transformer_2.", "pipe.dit2."),
+    "text_encoder": ("text_encoder.", "text_encoders.", "lora_te_", "lora_te1_"),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
 }
+PREFIXES = {prefix: component for component, some in _COMPONENTS.items() for prefix in some}
 PEFT = "base_model.model."
 _MOST_PREFIXES = 5
-# Another prefix is passed over if all names of a file have it. It must end in a dot, or in a word
-# that is no part of a module's name (as "transformer_" of "transformer_blocks" is), and name
-# neither a component nor a number.
+# Another prefix is ignored if all names of a file have it. It must end in a dot, or in a word that
+# is no part of a module's name (unlike "transformer_" of "transformer_blocks"), and contain neither
+# a component's name nor a number.
 _WRAPPER = re.compile(
     r"(?:.*\.)?(?:|\w*?(?:lora|lycoris|unet|dit|net|model|wan|hunyuan|cogvideox?|video|[it]2v)_)",
     re.IGNORECASE,
@@ -51,14 +39,14 @@ _NO_WRAPPER = re.compile(r"(?:^|\.)(?:\d+|(?:transformer|text_encoder|vae|contro
 
 @dataclass(frozen=True)
 class Suffix:
-    """What the end of a tensor's name says of it.
+    """What the end of a tensor's name says about it.
 
     Attributes:
-        kind: Which part of a change it is. "down" is A [rank, in], "up" is B [out, rank], "mid" the
-            core between them [rank, rank, *kernel]; a "bias" is scaled as B A is, a difference
-            by the strength alone.
-        within: What follows the module's name in the model.
-        alpha: Alpha where the file does not tell it; None is the rank.
+        kind: Part of a change that the tensor is: "down" is A [rank, in], "up" is B [out, rank],
+            "mid" is the core between them [rank, rank, *kernel]; a "bias" is scaled as B A is, a
+            difference only by the LoRA's strength.
+        within: End of the module's name in the model.
+        alpha: Alpha of files that do not contain it; None is the rank.
     """
 
     kind: Kind
@@ -67,60 +55,45 @@ class Suffix:
 
 
 # {name} is an adapter's name, {n} counts the parts of a fused module.
-SUFFIXES = {
-    ".lora_A.weight": Suffix("down"),
-    ".lora_B.weight": Suffix("up"),
-    ".lora_B.bias": Suffix("bias"),
-    ".lora_A.{name}.weight": Suffix("down"),
-    ".lora_B.{name}.weight": Suffix("up"),
-    ".lora_B.{name}.bias": Suffix("bias"),
-    ".lora_A": Suffix("down"),
-    ".lora_B": Suffix("up"),
-    ".lora_down": Suffix("down"),
-    ".lora_up": Suffix("up"),
-    ".lora_down.weight": Suffix("down"),
-    ".lora_mid.weight": Suffix("mid"),
-    ".lora_up.weight": Suffix("up"),
-    ".lora_linear_layer.down.weight": Suffix("down"),
-    ".lora_linear_layer.up.weight": Suffix("up"),
-    ".lora_layer.down.weight": Suffix("down"),
-    ".lora_layer.up.weight": Suffix("up"),
+_KINDS: Mapping[Kind, Sequence[str]] = {
+    "down": (
+        *(".lora_A.weight", ".lora_A.{name}.weight", ".lora_A", ".lora_down", ".lora_down.weight"),
+        *(".lora_linear_layer.down.weight", ".lora_layer.down.weight"),
+    ),
+    "up": (
+        *(".lora_B.weight", ".lora_B.{name}.weight", ".lora_B", ".lora_up", ".lora_up.weight"),
+        *(".lora_linear_layer.up.weight", ".lora_layer.up.weight", ".matrix_B.{n}"),
+    ),
+    "mid": (".lora_mid.weight",),
+    "bias": (".lora_B.bias", ".lora_B.{name}.bias"),
+    "alpha": (".alpha", ".lora_alpha"),
+    "difference": (".diff", ".w_norm"),
+    "bias difference": (".diff_b", ".b_norm"),
+}
+SUFFIXES = {suffix: Suffix(kind) for kind, some in _KINDS.items() for suffix in some} | {
     ".matrix_A.{n}": Suffix("down", alpha=1.0),
-    ".matrix_B.{n}": Suffix("up"),
-    ".alpha": Suffix("alpha"),
-    ".lora_alpha": Suffix("alpha"),
-    ".diff": Suffix("difference"),
-    ".w_norm": Suffix("difference"),
-    ".diff_b": Suffix("bias difference"),
-    ".b_norm": Suffix("bias difference"),
     ".diff_m": Suffix("difference", within=".modulation"),
 }
-# What a name holds that is part of another method, which is told by its name and refused.
-METHODS = {
-    ".dora_scale": "a DoRA",
-    ".lora_magnitude_vector": "a DoRA",
-    ".magnitude": "a DoRA",
-    ".lokr_": "a LoKr",
-    ".hada_": "a LoHa",
-    ".boft_": "a BOFT",
-    ".oft_": "an OFT",
-    ".ia3_": "an IA3",
-    ".on_input": "an IA3",
-    ".vera_": "a VeRA",
-    ".fourierft_": "a FourierFT",
-    ".hra_": "an HRA",
-    ".bone_": "a Bone",
-    ".lora_E": "an AdaLoRA",
-    ".ranknum": "an AdaLoRA",
-    ".lora_embedding_": "a LoRA of an embedding",
-    ".reshape_weight": "a LoRA of a weight that it enlarges",
-    ".set_weight": "a set of weights that replace others",
-    ".a1.weight": "a GLoRA",
-    ".a2.weight": "a GLoRA",
-    ".b1.weight": "a GLoRA",
-    ".b2.weight": "a GLoRA",
+# Marks in the names of other methods' parts, which are refused.
+_MARKS = {
+    "a DoRA": (".dora_scale", ".lora_magnitude_vector", ".magnitude"),
+    "a LoKr": (".lokr_",),
+    "a LoHa": (".hada_",),
+    "a BOFT": (".boft_",),
+    "an OFT": (".oft_",),
+    "an IA3": (".ia3_", ".on_input"),
+    "a VeRA": (".vera_",),
+    "a FourierFT": (".fourierft_",),
+    "an HRA": (".hra_",),
+    "a Bone": (".bone_",),
+    "an AdaLoRA": (".lora_E", ".ranknum"),
+    "a LoRA of an embedding": (".lora_embedding_",),
+    "a LoRA of a weight that it enlarges": (".reshape_weight",),
+    "a set of weights that replace others": (".set_weight",),
+    "a GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
 }
-# What ComfyUI calls the modules of HunyuanVideo, in the order in which it renames them.
+METHODS = {mark: method for method, marks in _MARKS.items() for mark in marks}
+# ComfyUI's names of HunyuanVideo's modules, in the order in which it renames them.
 COMFYUI = {
     "t_embedder.mlp.0": "t_embedder.in_layer",
     "t_embedder.mlp.2": "t_embedder.out_layer",
@@ -139,14 +112,25 @@ COMFYUI = {
 }
 
 
+def _pattern(template: str) -> re.Pattern[str]:
+    pattern = re.sub(r"[._]", "[._]", template)
+    pattern = pattern.replace("{name}", "[^.]+?").replace("{n}", r"(?P<n>\d{1,3})")
+    return re.compile(f"(?P<module>.+?){pattern}")
+
+
+# Adapters go first: one may be called "lora_up".
+_ORDER = sorted(SUFFIXES, key=lambda suffix: "{name}" not in suffix)
+_PATTERNS = [(_pattern(suffix), SUFFIXES[suffix]) for suffix in _ORDER]
+
+
 @dataclass(frozen=True)
 class Part:
-    """What a name says of its tensor.
+    """A tensor's name, taken apart.
 
     Attributes:
-        module: The module's name, prefix and all.
-        suffix: What the end of the name says.
-        number: Which part of a fused module, where the name counts them.
+        module: Name of the module, with all prefixes.
+        suffix: Meaning of the name's end.
+        number: Index of the part of a fused module, where the name counts them.
     """
 
     module: str
@@ -157,7 +141,7 @@ class Part:
 def read_name(key: str) -> Part | None:
     """Take a tensor's name apart; None if no LoRA that can be merged has such a name."""
     name = re.sub(r"[._]{2,}", "_", key)
-    for pattern, suffix in _patterns():
+    for pattern, suffix in _PATTERNS:
         if match := pattern.fullmatch(name):
             number = match.groupdict().get("n")
             module = match["module"] + suffix.within
@@ -166,7 +150,7 @@ def read_name(key: str) -> Part | None:
 
 
 def name_method(key: str) -> str | None:
-    """Name the other method that a tensor is part of, from "a LoKr" to "a GLoRA"; None if none."""
+    """Name the other method that a tensor is part of, such as "a LoKr"; None if there is none."""
     for mark, method in METHODS.items():
         tail = "" if mark.endswith("_") else r"(?:\.|$)"
         if re.search(re.escape(mark) + tail, key):
@@ -175,7 +159,7 @@ def name_method(key: str) -> str | None:
 
 
 def normal_name(module: str) -> str:
-    """Bring a module's name into the form in which all ways of writing it are the same."""
+    """Bring a module's name into the form that all ways of writing it have in common."""
     name = re.sub(r"[._]+", "_", module).strip("_")
     name = name.removeprefix("text_model_")  # of CLIP's, which transformers drops since version 5
     return name.replace("_processor_", "_")  # diffusers' attention, until 2023
@@ -184,12 +168,12 @@ def normal_name(module: str) -> str:
 def readings(
     module: str, components: Collection[str], most: int = _MOST_PREFIXES
 ) -> Iterator[tuple[str, str]]:
-    """Give each component and name that a module's name may mean: the whole name, then less.
+    """Yield each component and name that a module's name may mean: the whole name, then less.
 
     Args:
-        module: The module's name, with prefixes.
+        module: Name of the module, with prefixes.
         components: Components that a name may begin with, besides those in `PREFIXES`.
-        most: How many prefixes may follow each other.
+        most: Largest number of prefixes that follow each other.
     """
     yield TRANSFORMER, module
     prefixes = {f"{component}.": component for component in components} | PREFIXES if most else {}
@@ -200,16 +184,5 @@ def readings(
 
 
 def is_wrapper(prefix: str) -> bool:
-    """Return whether a prefix that is not known can be one."""
+    """Return whether an unknown prefix may be ignored."""
     return _WRAPPER.fullmatch(prefix) is not None and _NO_WRAPPER.search(prefix) is None
-
-
-@cache
-def _patterns() -> tuple[tuple[re.Pattern[str], Suffix], ...]:
-    return tuple((_pattern(template), suffix) for template, suffix in SUFFIXES.items())
-
-
-def _pattern(template: str) -> re.Pattern[str]:
-    pattern = re.sub(r"[._]", "[._]", template)
-    pattern = pattern.replace("{name}", "[^.]+?").replace("{n}", r"(?P<n>\d{1,3})")
-    return re.compile(f"(?P<module>.+?){pattern}")

@@ -1,4 +1,4 @@
-"""What is ported: pipelines, and a row a model class of what converting and loading must know."""
+"""What is ported: the pipelines, and one row for each model class with all that is known of it."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from flax import nnx
 
+from svg_jax import models
 from svg_jax.convert.tables import (
     clip,
     cogvideox,
@@ -21,33 +22,9 @@ from svg_jax.convert.tables import (
     wan_vae,
 )
 from svg_jax.convert.tables.rules import Rule
-from svg_jax.models import (
-    CLIPTextConfig,
-    CLIPTextEncoder,
-    CLIPVisionConfig,
-    CLIPVisionEncoder,
-    CogVideoXConfig,
-    CogVideoXTransformer,
-    CogVideoXVAE,
-    CogVideoXVAEConfig,
-    HunyuanVideoConfig,
-    HunyuanVideoTransformer,
-    HunyuanVideoVAE,
-    HunyuanVideoVAEConfig,
-    LlamaConfig,
-    LlamaEncoder,
-    LlavaConfig,
-    LlavaEncoder,
-    T5Config,
-    T5Encoder,
-    WanConfig,
-    WanTransformer,
-    WanVAE,
-    WanVAEConfig,
-)
 
 Family = Literal["cogvideox", "hunyuan_video", "wan"]
-# Pipelines of diffusers, and whose they are.
+# The pipelines of diffusers and their families.
 PIPELINES: Mapping[str, Family] = {
     "CogVideoXPipeline": "cogvideox",
     "CogVideoXImageToVideoPipeline": "cogvideox",
@@ -56,10 +33,10 @@ PIPELINES: Mapping[str, Family] = {
     "WanPipeline": "wan",
     "WanImageToVideoPipeline": "wan",
 }
-# What each library calls a file of weights.
+# The name that each library gives a file of weights.
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
-# Names of tensors that no model computes with: tables and counters that its class makes anew, the
-# vocabulary that ComfyUI keeps with an encoder's weights, and what only products in float8 need.
+# Names of tensors that no model needs: tables and counters that its class computes itself, the
+# vocabulary that ComfyUI stores with an encoder's weights, and what only float8 products use.
 BUFFERS = re.compile(
     r"(?:.*\.)?(?:position_ids|(?:rotary_emb\.)?inv_freq|num_batches_tracked|logit_scale"
     r"|spiece_model|tokenizer_json|scaled_fp8|scale_input|input_scale|comfy_quant|_extra_state)"
@@ -71,12 +48,12 @@ class ModelClass:
     """A class of diffusers or transformers, and its port.
 
     Attributes:
-        library: Where the class is from.
-        role: The component that it is in the pipelines that have it.
-        module: The port, which is made of a config.
-        read_config: Makes the config from a parsed config.json, strictly.
-        rules: The conversion table for a config.
-        unused: Names of tensors that released files hold and that no output of the port needs.
+        library: Library of the class, "diffusers" or "transformers".
+        role: Component that the class is in its pipelines.
+        module: Port of the class, which takes a config.
+        read_config: Reader of a parsed config.json, which refuses what it does not know.
+        rules: Function from a config to the conversion table.
+        unused: Pattern of names of tensors that released files hold and the port does not need.
     """
 
     library: str
@@ -88,7 +65,7 @@ class ModelClass:
 
     @property
     def stem(self) -> str:
-        """What its library calls the weights' file."""
+        """Name, without suffix, that its library gives the file of weights."""
         return STEMS[self.library]
 
 
@@ -96,24 +73,29 @@ _diffusers = partial(ModelClass, "diffusers")
 _transformers = partial(ModelClass, "transformers")
 _CLIP_VISION = _transformers(
     "image_encoder",
-    CLIPVisionEncoder,
-    CLIPVisionConfig.from_dict,
+    models.CLIPVisionEncoder,
+    models.CLIPVisionConfig.from_dict,
     clip.vision_rules,
     clip.VISION_UNUSED,
 )
 
 MODEL_CLASSES: Mapping[str, ModelClass] = {
     "AutoencoderKLCogVideoX": _diffusers(
-        "vae", CogVideoXVAE, CogVideoXVAEConfig.from_dict, cogvideox_vae.rules
+        "vae", models.CogVideoXVAE, models.CogVideoXVAEConfig.from_dict, cogvideox_vae.rules
     ),
     "AutoencoderKLHunyuanVideo": _diffusers(
-        "vae", HunyuanVideoVAE, HunyuanVideoVAEConfig.from_dict, hunyuan_video_vae.rules
+        "vae",
+        models.HunyuanVideoVAE,
+        models.HunyuanVideoVAEConfig.from_dict,
+        hunyuan_video_vae.rules,
     ),
-    "AutoencoderKLWan": _diffusers("vae", WanVAE, WanVAEConfig.from_dict, wan_vae.rules),
+    "AutoencoderKLWan": _diffusers(
+        "vae", models.WanVAE, models.WanVAEConfig.from_dict, wan_vae.rules
+    ),
     "CLIPTextModel": _transformers(
         "text_encoder_2",
-        CLIPTextEncoder,
-        CLIPTextConfig.from_dict,
+        models.CLIPTextEncoder,
+        models.CLIPTextConfig.from_dict,
         clip.text_rules,
         clip.TEXT_UNUSED,
     ),
@@ -121,36 +103,39 @@ MODEL_CLASSES: Mapping[str, ModelClass] = {
     "CLIPVisionModelWithProjection": _CLIP_VISION,
     "CogVideoXTransformer3DModel": _diffusers(
         "transformer",
-        CogVideoXTransformer,
-        CogVideoXConfig.from_dict,
+        models.CogVideoXTransformer,
+        models.CogVideoXConfig.from_dict,
         cogvideox.rules,
         cogvideox.UNUSED,
     ),
     "HunyuanVideoTransformer3DModel": _diffusers(
-        "transformer", HunyuanVideoTransformer, HunyuanVideoConfig.from_dict, hunyuan_video.rules
+        "transformer",
+        models.HunyuanVideoTransformer,
+        models.HunyuanVideoConfig.from_dict,
+        hunyuan_video.rules,
     ),
     "LlamaModel": _transformers(
-        "text_encoder", LlamaEncoder, LlamaConfig.from_dict, llama.rules, llama.UNUSED
+        "text_encoder", models.LlamaEncoder, models.LlamaConfig.from_dict, llama.rules, llama.UNUSED
     ),
     "LlavaForConditionalGeneration": _transformers(
-        "text_encoder", LlavaEncoder, LlavaConfig.from_dict, llava.rules, llama.UNUSED
+        "text_encoder", models.LlavaEncoder, models.LlavaConfig.from_dict, llava.rules, llama.UNUSED
     ),
     "T5EncoderModel": _transformers(
         "text_encoder",
-        T5Encoder,
-        partial(T5Config.from_dict, model_type="t5"),
+        models.T5Encoder,
+        partial(models.T5Config.from_dict, model_type="t5"),
         t5.rules,
         t5.UNUSED,
     ),
     "UMT5EncoderModel": _transformers(
         "text_encoder",
-        T5Encoder,
-        partial(T5Config.from_dict, model_type="umt5"),
+        models.T5Encoder,
+        partial(models.T5Config.from_dict, model_type="umt5"),
         t5.rules,
         t5.UNUSED,
     ),
     "WanTransformer3DModel": _diffusers(
-        "transformer", WanTransformer, WanConfig.from_dict, wan.rules, wan.UNUSED
+        "transformer", models.WanTransformer, models.WanConfig.from_dict, wan.rules, wan.UNUSED
     ),
 }
 

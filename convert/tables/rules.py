@@ -1,8 +1,8 @@
 """Conversion rules as data: which stored tensor becomes which leaf of a module, and back.
 
-A family (convert/tables/cogvideox.py, t5.py) is a function `rules(config) -> tuple[Rule, ...]`.
-Everything else follows from that table: what a checkpoint must hold, how a tensor is turned, and
-the way back.
+Each model (convert/tables/cogvideox.py, t5.py) has a function `rules(config) -> tuple[Rule, ...]`.
+Everything else follows from that table: which tensors a checkpoint must hold, how they are
+converted, and the way back.
 """
 
 import math
@@ -16,16 +16,17 @@ import numpy as np
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.show import show_some
 
-# Raised when a table or a transform changes what the same source is converted to.
+# Increased when a table or a transform changes what the same source is converted to.
 RULES_VERSION = 1
 LAYER = "{layer}"
+FEED_FORWARD = ("net.0.proj", "net.2")  # the layers of diffusers' `FeedForward`
 _NAMED = 5  # how many names of each kind of problem an error spells out
 _REPORT = 300  # characters, beyond which it spells out fewer
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a family's table.
+    """One line of a model's table.
 
     Attributes:
         source: Name of the stored tensor; `{layer}` stands for the number of a stacked layer.
@@ -34,10 +35,10 @@ class Rule:
             [in, out]; "patch" turns a convolution's weight [out, in, *kernel] into that of a linear
             layer over patches, [in * prod(kernel), out], the input channel slowest; "conv" turns it
             into [*kernel, in, out], as `nnx.Conv` has it; "flatten" makes a vector of the array.
-        source_shape: Shape of one stored tensor, from the config. It is what a checkpoint is
-            checked against, and what tells the inverse of "patch" its kernel.
+        source_shape: Shape of one stored tensor, from the config. Checkpoints are checked against
+            it, and the inverse of "patch" takes the kernel's shape from it.
         aliases: Other names that the same tensor may be stored under (tied weights). At least one
-            of the names must be there, and those that are must hold the same bytes.
+            of the names must be there; several must hold the same bytes.
         layers: Number of layers, whose tensors are stacked along a new leading axis of the leaf;
             None for a single tensor.
     """
@@ -68,12 +69,12 @@ class Rule:
         return self.layers is not None
 
     def names_of(self, layer: int) -> tuple[str, ...]:
-        """Names that a layer's tensor may be stored under; a single tensor has the same for all."""
+        """List the names that a layer's tensor may be stored under (any layer's if not stacked)."""
         return tuple(name.replace(LAYER, str(layer)) for name in (self.source, *self.aliases))
 
     @property
     def seen_shape(self) -> tuple[int, ...]:
-        """The source's shape, with those axes taken together that are one in the leaf."""
+        """Shape of the source after merging the axes that are one axis in the leaf."""
         if self.transform == "flatten":
             return (math.prod(self.source_shape),)
         if self.transform in ("transpose", "patch"):
@@ -82,7 +83,7 @@ class Rule:
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """Which axis of `seen_shape` each axis of a layer's share of the leaf is."""
+        """Axis of `seen_shape` that each axis of one layer's share of the leaf is."""
         rank = len(self.seen_shape)
         if self.transform == "conv":
             return (*range(2, rank), 1, 0)
@@ -95,60 +96,87 @@ class Rule:
 
     @property
     def inverse_axes(self) -> tuple[int, ...]:
-        """Which axis of a layer's share each axis of `seen_shape` is."""
+        """Axis of one layer's share of the leaf that each axis of `seen_shape` is."""
         return tuple(self.axes.index(axis) for axis in range(len(self.axes)))
 
     def forward(self, tensor: np.ndarray) -> np.ndarray:
-        """The stored tensor as it lies in the leaf: a view where numpy can make one."""
+        """Lay a stored tensor out as in the leaf: a view where numpy can make one."""
         return tensor.reshape(self.seen_shape).transpose(self.axes)
 
     def inverse(self, part: np.ndarray) -> np.ndarray:
-        """The tensor as it was stored; `inverse(forward(x))` is x, bit for bit."""
+        """Restore the stored tensor: `inverse(forward(x))` is x, bit for bit."""
         return part.transpose(self.inverse_axes).reshape(self.source_shape)
 
 
 def matrix_rule(source: str, target: str, features: int, out_features: int) -> Rule:
-    """Weight of a linear layer without a bias."""
+    """Map the weight of a linear layer without a bias."""
     return Rule(f"{source}.weight", f"{target}.kernel", "transpose", (out_features, features))
 
 
+def _with_bias(weight: Rule) -> list[Rule]:
+    """Add the rule of the bias to that of a layer's weight, whose first axis are the outputs."""
+    source, target = weight.source.removesuffix("weight"), weight.target.removesuffix("kernel")
+    return [weight, Rule(f"{source}bias", f"{target}bias", "none", weight.source_shape[:1])]
+
+
 def linear_rules(source: str, target: str, features: int, out_features: int) -> list[Rule]:
-    """Weight and bias of a linear layer."""
-    return [
-        matrix_rule(source, target, features, out_features),
-        Rule(f"{source}.bias", f"{target}.bias", "none", (out_features,)),
-    ]
+    """Map the weight and bias of a linear layer."""
+    return _with_bias(matrix_rule(source, target, features, out_features))
 
 
 def conv_rules(
     source: str, target: str, features: int, out_features: int, kernel: Sequence[int]
 ) -> list[Rule]:
-    """Weight and bias of a convolution."""
+    """Map the weight and bias of a convolution."""
     shape = (out_features, features, *kernel)
+    return _with_bias(Rule(f"{source}.weight", f"{target}.kernel", "conv", shape))
+
+
+def patch_rules(
+    source: str, target: str, features: int, out_features: int, kernel: Sequence[int]
+) -> list[Rule]:
+    """Map the weight and bias of a convolution over patches, or points, to a linear layer."""
+    shape = (out_features, features, *kernel)
+    return _with_bias(Rule(f"{source}.weight", f"{target}.kernel", "patch", shape))
+
+
+def heads_rules(source: str, target: str, width: int) -> list[Rule]:
+    """Map the linear layers of queries, keys and values; `{}` stands for q, k and v."""
     return [
-        Rule(f"{source}.weight", f"{target}.kernel", "conv", shape),
-        Rule(f"{source}.bias", f"{target}.bias", "none", (out_features,)),
+        rule
+        for theirs, ours in zip("qkv", ("query", "key", "value"), strict=True)
+        for rule in linear_rules(source.format(theirs), f"{target}.{ours}", width, width)
     ]
 
 
-def pointwise_rules(
-    source: str, target: str, features: int, out_features: int, rank: int
+def mlp_rules(
+    source: str,
+    target: str,
+    widths: tuple[int, int, int],
+    layers: tuple[str, str] = ("linear_1", "linear_2"),
 ) -> list[Rule]:
-    """Weight and bias of a convolution over `rank` axes of single points: a linear layer."""
-    shape = (out_features, features, *[1] * rank)
+    """Map two linear layers, one after the other.
+
+    Args:
+        source: Name of the module that holds both.
+        target: Path of the module that holds both.
+        widths: Features of the input, between the layers, and of the output.
+        layers: Names of the layers in their module.
+    """
+    first, second = layers
     return [
-        Rule(f"{source}.weight", f"{target}.kernel", "patch", shape),
-        Rule(f"{source}.bias", f"{target}.bias", "none", (out_features,)),
+        *linear_rules(f"{source}.{first}", f"{target}.input", *widths[:2]),
+        *linear_rules(f"{source}.{second}", f"{target}.output", *widths[1:]),
     ]
 
 
 def gain_rule(source: str, target: str, features: int) -> Rule:
-    """Gain of a norm without a bias."""
+    """Map the gain of a norm without a bias."""
     return Rule(f"{source}.weight", f"{target}.scale", "none", (features,))
 
 
 def norm_rules(source: str, target: str, features: int) -> list[Rule]:
-    """Gain and bias of a layer norm."""
+    """Map the gain and bias of a layer norm."""
     return [
         gain_rule(source, target, features),
         Rule(f"{source}.bias", f"{target}.bias", "none", (features,)),
@@ -156,7 +184,7 @@ def norm_rules(source: str, target: str, features: int) -> list[Rule]:
 
 
 def stack_rules(source: str, target: str, layers: int, rules: Sequence[Rule]) -> list[Rule]:
-    """The rules of one layer made those of all layers, `source.0` to `source.{layers - 1}`."""
+    """Turn the rules of one layer into those of all, `source.0` to `source.{layers - 1}`."""
     return [
         replace(
             rule,
@@ -169,18 +197,17 @@ def stack_rules(source: str, target: str, layers: int, rules: Sequence[Rule]) ->
 
 
 def nest_rules(prefixes: Sequence[str], target: str, rules: Sequence[Rule]) -> list[Rule]:
-    """The rules of a model made those of a part of another, or of itself under other names.
+    """Turn the rules of a model into those of a part of another, or add names with a prefix.
 
     Args:
-        prefixes: What may stand before the names of its tensors, dots included.
-        target: What stands before the paths of its leaves, dots included.
-        rules: Of the model on its own.
+        prefixes: Alternative prefixes of the tensors' names, dots included.
+        target: Prefix of the leaves' paths, dot included.
+        rules: Rules of the model on its own.
     """
     nested = []
     for rule in rules:
-        source, *aliases = (
-            prefix + name for prefix in prefixes for name in (rule.source, *rule.aliases)
-        )
+        names = (rule.source, *rule.aliases)
+        source, *aliases = (prefix + name for prefix in prefixes for name in names)
         path = target + rule.target
         nested.append(replace(rule, source=source, aliases=tuple(aliases), target=path))
     return nested
@@ -191,10 +218,10 @@ class Leaf:
     """One leaf of a converted tree and the stored tensors that it is made of.
 
     Attributes:
-        rule: The rule that asks for it.
-        names: Per layer (one entry where the rule does not stack), the names that the tensor is
-            stored under: one, or several where tied weights were stored more than once.
-        shape: The leaf's shape, the layer axis included.
+        rule: Rule of the leaf.
+        names: Names that the tensor of each layer is stored under (one entry where the rule does
+            not stack): one name, or several where tied weights are stored more than once.
+        shape: Shape of the leaf, the layer axis included.
     """
 
     rule: Rule
@@ -213,16 +240,16 @@ def match_rules(
     *,
     where: str = "checkpoint",
 ) -> tuple[Leaf, ...]:
-    """Assigns every stored tensor to a leaf and every leaf to stored tensors.
+    """Assign every stored tensor to a leaf and every leaf to stored tensors.
 
     Args:
         shapes: Shape of each stored tensor.
-        rules: The family's table.
-        where: What is being read, for the error.
+        rules: The model's table.
+        where: File or folder that the tensors are from, for errors.
 
     Raises:
-        ConversionError: Unless the two sides fit exactly. It lists missing, unexpected and
-            misshapen tensors and leaves that two rules claim, all at once.
+        ConversionError: If the two sides do not fit exactly. The error lists all missing,
+            unexpected and misshapen tensors, and what two rules claim.
     """
     leaves = []
     missing, misshapen, used = [], [], set()
@@ -270,9 +297,9 @@ def match_rules(
 
 
 def convert_state(tensors: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict[str, Any]:
-    """A whole state dict, in memory, as a module's nested pure dict.
+    """Convert a whole state dict, in memory, to a module's nested pure dict.
 
-    For tests and small models; `convert_pipeline` does the same a tensor at a time.
+    This is for tests and small models; `convert_pipeline` does the same one tensor at a time.
 
     Raises:
         ConversionError: If tensors and rules do not fit, or tied weights differ.
@@ -296,7 +323,7 @@ def convert_state(tensors: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> d
 
 
 def restore_state(tree: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, np.ndarray]:
-    """The inverse of `convert_state`; tied weights come out once, under the rule's own name."""
+    """Undo `convert_state`; tied weights come out once, under the rule's own name."""
     tensors = {}
     for rule in rules:
         leaf: Any = tree

@@ -6,12 +6,12 @@ from dataclasses import replace
 from svg_jax.convert.tables.rules import Rule, gain_rule, matrix_rule, stack_rules
 from svg_jax.models.t5 import T5Config
 
-# Held by files of a whole T5.
+# Files of a whole T5 hold these, too.
 UNUSED = re.compile(r"decoder\..*|lm_head\.weight")
 
 
 def rules(config: T5Config) -> tuple[Rule, ...]:
-    """The table; source names are those of `T5EncoderModel` and `UMT5EncoderModel` on disk."""
+    """Build the table of a `T5EncoderModel` or `UMT5EncoderModel`."""
     model, inner, hidden = config.d_model, config.num_heads * config.d_kv, config.d_ff
 
     layer = [
@@ -31,19 +31,12 @@ def rules(config: T5Config) -> tuple[Rule, ...]:
         "none",
         (config.relative_attention_num_buckets, config.num_heads),
     )
+    shared = [replace(bias, source=f"encoder.block.0.{bias.source}")]
     if config.model_type == "umt5":
-        layer.append(bias)
-        shared = []
-    else:
-        shared = [replace(bias, source=f"encoder.block.0.{bias.source}")]
+        layer, shared = [*layer, bias], []
+    words, tied = (config.vocab_size, model), ("encoder.embed_tokens.weight",)
     return (
-        Rule(
-            "shared.weight",
-            "token_embedding.embedding",
-            "none",
-            (config.vocab_size, model),
-            aliases=("encoder.embed_tokens.weight",),
-        ),
+        Rule("shared.weight", "token_embedding.embedding", "none", words, aliases=tied),
         *shared,
         *stack_rules("encoder.block", "blocks", config.num_layers, layer),
         gain_rule("encoder.final_layer_norm", "final_norm", model),

@@ -3,52 +3,50 @@
 import math
 import re
 
-from svg_jax.convert.tables.rules import Rule, gain_rule, linear_rules, norm_rules, stack_rules
+from svg_jax.convert.tables.rules import (
+    FEED_FORWARD,
+    Rule,
+    gain_rule,
+    heads_rules,
+    linear_rules,
+    mlp_rules,
+    norm_rules,
+    patch_rules,
+    stack_rules,
+)
 from svg_jax.models.wan_config import WanConfig
 
-# Held by files of 2.1 I2V, to no effect: image tokens are attended to with the queries of the text.
+# Files of 2.1 I2V hold this to no effect: the text's queries attend to the image's tokens.
 UNUSED = re.compile(r".*\.attn2\.norm_added_q\.weight")
 
 
 def rules(config: WanConfig) -> tuple[Rule, ...]:
-    """The table of one variant: source names are those of `WanTransformer3DModel`."""
-    width = config.width
-    condition = "condition_embedder"
-    kernel = (width, config.in_channels, *config.patch_size)
-    out = config.out_channels * math.prod(config.patch_size)
+    """Build the table of a `WanTransformer3DModel`."""
+    width, patch, embedder = config.width, config.patch_size, "condition_embedder"
+    out_features = config.out_channels * math.prod(patch)
 
     layer = [
         Rule("scale_shift_table", "modulation", "none", (1, 6, width)),
         *_attention("attn1", "self_attention", width),
         *norm_rules("norm2", "cross_attention_norm", width),
         *_attention("attn2", "cross_attention", width),
-        *linear_rules("ffn.net.0.proj", "feed_forward.input", width, config.ffn_dim),
-        *linear_rules("ffn.net.2", "feed_forward.output", config.ffn_dim, width),
+        *mlp_rules("ffn", "feed_forward", (width, config.ffn_dim, width), FEED_FORWARD),
     ]
+    time, text = (config.freq_dim, width, width), (config.text_dim, width, width)
     table = [
-        Rule("patch_embedding.weight", "patch_projection.kernel", "patch", kernel),
-        Rule("patch_embedding.bias", "patch_projection.bias", "none", (width,)),
-        *linear_rules(
-            f"{condition}.time_embedder.linear_1", "time_embedding.input", config.freq_dim, width
-        ),
-        *linear_rules(f"{condition}.time_embedder.linear_2", "time_embedding.output", width, width),
-        *linear_rules(f"{condition}.time_proj", "time_projection", width, 6 * width),
-        *linear_rules(
-            f"{condition}.text_embedder.linear_1", "text_embedding.input", config.text_dim, width
-        ),
-        *linear_rules(f"{condition}.text_embedder.linear_2", "text_embedding.output", width, width),
+        *patch_rules("patch_embedding", "patch_projection", config.in_channels, width, patch),
+        *mlp_rules(f"{embedder}.time_embedder", "time_embedding", time),
+        *linear_rules(f"{embedder}.time_proj", "time_projection", width, 6 * width),
+        *mlp_rules(f"{embedder}.text_embedder", "text_embedding", text),
         Rule("scale_shift_table", "output_modulation", "none", (1, 2, width)),
-        *linear_rules("proj_out", "output_projection", width, out),
+        *linear_rules("proj_out", "output_projection", width, out_features),
     ]
     if config.image_dim is not None:
-        image, ours = f"{condition}.image_embedder", "image_embedding"
-        features = config.image_dim
+        image, ours, features = f"{embedder}.image_embedder", "image_embedding", config.image_dim
+        widths = (features, features, width)
         table += [
             *norm_rules(f"{image}.norm1", f"{ours}.input_norm", features),
-            *linear_rules(
-                f"{image}.ff.net.0.proj", f"{ours}.feed_forward.input", features, features
-            ),
-            *linear_rules(f"{image}.ff.net.2", f"{ours}.feed_forward.output", features, width),
+            *mlp_rules(f"{image}.ff", f"{ours}.feed_forward", widths, FEED_FORWARD),
             *norm_rules(f"{image}.norm2", f"{ours}.output_norm", width),
         ]
         if config.pos_embed_seq_len is not None:
@@ -64,9 +62,7 @@ def rules(config: WanConfig) -> tuple[Rule, ...]:
 
 def _attention(source: str, target: str, width: int) -> list[Rule]:
     return [
-        *linear_rules(f"{source}.to_q", f"{target}.query", width, width),
-        *linear_rules(f"{source}.to_k", f"{target}.key", width, width),
-        *linear_rules(f"{source}.to_v", f"{target}.value", width, width),
+        *heads_rules(f"{source}.to_{{}}", target, width),
         gain_rule(f"{source}.norm_q", f"{target}.query_norm", width),
         gain_rule(f"{source}.norm_k", f"{target}.key_norm", width),
         *linear_rules(f"{source}.to_out.0", f"{target}.output", width, width),
