@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from svg_jax.convert.releases import cogvideox, hunyuan_video, wan
-from svg_jax.convert.releases.renaming import Origin
+from svg_jax.convert.releases.renaming import Origin, number_pattern
 from svg_jax.convert.tables.lora_names import COMFYUI, normal_name
 from svg_jax.convert.tables.rules import Leaf
 
@@ -126,9 +126,8 @@ def _numbers(pattern: str, modules: Mapping[str, int]) -> Iterator[tuple[str, ..
         if pattern in modules:
             yield ()
         return
-    compiled = re.compile(re.escape(pattern).replace(r"\{\}", r"(\d+)"))
-    for module in modules:
-        if match := compiled.fullmatch(module):
+    for match in map(number_pattern(pattern).fullmatch, modules):
+        if match:
             yield match.groups()
 
 

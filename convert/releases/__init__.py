@@ -1,1 +1,1 @@
-"""Releases in their authors' own names: recognised by their tensors, renamed to diffusers'."""
+"""Releases under their authors' names: recognised by their tensors, renamed to diffusers'."""

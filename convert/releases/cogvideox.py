@@ -1,4 +1,4 @@
-"""The layouts in which CogVideoX was released for SAT, and the configs that their shapes tell.
+"""The layouts in which CogVideoX was released for SAT, and their configs.
 
 Names of the modules: zai-org/CogVideo, sat/dit_video_concat.py, sat/vae_modules/cp_enc_dec.py and
 tools/convert_weight_sat2hf.py.
@@ -12,7 +12,7 @@ from typing import Any
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.releases.renaming import Origin, Shapes, count_layers, rename, take_apart
 
-# Tables that are computed anew, and what training alone needs.
+# Tables that are computed anew, and what only training needs.
 UNUSED = re.compile(r".*(embed_tokens|freqs_(sin|cos)|position_embedding).*|mixins\.pos_embed\..*")
 VAE_UNUSED = re.compile(r"loss\..*")
 _POSITIONS = "mixins.pos_embed.pos_embedding"
@@ -22,7 +22,7 @@ _LEVELS = 4  # of the VAE
 
 
 def transformer_table(shapes: Shapes) -> list[Origin]:
-    """`mp_rank_00_model_states.pt` of 1.0 and 1.5, text and image to video."""
+    """Rename `mp_rank_00_model_states.pt` of 1.0 and 1.5, text and image to video."""
     source, target = "transformer.layers.{}", "transformer_blocks.{}"
     norms = "mixins.adaln_layer"
     names = {
@@ -46,7 +46,7 @@ def transformer_table(shapes: Shapes) -> list[Origin]:
     }
     if _has_positions(shapes):
         names[_POSITIONS] = "patch_embed.pos_embedding"
-    # Shift, scale, gate: of the video's attention, of its feed-forward, and the same of the text.
+    # Shift, scale and gate of the video's attention and feed-forward, then of the text's.
     modulations = (
         (f"{target}.norm1.linear", (0, 1, 2, 6, 7, 8)),
         (f"{target}.norm2.linear", (3, 4, 5, 9, 10, 11)),
@@ -60,12 +60,12 @@ def transformer_table(shapes: Shapes) -> list[Origin]:
 
 
 def _has_positions(shapes: Shapes) -> bool:
-    """Whether positions are learned (5B-I2V); 2B may hold those that are computed."""
+    """Tell whether positions are learned (5B-I2V); files of 2B may hold computed ones."""
     return _POSITIONS in shapes and shapes["transformer.final_layernorm.weight"] != (_WIDTH_OF_2B,)
 
 
 def transformer_config(shapes: Shapes, _: Any) -> dict[str, Any]:
-    """The config of a transformer; the sizes of its videos are those of the release."""
+    """Read the config of a transformer off its shapes; the videos' sizes are the release's."""
     projection = shapes["mixins.patch_embed.proj.weight"]
     width = projection[0]
     convolution = len(projection) == 4  # in 1.0
@@ -96,15 +96,13 @@ def transformer_config(shapes: Shapes, _: Any) -> dict[str, Any]:
 
 
 def vae_table(_: Shapes) -> list[Origin]:
-    """`3d-vae.pt`: the decoder's levels are counted from the other end."""
+    """Rename `3d-vae.pt`, which counts the decoder's levels from the other end."""
     names = {}
     for coder in ("encoder", "decoder"):
-        names |= {
-            f"{coder}.{name}": f"{coder}.{name}" for name in ("conv_in.conv", "conv_out.conv")
-        }
+        for name in ("conv_in.conv", "conv_out.conv"):
+            names[f"{coder}.{name}"] = f"{coder}.{name}"
         for layer in range(2):
-            source, target = f"{coder}.mid.block_{layer + 1}", f"{coder}.mid_block.resnets.{layer}"
-            names |= _layer(source, target)
+            names |= _layer(f"{coder}.mid.block_{layer + 1}", f"{coder}.mid_block.resnets.{layer}")
         names |= _norm(f"{coder}.norm_out", f"{coder}.norm_out")
     for level in range(_LEVELS):
         for source, target, resize in (
@@ -127,16 +125,16 @@ def _layer(source: str, target: str) -> dict[str, str]:
 
 
 def _norm(source: str, target: str) -> dict[str, str]:
-    """A norm of the encoder, and one of the decoder, which takes the latents."""
+    """Rename a norm of the encoder, or one of the decoder, which takes the latents."""
     parts = ("", ".norm_layer", ".conv_y.conv", ".conv_b.conv")
     return {f"{source}{part}": f"{target}{part}" for part in parts}
 
 
 def vae_config(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a VAE; the scale of its latents must be given.
+    """Read the config of a VAE off its shapes.
 
     Raises:
-        ConversionError: If it is not.
+        ConversionError: If `given` lacks the scale of the latents.
     """
     if "scaling_factor" not in given:
         raise ConversionError(

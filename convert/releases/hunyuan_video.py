@@ -1,4 +1,4 @@
-"""The layouts in which Tencent released HunyuanVideo, and the configs that their shapes tell.
+"""The layouts in which Tencent released HunyuanVideo, and their configs.
 
 Names of the modules: Tencent-Hunyuan/HunyuanVideo, hyvideo/modules/{models,token_refiner}.py and
 hyvideo/vae/autoencoder_kl_causal_3d.py.
@@ -15,22 +15,22 @@ _CONDITION = "image_condition_type"
 
 
 def transformer_table(shapes: Shapes) -> list[Origin]:
-    """`mp_rank_00_model_states.pt`: text to video, and both kinds of image to video."""
+    """Rename `mp_rank_00_model_states.pt`: text to video, and both kinds of image to video."""
     width = shapes["single_blocks.0.linear2.weight"][0]
     pieces = max(4, shapes["single_blocks.0.linear1.weight"][0] // width)  # three, and an MLP's
     return module_table(pieces)
 
 
 def module_table(pieces: int = 4) -> list[Origin]:
-    """Where the modules of a transformer of any size go.
+    """Rename the modules of a transformer of any size.
 
     Args:
-        pieces: In how many parts the first layer of a single block is cut: queries, keys, values,
-            and an MLP's; its tensors need parts that are each as wide as the model.
+        pieces: Number of parts of the first layer of a single block: queries, keys, values, and
+            those of an MLP. To rename tensors, each part must be as wide as the model.
     """
     double, single = "transformer_blocks.{}", "single_transformer_blocks.{}"
-    fused = (("attn.to_q", (0,)), ("attn.to_k", (1,)), ("attn.to_v", (2,)))
-    fused = (*fused, ("proj_mlp", tuple(range(3, pieces))))
+    heads = tuple((f"{single}.attn.to_{part}", (row,)) for row, part in enumerate("qkv"))
+    fused = (*heads, (f"{single}.proj_mlp", tuple(range(3, pieces))))
     names = {
         "img_in.proj": "x_embedder.proj",
         **_embedding("time_in.mlp", "time_text_embed.timestep_embedder"),
@@ -62,11 +62,7 @@ def module_table(pieces: int = 4) -> list[Origin]:
         *rename(names),
         take_apart("double_blocks.{}.img_attn_qkv", *video),
         take_apart("double_blocks.{}.txt_attn_qkv", *text),
-        Origin(
-            "single_blocks.{}.linear1",
-            tuple((f"{single}.{name}", rows) for name, rows in fused),
-            pieces,
-        ),
+        Origin("single_blocks.{}.linear1", fused, pieces),
         # shift and scale change places
         Origin("final_layer.adaLN_modulation.1", (("norm_out.linear", (1, 0)),), 2),
         *_refiner_table(),
@@ -102,10 +98,11 @@ def _embedding(source: str, target: str) -> dict[str, str]:
 
 
 def transformer_config(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a transformer; which of two tasks one of 16 channels is for must be given.
+    """Read the config of a transformer off its shapes.
 
     Raises:
-        ConversionError: If it is not.
+        ConversionError: If it has 16 channels, which two tasks have in common, and `given` does not
+            name the task.
     """
     width, channels, *patch = shapes["img_in.proj.weight"]
     (head_dim,) = shapes["double_blocks.0.img_attn_q_norm.weight"]
@@ -134,15 +131,11 @@ def transformer_config(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def vae_table(_: Shapes) -> list[Origin]:
-    """`vae/pytorch_model.pt`: the names are diffusers' already."""
-    return []
-
-
 def vae_config(shapes: Shapes, _: Any) -> dict[str, Any]:
-    """The config of the VAE."""
-    blocks = count_layers(shapes, "encoder.down_blocks.{}.resnets.0.conv1.conv.weight")
+    """Read the config of the VAE (`vae/pytorch_model.pt`) off its shapes."""
     first = "encoder.down_blocks.{}.resnets.0.conv1.conv.weight"
+    layer = "encoder.down_blocks.0.resnets.{}.conv1.conv.weight"
+    blocks = count_layers(shapes, first)
     return {
         "in_channels": shapes["encoder.conv_in.conv.weight"][1],
         "out_channels": shapes["decoder.conv_out.conv.weight"][0],
@@ -150,8 +143,6 @@ def vae_config(shapes: Shapes, _: Any) -> dict[str, Any]:
         "down_block_types": ("HunyuanVideoDownBlock3D",) * blocks,
         "up_block_types": ("HunyuanVideoUpBlock3D",) * blocks,
         "block_out_channels": tuple(shapes[first.format(block)][0] for block in range(blocks)),
-        "layers_per_block": count_layers(
-            shapes, "encoder.down_blocks.0.resnets.{}.conv1.conv.weight"
-        ),
+        "layers_per_block": count_layers(shapes, layer),
         "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in shapes,
     }

@@ -1,8 +1,9 @@
-"""Files of original releases, recognised by their tensors: whose they are, and what is in them."""
+"""Files of original releases, recognised by the names and shapes of their tensors."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,21 @@ class Release:
     """A component as its authors released it.
 
     Attributes:
-        name: What an error calls it.
-        class_name: The class that diffusers or transformers made of it.
-        mark: A tensor that it has and no other release.
-        table: Where its tensors go; it is given the shapes under the release's names.
-        config: The values of config.json that its shapes tell. It is given these and what the
-            caller says about the model, and refuses if that is too little.
-        unused: Names of tensors that the model does without.
+        name: Name of the release in errors.
+        class_name: Class of diffusers or transformers that it was converted to.
+        mark: Name of a tensor that only this release has.
+        config: Function from the tensors' shapes and the caller's values to config.json. It refuses
+            if the two do not say enough.
+        table: Function from the shapes to the new names; None where the names are diffusers' or
+            transformers' own, so that only the lack of a config.json marks a release.
+        unused: Pattern of names of tensors that the model does not need.
     """
 
     name: str
     class_name: str
     mark: str
-    table: Callable[[Shapes], Sequence[Origin]]
     config: Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]
+    table: Callable[[Shapes], Sequence[Origin]] | None = None
     unused: re.Pattern[str] | None = None
 
 
@@ -57,90 +59,83 @@ RELEASES = (
         "HunyuanVideo's transformer",
         "HunyuanVideoTransformer3DModel",
         "double_blocks.0.img_attn_qkv.weight",
-        hunyuan_video.transformer_table,
         hunyuan_video.transformer_config,
+        hunyuan_video.transformer_table,
     ),
     Release(
         "HunyuanVideo's VAE",
         "AutoencoderKLHunyuanVideo",
         "decoder.up_blocks.0.upsamplers.0.conv.conv.weight",
-        hunyuan_video.vae_table,
         hunyuan_video.vae_config,
     ),
     Release(
         "Wan's transformer",
         "WanTransformer3DModel",
         "blocks.0.self_attn.q.weight",
-        wan.transformer_table,
         wan.transformer_config,
+        wan.transformer_table,
     ),
     Release(
         "Wan 2.1's VAE",
         "AutoencoderKLWan",
         "decoder.upsamples.0.residual.0.gamma",
-        wan.vae_table,
         wan.vae_config,
+        wan.vae_table,
     ),
     Release(
         "Wan 2.2's VAE",
         "AutoencoderKLWan",
         "decoder.upsamples.0.upsamples.0.residual.0.gamma",
-        wan.residual_vae_table,
         wan.residual_vae_config,
+        wan.residual_vae_table,
     ),
     Release(
         "Wan's text encoder",
         "UMT5EncoderModel",
         "blocks.0.pos_embedding.embedding.weight",
-        wan.umt5_table,
         wan.umt5_config,
+        wan.umt5_table,
     ),
     Release(
         "Wan's image encoder",
         "CLIPVisionModel",
         "visual.transformer.0.attn.to_qkv.weight",
-        wan.clip_table,
         wan.clip_config,
+        wan.clip_table,
         unused=wan.CLIP_UNUSED,
     ),
     Release(
         "CogVideoX's transformer",
         "CogVideoXTransformer3DModel",
         "transformer.layers.0.attention.query_key_value.weight",
-        cogvideox.transformer_table,
         cogvideox.transformer_config,
+        cogvideox.transformer_table,
         unused=cogvideox.UNUSED,
     ),
     Release(
         "CogVideoX's VAE",
         "AutoencoderKLCogVideoX",
         "decoder.up.0.block.0.norm1.conv_y.conv.weight",
-        cogvideox.vae_table,
         cogvideox.vae_config,
+        cogvideox.vae_table,
         unused=cogvideox.VAE_UNUSED,
     ),
     Release(
         "T5's text encoder",
         "T5EncoderModel",
         original_t5.T5_MARK,
-        original_t5.table,
-        original_t5.t5_config,
+        partial(original_t5.encoder_config, "t5"),
         unused=t5.UNUSED,
     ),
-    Release(  # behind T5's, whose mark it has too
+    Release(  # after T5's, whose mark it has too
         "UMT5's text encoder",
         "UMT5EncoderModel",
         original_t5.UMT5_MARK,
-        original_t5.table,
-        original_t5.umt5_config,
+        partial(original_t5.encoder_config, "umt5"),
         unused=t5.UNUSED,
     ),
 )
-
-
-# Some have the same names in both worlds: without a config.json alone they are a release.
-_SAME_NAMES = ("HunyuanVideo's VAE", "T5's text encoder", "UMT5's text encoder")
-_RENAMED = tuple(release for release in RELEASES if release.name not in _SAME_NAMES)
+_RENAMED = tuple(release for release in RELEASES if release.table is not None)
 
 
 @dataclass(frozen=True)
@@ -148,13 +143,13 @@ class OriginalComponent:
     """A component of an original release, as diffusers or transformers would have saved it.
 
     Attributes:
-        release: What the release is called.
-        class_name: Its class in model_index.json.
-        config: Its config.json.
-        tensors: Its tensors by the names that class gives them, not read yet: they are places in
-            the original files, and `reader.read_tensor` reads one.
-        leaves: What they are converted to.
-        unused: Full names of the tensors in the files that the model does without.
+        release: Name of the release.
+        class_name: Class of the component in model_index.json.
+        config: Values of its config.json.
+        tensors: Places of the tensors in the original files, by the names that the class gives
+            them; `stored_tensor.read_tensor` reads one.
+        leaves: Leaves that the tensors are converted to.
+        unused: Full names of the tensors in the files that the model does not need.
     """
 
     release: str
@@ -171,25 +166,20 @@ def read_original(
     config: Mapping[str, Any] | None = None,
     weights_key: str | None = None,
 ) -> OriginalComponent:
-    """Recognise a component of an original release and say what its tensors become.
+    """Recognise a component of an original release, and place its tensors under their new names.
 
     Args:
-        source: A file of weights, or a folder with one, or with shards and an index.
+        source: File of weights, or folder with one, or with shards and an index.
         config: Values of config.json that the weights do not tell (an error says which are needed),
-            or that are others than those of the release.
+            or that differ from those of the release.
         weights_key: See `convert_pipeline`.
 
     Raises:
-        ConversionError: If the files are damaged, of no known release, or not whole; or `config`
-            says too little, or nonsense.
+        ConversionError: If the files are damaged, incomplete, or of no known release; or if values
+            of `config` are missing or wrong.
     """
-    source = Path(source)
-    stored = (
-        read_weights(source, weights_key=weights_key)
-        if source.is_dir()
-        else read_file(source, weights_key)
-    )
-    return recognise(stored, source, config=config, weights_key=weights_key)
+    stored = _read_stored(Path(source), (), weights_key)
+    return recognise(stored, Path(source), config=config, weights_key=weights_key)
 
 
 def recognise(
@@ -199,7 +189,7 @@ def recognise(
     config: Mapping[str, Any] | None = None,
     weights_key: str | None = None,
 ) -> OriginalComponent:
-    """As `read_original`, of tensors that were found already, `where` errors will say."""
+    """Recognise a component by its tensors; errors name `where`. See `read_original`."""
     stored = attach_scales(drop_layer_wrappers(stored))
     found = _find_releases(stored, RELEASES, weights_key)
     if not found:
@@ -216,7 +206,8 @@ def _recognise(
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
         values = {**release.config(shapes, given), **given}
-        tensors = rename_tensors(tensors, release.table(shapes))
+        if release.table is not None:
+            tensors = rename_tensors(tensors, release.table(shapes))
     except ConversionError as error:
         raise ConversionError(f"{where}: is {release.name}, and {error}") from error
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
@@ -236,13 +227,9 @@ def _recognise(
     for tensor in tensors.values():
         tensor.converted_dtype  # noqa: B018 - refuses what is no weight
     written = {"_class_name": release.class_name, **made.to_dict()}
+    spare = tuple(sorted((*unused, *unwrapped.others)))
     return OriginalComponent(
-        release.name,
-        release.class_name,
-        written,
-        tensors,
-        leaves,
-        tuple(sorted((*unused, *unwrapped.others))),
+        release.name, release.class_name, written, tensors, leaves, unused=spare
     )
 
 
@@ -252,14 +239,14 @@ def find_original(
     allowed: Iterable[Path] = (),
     weights_key: str | None = None,
 ) -> OriginalComponent | None:
-    """What a component's folder, or a file, holds if that is weights of an original release.
+    """Read a component's folder, or a file, if it holds weights of an original release.
 
-    What config.json says of the model, if its "_class_name" is this class, counts as
-    `read_original`'s `config`; the authors' own config.json names other classes.
+    A config.json whose "_class_name" is the release's class counts as `read_original`'s `config`;
+    the authors' own config.json names other classes.
 
     Args:
-        source: The component's folder, or its file of weights, beside which config.json may be.
-        class_name: Its class in model_index.json; None takes any.
+        source: Folder of the component, or file of weights, beside which config.json may be.
+        class_name: Class of the component in model_index.json; None takes any.
         allowed: See `weights.read_weights`.
         weights_key: See `convert_pipeline`.
 
@@ -267,18 +254,21 @@ def find_original(
         The component; None if the weights are diffusers' or transformers' own.
 
     Raises:
-        ConversionError: See `read_original`; or if the weights are another class's, or of
-            torch.save and nobody's.
+        ConversionError: See `read_original`; or if the weights are of another class, or are of
+            torch.save and of no known release.
     """
-    is_folder = source.is_dir()
-    config = (source if is_folder else source.parent) / "config.json"
-    said = read_json_if_any(config)
-    stored = (
-        read_weights(source, allowed, weights_key=weights_key)
-        if is_folder
-        else read_file(source, weights_key)
-    )
+    folder = source if source.is_dir() else source.parent
+    said = read_json_if_any(folder / "config.json")
+    stored = _read_stored(source, allowed, weights_key)
     return identify(stored, source, class_name, said, weights_key)
+
+
+def _read_stored(
+    source: Path, allowed: Iterable[Path], weights_key: str | None
+) -> Mapping[str, StoredTensor]:
+    if source.is_dir():
+        return read_weights(source, allowed, weights_key=weights_key)
+    return read_file(source, weights_key)
 
 
 def identify(
@@ -288,7 +278,7 @@ def identify(
     said: Mapping[str, Any],
     weights_key: str | None,
 ) -> OriginalComponent | None:
-    """As `find_original`, of tensors that were found already and a config.json that was read."""
+    """Recognise a component by its tensors and its config.json; see `find_original`."""
     torch_files = [of.file for of in stored.values() if is_torch(of.file)]
     where = torch_files[0] if torch_files else source
     stored = attach_scales(drop_layer_wrappers(stored))
@@ -296,19 +286,15 @@ def identify(
     is_ours = named in MODEL_CLASSES
     is_told = is_ours or (said and named is None)
     found = _find_releases(stored, _RENAMED if is_told else RELEASES, weights_key)
-    if not found and not is_ours:
-        check_prefix(stored, {release.mark: release for release in RELEASES}.get, where)
-        if class_name is None:
-            _check_kind(stored, where)
-    if not found and (is_ours or not torch_files):
-        return None
     if not found:
-        raise _unknown(stored, where)
-    fitting = {
-        prefix: release
-        for prefix, release in found.items()
-        if class_name in (None, release.class_name)
-    }
+        if not is_ours:
+            check_prefix(stored, {release.mark: release for release in RELEASES}.get, where)
+            if class_name is None:
+                _check_kind(stored, where)
+            if torch_files:
+                raise _unknown(stored, where)
+        return None
+    fitting = {key: of for key, of in found.items() if class_name in (None, of.class_name)}
     if not fitting:
         release = next(iter(found.values()))
         raise ConversionError(
@@ -327,7 +313,7 @@ def identify(
 def _find_releases(
     stored: Mapping[str, StoredTensor], releases: Iterable[Release], weights_key: str | None
 ) -> dict[str, Release]:
-    """The releases that tensors are of, by what stands before their names."""
+    """Find the releases that tensors are of, by the prefix of their names."""
     marks = {release.mark: release for release in releases}
     found = set(find_wrapped(stored, marks.get, weights_key))
     return {
@@ -339,7 +325,7 @@ def _find_releases(
 
 
 def _check_kind(stored: Mapping[str, StoredTensor], where: Path) -> None:
-    """Refuse what was taken for a model's weights by mistake."""
+    """Refuse a file without tensors, or of a LoRA, in place of a model's weights."""
     if not stored:
         raise ConversionError(f"{where}: holds no tensors: fetch it again.")
     if any(part and part.suffix.kind in ("down", "up") for part in map(read_name, stored)):

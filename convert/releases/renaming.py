@@ -1,8 +1,8 @@
 """The tensors of an original release under the names that diffusers and transformers gave them.
 
-Their conversions rename, take fused weights apart and put rows in another order: never more. Here
-that is a table of `Origin`s a release, and nothing is read to apply it: a tensor is a place in a
-file, and so is what becomes of it.
+Their conversions only rename tensors, split fused ones and reorder rows. Here each release has a
+table of `Origin`s for this. Applying it reads nothing, because a tensor is a place in a file before
+and after.
 """
 
 import math
@@ -19,14 +19,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Origin:
-    """One line of a release's table: where the tensors of a module go.
+    """One line of a release's table: the new names of a module's tensors.
 
     Attributes:
-        source: Name of a module, whose weight, bias and gamma are meant, or of a tensor; `{}`
-            stands for any number.
-        targets: The new names, each with the pieces of the rows that it gets, in their order; `{}`
-            stands for the numbers of the source.
-        pieces: How many equal pieces the rows (the first axis) are cut into.
+        source: Name of a module (for its weight, bias and gamma) or of a tensor; `{}` stands for
+            any number.
+        targets: New names, each with the indices of the pieces of the rows that it gets, in order;
+            `{}` stands for the numbers of the source.
+        pieces: Number of equal pieces that the rows (the first axis) are cut into.
         squeeze: Whether axes of a single element are dropped.
     """
 
@@ -37,18 +37,22 @@ class Origin:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Matches the tensors' names; the last group is what follows the module's."""
-        name = re.escape(self.source).replace(r"\{\}", r"(\d+)")
-        return re.compile(rf"{name}((?:\.(?:weight|bias|gamma))?)")
+        """Pattern of the tensors' names; the last group is what follows the module's name."""
+        return number_pattern(self.source, r"((?:\.(?:weight|bias|gamma))?)")
+
+
+def number_pattern(name: str, ending: str = "") -> re.Pattern[str]:
+    """Compile a pattern of a name in which `{}` stands for a number, before a regular `ending`."""
+    return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)") + ending)
 
 
 def rename(names: Mapping[str, str], *, squeeze: bool = False) -> list[Origin]:
-    """Modules or tensors that only get another name."""
+    """Make the lines of modules or tensors that only get another name."""
     return [Origin(source, ((target, (0,)),), squeeze=squeeze) for source, target in names.items()]
 
 
 def take_apart(source: str, *targets: str) -> Origin:
-    """A module that is several of the same size, fused."""
+    """Make the line of a module that is several modules of one size, fused."""
     pieces = tuple((target, (piece,)) for piece, target in enumerate(targets))
     return Origin(source, pieces, len(targets))
 
@@ -56,7 +60,7 @@ def take_apart(source: str, *targets: str) -> Origin:
 def rename_tensors(
     tensors: Mapping[str, StoredTensor], table: Sequence[Origin]
 ) -> dict[str, StoredTensor]:
-    """The tensors under their new names; those that the table does not know keep theirs.
+    """Give tensors their new names; those that are not in the table keep theirs.
 
     Raises:
         ConversionError: If rows cannot be cut as the table says, or two tensors get one name.
@@ -89,7 +93,7 @@ def _moved(
 
 
 def _take(tensor: StoredTensor, pieces: Sequence[int], count: int) -> StoredTensor:
-    """Some of the `count` equal pieces of a tensor's rows, one after the other."""
+    """Take some of the `count` equal pieces of a tensor's rows, in the given order."""
     if tuple(pieces) == tuple(range(count)):
         return tensor
     if not tensor.shape or tensor.shape[0] % count:
@@ -108,11 +112,11 @@ def _take(tensor: StoredTensor, pieces: Sequence[int], count: int) -> StoredTens
 
 
 def take_rows(tensor: StoredTensor, runs: Sequence[Sequence[int]]) -> StoredTensor:
-    """Take runs of a tensor's rows, [begin, end), one after the other; nothing is read.
+    """Take runs of a tensor's rows, one after the other; nothing is read.
 
     Args:
-        tensor: A tensor that lies in its file as a whole.
-        runs: The runs, at least one, each of which lies in the tensor.
+        tensor: Tensor without parts.
+        runs: Runs of rows, [begin, end), at least one.
     """
     parts = tuple(_rows(tensor, *run) for run in runs)
     if len(parts) == 1:
@@ -123,8 +127,7 @@ def take_rows(tensor: StoredTensor, runs: Sequence[Sequence[int]]) -> StoredTens
 
 
 def _rows(tensor: StoredTensor, begin: int, end: int) -> StoredTensor:
-    shape = (end - begin, *tensor.shape[1:])
-    scale = tensor.scale
+    shape, scale = (end - begin, *tensor.shape[1:]), tensor.scale
     if scale is not None and scale.shape[0] > 1:
         block = tensor.shape[0] // scale.shape[0]
         if begin % block or end % block:
@@ -133,16 +136,10 @@ def _rows(tensor: StoredTensor, begin: int, end: int) -> StoredTensor:
                 "fetch the unquantised weights."
             )
         scale = _rows(scale, begin // block, end // block)
-    strides = tensor.strides or row_major(tensor.shape)
     itemsize = tensor.dtype.itemsize
-    return replace(
-        tensor,
-        shape=shape,
-        start=tensor.start + begin * strides[0] * itemsize,
-        nbytes=math.prod(shape) * itemsize,
-        crc32=None,
-        scale=scale,
-    )
+    row, nbytes = (tensor.strides or row_major(tensor.shape))[0], math.prod(shape) * itemsize
+    start = tensor.start + begin * row * itemsize
+    return replace(tensor, shape=shape, start=start, nbytes=nbytes, crc32=None, scale=scale)
 
 
 def _squeeze(tensor: StoredTensor) -> StoredTensor:
@@ -152,6 +149,6 @@ def _squeeze(tensor: StoredTensor) -> StoredTensor:
 
 
 def count_layers(shapes: Shapes, name: str) -> int:
-    """How many layers there are: one more than the highest number that stands for `{}`."""
-    pattern = re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
-    return max((int(match[1]) + 1 for match in map(pattern.fullmatch, shapes) if match), default=0)
+    """Count layers: one more than the highest number that stands for `{}` in a tensor's name."""
+    matches = map(number_pattern(name).fullmatch, shapes)
+    return max((int(match[1]) + 1 for match in matches if match), default=0)

@@ -1,38 +1,25 @@
-"""T5's and UMT5's encoders as single files, which other programs keep without a config.json.
+"""T5's and UMT5's encoders as single files, which other programs store without a config.json.
 
-The names are transformers' own; the shapes tell the config, and the rest is as in `T5Config`: these
+The names are transformers' own. The shapes give the config, and the rest is as in `T5Config`: these
 are the encoders of CogVideoX (T5 v1.1 XXL) and Wan (UMT5 XXL), as ComfyUI repacks them.
 """
 
 from typing import Any
 
-from svg_jax.convert.releases.renaming import Origin, Shapes, count_layers
+from svg_jax.convert.releases.renaming import Shapes, count_layers
 
 _BIAS = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
 T5_MARK = _BIAS.format(0)
 UMT5_MARK = _BIAS.format(1)  # only UMT5 has one in each layer
 
 
-def table(_: Shapes) -> list[Origin]:
-    """No name changes."""
-    return []
-
-
-def t5_config(shapes: Shapes, _: Any) -> dict[str, Any]:
-    """The config of T5's encoder."""
-    return {"model_type": "t5", **_sizes(shapes)}
-
-
-def umt5_config(shapes: Shapes, _: Any) -> dict[str, Any]:
-    """The config of UMT5's encoder."""
-    return {"model_type": "umt5", **_sizes(shapes)}
-
-
-def _sizes(shapes: Shapes) -> dict[str, Any]:
+def encoder_config(model_type: str, shapes: Shapes, _: Any) -> dict[str, Any]:
+    """Read the config of an encoder off its shapes; `model_type` is "t5" or "umt5"."""
     layer = "encoder.block.0.layer"
     buckets, heads = shapes[T5_MARK]
     vocabulary, width = shapes.get("shared.weight") or shapes["encoder.embed_tokens.weight"]
     return {
+        "model_type": model_type,
         "vocab_size": vocabulary,
         "d_model": width,
         "d_kv": shapes[f"{layer}.0.SelfAttention.q.weight"][0] // heads,

@@ -1,4 +1,4 @@
-"""The layouts in which Wan-AI released Wan 2.1 and 2.2, and the configs that their shapes tell.
+"""The layouts in which Wan-AI released Wan 2.1 and 2.2, and their configs.
 
 Names of the modules: Wan-Video/Wan2.1, wan/modules/{model,vae,t5,clip}.py, and Wan-Video/Wan2.2,
 wan/modules/vae2_2.py.
@@ -10,11 +10,11 @@ from typing import Any
 
 from svg_jax.convert.releases.renaming import Origin, Shapes, count_layers, rename, take_apart
 
-# The other tower of CLIP, and what only comparing an image with a text takes.
+# The other tower of CLIP, and what is only needed to compare an image with a text.
 CLIP_UNUSED = re.compile(r"textual\..*|log_scale|visual\.head")
-_HEAD_DIM = 128  # of all transformers released
+_HEAD_DIM = 128  # in all released transformers
 _CLIP_HEAD_DIM = 80
-# Of the 48 latent channels of 2.2 (wan/modules/vae2_2.py there).
+# Statistics of the 48 latent channels of 2.2 (wan/modules/vae2_2.py there).
 _RESIDUAL_MEAN = (
     *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557),
     *(-0.1382, 0.0542, 0.2813, 0.0891, 0.157, -0.0098, 0.0375, -0.1825),
@@ -34,7 +34,7 @@ _RESIDUAL_STD = (
 
 
 def transformer_table(_: Shapes) -> list[Origin]:
-    """`diffusion_pytorch_model*.safetensors`, all sizes and tasks of 2.1 and 2.2."""
+    """Rename `diffusion_pytorch_model*.safetensors`, all sizes and tasks of 2.1 and 2.2."""
     block, embedder = "blocks.{}", "condition_embedder"
     names = {
         "patch_embedding": "patch_embedding",
@@ -66,7 +66,7 @@ def transformer_table(_: Shapes) -> list[Origin]:
 
 
 def transformer_config(shapes: Shapes, _: Any) -> dict[str, Any]:
-    """The config of a transformer; the size of a head is the same in all."""
+    """Read the config of a transformer off its shapes; all have heads of one size."""
     width, channels, *patch = shapes["patch_embedding.weight"]
     image_dim = shapes["img_emb.proj.1.weight"][1] if "img_emb.proj.1.weight" in shapes else None
     positions = shapes.get("img_emb.emb_pos")
@@ -87,7 +87,7 @@ def transformer_config(shapes: Shapes, _: Any) -> dict[str, Any]:
 
 
 def _vae_names() -> dict[str, str]:
-    """What both VAEs have: all but the layers between one size and the next."""
+    """Rename what both VAEs have in common: all but the layers between two sizes."""
     names = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
     for coder in ("encoder", "decoder"):
         middle = f"{coder}.mid_block"
@@ -105,23 +105,21 @@ def _vae_names() -> dict[str, str]:
 
 
 def vae_table(_: Shapes) -> list[Origin]:
-    """`Wan2.1_VAE.pth`: sizes of the encoder and the decoder lie in one list of layers each."""
+    """Rename `Wan2.1_VAE.pth`: one list of layers for all sizes, in each half."""
     names = _vae_names()
     names |= _residual("encoder.downsamples.{}", "encoder.down_blocks.{}")
     names |= _resample("encoder.downsamples.{}", "encoder.down_blocks.{}")
     for level in range(4):
-        for layer in range(4):  # the fourth enlarges, but for the last level
-            source = f"decoder.upsamples.{4 * level + layer}"
-            target = f"decoder.up_blocks.{level}"
-            if layer < 3:
-                names |= _residual(source, f"{target}.resnets.{layer}")
-            else:
-                names |= _resample(source, f"{target}.upsamplers.0")
+        first, target = 4 * level, f"decoder.up_blocks.{level}"
+        for layer in range(3):
+            source = f"decoder.upsamples.{first + layer}"
+            names |= _residual(source, f"{target}.resnets.{layer}")
+        names |= _resample(f"decoder.upsamples.{first + 3}", f"{target}.upsamplers.0")
     return rename(names)
 
 
 def residual_vae_table(_: Shapes) -> list[Origin]:
-    """`Wan2.2_VAE.pth`: a list of layers each size, of which the last one resizes."""
+    """Rename `Wan2.2_VAE.pth`: one list of layers for each size, the last of which resizes."""
     names = _vae_names()
     for coder, way, last in (("encoder", "down", 2), ("decoder", "up", 3)):
         source, target = f"{coder}.{way}samples.{{}}", f"{coder}.{way}_blocks.{{}}"
@@ -145,19 +143,15 @@ def _resample(source: str, target: str) -> dict[str, str]:
 
 
 def vae_config(shapes: Shapes, _: Any) -> dict[str, Any]:
-    """The config of the VAE of 2.1, which Wan 2.2's 14B models use as well."""
-    return {
-        "base_dim": shapes["encoder.conv1.weight"][0],
-        "z_dim": shapes["conv2.weight"][0],
-    }
+    """Read the config of 2.1's VAE, which Wan 2.2's 14B models use as well, off its shapes."""
+    return {"base_dim": shapes["encoder.conv1.weight"][0], "z_dim": shapes["conv2.weight"][0]}
 
 
 def residual_vae_config(shapes: Shapes, _: Any) -> dict[str, Any]:
-    """The config of the VAE of 2.2's TI2V-5B; the latents' statistics are those of the release."""
+    """Read the config of the VAE of 2.2's TI2V-5B; the latents' statistics are the release's."""
     return {
-        "base_dim": shapes["encoder.conv1.weight"][0],
+        **vae_config(shapes, None),
         "decoder_base_dim": shapes["decoder.head.0.gamma"][0],
-        "z_dim": shapes["conv2.weight"][0],
         "is_residual": True,
         "in_channels": shapes["encoder.conv1.weight"][1],
         "out_channels": shapes["decoder.head.2.weight"][0],
@@ -169,7 +163,7 @@ def residual_vae_config(shapes: Shapes, _: Any) -> dict[str, Any]:
 
 
 def umt5_table(_: Shapes) -> list[Origin]:
-    """`models_t5_umt5-xxl-enc-bf16.pth`, the encoder alone."""
+    """Rename `models_t5_umt5-xxl-enc-bf16.pth`, which holds only the encoder."""
     source, target = "blocks.{}", "encoder.block.{}"
     attention, feed_forward = f"{target}.layer.0", f"{target}.layer.1"
     return rename(
@@ -190,7 +184,7 @@ def umt5_table(_: Shapes) -> list[Origin]:
 
 
 def umt5_config(shapes: Shapes, _: Any) -> dict[str, Any]:
-    """The config of the encoder; what no shape tells is as in T5Config."""
+    """Read the config of the text encoder off its shapes; the rest is as in `T5Config`."""
     buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
     vocabulary, width = shapes["token_embedding.weight"]
     return {
@@ -206,7 +200,7 @@ def umt5_config(shapes: Shapes, _: Any) -> dict[str, Any]:
 
 
 def clip_table(_: Shapes) -> list[Origin]:
-    """`models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`, the tower of images."""
+    """Rename the image tower of `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`."""
     source, target = "visual.transformer.{}", "vision_model.encoder.layers.{}"
     embeddings = "vision_model.embeddings"
     queries = (f"{target}.self_attn.{part}_proj" for part in "qkv")
@@ -235,7 +229,7 @@ def clip_table(_: Shapes) -> list[Origin]:
 
 
 def clip_config(shapes: Shapes, _: Any) -> dict[str, Any]:
-    """The config of the tower of images."""
+    """Read the config of the image tower off its shapes."""
     width, channels, patch, _ = shapes["visual.patch_embedding.weight"]
     return {
         "hidden_size": width,

@@ -1,9 +1,9 @@
-"""The folder of an original release, as the pipeline that diffusers made of it.
+"""The folder of an original release of Wan, read as diffusers' pipeline.
 
 Wan-AI's layout (Wan-Video/Wan2.1 and Wan2.2, wan/configs): the transformer's safetensors and the
-authors' config.json at the top, or in a folder for each of two; a file of torch.save for each other
-part; the tokenizer in a folder. What diffusers' release has beside that (model_index.json, the
-scheduler's and the image processor's settings) is written here, as by diffusers'
+authors' config.json at the top, or in one folder each for two transformers; a file of torch.save
+for each other part; the tokenizer in a folder. The other files of diffusers' release
+(model_index.json, settings of scheduler and image processor) are made here, as by diffusers'
 scripts/convert_wan_to_diffusers.py.
 """
 
@@ -20,22 +20,20 @@ from svg_jax.convert.formats.stored_tensor import StoredTensor
 from svg_jax.convert.sources.files import SourceFiles
 from svg_jax.convert.sources.weights import named_files
 
-# Of each part but the transformer: its class in model_index.json, and where it is.
+_CLIP = "open-clip-xlm-roberta-large-vit-huge-14"
+# The class in model_index.json and the place of each part but the transformer.
 _PARTS = {
     "vae": ("AutoencoderKLWan", "Wan2.1_VAE.pth"),
     "text_encoder": ("UMT5EncoderModel", "models_t5_umt5-xxl-enc-bf16.pth"),
     "tokenizer": ("T5TokenizerFast", "google/umt5-xxl"),
-    "image_encoder": (
-        "CLIPVisionModel",
-        "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
-    ),
+    "image_encoder": ("CLIPVisionModel", f"models_clip_{_CLIP}.pth"),
 }
 _TIMES_BY_TOKEN_VAE = "Wan2.2_VAE.pth"  # in place of 2.1's: TI2V-5B
 _EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}  # A14B
 _TRANSFORMER, _SCHEDULER = "WanTransformer3DModel", "UniPCMultistepScheduler"
 _OF_IMAGES, _OF_TWO_IMAGES = "img_emb.proj.1.weight", "img_emb.emb_pos"  # tensors
 _INPUT, _OUTPUT = "patch_embedding.weight", "head.head.weight"
-# As diffusers has it; the authors resize images to a square, whatever their proportions.
+# As in diffusers; the authors resize images to a square, whatever their proportions.
 _IMAGE_PROCESSOR: dict[str, Any] = {
     "image_processor_type": "CLIPImageProcessor",
     "do_convert_rgb": True,
@@ -57,9 +55,9 @@ class Repository:
     """A release's folder, read as a pipeline.
 
     Attributes:
-        index: What its model_index.json would say.
-        places: The folder or file that each component is in, be it there or not.
-        texts: What diffusers' release has and this one has not, by its path there.
+        index: Contents of diffusers' model_index.json.
+        places: Folder or file of each component, whether it exists or not.
+        texts: Contents of the files that only diffusers' release has, by their paths there.
     """
 
     index: PipelineIndex
@@ -70,15 +68,15 @@ class Repository:
 def read_repository(
     folder: Path, files: SourceFiles, allowed: Iterable[Path] = ()
 ) -> Repository | None:
-    """Recognises a release of Wan by its files' names; its transformer tells which it is.
+    """Recognise a release of Wan by the names of its files, and its task by the transformer.
 
     Args:
-        folder: The folder.
-        files: What was read of it.
-        allowed: See `reader.read_weights`.
+        folder: Folder of the release.
+        files: Files of the source that were read before.
+        allowed: See `weights.read_weights`.
 
     Returns:
-        The pipeline; None if less than two of its parts are there: one is a component alone.
+        The pipeline; None if fewer than two of its parts are there, since one is a component alone.
 
     Raises:
         ConversionError: If the transformer is missing or damaged.
@@ -128,18 +126,18 @@ def read_repository(
 
 
 def _is_of_image(tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether a video starts from an image, beside whose latents and mask the noise is."""
+    """Tell whether videos start from an image, whose latents and mask are further channels."""
     if not {_INPUT, _OUTPUT} <= tensors.keys():
-        return False  # another model's: refused where it is read
+        return False  # another model, which is refused when it is read
     _, channels, *patch = tensors[_INPUT].shape
     return channels * math.prod(patch) > tensors[_OUTPUT].shape[0]
 
 
 def _flow_shift(tensors: Iterable[str], folder: Path) -> float:
-    """The schedule's shift, of which no file of a release says anything.
+    """Choose the schedule's shift, which no file of a release contains.
 
-    As in diffusers' script it is 3, and 16 for first and last frame. But image to video of 720p has
-    5, as by its authors; only the repository's name tells it from that of 480p.
+    As in diffusers' script it is 3, and 16 for first and last frame. But image to video in 720p has
+    its authors' 5; only the repository's name tells it from the one in 480p.
     """
     if _OF_TWO_IMAGES in tensors:
         return 16.0
