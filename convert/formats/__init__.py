@@ -1,1 +1,1 @@
-"""Bytes from outside, believed as far as they were checked: tensors, JSON, single values."""
+"""Readers of files that nobody vouches for, which check all they use: tensors, JSON, values."""

@@ -1,4 +1,4 @@
-"""Which files may be opened."""
+"""Which files may be opened, and whether they changed since."""
 
 import os
 import stat
@@ -11,7 +11,7 @@ from svg_jax.convert.errors import ConversionError
 
 @dataclass(frozen=True)
 class FileState:
-    """What changes when a file is written to or replaced."""
+    """What of a file changes when it is written to or replaced."""
 
     inode: int
     size: int
@@ -19,7 +19,7 @@ class FileState:
 
     @classmethod
     def of(cls, file: Path) -> "FileState":
-        """The file's state now, links followed."""
+        """Take the file's state now; links are followed."""
         found = os.stat(file)
         return cls(found.st_ino, found.st_size, found.st_mtime_ns)
 
@@ -33,15 +33,15 @@ def find_changed(states: Mapping[Path, FileState]) -> Path | None:
 
 
 def check_inside(file: Path, roots: Iterable[Path], *, named_by: Path | None = None) -> None:
-    """Refuse a file that does not lie in one of the folders `roots`, links followed.
+    """Refuse a file that is not in one of the folders `roots`; links are followed.
 
     Args:
-        file: The file.
-        roots: The folders.
-        named_by: The file that gives its name, if one does, for the error.
+        file: File that is to be opened.
+        roots: Folders that it may be in.
+        named_by: File that contains its name, if one does, for errors.
 
     Raises:
-        ConversionError: If it does not.
+        ConversionError: If it is in none.
     """
     target = Path(os.path.realpath(file))  # unlike resolve, it takes a link to itself
     if not any(target.is_relative_to(root.resolve()) for root in roots):
@@ -52,10 +52,10 @@ def check_inside(file: Path, roots: Iterable[Path], *, named_by: Path | None = N
 
 
 def check_regular(file: Path) -> None:
-    """Refuse what is not a file or a link to one: opening a pipe would wait for ever.
+    """Refuse what is neither a file nor a link to one: opening a pipe could wait for ever.
 
     Raises:
-        ConversionError: If it is not, or is not there.
+        ConversionError: If it is neither, or does not exist.
     """
     try:
         regular = stat.S_ISREG(file.stat().st_mode)

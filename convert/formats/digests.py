@@ -1,4 +1,4 @@
-"""Digests: sha256 in hexadecimal, wherever one is kept or compared."""
+"""The one kind of digest: sha256 in hexadecimal."""
 
 import hashlib
 from pathlib import Path
@@ -23,5 +23,5 @@ def array_digest(array: np.ndarray) -> str:
 
 
 def running_digest():
-    """Start a digest of what comes in pieces: `update` it, and ask for `hexdigest()`."""
+    """Start a digest of bytes that come in pieces: `update` it, then call `hexdigest()`."""
     return hashlib.sha256()

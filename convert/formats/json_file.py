@@ -1,7 +1,7 @@
-"""JSON that nobody vouches for: read in linear time, in bounded memory, and never half understood.
+"""JSON that nobody vouches for, read in linear time and bounded memory.
 
-The usual reader keeps the last of two equal keys, takes NaN for a number and 1e400 for infinity,
-and makes text of half a character that cannot be printed. All of these are refused here.
+The standard reader keeps the last of two equal keys, accepts NaN, reads 1e400 as infinity, and
+makes text of half a character (a lone surrogate) that cannot be printed. Here these are refused.
 """
 
 import json
@@ -26,9 +26,9 @@ class JsonFile:
     """A file that holds a JSON object.
 
     Attributes:
-        path: Where it lies.
-        content: Its bytes, UTF-8.
-        values: What they say.
+        path: Path of the file.
+        content: Bytes of the file, in UTF-8.
+        values: Entries of the object.
     """
 
     path: Path
@@ -40,13 +40,13 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        ConversionError: If there is no such file, or it holds anything else; see `parse_json`.
+        ConversionError: If the file does not exist or holds anything else; see `parse_json`.
     """
     return read_json_file(file).values
 
 
 def read_json_file(file: Path) -> JsonFile:
-    """Read a JSON object and the bytes that it is written in; see `read_json`."""
+    """Read a JSON object from a file, and its bytes; see `read_json`."""
     check_regular(file)
     try:
         if file.stat().st_size > JSON_LIMIT:
@@ -58,10 +58,10 @@ def read_json_file(file: Path) -> JsonFile:
 
 
 def read_json_if_any(file: Path) -> dict[str, Any]:
-    """Read a JSON object from a file that need not be there; an empty one if it is not.
+    """Read a JSON object from a file; an empty one if the file does not exist.
 
     Raises:
-        ConversionError: If there is something by its name that `read_json` refuses.
+        ConversionError: If something of that name exists and `read_json` refuses it.
     """
     return read_json(file) if os.path.lexists(file) else {}
 
@@ -70,12 +70,12 @@ def parse_json(text: bytes, where: Path | str) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
-        text: The object, as UTF-8.
-        where: The file that it is from, for errors.
+        text: Text of the object, in UTF-8.
+        where: File that it is from, for errors.
 
     Raises:
-        ConversionError: If it is no whole object, a key stands twice, a number is none or infinite,
-            or text is no Unicode.
+        ConversionError: If it is no complete object, has a key twice, or holds a number that is NaN
+            or infinite, or text that is not Unicode.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -99,14 +99,10 @@ def parse_json(text: bytes, where: Path | str) -> dict[str, Any]:
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except ConversionError:
         raise
-    except RecursionError as error:
-        raise ConversionError(
-            f"{where}: is no whole JSON (it nests too deeply): fetch it again."
-        ) from error
-    except ValueError as error:
-        raise ConversionError(
-            f"{where}: is no whole JSON ({show(str(error))}): fetch it again."
-        ) from error
+    except (RecursionError, ValueError) as error:
+        deep = isinstance(error, RecursionError)
+        reason = "it nests too deeply" if deep else show(str(error))
+        raise ConversionError(f"{where}: is no whole JSON ({reason}): fetch it again.") from error
     if not isinstance(parsed, dict):
         raise ConversionError(f"{where}: its JSON is not an object: fetch it again.")
     return parsed

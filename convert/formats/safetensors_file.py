@@ -1,8 +1,8 @@
-"""The headers of safetensors files, believed only as far as they were checked.
+"""The headers of safetensors files, read and checked.
 
-The format: 8 bytes (little-endian length of the header), a JSON header {name: {dtype, shape,
-data_offsets}}, the tensors' bytes. A reader of our own, because the usual one accepts a key that
-stands twice, and reads NaN without a word.
+The format: 8 bytes (length of the header, little-endian), a JSON header {name: {dtype, shape,
+data_offsets}}, the tensors' bytes. The usual reader is not used because it accepts a key that
+occurs twice, and NaN.
 """
 
 import math
@@ -33,11 +33,11 @@ _RANK_LIMIT = 64  # torch's
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a safetensors file says.
+    """Contents of the header of a safetensors file.
 
     Attributes:
-        tensors: Its tensors, by name.
-        metadata: What stands under "__metadata__", unchecked; None if nothing does.
+        tensors: Tensors of the file, by name.
+        metadata: Value of "__metadata__", unchecked; None if there is none.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -48,8 +48,8 @@ def read_header(file: Path) -> Header:
     """Read and check the header of one safetensors file.
 
     Raises:
-        ConversionError: If the file is not a whole safetensors file, bytes of the data belong to no
-            tensor or to two, a name stands twice, or a dtype is none that is known.
+        ConversionError: If the file is not a complete safetensors file, bytes of the data belong to
+            no tensor or to two, a name occurs twice, or a dtype is unknown.
     """
     check_regular(file)
     try:
@@ -77,10 +77,8 @@ def read_header(file: Path) -> Header:
     metadata = entries.pop("__metadata__", None)
     if odd := [name for name in entries if not name.isprintable() or len(name) > _NAME_LIMIT]:
         raise ConversionError(f"{file}: '{show(odd[0])}' is no name of a tensor: fetch it again.")
-    data_start = 8 + length
+    end = data_start = 8 + length
     tensors = {name: _tensor(file, name, entry, data_start) for name, entry in entries.items()}
-
-    end = data_start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.nbytes)):
         if tensor.start != end:
             kind = "overlaps the tensor" if tensor.start < end else "leaves a hole"
@@ -98,7 +96,7 @@ def _tensor(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
             raise ValueError("not all of them are sizes")
-        if len(shape) > _RANK_LIMIT:  # the product of very many could take for ever
+        if len(shape) > _RANK_LIMIT:  # the product of too many could take for ever
             raise ValueError("more axes than a tensor has")
     except (KeyError, TypeError, ValueError) as error:
         raise ConversionError(

@@ -1,4 +1,4 @@
-"""What a file says as a part of one of our sentences: printable, on one line, and short."""
+"""Foreign values inside error messages: printable, on one line, and short."""
 
 import reprlib
 from collections.abc import Sequence
@@ -8,20 +8,27 @@ _VALUES = reprlib.Repr()
 _VALUES.maxstring = _VALUES.maxother = LIMIT
 
 
-def show(value: object, limit: int = LIMIT) -> str:
+def show(value: object, limit: int = LIMIT, *, quoted: bool = False) -> str:
     """Return a foreign value as printable text of one line.
 
     Args:
-        value: The value: text stays as it is but for what a terminal would take for a command or
-            cannot print, which is escaped; of anything else, a short form is shown.
-        limit: The most characters of the result.
+        value: Text, of which characters that a terminal cannot print or would obey are escaped; or
+            any object, of which a short form is shown.
+        limit: Largest number of characters of the result.
+        quoted: Whether text is put in quotation marks.
     """
-    text = value[: limit + 1] if isinstance(value, str) else _VALUES.repr(value)
+    if isinstance(value, str) and not quoted:
+        text = value[: limit + 1]
+    else:
+        try:
+            text = _VALUES.repr(value)
+        except ValueError:  # an integer of more digits than Python prints
+            text = object.__repr__(value)
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def show_some(values: Sequence[str], count: int = 3, limit: int = 60) -> str:
-    """Return the first of many names, and how many more there are."""
+    """Return the first `count` of some names, and the number of the others."""
     named = ", ".join(show(value, limit) for value in values[:count])
     return named + (f", and {len(values) - count} more" if len(values) > count else "")

@@ -1,4 +1,4 @@
-"""Tensors in files, read a piece at a time, and what their elements are."""
+"""Tensors in files, read one piece at a time, and the dtypes of their elements."""
 
 import math
 import zlib
@@ -20,9 +20,9 @@ FLOAT8 = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-# What weights become that no model computes in: bfloat16 holds every float8 exactly.
+# Dtypes that no model computes in, and what they become: bfloat16 holds every float8 exactly.
 _WIDENED = {np.dtype(np.float64): DTYPES["F32"], **dict.fromkeys(FLOAT8.values(), DTYPES["BF16"])}
-# The bits of infinity in each type; those of NaN are larger. E4M3 has a NaN alone.
+# The bits of infinity in each floating-point type; those of NaN are larger. E4M3 has only NaN.
 _INFINITY = {
     DTYPES["F32"]: 0x7F800000,
     DTYPES["F16"]: 0x7C00,
@@ -31,27 +31,27 @@ _INFINITY = {
     FLOAT8["F8_E5M2"]: 0x7C,
     np.dtype(np.float64): 0x7FF0000000000000,
 }
-_PIECE_BYTES = 4 * 2**20  # read at once: stays in the processor's cache for all that is done to it
+_PIECE_BYTES = 4 * 2**20  # read at once: it stays in the processor's cache while it is worked on
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies.
+    """The place of a tensor in a file.
 
     Attributes:
-        name: Its name in the header.
-        file: The safetensors file, or one of torch.save.
-        dtype: What its elements are stored in: any float or integer.
-        shape: Its shape.
-        start: Offset of its first byte in the file.
-        nbytes: Its size in bytes.
+        name: Name in the header.
+        file: File of safetensors or of torch.save.
+        dtype: Dtype of the stored elements: any float or integer.
+        shape: Shape of the tensor.
+        start: Offset of the first byte in the file.
+        nbytes: Size in bytes.
         strides: Distance, in elements, of neighbours along each axis; None is row-major order.
-        crc32: Checksum of its bytes, where the file has one of just these.
-        parts: The tensors whose rows it is made of, one after the other, instead of lying at
-            `start`. (Fused weights are taken apart so, and put together in another order.)
-        scale: What its elements are multiplied with in float32, [rows, columns]: of the tensor as a
-            matrix, each equal block of rows and columns has one.
-        negative: Whether its elements are stored with the other sign (torch's negative bit).
+        crc32: Checksum of the bytes, where the file has one for exactly these.
+        parts: Tensors whose rows, one after the other, are this tensor's, if it does not lie at
+            `start` as a whole. (Fused weights are split and reordered this way.)
+        scale: Factors of the elements in float32, [rows, columns]: one for each of the equal blocks
+            of the tensor as a matrix.
+        negative: Whether the elements are stored with the opposite sign (torch's negative bit).
     """
 
     name: str
@@ -68,23 +68,23 @@ class StoredTensor:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that it is read from."""
+        """Files that the tensor is read from."""
         return (self.file,) if self.scale is None else (self.file, self.scale.file)
 
     @property
     def is_plain(self) -> bool:
-        """Whether its values are its elements."""
+        """Whether the values are the stored elements, without scale or change of sign."""
         return self.scale is None and not self.negative
 
     @property
     def converted_dtype(self) -> np.dtype:
-        """What it is converted to where no dtype is asked for: its own, but for three kinds.
+        """Dtype that the tensor is converted to if none is asked for: its own, with exceptions.
 
         float64 is rounded to float32. float8 is widened to bfloat16, exactly; with a scale to
         float32, which rounds the product once.
 
         Raises:
-            ConversionError: If it is no weight: integers, or bits that stand for something.
+            ConversionError: If it is no weight: integers, or packed bits.
         """
         if self.scale is not None:
             return DTYPES["F32"]
@@ -98,11 +98,11 @@ class StoredTensor:
 
 
 def read_tensor(tensor: StoredTensor) -> np.ndarray:
-    """Read one tensor's values: in the dtype that is stored, or in float32 if it has a scale.
+    """Read the values of a tensor, in its stored dtype, or in float32 if it has a scale.
 
     Raises:
-        ConversionError: If the file has shrunk since it was checked, cannot be read, or fails its
-            checksum.
+        ConversionError: If the file shrank since it was checked, cannot be read, or does not match
+            its checksum.
     """
     dtype = tensor.dtype if tensor.scale is None else DTYPES["F32"]
     flat, at = np.empty(math.prod(tensor.shape), dtype), 0
@@ -113,9 +113,9 @@ def read_tensor(tensor: StoredTensor) -> np.ndarray:
 
 
 def read_pieces(tensor: StoredTensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Read one tensor as flat pieces in row-major order: its elements as stored, and its values.
+    """Read a tensor as flat pieces in row-major order; yield the stored elements and the values.
 
-    Each piece is gone when the next is asked for: they share their memory.
+    A piece is overwritten when the next one is read: they share their memory.
 
     Raises:
         ConversionError: See `read_tensor`.
@@ -133,7 +133,7 @@ def read_pieces(tensor: StoredTensor) -> Iterator[tuple[np.ndarray, np.ndarray]]
 
 
 def _scaled(stored: np.ndarray, scale: np.ndarray, shape: Sequence[int], at: int) -> np.ndarray:
-    """Multiply a piece, which begins at the element `at`, with the scales of its blocks."""
+    """Multiply a piece, which begins at element `at` of the tensor, by the scales of its blocks."""
     columns = math.prod(shape[1:])
     first, last = at // columns, -(-(at + stored.size) // columns)
     rows = np.arange(first, last) // (shape[0] // len(scale))
@@ -150,16 +150,11 @@ def _read_strided(tensor: StoredTensor) -> Iterator[np.ndarray]:
     assert tensor.strides is not None
     steps = zip(tensor.shape, tensor.strides, strict=True)
     reach = 1 + sum((size - 1) * stride for size, stride in steps)
-    raw = replace(
-        tensor,
-        shape=(reach,),
-        nbytes=reach * tensor.dtype.itemsize,
-        strides=None,
-        scale=None,
-        negative=False,
-    )
-    bytes_apart = tuple(stride * tensor.dtype.itemsize for stride in tensor.strides)
-    bits = read_tensor(raw).view(f"u{tensor.dtype.itemsize}")  # as_strided knows no float8
+    plain = replace(tensor, strides=None, scale=None, negative=False)
+    itemsize = tensor.dtype.itemsize
+    raw = read_tensor(replace(plain, shape=(reach,), nbytes=reach * itemsize))
+    bytes_apart = tuple(stride * itemsize for stride in tensor.strides)
+    bits = raw.view(f"u{itemsize}")  # as_strided knows no float8
     view = np.lib.stride_tricks.as_strided(bits, tensor.shape, bytes_apart)
     yield np.ascontiguousarray(view).reshape(-1).view(tensor.dtype)
 
@@ -189,14 +184,19 @@ def _read_row_major(tensor: StoredTensor) -> Iterator[np.ndarray]:
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides, in elements, of an array in row-major order."""
+    """Compute the strides, in elements, of an array in row-major order."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def count_nonfinite(array: np.ndarray) -> int:
-    """How many elements are NaN or infinite: by the bits, many times faster than np.isfinite.
+def is_float(tensor: StoredTensor) -> bool:
+    """Tell whether a tensor holds floating-point numbers, of 8 to 64 bits."""
+    return tensor.dtype in _INFINITY
 
-    Of integers, none is.
+
+def count_nonfinite(array: np.ndarray) -> int:
+    """Count elements that are NaN or infinite, by their bits: much faster than np.isfinite.
+
+    Integers have none.
     """
     infinity = _INFINITY.get(array.dtype)
     if infinity is None:
@@ -208,7 +208,7 @@ def count_nonfinite(array: np.ndarray) -> int:
     count = 0
     for at in range(0, bits.size, _PIECE_BYTES // width):  # bounds the memory
         piece = bits[at : at + _PIECE_BYTES // width]
-        # As signed numbers those with a plus are the largest, as unsigned those with a minus.
+        # Positive ones are the largest bits as signed integers, negative ones as unsigned integers.
         if piece.view(signed).max() >= infinity or piece.max() >= minus_infinity:
             exponent = unsigned.type(infinity)
             count += int(np.count_nonzero((piece & exponent) == exponent))

@@ -1,9 +1,9 @@
-"""Files of torch.save, read a tensor at a time, without torch, and never executed.
+"""Files of torch.save, read one tensor at a time, without torch and without running code.
 
 The format: a zip archive, uncompressed, with one folder, in which `data.pkl` describes the object
-and `data/0`, `data/1`, … hold the tensors' elements. Reading it takes no trust: the archive is
-checked member by member, the pickle is not run (see torch_pickle.py), and what it claims about
-tensors must fit the members.
+and `data/0`, `data/1`, … hold the tensors' elements. Nothing in it is trusted: the archive is
+checked member by member, the pickle is not run (see torch_pickle.py), and its tensors must fit the
+members.
 """
 
 import io
@@ -28,10 +28,10 @@ from svg_jax.convert.formats.stored_tensor import StoredTensor, row_major
 from svg_jax.convert.formats.torch_pickle import SIZE_LIMIT, Inert, StorageRef, TensorRef, unpickle
 from svg_jax.convert.formats.wrappers import choose, words_of
 
-_DEPTH = 3  # keys that lead to weights, unless more are given
-_DICTS_LIMIT = 1000  # that are looked at; a pickle may hold one in itself
+_DEPTH = 3  # nested keys that may lead to weights, unless more are given
+_DICTS_LIMIT = 1000  # dicts that are searched; one may contain itself
 _NOTES = (bool, int, float, str, bytes)
-# What trainers save of themselves beside tensors.
+# Keys of what trainers save of themselves beside tensors.
 _BESIDE = frozenset(
     {
         *("optimizer", "optimizers", "optimizer_states", "optimizer_state_dict", "optim", "opt"),
@@ -70,7 +70,7 @@ _UNTYPED = ("torch.storage.UntypedStorage", "torch.UntypedStorage")
 
 @dataclass(frozen=True)
 class _Member:
-    """Where a member's bytes lie in the archive, and their checksum if torch was to write one."""
+    """The place of a member's bytes in the archive, and their checksum if torch wrote one."""
 
     start: int
     nbytes: int
@@ -78,19 +78,18 @@ class _Member:
 
 
 def read_torch_file(file: Path, weights_key: str | None = None) -> dict[str, StoredTensor]:
-    """Find and check the tensors of a file of torch.save; `reader.read_tensor` reads each.
+    """Find and check the tensors of a file of torch.save; `stored_tensor.read_tensor` reads each.
 
-    The tensors are the values of the dict that the file holds, or of one that a key of
-    `wrappers.WRAPPERS` leads to, or several such. Numbers, text and what trainers save of
-    themselves are passed over.
+    The tensors are the values of the dict in the file, or of a dict in it that keys of
+    `wrappers.WRAPPERS` lead to. Numbers, text and what trainers save of themselves are ignored.
 
     Args:
-        file: The file.
+        file: File of torch.save.
         weights_key: See `convert_pipeline`.
 
     Raises:
-        ConversionError: If the file is of another format, damaged, or not what torch.save writes;
-            or the dict holds something other than tensors; or there are several dicts.
+        ConversionError: If the file is damaged or not written by torch.save; or the dict holds
+            anything but tensors; or there are several dicts.
     """
     dicts = read_dicts(file, weights_key)
     prefix = choose([f"{keys}." if keys else "" for keys in dicts], weights_key, file)
@@ -98,7 +97,7 @@ def read_torch_file(file: Path, weights_key: str | None = None) -> dict[str, Sto
 
 
 def read_dicts(file: Path, weights_key: str | None = None) -> dict[str, dict[str, StoredTensor]]:
-    """As `read_torch_file`: all dicts of tensors, by the keys that lead to them, "a.b"."""
+    """Find all dicts of tensors, by the keys that lead to them, "a.b"; see `read_torch_file`."""
     check_regular(file)
     try:
         with file.open("rb", buffering=0) as stream:
@@ -150,7 +149,7 @@ def _check_format(stream: io.FileIO, file: Path) -> None:
 
 
 class _DirectoryReader(io.FileIO):
-    """A file of which nothing is read that is larger than a directory may be."""
+    """A file that refuses to read more at once than a zip directory may have."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _DIRECTORY_LIMIT:
@@ -159,7 +158,7 @@ class _DirectoryReader(io.FileIO):
 
 
 def _read_members(opened: io.FileIO, file: Path) -> dict[str, _Member]:
-    """The archive's members, none of which is compressed, stands twice or overlaps another."""
+    """List the archive's members; none may be compressed, occur twice or overlap another."""
     try:
         with (
             _DirectoryReader(opened.fileno(), closefd=False) as stream,
@@ -188,7 +187,7 @@ def _read_members(opened: io.FileIO, file: Path) -> dict[str, _Member]:
 
 
 def _span(stream: _DirectoryReader, entry: zipfile.ZipInfo, file: Path) -> tuple[int, int, int]:
-    """Offsets in the archive of a member's header, of its first byte, and of its end."""
+    """Locate a member: the offsets of its header, its first byte and its end."""
     name = entry.orig_filename
     if name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
         raise ConversionError(f"{file}: the member {name!r:.80} leads out of the archive.")
@@ -228,7 +227,7 @@ def _find_root(members: Mapping[str, _Member], file: Path) -> str:
 
 
 def _read_member(stream: io.FileIO, member: _Member, file: Path) -> bytes:
-    """A small member's bytes."""
+    """Read the bytes of a small member."""
     if member.nbytes > SIZE_LIMIT:
         raise ConversionError(
             f"{file}: its data.pkl has {member.nbytes} bytes, of which {SIZE_LIMIT} are allowed: "
@@ -253,7 +252,7 @@ def _check_byte_order(stream: io.FileIO, member: _Member | None, file: Path) -> 
 
 
 def _find_dicts(tree: Any, file: Path, weights_key: str | None) -> dict[str, dict[str, TensorRef]]:
-    """The dicts of tensors in what the pickle describes, by the keys that lead to them."""
+    """Find the dicts of tensors in an unpickled object, by the keys that lead to them."""
     words = words_of(weights_key)
     found: dict[str, dict[str, TensorRef]] = {}
     others: dict[str, dict[Any, Any]] = {}
@@ -282,18 +281,18 @@ def _find_dicts(tree: Any, file: Path, weights_key: str | None) -> dict[str, dic
         found[".".join(keys)] = tensors
         _check_beside(file, ".".join(keys), held, below)
     twins = [keys for keys, of in others.items() if any(map(partial(_is_twin, of), found.values()))]
-    if twins:  # under keys that are not known: which are meant is asked
+    if twins:  # under unknown keys: the caller has to choose
         choose([f"{keys}." if keys else "" for keys in (*found, *twins)], weights_key, file)
     return found
 
 
 def _is_twin(held: dict[Any, Any], weights: dict[str, TensorRef]) -> bool:
-    """Return whether a dict holds the same weights once more: half of the names are in it."""
+    """Tell whether a dict holds a second copy of the weights: more than half of their names."""
     return len(weights) > 0 and 2 * sum(name in held for name in weights) > len(weights)
 
 
 def _check_beside(file: Path, where: str, held: dict[Any, Any], below: Collection[str]) -> None:
-    """Refuse what stands among tensors and may be a part of the model."""
+    """Refuse values among the tensors that may be a part of the model."""
     for name, value in held.items():
         if type(name) is not str or not name.isprintable():
             inside = f"{show(where)} " * bool(where)
@@ -321,7 +320,7 @@ def _kind(value: Any) -> str:
 def _locate(
     file: Path, name: str, tensor: TensorRef, storages: Mapping[str, _Member]
 ) -> StoredTensor:
-    """Where a tensor lies in the file, once it is known to lie in its storage."""
+    """Locate a tensor in the file, and check that it lies in its storage."""
     where = f"{file}: {show(name)}"
     storage = tensor.storage
     dtype = _dtype(storage, tensor.dtype, where)
@@ -337,21 +336,17 @@ def _locate(
             f"{member.nbytes} bytes: {_AGAIN}."
         )
     count = math.prod(tensor.shape)
-    steps = zip(tensor.shape, tensor.strides, strict=True)
+    nbytes = count * dtype.itemsize
+    steps = list(zip(tensor.shape, tensor.strides, strict=True))
     reach = sum((size - 1) * stride for size, stride in steps) + 1 if count else 0
     if (tensor.offset + reach) * dtype.itemsize > member.nbytes:
         raise ConversionError(f"{where} reaches out of its storage: {_AGAIN}.")
-    if count * dtype.itemsize > member.nbytes:
+    if nbytes > member.nbytes:
         raise ConversionError(
             f"{where} repeats the elements of its storage: save a contiguous tensor."
         )
-    contiguous = count == 0 or all(
-        size == 1 or stride == step
-        for size, stride, step in zip(
-            tensor.shape, tensor.strides, row_major(tensor.shape), strict=True
-        )
-    )
-    nbytes = count * dtype.itemsize
+    expected = zip(steps, row_major(tensor.shape), strict=True)
+    contiguous = count == 0 or all(size == 1 or stride == step for (size, stride), step in expected)
     return StoredTensor(
         name,
         file,

@@ -1,10 +1,10 @@
 """The pickle inside a file of torch.save, read without executing any of it.
 
-A pickle is a program for a stack machine, and Python's own runs whatever it is told to. This one
-knows dicts, lists, tuples, numbers, text, and the few calls that torch makes a tensor of; whatever
-else a pickle names or calls becomes an `Inert`, which is never imported, called or copied. Nothing
-grows faster than the pickle is long: an operation makes one object, no object is hashed but text,
-and none is ever compared, printed or walked through.
+A pickle is a program for a stack machine, and Python's own machine runs whatever it is told to.
+This one knows dicts, lists, tuples, numbers, text, and the few calls by which torch makes a tensor.
+Anything else that a pickle names or calls becomes an `Inert`, which is never imported, called or
+copied. Memory and time are bounded by the pickle's length: an operation makes one object, only text
+is hashed, and no object is compared, printed or searched.
 """
 
 import pickletools
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 SIZE_LIMIT = 32 * 2**20  # bytes; that of a model of 1,300 tensors has 200 kB
-OPERATION_LIMIT = 500_000  # about 35 make a tensor
+OPERATION_LIMIT = 500_000  # a tensor takes about 35
 DEPTH_LIMIT = 100  # containers that are being filled at once
 
-# A tensor with attributes of its own, or a buffer: a function, a class, its arguments, a state.
+# The call of a tensor with attributes, or a buffer: function, class, arguments, state.
 _TYPED = "torch._tensor._rebuild_from_type_v2"
 _PLAIN = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Buffer")
 _TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
-# With a state: attributes, which trainers give to parameters.
+# The state is attributes, which trainers give to parameters.
 _PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = frozenset(
@@ -34,7 +34,7 @@ _LITERALS = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class Inert:
-    """Something that is no tensor and no plain container, of which only the name is kept."""
+    """An object that is neither a tensor nor a plain container; only its name is kept."""
 
     name: str
 
@@ -44,9 +44,9 @@ class StorageRef:
     """A storage: a flat row of elements in a file of the archive.
 
     Attributes:
-        kind: Its class, e.g. "torch.BFloat16Storage".
-        key: Name of its file.
-        size: How many elements it has; bytes for a "torch.storage.UntypedStorage".
+        kind: Name of the class, such as "torch.BFloat16Storage".
+        key: Name of the file.
+        size: Number of elements; of bytes for a "torch.storage.UntypedStorage".
     """
 
     kind: str
@@ -59,13 +59,13 @@ class TensorRef:
     """A tensor: a view of a storage.
 
     Attributes:
-        storage: What it is a view of.
-        offset: Its first element in the storage.
-        shape: Its shape.
+        storage: Storage of the elements.
+        offset: Index of the first element in the storage.
+        shape: Shape of the tensor.
         strides: Distance, in elements, of neighbours along each axis.
-        dtype: "torch.bfloat16" where the storage does not tell it, else None.
-        negative: Whether its elements have the other sign: torch leaves them as they are in a view
-            such as `tensor.conj().imag`.
+        dtype: Name such as "torch.bfloat16" where the storage has none, else None.
+        negative: Whether the elements have the opposite sign, as in torch's view
+            `tensor.conj().imag`.
     """
 
     storage: StorageRef
@@ -77,13 +77,13 @@ class TensorRef:
 
 
 def unpickle(data: bytes) -> Any:
-    """What a pickle describes: `TensorRef`s in dicts, lists and tuples; of all else, `Inert`s.
+    """Read a pickle as `TensorRef`s in dicts, lists and tuples; all other objects are `Inert`.
 
     Args:
-        data: The pickle, as torch.save writes it (protocols 2 to 5). Sets come out as lists.
+        data: Pickle of protocol 2 to 5, as torch.save writes it. Sets are read as lists.
 
     Raises:
-        ValueError: If it is none, is damaged, or passes one of the limits.
+        ValueError: If it is no pickle, is damaged, or exceeds one of the limits.
     """
     if len(data) > SIZE_LIMIT:
         raise ValueError(f"has {len(data)} bytes, of which {SIZE_LIMIT} are allowed")
@@ -136,7 +136,7 @@ def _operations(data: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int 
 
 
 def _close(name: str, stack: list[Any], items: list[Any]) -> None:
-    """Does with everything above a mark what an operation says."""
+    """Apply an operation to all objects above a mark."""
     match name:
         case "TUPLE" | "FROZENSET":
             stack.append(tuple(items))
@@ -156,7 +156,7 @@ def _extend(container: Any, items: Iterable[Any]) -> None:
 
 
 def _put(container: Any, pairs: Iterable[tuple[Any, Any]]) -> None:
-    """Fills a dict. A key that is no text becomes an Inert: hashing it could take for ever."""
+    """Fill a dict. A key that is not text becomes an Inert: hashing it could take for ever."""
     if isinstance(container, Inert):
         return
     if type(container) is not dict:
@@ -171,7 +171,7 @@ def _put(container: Any, pairs: Iterable[tuple[Any, Any]]) -> None:
 
 
 def _name(stack: list[Any], arg: str) -> None:
-    """Pushes a global by its name, which stands in the pickle as "module name"."""
+    """Push a global by its name, which the pickle holds as "module name"."""
     stack.append(Inert(".".join(arg.split(" ", 1))))
 
 
@@ -183,7 +183,7 @@ def _name_of_stack(stack: list[Any], _: Any) -> None:
 
 
 def _storage(stack: list[Any], _: Any) -> None:
-    """Pushes a storage, which torch writes as ("storage", class, key, device, size)."""
+    """Push a storage, which torch writes as ("storage", class, key, device, size)."""
     identity = stack.pop()
     if type(identity) is not tuple or len(identity) != 5:
         raise TypeError
@@ -194,7 +194,7 @@ def _storage(stack: list[Any], _: Any) -> None:
 
 
 def _reduce(stack: list[Any], _: Any) -> None:
-    """Pushes what a call gives, if it is one of those that make tensors or OrderedDicts."""
+    """Push the result of a call that makes a tensor or an OrderedDict; an `Inert` of any other."""
     arguments, function = stack.pop(), stack.pop()
     name = function.name
     if type(arguments) is not tuple:
@@ -229,7 +229,7 @@ def _tensor(
     dtype: str | None = None,
     bits: tuple[Any, ...] = (),
 ) -> Any:
-    """A tensor; the last argument of its call, if it is there, names the bits that are set."""
+    """Make a tensor; the last argument of its call, if any, names the bits that are set."""
     sizes_fit = type(shape) is tuple is type(strides) and len(shape) == len(strides) <= 64
     if type(storage) is not StorageRef or not sizes_fit:
         raise TypeError
@@ -247,15 +247,10 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _make(stack: list[Any], _: Any) -> None:
-    """Pushes an object of a class: never one that is known here."""
-    stack.pop()
+def _make(stack: list[Any], arguments: int) -> None:
+    """Push an object of a class, none of which is known here."""
+    del stack[-arguments:]
     stack.append(Inert(stack.pop().name))
-
-
-def _make_with_keywords(stack: list[Any], _: Any) -> None:
-    stack.pop()
-    _make(stack, None)
 
 
 _OPERATIONS: dict[str, Callable[[list[Any], Any], None]] = {
@@ -273,7 +268,7 @@ _OPERATIONS: dict[str, Callable[[list[Any], Any], None]] = {
     "STACK_GLOBAL": _name_of_stack,
     "BINPERSID": _storage,
     "REDUCE": _reduce,
-    "NEWOBJ": _make,
-    "NEWOBJ_EX": _make_with_keywords,
+    "NEWOBJ": lambda stack, _: _make(stack, 1),
+    "NEWOBJ_EX": lambda stack, _: _make(stack, 2),  # with keywords
     "BUILD": lambda stack, _: stack.pop(),  # attributes, such as a state dict's _metadata
 }

@@ -1,7 +1,7 @@
-"""What a value from outside must be: its type and range, and one clause that says what is wrong.
+"""Rules for single values from configs and callers: their type and range.
 
-For numbers of configs and for the settings of a run. A value that arrives as JSON or from a caller
-may be anything: NaN, a string, a list, a number that no float holds.
+The value may be anything: NaN, a string, a list, a number that no float holds. The `problem` of a
+rule is one clause that says what is wrong.
 """
 
 import math
@@ -12,18 +12,20 @@ from typing import Any
 
 import numpy as np
 
-_SHOWN = 40  # characters of a value in an error
+from svg_jax.convert.formats.show import show
+
+_SHOWN = 40  # characters of a value in an error message
 _LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number; True and False are none.
+    """A finite number, not True or False.
 
     Attributes:
         minimum: Smallest value.
-        maximum: Largest value; None if any finite one will do.
-        whole: Whether it has to be an integer.
+        maximum: Largest value; None accepts any finite one.
+        whole: Whether the number must be an integer.
     """
 
     minimum: float | int
@@ -31,7 +33,7 @@ class Number:
     whole: bool = False
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value ("must be a number from 0 to 1: got 2"); None if nothing."""
+        """Say what is wrong with a value ("must be a number from 0 to 1: got 2"), or None."""
         if is_number(value, whole=self.whole) and self.minimum <= value:
             limit = math.inf if self.maximum is None else self.maximum
             # An integer that no float holds is compared exactly.
@@ -46,10 +48,10 @@ class Number:
 
 @dataclass(frozen=True)
 class Flag:
-    """True or False, as Python or numpy has them; 0 and 1 are neither."""
+    """A bool of Python or numpy, not 0 or 1."""
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value; None if nothing."""
+        """Say what is wrong with a value; None if nothing is."""
         if isinstance(value, bool | np.bool_):
             return None
         return f"must be true or false: got {shown(value)}"
@@ -60,13 +62,13 @@ class Choice:
     """One of some strings.
 
     Attributes:
-        names: The strings.
+        names: Strings to choose from.
     """
 
     names: Collection[str]
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value; None if nothing."""
+        """Say what is wrong with a value; None if nothing is."""
         if isinstance(value, str) and value in self.names:
             return None
         return f"must be {' or '.join(map(repr, self.names))}: got {shown(value)}"
@@ -74,10 +76,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Shares:
-    """Two numbers of 0 to 1 in order: from which share to which."""
+    """Two numbers from 0 to 1 in ascending order: the ends of a part of the steps."""
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value; None if nothing."""
+        """Say what is wrong with a value; None if nothing is."""
         try:
             ends = [] if isinstance(value, str | bytes) else list(value)
         except TypeError:
@@ -92,7 +94,7 @@ class Name:
     """A short string of letters, digits and underscores."""
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value; None if nothing."""
+        """Say what is wrong with a value; None if nothing is."""
         if isinstance(value, str) and len(value) < _LONGEST_NAME and value.isidentifier():
             return None
         return f"must be a name: got {shown(value)}"
@@ -103,13 +105,13 @@ class Numbers:
     """A list of numbers.
 
     Attributes:
-        each: Rule of its entries.
+        each: Rule of every entry.
     """
 
     each: Number
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value; None if nothing."""
+        """Say what is wrong with a value; None if nothing is."""
         if not isinstance(value, list | tuple):
             return f"must be a list of numbers: got {shown(value)}"
         return next(filter(None, map(self.each.problem, value)), None)
@@ -117,16 +119,16 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Maybe:
-    """Null, or what another rule says.
+    """None, or a value that fits another rule.
 
     Attributes:
-        rule: The other rule.
+        rule: Rule of a value that is not None.
     """
 
     rule: Number | Flag | Name | Numbers
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value; None if nothing."""
+        """Say what is wrong with a value; None if nothing is."""
         return None if value is None else self.rule.problem(value)
 
 
@@ -134,7 +136,7 @@ Rule = Number | Flag | Choice | Shares | Name | Numbers | Maybe
 
 
 def sentence_of(problems: Sequence[str], limit: int) -> str:
-    """Problems as one sentence of at most so many characters; of those left out the number."""
+    """Join problems to one sentence of `limit` characters at most, counting those left out."""
     for count in range(len(problems), 0, -1):
         left = f"; and {len(problems) - count} more" if count < len(problems) else ""
         text = "; ".join(problems[:count]) + left
@@ -144,18 +146,13 @@ def sentence_of(problems: Sequence[str], limit: int) -> str:
 
 
 def is_number(value: Any, *, whole: bool = False) -> bool:
-    """Whether a value is a number of Python's or numpy's: no bool, no array, no string."""
+    """Tell whether a value is a number of Python or numpy: no bool, array or string."""
     return isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
 
 
 def shown(value: Any) -> str:
-    """A value in an error: short, and without anything that a terminal would obey."""
-    try:
-        text = value if isinstance(value, str) else repr(value)
-    except Exception:  # an object of any class may be given, also one that cannot be shown
-        text = object.__repr__(value)
-    text = ascii(text) if isinstance(value, str) or not text.isprintable() else text
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+    """Show a value in an error message, text in quotation marks."""
+    return show(value, _SHOWN, quoted=True)
 
 
 def _is_finite(value: Any) -> bool:

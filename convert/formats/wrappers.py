@@ -1,9 +1,9 @@
 """What trainers and other programs put around weights: keys that lead to them, prefixes of names.
 
-A file of torch.save may keep weights under a key, or under a key of what is under a key, and any
-file may have a prefix before all of a component's names. Both are the same here: words before a
-name that a model knows. Which words these may be stands in one table; where the weights are there
-more than once (with and without a moving average), whoever converts them has to say which.
+A file of torch.save may hold the weights under one or more nested keys, and any file may have a
+prefix before all names of a component. Both are the same here: words before a name that a model
+knows. `WRAPPERS` lists these words. Where a file holds several sets of weights (with and without a
+moving average), whoever converts it must choose one.
 """
 
 import itertools
@@ -29,34 +29,27 @@ WRAPPERS = frozenset(
         # Parts of a pipeline.
         *("pipe", "pipeline", "dit", "transformer", "diffusion_model", "denoiser", "unet"),
         *("vae", "first_stage_model", "autoencoder", "text_encoder", "text_encoders"),
-        *(
-            "image_encoder",
-            "clip_vision",
-            "cond_stage_model",
-            "umt5xxl",
-            "t5xxl",
-            "clip_l",
-            "llama",
-        ),
+        *("image_encoder", "clip_vision", "cond_stage_model", "umt5xxl", "t5xxl", "clip_l"),
+        "llama",
     }
 )
-# Modules around each layer, which have no name of their own in the model.
+# Modules around single layers, which the model does not have.
 _AROUND_LAYERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-_MOST_WORDS = 8  # of a prefix that is not known
-TOP = "."  # how the key of weights without any prefix is given
+_MOST_WORDS = 8  # of an unknown prefix
+TOP = "."  # the key of weights without any prefix
 
 Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class Unwrapped:
-    """Tensors without what was around their names.
+    """Tensors without the prefix of their names.
 
     Attributes:
-        tensors: Those under the prefix, by the names that the model gives them.
-        others: The full names of all others.
+        tensors: Tensors under the prefix, by the model's names.
+        others: Full names of all other tensors.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -64,7 +57,7 @@ class Unwrapped:
 
 
 def drop_layer_wrappers(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Return tensors by their names without the modules that compilers put around layers.
+    """Drop the modules that compilers put around layers from the tensors' names.
 
     Raises:
         ConversionError: If two tensors get one name.
@@ -84,15 +77,15 @@ def drop_layer_wrappers(stored: Mapping[str, StoredTensor]) -> dict[str, StoredT
 def find_wrapped(
     names: Collection[str], known: Callable[[str], Found | None], weights_key: str | None = None
 ) -> dict[tuple[str, Found], int]:
-    """Count what is known under each prefix that may be around weights.
+    """Count the known names under each prefix that may be around weights.
 
     Args:
-        names: The names of all tensors.
-        known: What a name without its prefix tells, or None.
-        weights_key: A prefix that may be there besides those of `WRAPPERS`.
+        names: Names of all tensors.
+        known: Function that tells what a name without its prefix is, or None.
+        weights_key: Prefix that is accepted besides the words of `WRAPPERS`.
 
     Returns:
-        How many names tell what under which prefix, the dot at its end included.
+        The number of names by their prefix, dot included, and by what `known` tells of them.
     """
     words = words_of(weights_key)
     found: dict[tuple[str, Found], int] = {}
@@ -114,15 +107,15 @@ def find_wrapped(
 def check_prefix(
     names: Collection[str], known: Callable[[str], Found | None], where: object
 ) -> None:
-    """Refuse a prefix that is not in `WRAPPERS`, stands before all names, and leads to weights.
+    """Refuse names that would be known without a common prefix that is not in `WRAPPERS`.
 
     Args:
-        names: The names of all tensors, none of which was found.
+        names: Names of all tensors, none of which `find_wrapped` found.
         known: See `find_wrapped`.
-        where: The file or folder, for errors.
+        where: File or folder, for errors.
 
     Raises:
-        ConversionError: If there is one.
+        ConversionError: If there is such a prefix.
     """
     first = min(names, default="")
     for match in itertools.islice(re.finditer(r"\.", first), _MOST_WORDS):
@@ -138,21 +131,21 @@ def check_prefix(
 
 
 def words_of(weights_key: str | None) -> frozenset[str]:
-    """Return the words that may stand around weights: those of the table and of a given key."""
+    """Return the words of prefixes: those of the table and of a given key."""
     return WRAPPERS | {*(weights_key or "").split(".")}
 
 
 def choose(prefixes: Collection[str], weights_key: str | None, where: object) -> str:
-    """Choose one of several prefixes: the only one, or the one that is asked for.
+    """Choose one of several prefixes: the only one, or the one that was asked for.
 
     Args:
-        prefixes: At least one.
-        weights_key: What was asked for: all of a prefix without the dot at its end, "." for none at
-            all, or one of its words.
-        where: The file or folder, for errors.
+        prefixes: Prefixes under which there are weights, at least one.
+        weights_key: Prefix that was asked for, without its last dot, or one of its words; "." is
+            no prefix; None is the only one there is.
+        where: File or folder, for errors.
 
     Raises:
-        ConversionError: If several are meant, or none.
+        ConversionError: If several prefixes fit, or none does.
     """
     keys = {prefix.removesuffix(".") or TOP: prefix for prefix in prefixes}
     meant = list(keys)
@@ -174,12 +167,12 @@ def choose(prefixes: Collection[str], weights_key: str | None, where: object) ->
 
 
 def unwrap(stored: Mapping[str, StoredTensor], prefix: str, prefixes: Collection[str]) -> Unwrapped:
-    """Take a prefix off the names that have it.
+    """Remove the chosen prefix from the names that have it.
 
     Args:
-        stored: The tensors.
-        prefix: The one that is meant.
-        prefixes: All under which there are weights.
+        stored: Tensors by their full names.
+        prefix: Prefix that was chosen.
+        prefixes: All prefixes under which there are weights.
     """
     longer = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
     meant = [name for name in stored if name.startswith(prefix) and not name.startswith(longer)]

@@ -4,27 +4,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.checked_files import check_regular
 from svg_jax.convert.formats.safetensors_file import Header, read_header
 from svg_jax.convert.formats.show import show_some
-from svg_jax.convert.formats.stored_tensor import StoredTensor, read_tensor
+from svg_jax.convert.formats.stored_tensor import StoredTensor, is_float, read_tensor
 from svg_jax.convert.formats.torch_file import read_dicts
 from svg_jax.convert.formats.wrappers import drop_layer_wrappers
 from svg_jax.convert.paths import usable_path
 from svg_jax.convert.sources.hub import LORA_STEMS, download_lora, is_hub_lora
 from svg_jax.convert.sources.weights import SUFFIXES, is_torch, is_weights
-
-_FLOATS = {
-    np.dtype(dtype)
-    for dtype in (
-        *(np.float64, np.float32, np.float16, ml_dtypes.bfloat16),
-        *(ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2),
-    )
-}
 
 
 def find_lora(path: str | Path) -> Path:
@@ -88,11 +79,6 @@ def _read_torch(file: Path) -> Mapping[str, StoredTensor]:
         )
     (tensors,) = dicts.values()
     return tensors
-
-
-def is_float(stored: StoredTensor) -> bool:
-    """Return whether a tensor holds floating-point numbers, of 8 to 64 bits."""
-    return stored.dtype in _FLOATS
 
 
 def read_alpha(stored: StoredTensor) -> float:

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from svg_jax.convert.errors import ConversionError
-from svg_jax.convert.formats.stored_tensor import StoredTensor
+from svg_jax.convert.formats.stored_tensor import StoredTensor, is_float
 from svg_jax.convert.lora.change import Change
 from svg_jax.convert.lora.config import LoraConfig
-from svg_jax.convert.lora.files import is_float, read_alpha
+from svg_jax.convert.lora.files import read_alpha
 from svg_jax.convert.lora.targets import Shapes, Target, Targets, tensor_names
 from svg_jax.convert.releases.renaming import take_rows
 from svg_jax.convert.tables.lora_names import Kind
