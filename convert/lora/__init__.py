@@ -1,1 +1,1 @@
-"""LoRAs: trainers' names and strengths, sorted by module and merged into weights."""
+"""LoRAs: read under any trainer's names, sorted by module and merged into the weights."""

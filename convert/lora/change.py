@@ -1,4 +1,4 @@
-"""What a LoRA adds to a tensor while it is converted: scale · alpha / rank · B A, in float32."""
+"""The sum that merges LoRAs into a tensor: scale · alpha / rank · B A is added, in float32."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ import numpy as np
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.stored_tensor import StoredTensor, count_nonfinite, read_tensor
 
-_ROWS = 1024  # of a weight that are changed at once: bounds the memory
+_ROWS = 1024  # rows of a weight that are changed at once, to bound the memory
 
 
 @dataclass(frozen=True)
 class Change:
-    """What is added to one tensor of a component.
+    """An addition to one tensor of a component.
 
     Attributes:
-        up: B, [rows, rank, 1, ...]; or all that is added, of the tensor's size.
-        scale: What the product is multiplied with.
-        down: A, [rank, in, *kernel] or [rank, in * kernel]; None where `up` itself is added.
-        mid: The core of a convolution's LoRA, [rank, rank, *kernel], where A is [rank, in, 1, ...].
+        up: Matrix B, [rows, rank, 1, ...]; or the whole addition, of the tensor's size.
+        scale: Factor of the addition.
+        down: Matrix A, [rank, in, *kernel] or [rank, in * kernel]; None if `up` itself is added.
+        mid: Core of a convolution's LoRA, [rank, rank, *kernel], if A is [rank, in, 1, ...].
     """
 
     up: StoredTensor
@@ -29,10 +29,10 @@ class Change:
 
 
 def add_changes(tensor: np.ndarray, changes: Sequence[Change]) -> np.ndarray:
-    """Add changes to a tensor in float32, one after the other; without any it stays as it is.
+    """Add changes to a tensor in float32, one after the other; without changes, return it as it is.
 
     Raises:
-        ConversionError: If a change, or the sum, is NaN or infinite.
+        ConversionError: If a change or the sum is not finite.
     """
     if not changes:
         return tensor

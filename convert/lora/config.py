@@ -1,4 +1,4 @@
-"""How strong a LoRA is: alpha and rank, from the config that PEFT or diffusers wrote with it."""
+"""The strength of a LoRA: alpha and rank, from the config that PEFT or diffusers wrote with it."""
 
 import math
 import re
@@ -16,65 +16,41 @@ _PEFT_STEM = "adapter_model"
 _METADATA = "lora_adapter_metadata"  # diffusers' name for a config within the file
 _LARGEST = sys.float_info.max
 _DEFAULT = 8  # PEFT's, of both r and lora_alpha
-# What PEFT merges in another way, or only together with a change of the base weights.
+# Keys of what PEFT merges in another way, or together with a change of the base weights.
 _VARIANTS = (
-    "use_dora",
-    "fan_in_fan_out",
-    "layer_replication",
-    "modules_to_save",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-    "arrow_config",
-    "alora_invocation_tokens",
-    "velora_config",
-    "monteclora_config",
-    "kasa_config",
+    *("use_dora", "fan_in_fan_out", "layer_replication", "modules_to_save", "target_parameters"),
+    *("trainable_token_indices", "use_bdlora", "use_qalora", "arrow_config", "velora_config"),
+    *("alora_invocation_tokens", "monteclora_config", "kasa_config"),
 )
-_PLAIN_STARTS = (
-    True,
-    False,
-    "gaussian",
-    "eva",
-    "orthogonal",
-)  # of init_lora_weights: they leave the base as it is
-# A pattern for modules that cannot take long: no group repeats, and few things do at all.
+# Values of init_lora_weights that do not change the base weights.
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+# Patterns of modules that are quick to match: no group repeats, and few characters do.
 _QUICK = re.compile(r"(?!.*\)[*+?])(?!(?:.*[*+?]){4})[\w.^$\\|()\[\]*+?-]+")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """A config that was found.
+    """The config of a LoRA.
 
     Attributes:
-        where: The file, for errors.
-        values: What stands in it.
-        is_peft: Whether it is PEFT's file, of one model; diffusers' has a prefix for each component
-            of a pipeline, and none in a model's own.
+        where: File that holds it, for errors.
+        values: Entries of the config. In diffusers' config of a pipeline, the keys have the
+            component's name as a prefix.
     """
 
     where: Path
     values: Mapping[str, Any]
-    is_peft: bool
 
     def of(self, *components: str) -> "LoraConfig":
-        """Take the part for the first of some components that has one; all if none has.
+        """Take the entries of the first component that has any; all entries if none has.
 
         Raises:
-            ConversionError: If it asks for anything but a plain LoRA.
+            ConversionError: If they describe anything but a plain LoRA.
         """
-        parts = (
-            {
-                key.removeprefix(f"{component}."): value
-                for key, value in self.values.items()
-                if key.startswith(f"{component}.")
-            }
-            for component in components
-        )
-        own = next(filter(None, parts), self.values)
-        part = LoraConfig(self.where, own, self.is_peft)
-        values = part.values
+        values = self.values
+        for prefix in (f"{component}." for component in reversed(components)):
+            own = {key: of for key, of in self.values.items() if key.startswith(prefix)}
+            values = {key.removeprefix(prefix): of for key, of in own.items()} or values
         kind = str(values.get("peft_type") or "LORA").removeprefix("PeftType.")
         start = values.get("init_lora_weights", True)
         odd = [key for key in _VARIANTS if values.get(key)]
@@ -85,17 +61,17 @@ class LoraConfig:
                 f"{self.where}: {odd[0]} is {values[odd[0]]!r:.80}, which is not merged like a "
                 "LoRA: merge it in its trainer."
             )
-        return part
+        return LoraConfig(self.where, values)
 
     def scaling(self, module: str, rank: int) -> float:
-        """Compute what the product B A of a module is multiplied with.
+        """Compute the factor of the product B A of a module.
 
         Args:
-            module: Its name in the LoRA, without a prefix.
-            rank: The rank that its tensors have.
+            module: Name of the module in the LoRA, without a prefix.
+            rank: Rank of its tensors.
 
         Raises:
-            ConversionError: If the config has another rank, or no number where one must stand.
+            ConversionError: If the config has another rank, or no number where one is needed.
         """
         r = self._value("r", "rank_pattern", module)
         if r != rank:
@@ -107,7 +83,7 @@ class LoraConfig:
         return alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
 
     def _value(self, name: str, patterns: str, module: str) -> float:
-        """Take the value of the first pattern that is the module's name, or the end of it."""
+        """Return the value of the first pattern that fits the module's name or its end."""
         table = self.values.get(patterns) or {}
         if not isinstance(table, dict):
             raise ConversionError(f"{self.where}: {patterns} is {table!r:.80}, and no object.")
@@ -136,19 +112,21 @@ def read_lora_config(file: Path, metadata: Any, *, is_peft: bool) -> LoraConfig 
 
     Args:
         file: File of the weights.
-        metadata: What its header says beside tensors.
+        metadata: Metadata in its header.
         is_peft: Whether the tensors have PEFT's names.
 
+    Returns:
+        The config; None if there is none.
+
     Raises:
-        ConversionError: If there is one and it is damaged.
+        ConversionError: If the config is damaged.
     """
     beside = file.with_name(PEFT_CONFIG)
     if (is_peft or file.stem == _PEFT_STEM) and beside.is_file():
-        return LoraConfig(beside, read_json(beside), is_peft=True)
+        return LoraConfig(beside, read_json(beside))
     text = metadata.get(_METADATA) if isinstance(metadata, dict) else None
     if not text:
         return None
     if not isinstance(text, str):
         raise ConversionError(f"{file}: its {_METADATA} is no JSON object: fetch it again.")
-    values = parse_json(text.encode("utf-8"), f"{file}: its {_METADATA}")
-    return LoraConfig(file, values, is_peft=False)
+    return LoraConfig(file, parse_json(text.encode("utf-8"), f"{file}: its {_METADATA}"))

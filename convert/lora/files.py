@@ -1,7 +1,6 @@
-"""Where a LoRA lies (a file, a folder, a repository of the hub), and what is in its file."""
+"""Find a LoRA's file (in a folder or on the hub), and read what is in it."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+import math
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,13 @@ from svg_jax.convert.sources.weights import SUFFIXES, is_torch, is_weights
 
 
 def find_lora(path: str | Path) -> Path:
-    """Find the file that a path or an id of the hub means; the hub's is brought to its cache.
+    """Find the file of a path or an id of the hub, which is downloaded to the hub's cache.
 
     Args:
-        path: A file, a folder with one, "owner/name" or "owner/name/file.safetensors".
+        path: File, folder with one, "owner/name" or "owner/name/file.safetensors".
 
     Raises:
-        ConversionError: If there is none, or there are several and none has a known name.
+        ConversionError: If there is no file, or there are several and none has a known name.
         OSError: See `hub.download_index`.
     """
     local = usable_path(path)
@@ -49,7 +48,7 @@ def find_lora(path: str | Path) -> Path:
 def _only_file(folder: Path) -> Path:
     found = sorted(file for file in folder.iterdir() if is_weights(file))
     known = [file for file in found if file.stem in LORA_STEMS]
-    # PEFT's and diffusers' folders may hold an optimizer's state beside.
+    # Folders of PEFT and diffusers may also hold an optimizer's state.
     safe = [file for file in known or found if not is_torch(file)]
     chosen = safe or known or found
     if len(chosen) != 1:
@@ -60,17 +59,15 @@ def _only_file(folder: Path) -> Path:
 
 
 def read_lora_file(file: Path) -> Header:
-    """Find the tensors of a LoRA's file, and what else it says; matrices are not read.
+    """Find the tensors of a LoRA's file, and its metadata; matrices are not read.
 
     Raises:
-        ConversionError: If the file is damaged or holds what no LoRA does.
+        ConversionError: If the file is damaged or holds several sets of tensors.
     """
     check_regular(file)
-    header = Header(_read_torch(file), None) if is_torch(file) else read_header(file)
-    return replace(header, tensors=drop_layer_wrappers(header.tensors))
-
-
-def _read_torch(file: Path) -> Mapping[str, StoredTensor]:
+    if not is_torch(file):
+        header = read_header(file)
+        return Header(drop_layer_wrappers(header.tensors), header.metadata)
     dicts = read_dicts(file)
     if len(dicts) > 1:
         raise ConversionError(
@@ -78,7 +75,7 @@ def _read_torch(file: Path) -> Mapping[str, StoredTensor]:
             "in a file of its own."
         )
     (tensors,) = dicts.values()
-    return tensors
+    return Header(drop_layer_wrappers(tensors), None)
 
 
 def read_alpha(stored: StoredTensor) -> float:
@@ -87,21 +84,17 @@ def read_alpha(stored: StoredTensor) -> float:
     Raises:
         ConversionError: If it is not one finite number.
     """
+    found: object = f"{stored.dtype} {list(stored.shape)}"
     is_number = is_float(stored) or stored.dtype.kind in "iu"
-    if is_number and np.prod(stored.shape, dtype=object) == 1:
-        alpha = float(read_tensor(stored).reshape(()))
-        if np.isfinite(alpha):
-            return alpha
-        raise ConversionError(
-            f"{stored.file}: {stored.name} is not one finite number, but {alpha}: fetch the LoRA "
-            "again."
-        )
+    if is_number and math.prod(stored.shape) == 1:
+        found = float(read_tensor(stored).reshape(()))
+        if math.isfinite(found):
+            return found
     raise ConversionError(
-        f"{stored.file}: {stored.name} is not one finite number, but {stored.dtype} "
-        f"{list(stored.shape)}: fetch the LoRA again."
+        f"{stored.file}: {stored.name} is not one finite number, but {found}: fetch the LoRA again."
     )
 
 
 def is_zero(stored: StoredTensor) -> bool:
-    """Return whether all elements are zero; some trainers write zeros for all norms and biases."""
+    """Tell whether all elements are zero, as some trainers write for all norms and biases."""
     return not np.any(read_tensor(stored))

@@ -1,4 +1,4 @@
-"""The parts of one module of a LoRA, checked against the model, as changes of its tensors."""
+"""The parts of one module of a LoRA, checked against the model and turned into changes."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from svg_jax.convert.formats.stored_tensor import StoredTensor, is_float
 from svg_jax.convert.lora.change import Change
 from svg_jax.convert.lora.config import LoraConfig
 from svg_jax.convert.lora.files import read_alpha
-from svg_jax.convert.lora.targets import Shapes, Target, Targets, tensor_names
+from svg_jax.convert.lora.targets import Shapes, Targets, tensor_names
 from svg_jax.convert.releases.renaming import take_rows
 from svg_jax.convert.tables.lora_names import Kind
 
@@ -21,9 +21,9 @@ class Group:
     """The parts of one module.
 
     Attributes:
-        module: Its name in the file, without a prefix.
-        alpha: Alpha where the file does not tell it; None is the rank.
-        parts: Its tensors.
+        module: Name of the module in the file, without a prefix.
+        alpha: Alpha if the file does not contain it; None is the rank.
+        parts: Tensors of the module.
     """
 
     module: str
@@ -34,17 +34,17 @@ class Group:
 def group_changes(
     targets: Targets, group: Group, scale: float, config: LoraConfig | None, shapes: Shapes
 ) -> Iterator[tuple[str, Change]]:
-    """Give the changes of a module's tensors, by their names.
+    """Yield the names of the tensors that a module of a LoRA changes, and their changes.
 
     Args:
-        targets: The modules of the model that it changes.
-        group: Its parts.
-        scale: The LoRA's strength.
-        config: What was written about it, if anything was.
+        targets: Modules of the model that are changed.
+        group: Parts of the LoRA's module.
+        scale: Strength of the LoRA.
+        config: Config of the LoRA, if it has one.
         shapes: Shapes of the model's tensors.
 
     Raises:
-        ConversionError: If a part is missing, or one does not fit.
+        ConversionError: If a part is missing or does not fit.
     """
     parts = group.parts
     for part in parts.values():
@@ -66,13 +66,13 @@ def group_changes(
     if up.shape[0] != (rows := sum(target.rows for target in targets)):
         raise _misfit(up, names, shapes, rows)
     for target, name in zip(targets, names, strict=True):
-        yield name, Change(_take(up, target), factor, down, parts.get("mid"))
+        yield name, Change(take_rows(up, target.runs), factor, down, parts.get("mid"))
     if bias := parts.get("bias"):
         yield from _differences(bias, targets, factor, shapes, 1)
 
 
 def _matrices(parts: Mapping[Kind, StoredTensor]) -> tuple[StoredTensor, StoredTensor, int]:
-    """Check that A and B are there and belong together; return them and their rank."""
+    """Check that A and B exist and have one rank; return A, B and the rank."""
     some = next(iter(parts.values()))
     down, up, mid = parts.get("down"), parts.get("up"), parts.get("mid")
     if down is None or up is None:
@@ -93,19 +93,18 @@ def _matrices(parts: Mapping[Kind, StoredTensor]) -> tuple[StoredTensor, StoredT
 
 
 def _strength(group: Group, config: LoraConfig | None, rank: int) -> float:
-    """Compute what B A is multiplied with, but for the LoRA's own scale."""
+    """Compute the factor of B A, without the LoRA's own scale."""
     stored = group.parts.get("alpha")
-    said = None if config is None else config.scaling(group.module, rank)
-    where = None if config is None else config.where.name
-    if stored is None:
-        default = 1.0 if group.alpha is None else group.alpha / rank
-        return default if said is None else said
-    strength = read_alpha(stored) / rank
-    if said is None:
+    if stored is not None:
+        strength = read_alpha(stored) / rank
+    else:
+        strength = 1.0 if group.alpha is None else group.alpha / rank
+    if config is None:
         return strength
-    if not math.isclose(strength, said, rel_tol=_ROUNDING):
+    said = config.scaling(group.module, rank)
+    if stored is not None and not math.isclose(strength, said, rel_tol=_ROUNDING):
         raise ConversionError(
-            f"{stored.file}: {stored.name} and {where} both say its scale, and not the "
+            f"{stored.file}: {stored.name} and {config.where.name} both say its scale, and not the "
             "same: remove one."
         )
     return said
@@ -114,9 +113,9 @@ def _strength(group: Group, config: LoraConfig | None, rank: int) -> float:
 def _check_width(
     down: StoredTensor, mid: StoredTensor | None, targets: Targets, shapes: Shapes
 ) -> None:
-    """Compare what A takes in with the weights that it changes.
+    """Compare the input features of A with those of the weights that it changes.
 
-    A convolution's may be a matrix over whole patches, and a matrix a convolution of one point.
+    A may be a matrix over whole patches for a convolution, and a 1 x 1 convolution for a matrix.
     """
     width = math.prod(down.shape[1:]) * (1 if mid is None else math.prod(mid.shape[2:]))
     for target in targets:
@@ -133,10 +132,10 @@ def _check_width(
 def _differences(
     stored: StoredTensor, targets: Targets, scale: float, shapes: Shapes, which: int
 ) -> Iterator[tuple[str, Change]]:
-    """Give the rows that are added to weights (`which` is 0) or biases (1), as they are."""
+    """Yield differences of weights (`which` is 0) or biases (1), which are added as they are."""
     names = [tensor_names(target.module, shapes)[which] for target in targets]
     rows = sum(target.rows for target in targets)
-    is_whole = len(targets) == len(targets[0].runs) == 1  # then axes of one element may lack
+    is_whole = len(targets) == len(targets[0].runs) == 1  # then axes of one element may be missing
     fits = is_whole or stored.shape[:1] == (rows,)
     for name in names:
         shape = shapes.get(name, (0,))
@@ -144,11 +143,7 @@ def _differences(
     if not fits:
         raise _misfit(stored, names, shapes, rows)
     for target, name in zip(targets, names, strict=True):
-        yield name, Change(stored if is_whole else _take(stored, target), scale)
-
-
-def _take(stored: StoredTensor, target: Target) -> StoredTensor:
-    return take_rows(stored, target.runs)
+        yield name, Change(stored if is_whole else take_rows(stored, target.runs), scale)
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -156,7 +151,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _misfit(stored: StoredTensor, names: list[str], shapes: Shapes, rows: int) -> ConversionError:
-    """Word the refusal of a part whose shape is not that of the tensors that it changes."""
+    """Make the error for a part whose shape is not that of the tensors that it changes."""
     if missing := [name for name in names if name not in shapes]:
         return ConversionError(
             f"{stored.file}: {stored.name} is {list(stored.shape)} and does not fit {missing[0]}, "

@@ -1,7 +1,7 @@
-"""What the files of a LoRA change: which tensors of which components, and how strongly.
+"""Which tensors of which components a LoRA changes, and how strongly.
 
-What a file means is what diffusers 0.42.1 (`load_lora_weights`, `fuse_lora`) and PEFT make of it,
-and where they drop a part, or do not know a trainer's names, what ComfyUI or the trainer does.
+Files mean what diffusers 0.42.1 (`load_lora_weights`, `fuse_lora`) and PEFT make of them. Where
+these drop a part or do not know a trainer's names, files mean what ComfyUI or the trainer does.
 """
 
 import logging
@@ -13,11 +13,12 @@ from svg_jax.convert.checkpoint.manifest import LoraRecord
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.checked_files import FileState
 from svg_jax.convert.formats.digests import file_digest
+from svg_jax.convert.formats.show import show_some
 from svg_jax.convert.lora.change import Change
 from svg_jax.convert.lora.config import PEFT_CONFIG, read_lora_config
 from svg_jax.convert.lora.files import find_lora, read_lora_file
 from svg_jax.convert.lora.merge import group_changes
-from svg_jax.convert.lora.sort import Component, list_names, sort_tensors
+from svg_jax.convert.lora.sort import Component, sort_tensors
 from svg_jax.convert.lora.targets import changeable_shapes, module_names
 from svg_jax.convert.paths import usable_path
 from svg_jax.convert.settings import LoraSource
@@ -34,12 +35,12 @@ class Lora:
     """A LoRA that was checked and can be merged.
 
     Attributes:
-        source: What was asked for.
-        path: Its file or folder.
-        name: What it is called.
-        states: The files that are read, as they were before.
-        changes: Per component, the changes of each tensor.
-        skipped: Names, with an asterisk for each number, of what the model has no layers for.
+        source: Settings of the LoRA.
+        path: File or folder of the LoRA.
+        name: Name in the manifest.
+        states: States of its files before they were read.
+        changes: Changes of each tensor, by component.
+        skipped: Names, with an asterisk for each number, of parts for layers the model lacks.
     """
 
     source: LoraSource
@@ -50,7 +51,7 @@ class Lora:
     skipped: tuple[str, ...]
 
     def record(self) -> LoraRecord:
-        """Make the entry of the manifest, for which its files are read."""
+        """Make the entry of the manifest, with digests of the files."""
         return LoraRecord(
             source=self.name,
             scale=self.source.scale,
@@ -63,16 +64,16 @@ class Lora:
 def read_loras(
     sources: Sequence[LoraSource], leaves: Mapping[str, Sequence[Leaf]], *, strict: bool = False
 ) -> tuple[Lora, ...]:
-    """Read what LoRAs change, but not their matrices.
+    """Find the changes that LoRAs make; their matrices are not read yet.
 
     Args:
         sources: LoRAs, in the order in which they are merged.
         leaves: Leaves of each component that is converted.
-        strict: Whether parts for layers that the model lacks are an error, and not skipped.
+        strict: Whether parts for layers that the model lacks are refused instead of skipped.
 
     Raises:
-        ConversionError: If nothing of one fits, a part is missing or has another shape, or needs
-            another kind of merge.
+        ConversionError: If nothing of a LoRA fits, or a part is missing, has another shape, or must
+            be merged in another way.
     """
     components = {}
     for name in leaves if sources else ():
@@ -82,7 +83,7 @@ def read_loras(
 
 
 def changes_of(loras: Sequence[Lora], component: str) -> dict[str, tuple[Change, ...]]:
-    """Collect what LoRAs add to the tensors of a component, by name, in their order."""
+    """Collect the changes of a component's tensors by several LoRAs, in the LoRAs' order."""
     changes: dict[str, tuple[Change, ...]] = {}
     for lora in loras:
         for name, more in lora.changes.get(component, {}).items():
@@ -119,18 +120,16 @@ def _read_lora(source: LoraSource, components: Mapping[str, Component], *, stric
                         f"{component}: keep one of them."
                     )
             changed[name] = (*changed.get(name, ()), change)
-    if found.absent and strict:
+    absent = show_some(sorted(found.absent))
+    if absent and strict:
         raise ConversionError(
             f"{file}: has parts for what the model lacks, which strict=True (--strict) forbids: "
-            f"{list_names(found.absent)}."
+            f"{absent}."
         )
-    if found.absent:
-        _LOGGER.warning(
-            "%.80s: parts for what the model lacks are skipped: %s.",
-            file.name,
-            list_names(found.absent),
-        )
-    if is_peft and config is None and not found.has_alpha:
+    if absent:
+        _LOGGER.warning("%.80s: parts for what the model lacks are skipped: %s.", file.name, absent)
+    has_alpha = any("alpha" in group.parts for group in found.groups.values())
+    if is_peft and config is None and not has_alpha:
         _LOGGER.warning(
             "%.80s: PEFT's %s is not beside it: alpha is taken as the rank.", file.name, PEFT_CONFIG
         )
@@ -145,5 +144,5 @@ def _read_lora(source: LoraSource, components: Mapping[str, Component], *, stric
 
 
 def _name(path: Path) -> str:
-    """Name a path; a link to a file in the hub's cache has a better name than the file."""
+    """Name a path; a link to a file in the hub's cache has a better name than that file."""
     return path.resolve().name if path.is_dir() else path.absolute().name

@@ -1,13 +1,13 @@
-"""The tensors of a LoRA's file by the modules that they change, and what fits no module."""
+"""Sort the tensors of a LoRA's file by the modules that they change."""
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from svg_jax.convert.errors import ConversionError
+from svg_jax.convert.formats.show import show_some
 from svg_jax.convert.formats.stored_tensor import StoredTensor
 from svg_jax.convert.lora.files import is_zero
 from svg_jax.convert.lora.merge import Group
@@ -22,17 +22,21 @@ from svg_jax.convert.tables.lora_names import (
     readings,
 )
 
-_LINE = 180  # characters of a list of names
 _NAME_LIMIT = 160  # characters of a tensor's name, of which errors hold two
-_MOST_WORDS = 8  # of a prefix that is not known
-_SOME = 1000  # names of which one has to fit without it
+_MOST_WORDS = 8  # of an unknown prefix
+_SOME = 1000  # names, one of which must fit without an unknown prefix
 _BESIDE = "bundle_emb."  # embeddings that OneTrainer stores with a LoRA
 _DIFFERENCES = {"difference": 0, "bias difference": 1, "bias": 1}  # weights, biases
 
 
 @dataclass(frozen=True)
 class Component:
-    """What a LoRA may change of a component, and what it calls that."""
+    """What a LoRA may change in a component.
+
+    Attributes:
+        shapes: Shapes of the tensors, by diffusers' names.
+        names: Names of the modules.
+    """
 
     shapes: Shapes
     names: ModuleNames
@@ -40,21 +44,18 @@ class Component:
 
 @dataclass
 class SortedParts:
-    """What was found in a file.
+    """Contents of a file.
 
     Attributes:
         groups: Parts that fit, by component and modules.
-        absent: How many parts there are for what the model lacks, by their modules' names with an
-            asterisk for each number.
-        foreign: How many modules are of another kind of model.
-        has_alpha: Whether the file tells alpha.
-        notes: What the user should know about how it was read.
+        absent: Names of the modules that the model lacks, with an asterisk for each number.
+        foreign: Number of modules of another kind of model.
+        notes: Sentences to the user about how the file was read.
     """
 
     groups: dict[tuple[str, Targets], Group] = field(default_factory=dict)
-    absent: Counter[str] = field(default_factory=Counter)
+    absent: set[str] = field(default_factory=set)
     foreign: int = 0
-    has_alpha: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -67,14 +68,14 @@ def sort_tensors(
     """Sort the tensors of a file by what they change.
 
     Args:
-        file: The file, for errors.
-        tensors: Its tensors.
-        components: The components that are converted.
-        into: The component that names of the transformer mean.
+        file: File of the LoRA, for errors.
+        tensors: Tensors of the file.
+        components: Components that are converted.
+        into: Component that the transformer's names mean.
 
     Raises:
-        ConversionError: If one is no part of a LoRA that can be merged; or the LoRA is of another
-            model, since nothing or the smaller part fits.
+        ConversionError: If a tensor is no part of a LoRA that can be merged; or the LoRA is of
+            another model, because nothing or less than half of it fits.
     """
     parts = _read_names(file, tensors, components)
     found = _sort(tensors, parts, components, into, "")
@@ -95,9 +96,10 @@ def sort_tensors(
     if not found.groups or found.foreign > len(found.groups):
         count = len(found.groups)
         fits = f"only {count} of its modules fit" if count else "nothing in it fits"
+        absent = show_some(sorted(found.absent))
         raise ConversionError(
-            f"{file}: {fits} {where}, where there is no {list_names(found.absent)}: the LoRA is of "
-            "another model; choose another file, or other components."
+            f"{file}: {fits} {where}, where there is no {absent}: the LoRA is of another model; "
+            "choose another file, or other components."
         )
     others = tensors.keys() - parts.keys()
     if _is_whole(parts):
@@ -107,19 +109,6 @@ def sort_tensors(
     else:
         found.absent.update(map(_pattern, others))
     return found
-
-
-def list_names(names: Mapping[str, int]) -> str:
-    """List names in a line, as many as it takes."""
-    some: list[str] = []
-    for name in sorted(names):
-        if sum(len(other) + 2 for other in some) + len(name) > _LINE:
-            break
-        some.append(name)
-    more = len(names) - len(some)
-    if not some:
-        return f"{min(names):.{_LINE}}…"
-    return ", ".join(some) + (f" and {more} more" if more else "")
 
 
 def _read_names(
@@ -146,7 +135,7 @@ def _read_names(
 
 
 def _is_whole(parts: Mapping[str, Part]) -> bool:
-    """Return whether SAT wrote the file, which stores a LoRA's matrices in the whole model."""
+    """Tell whether SAT wrote the file, which stores a LoRA's matrices with the whole model."""
     return any(part.suffix.alpha is not None for part in parts.values())
 
 
@@ -168,7 +157,7 @@ def _sort(
             if kind in _DIFFERENCES and is_zero(tensor):
                 continue  # some trainers write zeros for all norms and biases
             name = _pattern(rest)
-            found.absent[name if component == into else f"{component}.{name}"] += 1
+            found.absent.add(name if component == into else f"{component}.{name}")
             own = components.get(component)
             if own is not None and not any(own.names.knows(rest) for _, rest in readable):
                 foreign.add(rest)
@@ -182,7 +171,6 @@ def _sort(
             )
         group.parts[kind] = tensor
         group.alpha = group.alpha if part.suffix.alpha is None else part.suffix.alpha
-        found.has_alpha |= kind == "alpha"
     found.foreign = len(foreign)
     return found
 
@@ -197,7 +185,7 @@ def _readings(
 def _fitting(
     readable: list[tuple[str, str]], part: Part, components: Mapping[str, Component]
 ) -> tuple[str, str, Targets] | None:
-    """Find the first reading of a name that means modules of the model."""
+    """Find the first reading of a name that means modules of the model; None if none does."""
     for component, rest in readable:
         own = components.get(component)
         targets = None if own is None else own.names.targets.get(normal_name(rest))
@@ -217,13 +205,13 @@ def _fitting(
 
 
 def _reads(part: Part, components: Mapping[str, Component], into: str, prefix: str) -> bool:
-    """Return whether a part fits without a prefix."""
+    """Tell whether a part fits without a prefix."""
     readable = list(_readings(part.module.removeprefix(prefix), components, into))
     return _fitting(readable, part, components) is not None
 
 
 def _wrappers(modules: Sequence[str]) -> Iterator[str]:
-    """Give what all names begin with that may be a prefix which is not known."""
+    """Yield the beginnings of all names that may be an unknown prefix."""
     ends = (match.end() for match in re.finditer(r"[._]", modules[0] if modules else ""))
     for end in itertools.islice(ends, _MOST_WORDS):
         prefix = modules[0][:end]
@@ -234,5 +222,5 @@ def _wrappers(modules: Sequence[str]) -> Iterator[str]:
 
 
 def _pattern(name: str) -> str:
-    """Put an asterisk for each number between dots or underscores of a name."""
+    """Replace each number between dots or underscores of a name by an asterisk."""
     return re.sub(r"(?<!transformer_)(?<!encoder_)(?<=[._])\d+(?=[._])", "*", name)

@@ -1,7 +1,7 @@
-"""Which tensors of a component a module's name means, whoever gave it the name.
+"""Which tensors of a component a module's name means, whoever gave it that name.
 
-Diffusers' names, those of the first releases, which fuse several modules into one, and ComfyUI's
-are keys of one table, in the form that `lora_names.normal_name` gives them.
+One table holds diffusers' names, those of the first releases, which fuse several modules into one,
+and ComfyUI's, all in the form of `lora_names.normal_name`.
 """
 
 import re
@@ -20,11 +20,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Target:
-    """A module of the model, as a module of a LoRA changes it.
+    """A module of the model that a module of a LoRA changes.
 
     Attributes:
         module: Name of the module, or of a tensor that is in none.
-        runs: Rows of the LoRA's module, [begin, end), that are the target's, in their order.
+        runs: Runs of rows of the LoRA's module, [begin, end), that belong to the target, in order.
     """
 
     module: str
@@ -32,7 +32,7 @@ class Target:
 
     @property
     def rows(self) -> int:
-        """Number of its rows."""
+        """Number of the target's rows."""
         return sum(end - begin for begin, end in self.runs)
 
 
@@ -44,21 +44,20 @@ class ModuleNames:
     """The names of a component's modules, in the form of `lora_names.normal_name`.
 
     Attributes:
-        targets: What each name means.
-        known: Names, with an asterisk for each number, of modules of this kind of model, whether
-            this one has them or not.
+        targets: Modules that each name means.
+        known: Names, with an asterisk for each number, of the modules of all models of this kind.
     """
 
     targets: Mapping[str, Targets]
     known: frozenset[str]
 
     def knows(self, module: str) -> bool:
-        """Return whether a model of this kind may have a module of that name."""
+        """Tell whether a model of this kind may have a module of that name."""
         return _unnumbered(normal_name(module)) in self.known
 
 
 def changeable_shapes(leaves: Sequence[Leaf]) -> dict[str, tuple[int, ...]]:
-    """Collect the shapes of what a LoRA may change: all but what is stored under two names."""
+    """Collect the shapes of the tensors that a LoRA may change: all but tied ones."""
     return {
         name: leaf.rule.source_shape for leaf in leaves for (name, *ties) in leaf.names if not ties
     }
@@ -91,7 +90,7 @@ def module_names(shapes: Shapes) -> ModuleNames:
 
 
 def _names_of(source: str) -> tuple[str, str]:
-    """Give the names of a module in a release and in ComfyUI."""
+    """Return the names of a module in a release and in ComfyUI."""
     comfyui = source
     for theirs, other in COMFYUI.items():
         comfyui = comfyui.replace(theirs, other)
@@ -103,7 +102,7 @@ def _unnumbered(name: str) -> str:
 
 
 def _released(origin: Origin, rows: Mapping[str, int]) -> Iterator[tuple[str, Targets]]:
-    """Give the modules that a line of a release's table means here, by the release's names."""
+    """Yield the modules that a line of a release's table means here, by the release's names."""
     for numbers in _numbers(origin.targets[0][0], rows):
         modules = [(target.format(*numbers), pieces) for target, pieces in origin.targets]
         if any(module not in rows for module, _ in modules):

@@ -32,7 +32,7 @@ from svg_jax.convert import (
     read_manifest,
 )
 from svg_jax.convert.lora.targets import changeable_shapes, module_names
-from svg_jax.convert.tables.lora_names import METHODS, PREFIXES, SUFFIXES, normal_name
+from svg_jax.convert.tables.lora_names import METHODS, PREFIXES, SUFFIXES, normal_name, read_name
 
 ROOT = Path(__file__).parents[3]
 LOG = "svg_jax.convert.lora.read"
@@ -149,6 +149,12 @@ class TestNames:
             normal_name(f"{asked}{module}".replace(".", "_"))
         ]
         assert target.module == stored + module
+
+    @pytest.mark.parametrize("adapter", ["default", "lora_up", "lora_B"])
+    def test_an_adapter_may_have_any_name(self, adapter):
+        part = read_name(f"blocks.0.attn.lora_A.{adapter}.weight")
+        assert part is not None
+        assert (part.module, part.suffix.kind) == ("blocks.0.attn", "down")
 
     def test_the_docs_tell_all_of_the_tables(self):
         text = (ROOT / "docs/lora.md").read_text()
