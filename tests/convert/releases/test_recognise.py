@@ -99,6 +99,7 @@ def renamed(name, stored):
     """A release's tensors under their new names, whatever their shapes."""
     of = load("original", name)["class"]
     (table,) = {r.table for r in RELEASES if r.class_name == of and r.mark in stored}
+    assert table is not None
     return rename_tensors(stored, table({key: tensor.shape for key, tensor in stored.items()}))
 
 
