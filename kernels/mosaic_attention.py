@@ -6,6 +6,7 @@ pair by pair in registers; the others run untested. Lists and masks are data: la
 change them without compiling.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,14 +33,11 @@ class Tiling:
         stages: Blocks of keys and values on the way at once.
         overlap: True: a warpgroup multiplies its next queries and keys while it weighs the last
             ones. False: the two warpgroups take turns, one multiplying while the other weighs.
-        num_ctas: How many thread blocks share the query blocks; None gives each its own, started
-            longest first as multiprocessors become free.
     """
 
     block_kv: int = 128
     stages: int = 2
     overlap: bool = True
-    num_ctas: int | None = None
 
 
 CONSUMERS = 2
@@ -110,14 +108,13 @@ def block_list_attention(
     counts: Int[Array, "batch heads q_blocks"],
     blocks: Int[Array, "batch heads q_blocks most"],
     scale: float,
-    num_ctas: int | None = None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], Float[Array, "batch heads tokens"]]:
     """Attend to listed blocks of 128 keys, whole; see `svg_jax.kernels.attention`."""
     batch, tokens, heads, head_dim = query.shape
     block_kv = 128
     lists = lists_of_heads(counts, blocks, tokens, block_kv)
-    tiling = Tiling(block_kv, overlap=head_dim == 128, num_ctas=num_ctas)
+    tiling = Tiling(block_kv, overlap=head_dim == 128)
     out, lse = _attend(
         query,
         key,
@@ -154,8 +151,6 @@ def _attend(
     batch, _, heads, head_dim = query.shape
     block_kv = tiling.block_kv
     num_q_blocks = lists.counts.shape[1]
-    num_items = batch * heads * num_q_blocks
-    num_ctas = num_items if tiling.num_ctas is None else min(tiling.num_ctas, num_items)
     edge, edge_value = mgpu.blanked_values(value, masks, text_length, block_kv)
     if text_length is None:
         text_length = jnp.full(batch, num_tokens, jnp.int32)
@@ -164,7 +159,6 @@ def _attend(
         _body,
         tiling=tiling,
         num_tokens=num_tokens,
-        num_ctas=num_ctas,
         edge=edge,
         scale=scale,
         interpret=interpret,
@@ -194,7 +188,7 @@ def _attend(
             jax.ShapeDtypeStruct((batch, heads, padded_rows), jnp.float32),
         ),
         scratch_types=scratch,
-        grid=(num_ctas,),
+        grid=order.shape,
         grid_names=("cta",),
     )(
         query,
@@ -208,8 +202,21 @@ def _attend(
     )
 
 
+class _Place(NamedTuple):
+    """Batch entry, head, map and number of a block of queries."""
+
+    batch: Any
+    head: Any
+    which: Any
+    q_block: Any
+
+    def rows(self) -> Any:
+        """Find the rows of this warpgroup."""
+        return pl.ds(self.q_block * BLOCK_Q + lax.axis_index("warpgroup") * mgpu.ROWS, mgpu.ROWS)
+
+
 class _Work(NamedTuple):
-    """What there is to do, for all thread blocks, in global memory.
+    """What the thread blocks have to do, one block of queries each; references to global memory.
 
     Attributes:
         lists: Blocks of keys of each map.
@@ -227,26 +234,13 @@ class _Work(NamedTuple):
     heads: int
     num_tokens: int
 
-
-class _Place(NamedTuple):
-    """The queries of a thread block: their batch entry, head and number, and the head's map."""
-
-    batch: Any
-    head: Any
-    which: Any
-    q_block: Any
-
-
-def _place(work: _Work, number: Any) -> _Place:
-    num_q_blocks = work.lists.counts.shape[1]
-    chosen = work.order[number]
-    entry = lax.div(chosen, num_q_blocks)
-    return _Place(
-        lax.div(entry, work.heads),
-        lax.rem(entry, work.heads),
-        work.map_of_head[entry],
-        lax.rem(chosen, num_q_blocks),
-    )
+    def place(self) -> _Place:
+        """Find the queries of this thread block."""
+        num_q_blocks = self.lists.counts.shape[1]
+        chosen = self.order[lax.axis_index("cta")]
+        entry, q_block = lax.div(chosen, num_q_blocks), lax.rem(chosen, num_q_blocks)
+        batch, head = lax.div(entry, self.heads), lax.rem(entry, self.heads)
+        return _Place(batch, head, self.map_of_head[entry], q_block)
 
 
 def _body(
@@ -266,7 +260,6 @@ def _body(
     *,
     tiling: Tiling,
     num_tokens: int,
-    num_ctas: int,
     edge: tuple[int, int],
     scale: float,
     interpret: Any,
@@ -279,115 +272,96 @@ def _body(
     staging=None,
 ):
     """Run one warpgroup of a thread block: two compute, the third fetches keys and values."""
-    warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-    num_turns = lax.div(order_ref.shape[0] - 1 - cta, num_ctas) + 1
+    warpgroup = lax.axis_index("warpgroup")
     lists = Lists(tested_ref, counts_ref, blocks_ref, bounds_ref)
     work = _Work(lists, map_ref, order_ref, length_ref, out_ref.shape[2], num_tokens)
 
     @pl.when(warpgroup == CONSUMERS)
     def _produce():
         plgpu.set_max_registers(REGISTERS[1], action="decrease")
+        place = work.place()
+        count = counts_ref[place.which, place.q_block]
 
-        def one_item(number, step):
-            place = _place(work, cta + number * num_ctas)
-            sources = (k_ref, v_ref, (edge, edge_ref))
-            return step + _fetch(sources, k_ring, v_ring, work.lists, place, step)
+        def fetch(n, _):
+            block, slot = blocks_ref[place.which, place.q_block, n], k_ring.slot(n)
+            here = (place.batch, block, place.head)
+            plgpu.barrier_wait(k_ring.free.at[slot])
+            mgpu.fetch_block(k_ref, k_ring, slot, (), *here)
+            plgpu.barrier_wait(v_ring.free.at[slot])
+            mgpu.fetch_block(v_ref, v_ring, slot, ((edge, edge_ref),), *here)
 
-        step = lax.fori_loop(0, num_turns, one_item, jnp.int32(0))
-        mgpu.await_readers(step, k_ring, v_ring)
+        lax.fori_loop(0, count, fetch, None)
+        mgpu.await_readers(count, k_ring, v_ring)
 
     @pl.when(warpgroup < CONSUMERS)
     def _consume():
         plgpu.set_max_registers(REGISTERS[0], action="increase")
         my_q, my_lse = q_smem.at[warpgroup], lse_smem.at[warpgroup]
-        my_staging = jax.tree.map(lambda ref: ref.at[warpgroup], staging)
         mgpu.release_all(k_ring, v_ring)
         if not tiling.overlap:  # the second warpgroup is half a step behind
             pl.when(warpgroup == 1)(partial(pass_turn, turn))
-
-        def one_item(number, step):
-            place = _place(work, cta + number * num_ctas)
-            first_row = place.q_block * BLOCK_Q + warpgroup * mgpu.ROWS
-            rows = pl.ds(first_row, mgpu.ROWS)
-            here = (place.batch, rows, place.head)
-            plgpu.copy_gmem_to_smem(q_ref.at[here], my_q, q_ready.at[warpgroup])
-            at = (place.which, place.q_block)
-            tested, count = tested_ref[at], counts_ref[at]
-            is_padding, test = _tests(work, place, first_row, tiling.block_kv, interpret)
-            plgpu.barrier_wait(q_ready.at[warpgroup])
-            visitor = overlapped if tiling.overlap else alternating
-            acc, row_max, row_sum = visitor(
-                my_q,
-                k_ring,
-                v_ring,
-                turn,
-                my_staging,
-                test=test,
-                slot_of=lambda n: lax.rem(step + n, tiling.stages),
-                tested=tested,
-                count=count,
-                factor=scale * mgpu.LOG2_E,
-                interpret=interpret,
-            )
-            row = mgpu.positions(my_q.shape, 0, interpret) + first_row
-            inverse = mgpu.by_row(1.0 / jnp.where(row_sum > 0, row_sum, 1.0), acc.shape)
-            my_q[...] = jnp.where(is_padding(row), 0.0, acc * inverse).astype(my_q.dtype)
-            lse = (row_max + jnp.log2(row_sum)) * (1 / mgpu.LOG2_E)
-            my_lse[...] = jnp.where(row_sum > 0, lse, -jnp.inf)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(my_q, out_ref.at[here])
-            plgpu.copy_smem_to_gmem(my_lse, lse_ref.at[place.batch, place.head, rows])
-            plgpu.wait_smem_to_gmem(0)
-            return step + count
-
-        lax.fori_loop(0, num_turns, one_item, jnp.int32(0))
+        place = work.place()
+        queries = q_ref.at[place.batch, place.rows(), place.head]
+        plgpu.copy_gmem_to_smem(queries, my_q, q_ready.at[warpgroup])
+        plgpu.barrier_wait(q_ready.at[warpgroup])
+        visit = overlapped if tiling.overlap else alternating
+        acc, row_max, row_sum = visit(
+            my_q,
+            k_ring,
+            v_ring,
+            turn,
+            jax.tree.map(lambda ref: ref.at[warpgroup], staging),
+            test=_test(work, place, tiling.block_kv, interpret),
+            tested=tested_ref[place.which, place.q_block],
+            count=counts_ref[place.which, place.q_block],
+            factor=scale * mgpu.LOG2_E,
+            interpret=interpret,
+        )
+        # Found again: a place that is held over the loop takes registers, and others spill.
+        place = work.place()
+        rows = place.rows()
+        row = mgpu.positions(my_q.shape, 0, interpret) + rows.start
+        inverse = mgpu.by_row(1.0 / jnp.where(row_sum > 0, row_sum, 1.0), acc.shape)
+        padding = _is_padding(work, place)(row)
+        my_q[...] = jnp.where(padding, 0.0, acc * inverse).astype(my_q.dtype)
+        lse = (row_max + jnp.log2(row_sum)) * (1 / mgpu.LOG2_E)
+        my_lse[...] = jnp.where(row_sum > 0, lse, -jnp.inf)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(my_q, out_ref.at[place.batch, rows, place.head])
+        plgpu.copy_smem_to_gmem(my_lse, lse_ref.at[place.batch, place.head, rows])
+        plgpu.wait_smem_to_gmem(0)
         if not tiling.overlap:
             pl.when(warpgroup == 0)(partial(pass_turn, turn))
 
 
-def _fetch(sources, k_ring: mgpu.Ring, v_ring: mgpu.Ring, lists: Lists, place: _Place, step):
-    """Fetch the listed keys and values of a query block, and return how many blocks they are."""
-    k_ref, v_ref, edge = sources
-    stages, block_kv = k_ring.tiles.shape[:2]
-    count = lists.counts[place.which, place.q_block]
-
-    def fetch(n, _):
-        block = lists.blocks[place.which, place.q_block, n]
-        slot = lax.rem(step + n, stages)
-        rows = (place.batch, pl.ds(block * block_kv, block_kv), place.head)
-        plgpu.barrier_wait(k_ring.free.at[slot])
-        plgpu.copy_gmem_to_smem(k_ref.at[rows], k_ring.tiles.at[slot], k_ring.ready.at[slot])
-        plgpu.barrier_wait(v_ring.free.at[slot])
-        mgpu.fetch_block(v_ref, v_ring, slot, (edge,), place.batch, block, place.head)
-
-    lax.fori_loop(0, count, fetch, None)
-    return count
-
-
-def _tests(work: _Work, place: _Place, first_row, block_kv: int, interpret):
-    """Make the tests of a query block's mask.
-
-    Returns:
-        is_padding: Whether positions hold padding.
-        test: Masks the logits of the list's n-th block.
-    """
-    band, text_start, text_stop, sink = (work.lists.bounds[place.which, n] for n in range(4))
-    real_stop = text_start + work.text_length[place.batch]
-    real_stop = jnp.clip(real_stop, text_start, text_stop)
+def _is_padding(work: _Work, place: _Place) -> Callable[[jax.Array], jax.Array]:
+    """Make a function that tells which positions hold padding."""
+    text_start, text_stop = (work.lists.bounds[place.which, n] for n in (1, 2))
+    real_stop = jnp.clip(text_start + work.text_length[place.batch], text_start, text_stop)
 
     def is_padding(position):
-        is_text_padding = (position >= real_stop) & (position < text_stop)
-        return is_text_padding | (position >= work.num_tokens)
+        is_text = (position >= real_stop) & (position < text_stop)
+        return is_text | (position >= work.num_tokens)
+
+    return is_padding
+
+
+def _test(
+    work: _Work, place: _Place, block_kv: int, interpret: Any
+) -> Callable[[jax.Array, Any], jax.Array]:
+    """Make a function that masks the logits of the list's n-th block."""
+    first_row, is_padding = place.rows().start, _is_padding(work, place)
+    band, text_start, text_stop, sink = (work.lists.bounds[place.which, n] for n in range(4))
 
     def is_text(position):
         return (position >= text_start) & (position < text_stop)
 
     def test(logits, n):
         q = mgpu.positions(logits.shape, 0, interpret) + first_row
-        k = mgpu.positions(logits.shape, 1, interpret)
-        k += work.lists.blocks[place.which, place.q_block, n] * block_kv
+        first_key = work.lists.blocks[place.which, place.q_block, n] * block_kv
+        k = mgpu.positions(logits.shape, 1, interpret) + first_key
         near = (q - k < band) & (k - q < band)
         kept = near | (k < sink) | is_text(k) | is_text(q)
         return jnp.where(kept & ~is_padding(k), logits, mgpu.MASKED)
 
-    return is_padding, test
+    return test

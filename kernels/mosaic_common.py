@@ -115,6 +115,10 @@ class Ring(NamedTuple):
     ready: Any
     tiles: Any
 
+    def slot(self, n: Any) -> Any:
+        """Number of the tile that the n-th block goes to."""
+        return lax.rem(n, self.tiles.shape[0])
+
 
 def ring(tiles: Any, *, readers: int, copies: int = 1) -> Ring:
     """Describe a ring for a kernel's scratch memory.
@@ -146,10 +150,9 @@ def await_readers(step: Any, *rings: Ring) -> None:
         step: Number of tiles that were filled.
         rings: The rings.
     """
-    stages = rings[0].tiles.shape[0]
-    for n in range(stages):
+    for n in range(rings[0].tiles.shape[0]):
         for each in rings:
-            plgpu.barrier_wait(each.free.at[lax.rem(step + n, stages)])
+            plgpu.barrier_wait(each.free.at[each.slot(step + n)])
 
 
 class Staging(NamedTuple):

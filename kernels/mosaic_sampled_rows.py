@@ -185,7 +185,7 @@ def _body(
         plgpu.copy_gmem_to_smem(row_ref.at[:, batch, :, rows], row_smem, q_ready)
 
         def fetch(n, _):
-            slot = lax.rem(n, STAGES)
+            slot = k_ring.slot(n)
             keys = pl.ds((first + n) * block_kv, block_kv)
             plgpu.barrier_wait(k_ring.free.at[slot])
             here = (batch, first + n, head)
@@ -270,7 +270,7 @@ def _visit(
 
     def visit(n, carry):
         acc, row_max, row_sum = carry
-        slot = lax.rem(n, STAGES)
+        slot = k_ring.slot(n)
         plgpu.barrier_wait(k_ring.ready.at[slot])
         # Fetched before the product, a line is there behind it; one of 128 keys would spill.
         early = dropped(slot) if block_kv <= 64 else None

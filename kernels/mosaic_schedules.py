@@ -4,11 +4,10 @@ The tensor cores stand still while exponentials are taken. The two schedules of 
 (arXiv:2407.08608, sections 3.1 and 3.2) fill that time: with the products of the other warpgroup,
 or with those of the warpgroup's own next block.
 
-Both take the queries (rows, head_dim) of a warpgroup, and of keys and of values the slots in shared
-memory with the barriers that say of each when it is ready and free. `test` masks the logits of the
-list's n-th block, which the first `tested` of `count` blocks need; `slot_of` says where it lies.
-They return the weighed sum of values, and of each row the largest logit, times `factor`, and the
-sum of the weights.
+Both take the queries of a warpgroup, [rows, head_dim], and the rings of keys and of values. `test`
+masks the logits of the list's n-th block, which the first `tested` of `count` blocks need. They
+return the weighted sum of values, and of each row the largest logit, times `factor`, and the sum of
+the weights.
 """
 
 from functools import partial
@@ -22,30 +21,17 @@ from svg_jax.kernels import mosaic_common as mgpu
 
 
 def pass_turn(turn) -> None:
-    """Lets the other warpgroup go on, and waits until it does the same."""
+    """Let the other warpgroup go on, and wait until it does the same."""
     plgpu.barrier_arrive(turn)
     plgpu.barrier_wait(turn)
 
 
-def alternating(
-    my_q,
-    keys: mgpu.Ring,
-    values: mgpu.Ring,
-    turn,
-    staging,
-    *,
-    test,
-    slot_of,
-    tested,
-    count,
-    factor,
-    interpret,
-):
+def alternating(my_q, keys, values, turn, staging, *, test, tested, count, factor, interpret):
     """Visit a list while the other warpgroup is half a step away: one multiplies, one weighs."""
 
     def visit(n, carry, is_tested: bool):
         acc, row_max, row_sum = carry
-        slot = slot_of(n)
+        slot = keys.slot(n)
         plgpu.barrier_wait(keys.ready.at[slot])
         logits = mgpu.logits(my_q, keys.tiles.at[slot], staging, partial(pass_turn, turn))
         plgpu.barrier_arrive(keys.free.at[slot])
@@ -69,25 +55,12 @@ def alternating(
     return lax.fori_loop(tested, count, partial(visit, is_tested=False), carry)
 
 
-def overlapped(
-    my_q,
-    keys: mgpu.Ring,
-    values: mgpu.Ring,
-    turn,
-    staging,
-    *,
-    test,
-    slot_of,
-    tested,
-    count,
-    factor,
-    interpret,
-):
+def overlapped(my_q, keys, values, turn, staging, *, test, tested, count, factor, interpret):
     """Visit a list with the products of one block running under the weighing of the next."""
     del turn
     acc, row_max, row_sum = mgpu.empty_accumulator(my_q.shape[-1], interpret)
 
-    slot = slot_of(0)
+    slot = keys.slot(0)
     plgpu.barrier_wait(keys.ready.at[slot])
     logits = mgpu.logits(my_q, keys.tiles.at[slot], staging)
     plgpu.barrier_arrive(keys.free.at[slot])
@@ -97,7 +70,7 @@ def overlapped(
 
     def visit(n, carry, is_tested: bool):
         acc, narrow, row_max, row_sum = carry
-        slot, last = slot_of(n), slot_of(n - 1)
+        slot, last = keys.slot(n), keys.slot(n - 1)
         plgpu.barrier_wait(keys.ready.at[slot])
         plgpu.barrier_wait(values.ready.at[last])
 
@@ -131,7 +104,7 @@ def overlapped(
     carry = lax.fori_loop(1, tested, partial(visit, is_tested=True), carry)
     carry = lax.fori_loop(jnp.maximum(tested, 1), count, partial(visit, is_tested=False), carry)
     acc, narrow, row_max, row_sum = carry
-    slot = slot_of(count - 1)
+    slot = keys.slot(count - 1)
     plgpu.barrier_wait(values.ready.at[slot])
     acc = mgpu.product(narrow, values.tiles.at[slot], acc, staging)
     plgpu.barrier_arrive(values.free.at[slot])

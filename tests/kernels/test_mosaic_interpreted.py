@@ -96,22 +96,20 @@ def test_padded_text_may_hold_nan(overlap, lengths):
     check((mask,), 32, lengths=lengths, tiling=Tiling(overlap=overlap))
 
 
-def test_each_head_runs_its_own_mask_on_fewer_ctas_than_query_blocks():
+def test_each_head_runs_its_own_mask():
     masks = (BandMask(128, 20, text_tokens=17), BandMask(128, 1, sink_tokens=30))
-    tiling = Tiling(overlap=False, num_ctas=2)
-    check(masks, 64, mask_of_head=[[1, 0, 1]], heads=3, tiling=tiling)
+    check(masks, 64, mask_of_head=[[1, 0, 1]], heads=3, tiling=Tiling(overlap=False))
 
 
-def test_a_ring_of_blocks_goes_round_over_the_query_blocks_of_one_cta():
-    check((BandMask(256, 150, sink_tokens=90),), 128, tiling=Tiling(num_ctas=1))
+def test_a_ring_of_two_tiles_goes_round_over_four_blocks_of_keys():
+    check((BandMask(256, 150, sink_tokens=90),), 128, tiling=Tiling(block_kv=64))
 
 
 @needs_partial_copies
 @pytest.mark.parametrize("overlap", [True, False])
 def test_odd_lengths(overlap):
     mask = BandMask(333, 140, text_tokens=21)
-    tiling = Tiling(block_kv=256, overlap=overlap, num_ctas=3)
-    check((mask,), 48, lengths=[3], tiling=tiling)
+    check((mask,), 48, lengths=[3], tiling=Tiling(block_kv=256, overlap=overlap))
 
 
 @needs_partial_copies
@@ -153,7 +151,7 @@ def test_listed_blocks_are_attended_whole_and_a_row_of_blocks_may_have_none(head
     counts = jnp.array([[[2, 0, 1]]], jnp.int32)
     blocks = jnp.array([[[[0, 2], [1, 1], [1, 2]]]], jnp.int32)
     actual = mosaic.block_list_attention(
-        *qkv, counts=counts, blocks=blocks, scale=0.3, num_ctas=2, interpret=INTERPRET
+        *qkv, counts=counts, blocks=blocks, scale=0.3, interpret=INTERPRET
     )
     assert not interpreter.get_races().races_found
     listed = np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0]], bool)
