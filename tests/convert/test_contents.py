@@ -1,8 +1,6 @@
 """What inspect says of a folder, in both layouts: golden texts and numbers."""
 
 import json
-import logging
-import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -14,7 +12,6 @@ from safetensors.numpy import load_file
 from tiny_lora import Q
 from tiny_source import ENCODER_FILE, TEXT_ENCODER, TRANSFORMER_FILE, sha256, write_source
 
-from svg_jax import cli
 from svg_jax.convert import ConversionError, DamageError, convert_pipeline, read_contents
 from svg_jax.convert.contents import Statistics, tensor_statistics
 
@@ -45,17 +42,13 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("svg_jax"), "handlers", [])
-    monkeypatch.setattr(logging.getLogger("svg_jax"), "propagate", True)
+def printed_by(run):
+    """Call the command line, which succeeds; what it printed."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["svg-jax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        printed = capsys.readouterr()
-        assert not end.value.code, printed.err
-        return "\n".join(line.rstrip() for line in printed.out.splitlines()) + "\n"
+        result = run(*arguments)
+        assert not result.code, result.err
+        return "\n".join(line.rstrip() for line in result.out.splitlines()) + "\n"
 
     return call
 
@@ -63,24 +56,24 @@ def run(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "layout"), [("source", "not converted"), ("converted", "converted")]
 )
-def test_the_table_of_components(folders, run, name, layout):
-    printed = run("inspect", folders / name)
+def test_the_table_of_components(folders, printed_by, name, layout):
+    printed = printed_by("inspect", folders / name)
     assert printed.startswith(TABLE.format(layout=layout))
     assert printed.splitlines()[-1].startswith("transformer: _class_name='CogVideoXTransformer3D")
 
 
-def test_the_table_of_tensors_follows(folders, run):
-    printed = run("inspect", folders / "converted", "--stats")
+def test_the_table_of_tensors_follows(folders, printed_by):
+    printed = printed_by("inspect", folders / "converted", "--stats")
     lines = [" ".join(line.split()) for line in printed.splitlines()]
     assert lines[8:11] == MEASURED
     assert len(lines) == 8 + 1 + 21 + 1 + 64
-    assert printed == run("inspect", folders / "source", "--stats").replace(
+    assert printed == printed_by("inspect", folders / "source", "--stats").replace(
         "not converted", "converted"
     )
 
 
-def test_json_has_the_same(folders, run):
-    values = json.loads(run("inspect", folders / "converted", "--stats", "--json"))
+def test_json_has_the_same(folders, printed_by):
+    values = json.loads(printed_by("inspect", folders / "converted", "--stats", "--json"))
     assert (values["pipeline"], values["converted"]) == ("CogVideoXPipeline", True)
     encoder, transformer = values["components"]
     assert encoder["config"] == TEXT_ENCODER
@@ -129,8 +122,10 @@ def test_statistics_of_nothing():
     assert tensor_statistics(np.zeros((0, 3), np.float32)) == nothing
 
 
-def test_dry_run_says_what_would_be_written(folders, run, tmp_path):
-    printed = run("convert", folders / "source", tmp_path / "out", "--dry-run", "--dtype=float32")
+def test_dry_run_says_what_would_be_written(folders, printed_by, tmp_path):
+    printed = printed_by(
+        "convert", folders / "source", tmp_path / "out", "--dry-run", "--dtype=float32"
+    )
     assert list(tmp_path.iterdir()) == []
     header, *rows, total = (" ".join(line.split()) for line in printed.splitlines())
     assert header == "component class tensors read written dtypes not needed"
@@ -149,7 +144,7 @@ text_encoder: """
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_an_original_file_is_shown_by_the_names_that_it_will_have(tmp_path, run, alone):
+def test_an_original_file_is_shown_by_the_names_that_it_will_have(tmp_path, printed_by, alone):
     shapes = json.loads((DATA / "wan_encoders.json").read_text())["umt5"]["shapes"]
     random = np.random.default_rng(0)
     tensors = {name: random.normal(size=shape) for name, shape in shapes.items()}
@@ -159,7 +154,7 @@ def test_an_original_file_is_shown_by_the_names_that_it_will_have(tmp_path, run,
     torch.save({name: torch.tensor(of, dtype=torch.float32) for name, of in tensors.items()}, file)
     index = {"_class_name": "WanPipeline", "text_encoder": ["transformers", "UMT5EncoderModel"]}
     (source / "model_index.json").write_text(json.dumps(index))
-    printed = run("inspect", file if alone else source)
+    printed = printed_by("inspect", file if alone else source)
     first = "a component alone, not converted" if alone else "WanPipeline, not converted"
     assert printed.startswith(f"{first}\n{UMT5}")
     assert "d_model=16" in printed
@@ -171,28 +166,28 @@ def test_an_original_file_is_shown_by_the_names_that_it_will_have(tmp_path, run,
     assert found.maximum == tensors["blocks.1.ffn.fc1.weight"].astype(np.float32).max()
 
     convert_pipeline(file if alone else source, tmp_path / "out")
-    again = run("inspect", tmp_path / "out").splitlines()
+    again = printed_by("inspect", tmp_path / "out").splitlines()
     first = "a component alone, converted" if alone else "WanPipeline, converted"
     assert again[:3] == [first, *printed.splitlines()[1:3]]
     (converted,) = read_contents(tmp_path / "out", statistics=True).components
     assert {tensor.name: tensor.statistics for tensor in converted.tensors} == measured
 
 
-def test_merged_loras_are_shown(tmp_path, run):
+def test_merged_loras_are_shown(tmp_path, printed_by):
     source = tiny_lora.write_source(tmp_path / "source")
     loras = [
         tiny_lora.save_lora(tmp_path / f"loras/{name}", tiny_lora.random_lora(source, [module]))
         for name, module in (("a.safetensors", Q), ("b.safetensors", "blocks.0.ffn.net.2"))
     ]
     convert_pipeline(source, tmp_path / "out", lora=loras, lora_scale=[0.8, 1.0])
-    lines = run("inspect", tmp_path / "out").splitlines()
+    lines = printed_by("inspect", tmp_path / "out").splitlines()
     digests = [sha256(lora.read_bytes()) for lora in loras]
     assert lines[:1] + lines[3:5] == [
         "WanPipeline, converted",
         f"merged: a.safetensors at 0.8 into transformer (a.safetensors sha256 {digests[0]})",
         f"merged: b.safetensors at 1 into transformer (b.safetensors sha256 {digests[1]})",
     ]
-    values = json.loads(run("inspect", tmp_path / "out", "--json"))
+    values = json.loads(printed_by("inspect", tmp_path / "out", "--json"))
     assert values["loras"] == [
         {"source": name, "scale": scale, "files": {name: sha}, "into": "transformer", "skipped": []}
         for name, scale, sha in zip(
