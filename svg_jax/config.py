@@ -18,14 +18,15 @@ class SparsityConfig:
     Static and hashable, as `VideoLayout` is.
 
     Attributes:
-        density: Kept fraction of the S×S attention map, in (0, 1]; text is part of this budget, the
-            first-frame sink comes on top of it. 1 is dense. The official flag `--sparsity` is this
-            same kept fraction.
-        sampled_rows: Query rows that the online profiling looks at, the same in all batch entries.
-        first_frame_sink: Whether every token attends to the whole first frame. None takes the
-            model's own, which its `VideoLayout` tells: yes for Wan, no for the others.
-        band_multiple: Number of tokens that the band's width is rounded to a multiple of, up or
-            down as the layout's `band_rounding` says.
+        density: Share of the S×S attention map to compute, above 0 and up to 1, which is dense.
+            Text is part of it, a first-frame sink comes on top. The official `--sparsity` is this
+            same share.
+        sampled_rows: Number of query rows by which heads are profiled, the same in all batch
+            entries.
+        first_frame_sink: Whether every token attends to the whole first frame, as the paper has it
+            for Wan alone; None is the model's own, which its `VideoLayout` tells.
+        band_multiple: Number of tokens that the band's width is rounded to a multiple of; up or
+            down, as the layout's `band_rounding` says.
     """
 
     density: float | int = 0.25

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
-
 from svg_jax.convert.formats.show import show
 
 _SHOWN = 40  # characters of a value in an error message
@@ -52,6 +50,8 @@ class Flag:
 
     def problem(self, value: Any) -> str | None:
         """Say what is wrong with a value; None if nothing is."""
+        import numpy as np  # not above: `svg-jax --help` reads the rules
+
         if isinstance(value, bool | np.bool_):
             return None
         return f"must be true or false: got {shown(value)}"

@@ -1,6 +1,6 @@
 """The command line: `svg-jax generate | compare | demo`, and those of `checkpoint_commands.py`.
 
-Commands are imported when they run: `svg-jax --help` needs no jax.
+What a command does is imported when it runs, so that `svg-jax --help` needs no jax.
 """
 
 import logging
@@ -8,9 +8,9 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,34 +18,52 @@ import svg_jax
 from svg_jax.cli.checkpoint_commands import CHECKPOINT_COMMANDS
 from svg_jax.cli.console import forgiving_streams, say, tell, tell_lines
 from svg_jax.cli.errors import ExitCode, failure_of
-from svg_jax.cli.generated import KINDS, parameters_of, with_options
-from svg_jax.cli.options import (
-    MODEL,
-    OF_WARMUP,
-    SPARSITY,
-    WARMUP,
-    Attention,
-    Density,
-    PatternName,
-)
-from svg_jax.cli.options import option as _option
+from svg_jax.cli.generated import KINDS, OF_WARMUP, SPARSITY, WARMUP, parameters_of
+from svg_jax.cli.options import Given, parameter, with_options
 from svg_jax.cli.signals import ended_by_signals
 from svg_jax.sampling.settings import RunSettings
-from svg_jax.sampling.settings.run import SAVING
+from svg_jax.sampling.settings.run import ATTENTION, OUTPUT, PROMPT, SAVING
 
 app = typer.Typer(
     help="Sparse VideoGen in JAX: video diffusion transformers with sparse attention.",
     epilog="Exit codes: 0 done; 1 values that are not finite; 2 wrong usage or bad input; 3 the "
-    "system refuses (disk, rights, memory, another run, a missing package); 4 a folder is not what "
-    "was converted; 70 internal error; 130 Ctrl-C.",
+    "system refuses (disk, rights, memory, another run, a missing package); 4 damaged folder; "
+    "70 internal error; 130 Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Given = Mapping[str, Any]  # what was given of a group of options
-
+_MODEL = "Model"
+_of_model = partial(parameter, panel=_MODEL)
+MODEL = (
+    _of_model(
+        "model",
+        str,
+        "Model to run: a converted folder (svg-jax convert); a folder in diffusers' layout or a "
+        "hub id, which is converted once into $SVG_JAX_CACHE (~/.cache/svg-jax); or tiny, the "
+        "bundled model.",
+        required=True,
+    ),
+    _of_model("revision", str, "Branch, tag or commit of a hub id; default: main."),
+    _of_model("variant", str, "Variant of the weights where there are several, e.g. fp16."),
+    _of_model("verify", bool, "Read all weights first, and compare them with the manifest."),
+    _of_model(
+        "dtype",
+        Literal["float32", "bfloat16"],
+        "Dtype of the computation; default: bfloat16 on a GPU, float32 on a CPU.",
+    ),
+)
+VideoPath = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Name of the videos to write, OUTPUT.mp4 and OUTPUT.gif.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 for command in CHECKPOINT_COMMANDS:
     app.command()(command)
@@ -57,28 +75,31 @@ def generate(
     model: Given,
     output: Annotated[
         Path,
-        _option(
+        typer.Option(
             "--output",
             "-o",
-            help="The file to write: .mp4, .gif or .png, or .npz for the latents. With --prompts a "
-            "folder, or a pattern such as out/{index:03d}.gif; the first index is 0.",
+            help="File to write: .mp4, .gif or .png for the video, .npz for the latents. With "
+            "--prompts, a folder or a pattern such as out/{index:03d}.gif; indices start at 0.",
+            rich_help_panel=OUTPUT,
         ),
     ],
     prompts: Annotated[
         Path | None,
-        _option(
-            "--prompts",
-            help="A file of prompts, one a line, in place of --prompt. Blank lines and # comments "
-            "are skipped; so are videos that an earlier call made.",
+        typer.Option(
+            help="File with a prompt on each line, in place of --prompt. Blank lines and # "
+            "comments are skipped, and so are videos that an earlier call made.",
+            rich_help_panel=PROMPT,
         ),
     ] = None,
     attention: Annotated[
-        Attention, _option("--attention", help="Dense attention, or Sparse VideoGen.")
-    ] = Attention.svg,
+        Literal["dense", "svg"],
+        typer.Option(help="Dense attention, or Sparse VideoGen.", rich_help_panel=ATTENTION),
+    ] = "svg",
     labels_out: Annotated[
         Path | None,
-        _option(
-            "--labels-out", help="Write labels, errors and densities of all sparse steps: .npz."
+        typer.Option(
+            help="File for labels, errors and densities of all sparse steps: .npz.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     *,
@@ -93,13 +114,12 @@ def generate(
     Example: svg-jax generate --model tiny --prompt "a pink two circling over the cat" -o two.gif
     """
     from svg_jax.cli import videos
-    from svg_jax.cli.given import ModelChoice
 
     videos.generate(
-        ModelChoice(**model),
+        model,
         output,
         given,
-        sparsity=sparsity if attention is Attention.svg else None,
+        sparsity=sparsity if attention == "svg" else None,
         warmup=_warmup(warmup),
         prompts=prompts,
         labels_out=labels_out,
@@ -115,16 +135,19 @@ def generate(
 )
 def compare(
     model: Given,
-    output: Annotated[
-        Path,
-        _option("--output", "-o", help="Name of the videos to write, OUTPUT.mp4 and OUTPUT.gif."),
-    ] = Path("compare"),
+    output: VideoPath = Path("compare"),
     pattern: Annotated[
-        PatternName,
-        _option("--pattern", help="Profile heads (svg), take all for one kind, or draw kinds."),
-    ] = PatternName.svg,
+        Literal["svg", "spatial", "temporal", "random"],
+        typer.Option(
+            help="How heads are labelled: by profiling (svg), all as one kind, or at random.",
+            rich_help_panel=ATTENTION,
+        ),
+    ] = "svg",
     json_file: Annotated[
-        Path | None, _option("--json", help="Write the figures to this file, too.")
+        Path | None,
+        typer.Option(
+            "--json", help="File to write the figures to as JSON, too.", rich_help_panel=OUTPUT
+        ),
     ] = None,
     *,
     sparsity: Given,
@@ -136,45 +159,43 @@ def compare(
     Example: svg-jax compare --model tiny --prompt "a blue five standing still over the stars"
     """
     from svg_jax.cli import videos
-    from svg_jax.cli.given import ModelChoice
 
     videos.compare(
-        ModelChoice(**model),
+        model,
         output,
         given,
         sparsity=sparsity,
         warmup=_warmup(warmup),
-        pattern=pattern.value,
+        pattern=pattern,
         json_file=json_file,
     )
 
 
 @app.command()
 @with_options(
+    sparsity=SPARSITY[:1],  # the density alone
     given=parameters_of(
         RunSettings, where=lambda name, setting: name in ("num_inference_steps", "seed")
-    )
+    ),
 )
 def demo(
     prompt: Annotated[
         str,
-        _option(
-            "--prompt",
+        typer.Option(
             help="Text of what the video shows; an error lists the few words that the model knows.",
+            rich_help_panel=PROMPT,
         ),
     ] = "a red three moving left over the flower",
-    density: Density = None,
-    output: Annotated[
-        Path,
-        _option("--output", "-o", help="Name of the videos to write, OUTPUT.mp4 and OUTPUT.gif."),
-    ] = Path("demo"),
+    output: VideoPath = Path("demo"),
     source: Annotated[
         Path | None,
-        _option(
-            "--source", help="Folder in diffusers' layout to use in place of the bundled model."
+        typer.Option(
+            help="Folder in diffusers' layout to use in place of the bundled model.",
+            rich_help_panel=_MODEL,
         ),
     ] = None,
     *,
+    sparsity: Given,
     given: Given,
 ) -> None:
     """Compare dense and sparse attention on the bundled model, which is called tiny.
@@ -183,16 +204,16 @@ def demo(
     """
     from svg_jax.cli import videos
 
-    videos.demo({"prompt": prompt, **given}, density=density, output=output, source=source)
+    videos.demo({"prompt": prompt, **given}, sparsity=sparsity, output=output, source=source)
 
 
 def _warmup(given: Given) -> dict[str, Any]:
-    """Name the fields of a Warmup that were given, as --dense-steps gives its steps."""
+    """Name the given fields of a Warmup, as steps of --dense-steps."""
     return {name.removeprefix("dense_"): value for name, value in given.items()}
 
 
 def _print_version(wanted: bool) -> bool:
-    """Print the version if it is wanted, and end the command line."""
+    """Print the version and exit, for the option."""
     if wanted:
         say(f"svg-jax {svg_jax.__version__}")
         raise typer.Exit
@@ -203,35 +224,38 @@ def _print_version(wanted: bool) -> bool:
 def _global_options(
     version: Annotated[
         bool,
-        _option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
     ] = False,
     debug: Annotated[
-        bool, _option("--debug", help="Print the traceback of an error; anywhere in a command.")
+        bool,
+        typer.Option("--debug", help="Print the traceback of an error; anywhere in a command."),
     ] = False,
 ) -> None:
-    """Take the options that stand before a command; `main` has read --debug."""
+    """Define the options that stand before a command; `main` reads --debug."""
     del version, debug
 
 
 def main() -> None:
-    """Run the command line; an error is one sentence and an exit code (see `errors.py`)."""
+    """Run the command line; an error becomes one sentence and an exit code (see `errors.py`)."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     with forgiving_streams():
         code = _run(arguments, debug=len(arguments) < len(sys.argv) - 1)
     if code == ExitCode.INTERRUPTED:
-        # The temporary files are gone. A step may still be running on other threads, and Python's
-        # own way out would take its memory away and crash.
+        # The temporary files are gone. A step may still run on other threads: Python's own exit
+        # would free its memory, and crash.
         os._exit(code)
     sys.exit(code)
 
 
 def _run(arguments: list[str], *, debug: bool) -> int:
-    """Run a command, and give its exit code."""
+    """Run a command and return its exit code."""
     warnings.showwarning = _show_warning
     logger = logging.getLogger("svg_jax")
-    logger.handlers, logger.propagate = [_Echo()], False  # else absl's handler says it again
+    logger.handlers, logger.propagate = [_Echo()], False  # else absl's handler repeats it
     logger.setLevel(logging.INFO)
-    # Orbax logs there the tracebacks of its threads; what went wrong is raised as well.
+    # Orbax logs the tracebacks of its threads there, and raises the errors as well.
     logging.getLogger("absl").disabled = not debug
     command = typer.main.get_command(app)
     try:
@@ -250,7 +274,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
 
 
 def _options_of(group: Any, arguments: list[str]) -> dict[str, str]:
-    """Collect the options of the called command by the names of what they give."""
+    """Collect the options of the called command by field."""
     command = next((group.commands[name] for name in arguments if name in group.commands), group)
     options = [given for given in command.params if given.param_type_name == "option"]
     flags = {option.name: option.opts[0] for option in options}
@@ -258,7 +282,7 @@ def _options_of(group: Any, arguments: list[str]) -> dict[str, str]:
 
 
 class _Echo(logging.Handler):
-    """Tell what the package logs."""
+    """Print the messages that the package logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tell(record.getMessage())

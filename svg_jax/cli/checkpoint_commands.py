@@ -1,139 +1,85 @@
 """The commands for checkpoints: `svg-jax convert | export | verify | inspect`."""
 
-from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from svg_jax.cli.options import Given, argument, parameter, with_options
 
-class StoredDtype(StrEnum):
-    """What weights are stored in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-Variant = Annotated[
-    str | None,
-    typer.Option("--variant", help="Which weights to take where a folder has several, e.g. fp16."),
-]
-
-WeightsKey = Annotated[
-    str | None,
-    typer.Option(
-        "--weights-key",
-        help="Which weights to take where a file holds several, by the key before them, e.g. ema.",
+_WRITING = "Destination"
+_of_source = partial(parameter, panel="Source")
+_of_lora = partial(parameter, panel="LoRA")
+_of_destination = partial(parameter, panel=_WRITING)
+_VARIANT = _of_source("variant", str, "Variant of the weights where there are several, e.g. fp16.")
+_WEIGHTS_KEY = _of_source(
+    "weights_key", str, "Key of the weights to take where a file holds several, e.g. ema."
+)
+_CONVERSION = (
+    argument(
+        "source",
+        str,
+        "Pipeline to convert: a folder in diffusers' layout or Wan-AI's, or a hub id; or one "
+        "component's folder, or a file of weights.",
     ),
-]
-Source = Annotated[
-    str,
-    typer.Argument(
-        help="A pipeline's folder in diffusers' layout or Wan-AI's, or its hub id; a "
-        "component's folder; or a file of weights."
+    argument("destination", Path, "Folder to make."),
+    _of_source(
+        "components",
+        str,
+        "Names of the components to convert, e.g. transformer,text_encoder; default: all.",
     ),
-]
-Destination = Annotated[Path, typer.Argument(help="The folder to make.")]
-Components = Annotated[
-    str | None,
-    typer.Option(
-        "--components",
-        help="Names of the components to convert, e.g. transformer,text_encoder; default: all.",
+    _VARIANT,
+    _WEIGHTS_KEY,
+    _of_source("revision", str, "Branch, tag or commit of a hub id; default: main."),
+    _of_lora(
+        "lora",
+        list[str],
+        "LoRA to merge (file, folder or hub id, see docs/lora.md); may be repeated.",
     ),
-]
-Dtype = Annotated[
-    StoredDtype | None,
-    typer.Option(
-        "--dtype",
-        help="Cast the weights, but those that the model keeps in float32; default: no cast.",
+    _of_lora(
+        "lora_scale", list[float], "Strength of the LoRAs, one for all or one for each; default: 1."
     ),
-]
-Revision = Annotated[
-    str | None,
-    typer.Option("--revision", help="Branch, tag or commit of a hub id; default: main."),
-]
-Loras = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--lora",
-        help="LoRA to merge (file, folder or hub id, see docs/lora.md); may be repeated.",
+    _of_lora(
+        "lora_into",
+        list[str],
+        "Transformer that the LoRAs are for, one for all or one for each; default: transformer. "
+        "Wan 2.2 also has transformer_2.",
     ),
-]
-LoraScales = Annotated[
-    list[float] | None,
-    typer.Option(
-        "--lora-scale", help="Strength of the LoRAs, one for all or one for each; default: 1."
+    _of_lora("strict", bool, "Refuse a LoRA with parts for layers that the model lacks."),
+    _of_destination(
+        "dtype",
+        Literal["float32", "bfloat16", "float16"],
+        "Dtype to cast weights to, except those that the model keeps in float32; default: no cast.",
     ),
-]
-LoraTargets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--lora-into",
-        help="Transformer that the LoRAs are for, one for all or one for each; default: "
-        "transformer. Wan 2.2 has transformer_2, too.",
-    ),
-]
-Strict = Annotated[
-    bool,
-    typer.Option("--strict", help="Refuse a LoRA with parts for layers that the model lacks."),
-]
-AllowNonfinite = Annotated[
-    bool,
-    typer.Option("--allow-nonfinite", help="Convert NaN and infinities, too, and count them."),
-]
-Overwrite = Annotated[
-    bool,
-    typer.Option("--overwrite", help="Replace a checkpoint that stands at the destination."),
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")
-]
+    _of_destination("allow_nonfinite", bool, "Convert NaN and infinities, too, and count them."),
+    _of_destination("overwrite", bool, "Replace the checkpoint at the destination."),
+)
 
 
+@with_options(given=_CONVERSION)
 def convert(
-    source: Source,
-    destination: Destination,
-    components: Components = None,
-    dtype: Dtype = None,
-    variant: Variant = None,
-    weights_key: WeightsKey = None,
-    revision: Revision = None,
-    lora: Loras = None,
-    lora_scale: LoraScales = None,
-    lora_into: LoraTargets = None,
-    strict: Strict = False,
-    allow_nonfinite: AllowNonfinite = False,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Convert a trained checkpoint; the same command again takes up one that was killed.
+    given: Given,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what would be written, and write nothing.",
+            rich_help_panel=_WRITING,
+        ),
+    ] = False,
+) -> None:  # fmt: skip
+    """Convert a trained checkpoint; the same command resumes a conversion that was stopped.
 
     Example: svg-jax convert Wan2.1-T2V-14B wan --lora style.safetensors --lora-scale 0.8
     """
     from svg_jax.cli import checkpoints
-    from svg_jax.convert.settings import ConversionSettings, list_loras
 
-    names = None if components is None else [name.strip() for name in components.split(",")]
-    settings = ConversionSettings(
-        source=source,
-        destination=destination,
-        revision=revision,
-        components=names,
-        dtype=dtype,
-        variant=variant,
-        weights_key=weights_key,
-        loras=list_loras(lora, lora_scale or 1.0, lora_into or "transformer"),
-        strict=strict,
-        allow_nonfinite=allow_nonfinite,
-        overwrite=overwrite,
-    )
-    checkpoints.convert(settings, dry_run=dry_run)
+    checkpoints.convert(given, dry_run=dry_run)
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="A converted folder.")],
-    destination: Destination,
+    source: Annotated[Path, typer.Argument(help="Converted folder.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to make.")],
 ) -> None:
     """Write a converted checkpoint back in diffusers' layout, bit for bit.
 
@@ -145,9 +91,9 @@ def export(
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A converted folder.")],
+    folder: Annotated[Path, typer.Argument(help="Converted folder.")],
 ) -> None:
-    """Read a converted checkpoint whole, and compare every bit with its manifest.
+    """Read a whole converted checkpoint, and compare every bit with its manifest.
 
     Example: svg-jax verify wan
     """
@@ -156,29 +102,28 @@ def verify(
     checkpoints.verify(folder)
 
 
+@with_options(reading=(_VARIANT, _WEIGHTS_KEY))
 def inspect(
     source: Annotated[
-        Path, typer.Argument(help="A converted folder, or what convert takes: a folder or file.")
+        Path, typer.Argument(help="Converted folder, or a folder or file that convert takes.")
     ],
+    *,
+    reading: Given,
     stats: Annotated[
         bool,
         typer.Option(
             "--stats", help="Read every tensor for its min, max, mean, std and non-finite count."
         ),
     ] = False,
-    variant: Variant = None,
-    weights_key: WeightsKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
 ) -> None:
-    """Say what a checkpoint holds: components, configs, parameters, dtypes, merged LoRAs.
+    """Show what a checkpoint holds: components, configs, parameters, dtypes, merged LoRAs.
 
     Example: svg-jax inspect wan
     """
     from svg_jax.cli import checkpoints
 
-    checkpoints.inspect_source(
-        source, statistics=stats, variant=variant, weights_key=weights_key, as_json=as_json
-    )
+    checkpoints.inspect_source(source, statistics=stats, as_json=as_json, **reading)
 
 
 CHECKPOINT_COMMANDS = (convert, export, verify, inspect)

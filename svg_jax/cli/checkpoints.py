@@ -1,11 +1,12 @@
-"""What the commands for checkpoints do."""
+"""Work of the commands for checkpoints."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from svg_jax.bundled import bundled_or
 from svg_jax.cli.console import bytes_bar, check_printed, print_parts, say
+from svg_jax.cli.options import Given
 from svg_jax.cli.tables import contents_tables, contents_values, plan_tables
 from svg_jax.convert import (
     ConversionSettings,
@@ -16,13 +17,15 @@ from svg_jax.convert import (
     write_plan,
 )
 from svg_jax.convert.checkpoint.staging import describe
+from svg_jax.convert.settings import list_loras
 from svg_jax.convert.sources.hub import fetch_source
 
 
-def convert(settings: ConversionSettings, *, dry_run: bool) -> None:
-    """Convert a pipeline or a component, or say what that would give."""
-    plan = make_plan(fetch_source(replace(settings, source=bundled_or(settings.source))))
-    destination = Path(settings.destination or "")
+def convert(given: Given, *, dry_run: bool) -> None:
+    """Convert a pipeline or a component, or print the plan alone."""
+    settings = _settings_of(given)
+    plan = make_plan(fetch_source(settings))
+    destination = Path(given["destination"])
     if dry_run:
         print_parts(*plan_tables(plan))
         if settings.overwrite and destination.exists():
@@ -34,15 +37,25 @@ def convert(settings: ConversionSettings, *, dry_run: bool) -> None:
     say(f"wrote {destination}")
 
 
+def _settings_of(given: Given) -> ConversionSettings:
+    """Make the settings of a conversion from the options that were given."""
+    settings: dict[str, Any] = {**given, "source": bundled_or(given["source"])}
+    if "components" in given:
+        settings["components"] = [name.strip() for name in given["components"].split(",")]
+    names = "lora", "lora_scale", "lora_into"
+    lists = {name: settings.pop(name) for name in names if settings.get(name) is not None}
+    return ConversionSettings(**settings, loras=list_loras(lists.pop("lora", None), **lists))
+
+
 def export(source: Path, destination: Path) -> None:
-    """Write a converted folder back in diffusers' layout, with a progress bar."""
+    """Write a converted folder back in diffusers' layout, under a progress bar."""
     with bytes_bar() as progress:
         export_pipeline(Path(bundled_or(source)), destination, progress=progress)
     say(f"wrote {destination}")
 
 
 def verify(folder: Path) -> None:
-    """Compare a converted folder with its manifest, with a progress bar."""
+    """Compare a converted folder with its manifest, under a progress bar."""
     with bytes_bar() as progress:
         manifest = verify_pipeline(Path(bundled_or(folder)), progress=progress)
     tensors = sum(map(len, manifest.components.values()))
@@ -54,11 +67,11 @@ def inspect_source(
     source: Path,
     *,
     statistics: bool,
-    variant: str | None,
-    weights_key: str | None,
     as_json: bool,
+    variant: str | None = None,
+    weights_key: str | None = None,
 ) -> None:
-    """Print what a folder or file holds."""
+    """Print the contents of a folder or file."""
     source = Path(bundled_or(source))
     with bytes_bar() as progress:
         contents = read_contents(

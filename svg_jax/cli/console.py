@@ -1,8 +1,8 @@
-"""What the command line shows: sentences, tables, and how far steps and bytes have come.
+"""Sentences, tables and progress bars on the terminal.
 
-Nothing that is shown can end a command or harm a terminal: control characters are escaped, what the
-terminal's encoding lacks is escaped, and what cannot be written (a full disk, a reader that left)
-is dropped.
+No output can end a command or harm a terminal: control characters and characters that the
+terminal's encoding lacks are escaped, and output that cannot be written (the disk is full, the
+reader left) is dropped.
 """
 
 import errno
@@ -11,19 +11,11 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
+if TYPE_CHECKING:  # imported where it is used: it would slow `svg-jax --help` down
+    from rich.progress import Progress
+    from rich.table import Table
 
 LONGEST_SENTENCE = 500  # characters, with the program's name
 _LONGEST_WAIT = 60.0  # seconds from one line about steps to the next
@@ -31,10 +23,10 @@ _NAME = "svg-jax: "
 
 
 class ForgivingStream:
-    """A text stream that drops what it cannot write.
+    """Text stream that drops what it cannot write.
 
     Attributes:
-        error: Why something was dropped; None if nothing was, or if its reader left (`| head`).
+        error: First error at which text was dropped, unless its reader left (`| head`).
     """
 
     def __init__(self, stream: Any):
@@ -48,7 +40,7 @@ class ForgivingStream:
         return len(text)
 
     def flush(self) -> None:
-        """Write what was held back, or drop it."""
+        """Write buffered text, or drop it."""
         with self._forgiven():
             self._stream.flush()
 
@@ -59,7 +51,7 @@ class ForgivingStream:
         except OSError as error:
             if error.errno != errno.EPIPE:
                 self.error = self.error or error
-            # What is held back would fail again when the interpreter ends.
+            # The buffered rest would fail again when the interpreter ends.
             with suppress(OSError), open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
@@ -69,7 +61,7 @@ class ForgivingStream:
 
 @contextmanager
 def forgiving_streams() -> Iterator[None]:
-    """Let no message end the program for as long as the block lasts."""
+    """Make standard output and error forgiving inside the block."""
     _open_standard_files()
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w") as nowhere:  # for streams that the shell closed
@@ -87,7 +79,7 @@ def forgiving_streams() -> Iterator[None]:
 
 
 def _escaping(stream: Any, policy: str | None) -> str | None:
-    """Set what becomes of what a stream's encoding lacks, and give back what was set before."""
+    """Set how a stream handles characters that its encoding lacks; return the old policy."""
     before = getattr(stream, "errors", None)
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors=policy)
@@ -95,7 +87,7 @@ def _escaping(stream: Any, policy: str | None) -> str | None:
 
 
 def _open_standard_files() -> None:
-    """Open those that the shell closed: the next file would take their place, and get messages."""
+    """Open those that the shell closed, or the next file opened would receive the messages."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -104,19 +96,19 @@ def _open_standard_files() -> None:
 
 
 def printable(text: str) -> str:
-    r"""Show a text in one line: each control character, lone surrogate and line break escaped."""
+    r"""Escape the control characters, lone surrogates and line breaks of a text."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
 
 
 def say(text: str) -> None:
-    """Print a line of a command's outcome."""
+    """Print a line of a command's result."""
     print(printable(text), flush=True)
 
 
 def tell(text: str) -> None:
-    """Print a sentence on standard error: a warning, or why a command ends."""
+    """Print a warning or an error on standard error, as one sentence."""
     line = _NAME + printable(" ".join(text.split()))
     print(shortened(line, LONGEST_SENTENCE), file=sys.stderr, flush=True)
 
@@ -128,7 +120,7 @@ def tell_lines(lines: Iterable[str]) -> None:
 
 
 def shortened(text: str, length: int) -> str:
-    """Cut a text to so many characters: of a longer one the beginning and the end are left."""
+    """Shorten a text to a number of characters: keep its beginning and its end."""
     if len(text) <= length:
         return text
     end = length // 3
@@ -137,8 +129,10 @@ def shortened(text: str, length: int) -> str:
 
 def print_parts(*parts: Any) -> None:
     """Print tables and lines."""
-    # As wide as a table needs to be where no terminal would break the lines. What looks like
-    # markup is text: names and prompts may hold [brackets].
+    from rich.console import Console
+
+    # Where there is no terminal, a table is as wide as it needs to be. Markup is off: names and
+    # prompts may contain [brackets].
     width = None if sys.stdout.isatty() else 10_000
     console = Console(width=width, markup=False, emoji=False, highlight=False)
     for part in parts:
@@ -146,13 +140,13 @@ def print_parts(*parts: Any) -> None:
         console.print(printable(part) if is_line else part, soft_wrap=is_line)
 
 
-def add_row(table: Table, *cells: str) -> None:
-    """Add a row to a table, as printable text."""
+def add_row(table: "Table", *cells: str) -> None:
+    """Add a row of printable text to a table."""
     table.add_row(*map(printable, cells))
 
 
 def check_printed() -> None:
-    """Raise OSError if standard output did not take all: for commands whose outcome it is."""
+    """Raise OSError if output was dropped, for commands whose result is what they print."""
     sys.stdout.flush()
     error = getattr(sys.stdout, "error", None)
     if error is not None:
@@ -160,27 +154,34 @@ def check_printed() -> None:
 
 
 @contextmanager
-def _bar(*columns: Any) -> Iterator[Progress]:
-    """Show a progress bar on the terminal; nothing where there is none."""
+def _bar(*columns: str) -> "Iterator[Progress]":
+    """Show a progress bar if standard error is a terminal.
+
+    Args:
+        *columns: Names of the columns, of rich's classes, between the bar and the elapsed time.
+    """
+    from rich import progress as rich_progress
+    from rich.console import Console
+
     console = Console(stderr=True)
-    text = TextColumn("{task.description:10}", markup=False)
-    bar, elapsed = BarColumn(), TimeElapsedColumn()
+    text = rich_progress.TextColumn("{task.description:10}", markup=False)
+    bars = [getattr(rich_progress, name)() for name in ("BarColumn", *columns, "TimeElapsedColumn")]
     hidden = not console.is_terminal
-    with Progress(text, bar, *columns, elapsed, console=console, disable=hidden) as progress:
+    with rich_progress.Progress(text, *bars, console=console, disable=hidden) as progress:
         yield progress
 
 
 @contextmanager
 def steps_bar(total: int) -> Iterator[Any]:
-    """Show denoising steps: as a bar on a terminal, elsewhere as a line now and then.
+    """Show denoising steps: as a bar on a terminal, otherwise as a line from time to time.
 
     Args:
-        total: Steps of all runs together.
+        total: Number of steps of all runs together.
 
     Yields:
-        What is called after each step, with what it was.
+        Function to call after each step, with the name of the step's kind.
     """
-    with _bar(MofNCompleteColumn()) as progress:
+    with _bar("MofNCompleteColumn") as progress:
         task = progress.add_task("compiling", total=total)
         start = last = time.monotonic()
         done, wait = 0, 5.0
@@ -199,8 +200,15 @@ def steps_bar(total: int) -> Iterator[Any]:
 
 @contextmanager
 def bytes_bar(*, visible: bool = True) -> Iterator[Any]:
-    """Show bytes as a bar; if it is not visible, it comes with the first of them."""
-    with _bar(DownloadColumn(), TransferSpeedColumn()) as progress:
+    """Show bytes as a bar.
+
+    Args:
+        visible: Whether to show the bar before the first bytes are done.
+
+    Yields:
+        Function to call with the bytes done, the bytes in all, and the component's name.
+    """
+    with _bar("DownloadColumn", "TransferSpeedColumn") as progress:
         task = progress.add_task("checking", total=None, visible=visible)
         yield lambda done, total, what: progress.update(
             task, completed=done, total=total, description=printable(what), visible=True

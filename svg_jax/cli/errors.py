@@ -1,14 +1,13 @@
-"""Every exception that ends a command, as one sentence and an exit code.
+"""One sentence and an exit code for every exception that ends a command.
 
-Three kinds are told apart:
+There are three kinds:
 
-* **Bad input**: an exception that knows its own exit code (the converter's, those of wrong usage),
-  a ValueError that somebody meant to raise, and what readers of files raise.
-* **The system refuses**: OSError, and memory that ran out.
-* **An internal error** is everything else: nobody foresaw it, and nothing that the user gave is
-  known to be wrong. So is a ValueError from within jax or numpy, or from a call of compiled code
-  such as `int(text)`: were it about the input, this package should have said so first.
-  The traceback goes into a file.
+* **Bad input**: an exception with an exit code of its own (of the converter, of wrong usage), a
+  ValueError raised on purpose, and the exceptions of libraries that read files.
+* **The system refuses**: OSError, and a lack of memory.
+* **An internal error** is any other exception. So is a ValueError from jax or numpy, or from
+  compiled code such as `int(text)`: if the input were to blame, this package should have refused it
+  earlier. The traceback goes into a file.
 """
 
 import dis
@@ -28,12 +27,12 @@ from svg_jax.extras import missing_package
 
 
 class ExitCode(IntEnum):
-    """What a command ends with."""
+    """Exit code of a command."""
 
     NOT_FINITE = 1  # the run itself gave values that are not finite
-    BAD_INPUT = 2  # wrong usage, or what was given is not what it must be
+    BAD_INPUT = 2  # also wrong usage
     REFUSED = 3  # the disk, a right, a lock, the memory
-    DAMAGED = 4  # a folder is not what was converted
+    DAMAGED = 4  # a converted folder has changed
     INTERNAL = 70
     INTERRUPTED = 130
 
@@ -44,7 +43,7 @@ class Failure:
 
     Attributes:
         code: Exit code.
-        sentence: What is printed; empty if all is said.
+        sentence: Message to print; empty if nothing is left to say.
     """
 
     code: int
@@ -53,24 +52,24 @@ class Failure:
 
 _BAD_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 _BAD_PATH_NUMBERS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
-# Readers and writers of files, which are named so that no command has to import them.
+# Exceptions of libraries that read and write files, by name, so that they need no import here.
 _READERS = {
     "PIL.UnidentifiedImageError": ExitCode.BAD_INPUT,
     "PIL.Image.DecompressionBombError": ExitCode.BAD_INPUT,
     "av.error.FFmpegError": ExitCode.BAD_INPUT,
     "httpx.HTTPError": ExitCode.REFUSED,
 }
-_COMPUTING = {"jax", "jaxlib", "flax", "numpy", "orbax", "tensorstore"}  # know of no input
-_PARSERS = {"json", "ast", "re", "pickle", "zipfile"}  # modules that go as deep as what they read
+_COMPUTING = {"jax", "jaxlib", "flax", "numpy", "orbax", "tensorstore"}  # see no raw input
+_PARSERS = {"json", "ast", "re", "pickle", "zipfile"}  # recurse as deep as their input nests
 _FAR_TOO_LONG = 200  # characters of an internal error's message
 
 
 def failure_of(error: BaseException, options: Mapping[str, str] | None = None) -> Failure:
-    """Tell how a command ends that raised an exception.
+    """Choose the exit code and the message for an exception that ended a command.
 
     Args:
         error: The exception.
-        options: Options of the command by the names of what they give, which are told as options.
+        options: Names of the command's options by field; they replace the fields in the message.
     """
     if isinstance(error, KeyboardInterrupt):
         return Failure(ExitCode.INTERRUPTED, "")
@@ -81,11 +80,11 @@ def failure_of(error: BaseException, options: Mapping[str, str] | None = None) -
 
 
 def _foreseen_code(error: BaseException) -> int | None:
-    """Give the exit code of a foreseen exception; None if nobody foresaw it."""
+    """Choose the exit code of an expected exception; None for an internal error."""
     own = getattr(error, "exit_code", None)
     if isinstance(own, int):
         return own
-    of_system = isinstance(error, OSError) and error.errno  # a reader may pass on the disk's
+    of_system = isinstance(error, OSError) and error.errno  # a library may pass on the disk's
     for kind in () if of_system else type(error).__mro__:
         if (named := _READERS.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
             return named
@@ -105,13 +104,13 @@ def _foreseen_code(error: BaseException) -> int | None:
             return ExitCode.BAD_INPUT
         case RecursionError() if _package_of(error) in _PARSERS:
             return ExitCode.BAD_INPUT
-        case ValueError() if _is_meant(error):
+        case ValueError() if _is_deliberate(error):
             return ExitCode.BAD_INPUT
     return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether Python, XLA or CUDA ran out of memory, each of which says so in its way."""
+    """Tell whether Python, XLA or CUDA ran out of memory, by the words that each uses."""
     words = "RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "out of memory"
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
@@ -129,8 +128,8 @@ def _package_of(error: BaseException) -> str:
     return "" if last is None else last.tb_frame.f_globals.get("__name__", "").partition(".")[0]
 
 
-def _is_meant(error: ValueError) -> bool:
-    """Tell whether somebody raised it about the input: not compiled code, not what computes."""
+def _is_deliberate(error: ValueError) -> bool:
+    """Tell whether a `raise` statement refuses the input, rather than compiled code fails."""
     last, package = _last_frame(error), _package_of(error)
     if last is not None and package == __name__.partition(".")[0]:
         return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
@@ -138,28 +137,29 @@ def _is_meant(error: ValueError) -> bool:
 
 
 def _sentence(error: BaseException, options: Mapping[str, str]) -> str:
-    """Say in words what a foreseen exception is about."""
+    """Describe an expected exception."""
     if reason := getattr(error, "strerror", None):  # OSError and FFmpeg's
         return f"{_paths_of(error)}{reason}"
     match error:
         case ModuleNotFoundError():
             return str(missing_package(error))
         case RecursionError():
-            return "what was given is nested too deeply to be read"
+            return "the input is nested too deeply to be read"
         case UnicodeError():
-            return f"what was given, or a path, is not UTF-8: {_without_bytes(error)}"
+            return f"the input, or a path, is not UTF-8: {getattr(error, 'reason', error)}"
         case EOFError() | zipfile.BadZipFile():
-            return f"a file that was given is damaged or cut off: {str(error) or 'it ends early'}"
+            return f"an input file is damaged or cut off: {str(error) or 'it ends early'}"
     if _is_out_of_memory(error):
         whose = "machine" if isinstance(error, MemoryError) else "device"
         return (
-            f"the {whose} ran out of memory: ask for a smaller video (--num-frames, --height, "
-            "--width), or use one with more"
+            f"the {whose} ran out of memory: make a smaller video (--num-frames, --height, "
+            f"--width), or use a {whose} with more memory"
         )
-    # Usage errors say by format_message which option they are about, or nothing after the help.
+    # Usage errors name their option in format_message, and are empty after the help.
     of_usage = getattr(error, "format_message", None)
     message = of_usage() if of_usage else str(error) or type(error).__name__
-    # Errors about a field begin with its name, whether or not they carry it.
+    message = message.replace(": Value error, ", ": ")  # pydantic's, by which typer checks choices
+    # Errors about a field begin with its name, even if they have no attribute `field`.
     begins = re.match(r"[\w.]+(?=[ =])", message)
     field = getattr(error, "field", begins and begins[0])
     return _with_flags(message, str(field), options) if field in options else message
@@ -171,13 +171,9 @@ def _paths_of(error: BaseException) -> str:
     return f"{' to '.join(texts)}: " if texts else ""
 
 
-def _without_bytes(error: UnicodeError) -> str:
-    return getattr(error, "reason", None) or str(error)
-
-
 def _with_flags(message: str, field: str, options: Mapping[str, str]) -> str:
-    """Put the names of options for those of fields, as `--num-frames` for `num_frames`."""
-    # Fields of one word are English, too: only the one that it is about is surely a field.
+    """Replace the names of fields by their options', as `num_frames` by `--num-frames`."""
+    # A field's name of one word may be plain English, unless the message is about that field.
     for name in (field, *(other for other in options if "_" in other)):
         if options[name] not in message:
             message = re.sub(rf"(?<![\w-]){re.escape(name)}\b", options[name], message, count=1)

@@ -1,8 +1,6 @@
-"""What was given on the command line, as the settings of a run of the model that was chosen."""
+"""From the options of a command to a model and the settings of its run."""
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,6 +8,7 @@ import jax
 from svg_jax.array_files import read_arrays
 from svg_jax.cli.console import bytes_bar, say
 from svg_jax.cli.generated import every_setting, flag_of
+from svg_jax.cli.options import Given
 from svg_jax.config import SparsityConfig, Warmup
 from svg_jax.media.images import with_images_read
 from svg_jax.sampling import VideoPipeline, from_pretrained
@@ -26,94 +25,69 @@ from svg_jax.sampling.settings.rules import ArrayOf
 from svg_jax.sampling.settings.run import few_steps_note
 
 
-@dataclass(frozen=True)
-class ModelChoice:
-    """Which model a command runs, and how it is loaded; see `from_pretrained`.
-
-    Attributes:
-        model: Folder, hub id or name.
-        revision: Branch, tag or commit of a hub id.
-        variant: Weights to take where a component has them.
-        verify: Whether to read all weights first.
-        dtype: Dtype of the matrix products.
-    """
-
-    model: str
-    revision: str | None = None
-    variant: str | None = None
-    verify: bool = False
-    dtype: str | None = None
-
-    def load(self) -> VideoPipeline:
-        """Load it, converted first if it has to be."""
-        keep_programs()
-        with bytes_bar(visible=False) as progress:
-            return from_pretrained(
-                self.model,
-                revision=self.revision,
-                variant=self.variant,
-                verify=self.verify,
-                dtype=self.dtype,
-                progress=progress,
-            )
+def load_model(model: Given) -> VideoPipeline:
+    """Load a model, converted first if need be, by the given arguments of `from_pretrained`."""
+    keep_programs()
+    with bytes_bar(visible=False) as progress:
+        return from_pretrained(**model, progress=progress)
 
 
-def inputs_of(model: ModelChoice, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick the files and folders among what was given, by their options."""
+def inputs_of(model: Given, given: Given) -> dict[str, Any]:
+    """Pick the files and folders among the given options, by the options' names."""
     files = {
         flag_of(name): given[name]
         for name, setting in every_setting().items()
         if name in given and is_file(setting)
     }
-    return {"--model": model.model, **files}
+    return {"--model": model["model"], **files}
 
 
-def read_given(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the files among the settings that were given."""
+def read_given(given: Given) -> dict[str, Any]:
+    """Replace the files among the given settings by their contents."""
     known = every_setting()
     files = {name: given[name] for name in given if isinstance(known[name].rule, ArrayOf)}
     return {**with_images_read(given), **read_arrays(files)}
 
 
 def checked(
-    values: Mapping[str, Any], sparsity: Mapping[str, Any], warmup: Mapping[str, Any]
+    values: Given, sparsity: Given, warmup: Given
 ) -> tuple[dict[str, Any], PlaybackSettings]:
-    """Check of the settings that were given all that needs no model.
+    """Check the given settings as far as is possible before the model is fetched and converted.
 
     Returns:
-        The settings of the run, and how the video is shown.
+        Settings of the run, and those of playback.
 
     Raises:
-        ValueError: If no model could be run so: before one is brought here and converted.
+        ValueError: If no model can run with these settings.
     """
     SparsityConfig(**sparsity)
     Warmup(**warmup)
     check_settings({"prompt": None, "prompt_embeds": None, **values}, every_setting())
-    # Guidance of HunyuanVideo's needs one, if an empty one: an option need not say so.
+    # HunyuanVideo's guidance needs a negative prompt, which may be empty.
     run = {"negative_prompt": "", **values}
     shown = {name: run.pop(name) for name in settings_of(PlaybackSettings).keys() & run.keys()}
     return run, PlaybackSettings(**shown)
 
 
 def shown_at(pipeline: VideoPipeline, shown: PlaybackSettings) -> tuple[float, int]:
-    """Choose frames per second, and pixels for each pixel: what was given, or the model's."""
+    """Choose frames per second and the factor of enlargement: as given, else the model's."""
     fps = pipeline.default_fps if shown.fps is None else shown.fps
     enlarge = (pipeline.defaults.enlarge or 1) if shown.enlarge is None else shown.enlarge
     return fps, enlarge
 
 
 def size_of(pipeline: VideoPipeline, settings: RunSettings) -> tuple[int, int, int]:
-    """Count frames, height and width of the video that settings make."""
+    """Count the frames, rows and columns of the video that settings give."""
     return pipeline.video_size(settings.num_frames, settings.height, settings.width)
 
 
 def with_sparsity(
     pipeline: VideoPipeline,
     settings: RunSettings,
-    given_sparsity: Mapping[str, Any],
-    given_warmup: Mapping[str, Any],
+    given_sparsity: Given,
+    given_warmup: Given,
 ) -> RunSettings:
-    """Take what was given and, for the rest, the model's or the paper's; say which in a line."""
+    """Add the given sparsity and warm-up, completed by the model's or paper's; print both."""
     size = settings.height, settings.width
     sparsity, warmup = pipeline.default_sparsity(*size)
     sparsity = dataclasses.replace(sparsity, **given_sparsity)
@@ -135,10 +109,10 @@ def with_sparsity(
 
 
 def keep_programs() -> None:
-    """Keep compiled programs in the cache, unless the user says where or there is no GPU.
+    """Keep compiled programs in the cache if there is a GPU and no other place is configured.
 
-    For a GPU XLA chooses algorithms by timing them, and not always the same: a run that is resumed
-    gives the same bytes only with the programs that it began with. Making them takes a minute.
+    On a GPU, XLA times algorithms to choose one, and the choice varies: a resumed run gives the
+    same bytes only with the programs that it began with. It also saves a minute of compilation.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))

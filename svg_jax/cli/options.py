@@ -1,136 +1,79 @@
-"""The options that commands of the command line share."""
+"""Options as parameters of commands, in groups that commands share."""
 
+import functools
 import inspect
-from enum import StrEnum
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
-
-class Attention(StrEnum):
-    """How generate attends."""
-
-    dense = "dense"
-    svg = "svg"
+Command = Callable[..., None]
+Given = Mapping[str, Any]  # values of the options of a group that were given
 
 
-class PatternName(StrEnum):
-    """What compare takes heads for."""
+def parameter(
+    name: str, kind: Any, help: str, *, panel: str, option: str | None = None, required=False
+) -> inspect.Parameter:
+    """Make the parameter of a command that takes the value of an option.
 
-    svg = "svg"
-    spatial = "spatial"
-    temporal = "temporal"
-    random = "random"
-
-
-class Dtype(StrEnum):
-    """What matrix products are computed in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-# Options of the fields of a value in the settings.
-OF_WARMUP = {"warmup.steps": "--dense-steps", "warmup.layers": "--dense-layers"}
-
-
-def option(*names: str, help: str, **settings: Any):
-    """Make an option of these names; `settings` are typer's."""
-    return typer.Option(*names, help=help, **settings)
+    Args:
+        name: Name of the parameter.
+        kind: Type of the value.
+        help: Description of the option.
+        panel: Group of options that the help shows it in.
+        option: Name of the option, or of two, as in "--on/--off". Default: the parameter's, with
+            dashes.
+        required: Whether the option must be given. Otherwise the parameter defaults to None, or to
+            False for a switch that has no second name.
+    """
+    option = option or "--" + name.replace("_", "-")
+    info = typer.Option(option, help=help, rich_help_panel=panel, show_default=False)
+    if required:
+        return _parameter(name, kind, info, inspect.Parameter.empty)
+    is_switch = kind is bool and "/" not in option
+    return _parameter(name, kind if is_switch else kind | None, info, False if is_switch else None)
 
 
-Model = Annotated[
-    str,
-    option(
-        "--model",
-        help="A converted folder (svg-jax convert), or a folder in diffusers' layout or a hub id, "
-        "which is converted once into $SVG_JAX_CACHE (~/.cache/svg-jax); tiny: the bundled model.",
-    ),
-]
-Revision = Annotated[
-    str | None, option("--revision", help="Branch, tag or commit of a hub id; default: main.")
-]
-ModelVariant = Annotated[
-    str | None,
-    option(
-        "--variant", help="Which weights of a hub id or of a diffusers folder to take, e.g. fp16."
-    ),
-]
-Verify = Annotated[
-    bool,
-    option("--verify", help="Read all weights first, and compare them with what was converted."),
-]
-Density = Annotated[
-    float | None,
-    option(
-        "--density",
-        help="Share of attention that is computed, over 0 to 1; default: what the model's folder "
-        "says, else the paper's for the model and size.",
-    ),
-]
-DenseSteps = Annotated[
-    float | None,
-    option(
-        "--dense-steps",
-        help="Share of the steps, from the first on, that stay dense; default: as for --density.",
-    ),
-]
-DenseLayers = Annotated[
-    float | None,
-    option(
-        "--dense-layers",
-        help="Share of the layers, from the first on, that stay dense; default: as for --density.",
-    ),
-]
-SampledRows = Annotated[
-    int | None,
-    option(
-        "--sampled-rows",
-        help="Number of query rows by which heads are profiled; default: as for --density.",
-    ),
-]
-FirstFrameSink = Annotated[
-    bool | None,
-    option(
-        "--first-frame-sink/--no-first-frame-sink",
-        help="Whether every token attends to the whole first frame; default: as the paper does for "
-        "the model (Wan: yes).",
-    ),
-]
-BandMultiple = Annotated[
-    int | None,
-    option(
-        "--band-multiple",
-        help="Number of tokens that the band's width is rounded to a multiple of; default: 128.",
-    ),
-]
-DtypeOption = Annotated[
-    Dtype | None,
-    option(
-        "--dtype", help="Dtype of the computation; default: bfloat16 on a GPU, float32 on a CPU."
-    ),
-]
+def argument(name: str, kind: Any, help: str) -> inspect.Parameter:
+    """Make the parameter of a command that takes a positional argument."""
+    return _parameter(name, kind, typer.Argument(help=help), inspect.Parameter.empty)
 
 
-def _parameter(name: str, annotation: Any, **default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, **default)
+def _parameter(name: str, kind: Any, info: Any, default: Any) -> inspect.Parameter:
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=default, annotation=Annotated[kind, info])
 
 
-# Options that several commands have, by the value that they make.
-MODEL = (
-    _parameter("model", Model),
-    _parameter("revision", Revision, default=None),
-    _parameter("variant", ModelVariant, default=None),
-    _parameter("verify", Verify, default=False),
-    _parameter("dtype", DtypeOption, default=None),
-)
-SPARSITY = (
-    _parameter("density", Density, default=None),
-    _parameter("sampled_rows", SampledRows, default=None),
-    _parameter("first_frame_sink", FirstFrameSink, default=None),
-    _parameter("band_multiple", BandMultiple, default=None),
-)
-WARMUP = (
-    _parameter("dense_steps", DenseSteps, default=None),
-    _parameter("dense_layers", DenseLayers, default=None),
-)
+def with_options(**groups: Sequence[inspect.Parameter]) -> Callable[[Command], Command]:
+    """Give a command groups of options, each in place of the parameter of its name.
+
+    Args:
+        **groups: Parameters of each group.
+
+    Returns:
+        Decorator of a command, whose parameter of a group's name is the `Given` of the group.
+    """
+    taken = {made.name for group in groups.values() for made in group}
+
+    def decorate(command: Command) -> Command:
+        parameters = [
+            made.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in inspect.signature(command).parameters.items()
+            for made in groups.get(name, (parameter,))
+        ]
+
+        @functools.wraps(command)
+        def called(**arguments: Any) -> None:
+            values = {name: _given_of(group, arguments) for name, group in groups.items()}
+            own = {name: value for name, value in arguments.items() if name not in taken}
+            command(**own, **values)
+
+        vars(called)["__signature__"] = inspect.Signature(parameters)
+        return called
+
+    return decorate
+
+
+def _given_of(group: Sequence[inspect.Parameter], arguments: Given) -> dict[str, Any]:
+    values = ((made, arguments.get(made.name, made.default)) for made in group)
+    return {made.name: value for made, value in values if value is not made.default}

@@ -1,4 +1,4 @@
-"""The files that a command is going to write, checked before its work."""
+"""Checks of the files that a command will write, before any work."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,16 +10,16 @@ from svg_jax.convert.files import check_writable
 def check_outputs(
     outputs: Sequence[tuple[str, Path]], inputs: Mapping[str, str | Path | None]
 ) -> None:
-    """Check that every file can be written, and that none of them takes another one's place.
+    """Check that every output can be written and replaces no input and no other output.
 
     Args:
-        outputs: All files that are going to be written, with the name of the option of each.
-        inputs: Files and folders that are read, by the name of their option; what is not there (an
-            id of the hub, say) and None are no files.
+        outputs: Name of the option and path of each file that will be written.
+        inputs: Files and folders that are read, by the name of their option; None and paths that do
+            not exist (a hub id, say) are skipped.
 
     Raises:
-        ValueError: If two outputs are one file, one is an input or lies in a folder that is one,
-            or is a device or a pipe.
+        ValueError: If an output is a device or a pipe, is the same file as another output or an
+            input, or lies in a folder that is an input.
         OSError: If one cannot be written; see `check_writable`.
     """
     given = {name: os.path.expanduser(path) for name, path in inputs.items() if path is not None}
@@ -47,7 +47,7 @@ def check_outputs(
 
 
 def _identity(path: Path) -> tuple[int | str, ...]:
-    """What tells a file from all others, there or not yet."""
+    """Identify a file, also one that does not exist yet, whatever its path is spelled like."""
     try:
         found = path.stat()
     except FileNotFoundError:

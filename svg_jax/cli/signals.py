@@ -1,4 +1,4 @@
-"""What ends a command from outside."""
+"""Signals that end a command."""
 
 import signal
 import threading
@@ -11,14 +11,14 @@ from svg_jax.convert.progress import Terminated
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let Ctrl-C, and SIGTERM by which batch systems end a job, raise `Terminated` in the block.
+    """Raise `Terminated` in the block on Ctrl-C and on SIGTERM, by which batch systems end a job.
 
-    What is done is then saved or kept, and a line says so. A signal that somebody else handles, or
-    that is ignored, is left to that.
+    Work that is done can then be saved. A signal that is ignored or has another handler is left
+    alone.
     """
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     if threading.current_thread() is not threading.main_thread():
-        usual = {}  # Python refuses handlers there
+        usual = {}  # only the main thread may set handlers
     ours = [number for number, handler in usual.items() if signal.getsignal(number) is handler]
     for number in ours:
         signal.signal(number, _end)

@@ -1,4 +1,4 @@
-"""What commands print as tables: what a folder holds or will hold, and what a comparison found."""
+"""Tables of a checkpoint's contents, of a planned conversion and of a comparison."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from svg_jax.convert.contents import ComponentContents, Contents
 from svg_jax.convert.formats.show import show_some
 from svg_jax.convert.plan import ConversionPlan
 
-if TYPE_CHECKING:  # sampling takes a while to import, and folders are shown without it
+if TYPE_CHECKING:  # checkpoints are shown without sampling, which takes a while to import
     from svg_jax.evaluation.report import ComparisonReport
 
-_NAMED = 8  # of many names, how many are printed
+_NAMED = 8  # names printed of a long list
 
 
 def contents_tables(contents: Contents) -> Iterator[Table | str]:
-    """Tabulate the components, their configs, and the tensors if they were measured."""
+    """Tabulate components, configs and, if they were measured, tensors."""
     what = contents.pipeline or "a component alone"
     yield f"{what}, {'' if contents.converted else 'not '}converted"
     table = _table("component", "class", "parameters", "size", "dtypes")
@@ -36,8 +36,8 @@ def contents_tables(contents: Contents) -> Iterator[Table | str]:
         for dtype, converted in part.casts.items():
             yield f"{part.name}: {dtype} is converted to {converted}"
         for what, names in (
-            ("tensors that the model does without", part.unused),
-            ("keys of config.json that change nothing", part.passed_over),
+            ("tensors that the model does not need", part.unused),
+            ("keys of config.json without effect", part.passed_over),
         ):
             if names:
                 yield f"{part.name}: {len(names)} {what}: {show_some(names, _NAMED)}"
@@ -45,7 +45,7 @@ def contents_tables(contents: Contents) -> Iterator[Table | str]:
         digests = ", ".join(f"{name} sha256 {sha256}" for name, sha256 in lora.files.items())
         yield f"merged: {lora.source} at {lora.scale:g} into {lora.into} ({digests})"
         if lora.skipped:
-            yield f"not merged, for the model lacks it: {', '.join(lora.skipped)}"
+            yield f"not merged, since the model lacks it: {', '.join(lora.skipped)}"
     for part in contents.components:
         values = ", ".join(f"{key}={value!r}" for key, value in part.config.items())
         yield f"{part.name}: {values}"
@@ -72,7 +72,7 @@ def _tensors_table(part: ComponentContents) -> Table:
 
 
 def contents_values(contents: Contents) -> dict[str, Any]:
-    """Give what a folder holds as values for JSON."""
+    """Collect a checkpoint's contents as values for JSON."""
     values = dataclasses.asdict(contents)
     for part, component in zip(values["components"], contents.components, strict=True):
         part |= {
@@ -84,7 +84,7 @@ def contents_values(contents: Contents) -> dict[str, Any]:
 
 
 def plan_tables(plan: ConversionPlan) -> Iterator[Table | str]:
-    """Tabulate what a conversion would write."""
+    """Tabulate the components and files that a conversion would write."""
     table = _table("component", "class", "tensors", "read", "written", "dtypes", "not needed")
     for part in plan.components:
         dtypes = sorted({leaf.dtype.name for leaf in part.files.values()})
@@ -106,7 +106,7 @@ def plan_tables(plan: ConversionPlan) -> Iterator[Table | str]:
         scale = lora.source.scale
         yield f"merges {lora.path} ({size}) at {scale:g} into {changed} tensors of {where}"
         if lora.skipped:
-            yield f"not merged, for the model lacks it: {', '.join(lora.skipped)}"
+            yield f"not merged, since the model lacks it: {', '.join(lora.skipped)}"
     if plan.skipped:
         yield f"left out: {', '.join(plan.skipped)}"
     yield (

@@ -1,4 +1,4 @@
-"""What the commands for videos do."""
+"""Work of the commands for videos."""
 
 import dataclasses
 import shlex
@@ -12,14 +12,15 @@ import numpy as np
 from svg_jax.bundled import FOLDER, NAME
 from svg_jax.cli.console import bytes_bar, print_parts, say, steps_bar
 from svg_jax.cli.given import (
-    ModelChoice,
     checked,
     inputs_of,
+    load_model,
     read_given,
     shown_at,
     size_of,
     with_sparsity,
 )
+from svg_jax.cli.options import Given
 from svg_jax.cli.outputs import check_outputs
 from svg_jax.cli.tables import comparison_table
 from svg_jax.config import dense_step_count
@@ -55,25 +56,25 @@ from svg_jax.sampling.settings import RunSettings
 
 
 def generate(
-    model: ModelChoice,
+    model: Given,
     output: Path,
-    given: Mapping[str, Any],
+    given: Given,
     *,
-    sparsity: Mapping[str, Any] | None,
-    warmup: Mapping[str, Any],
+    sparsity: Given | None,
+    warmup: Given,
     prompts: Path | None,
     labels_out: Path | None,
 ) -> None:
-    """Generate a video, or one of each prompt of a file, and write it, or its latents.
+    """Generate and write a video, or one for each prompt of a file, or the latents.
 
     Args:
-        model: What generates.
-        output: The file, folder or pattern to write.
-        given: Settings that were given, files in place of arrays and images.
-        sparsity: What was given of a SparsityConfig; None is dense attention.
-        warmup: What was given of a Warmup.
-        prompts: A file of prompts, one a line, in place of a prompt.
-        labels_out: The file for labels, errors and densities.
+        model: Given arguments of `from_pretrained`.
+        output: File, folder or pattern to write.
+        given: Given settings, with files in place of arrays and images.
+        sparsity: Given fields of a SparsityConfig; None for dense attention.
+        warmup: Given fields of a Warmup.
+        prompts: File with a prompt on each line, in place of a prompt.
+        labels_out: File for labels, errors and densities.
     """
     outputs, given = {output: given.get("prompt")}, dict(given)
     if prompts is not None:
@@ -94,7 +95,7 @@ def generate(
             "prompt, or write latents (.npz)"
         )
     given, shown = checked(given, sparsity or {}, warmup)
-    pipeline = model.load()
+    pipeline = load_model(model)
     fps, enlarge = shown_at(pipeline, shown)
     settings = pipeline.settings(**given, state_file=state_path(next(iter(outputs))))
     _check_size(pipeline, settings, outputs, fps=fps, enlarge=enlarge)
@@ -132,7 +133,7 @@ def _generate(
     *,
     keep_record: bool,
 ) -> None:
-    """Make the planned videos under a bar of all their steps; say at the end what attended."""
+    """Make the planned videos under a bar of all their steps; print the kernel that ran."""
     if not jobs:
         return
     settings = jobs[0].settings
@@ -153,7 +154,7 @@ def _generate(
 def _check_written(
     outputs: Iterable[Path], labels_out: Path | None, inputs: Mapping[str, Any]
 ) -> None:
-    """Raise unless every file that `generate` is going to write can be written."""
+    """Raise unless `generate` can write every file that it will."""
     written = [("--output", path) for path in outputs]
     for path in outputs:
         if path.suffix.lower() != ".npz":
@@ -172,7 +173,7 @@ def _check_size(
     fps: float,
     enlarge: int,
 ) -> None:
-    """Raise ValueError if what is asked for makes no video, or none that its file can hold."""
+    """Raise ValueError if the model makes no frames, or a video that its file cannot hold."""
     videos = [path for path in outputs if path.suffix.lower() != ".npz"]
     frames, height, width = size_of(pipeline, settings)
     for path in videos:
@@ -186,7 +187,7 @@ def _check_size(
 
 
 def _check_labels(settings: RunSettings) -> None:
-    """Raise ValueError if no step of a run has labels to write."""
+    """Raise ValueError if a run has no sparse step, and so no labels to write."""
     steps, warmup = settings.num_inference_steps, settings.warmup
     assert steps is not None
     assert warmup is not None
@@ -208,32 +209,25 @@ def _kernel_of(pipeline: VideoPipeline) -> str:
 
 
 def compare(
-    model: ModelChoice,
+    model: Given,
     output: Path,
-    given: Mapping[str, Any],
+    given: Given,
     *,
-    sparsity: Mapping[str, Any],
-    warmup: Mapping[str, Any],
+    sparsity: Given,
+    warmup: Given,
     pattern: Pattern,
     json_file: Path | None,
 ) -> None:
     """Generate a video with dense and with sparse attention; write both side by side.
 
-    Args:
-        model: What generates.
-        output: Name of the videos, without the endings.
-        given: See `generate`.
-        sparsity: See `generate`.
-        warmup: See `generate`.
-        pattern: See `svg_jax.evaluation.comparison.compare`.
-        json_file: The file for the report.
+    The arguments are those of `generate` and of `svg_jax.evaluation.comparison.compare`.
     """
     written = [("--output", path) for path in _comparison_paths(output)]
     if json_file is not None:
         written.append(("--json", json_file))
     check_outputs(written, inputs_of(model, given))
     given, shown = checked(read_given(given), sparsity, warmup)
-    pipeline = model.load()
+    pipeline = load_model(model)
     fps, enlarge = shown_at(pipeline, shown)
     settings = pipeline.settings(**given)
     frames, height, width = size_of(pipeline, settings)
@@ -249,15 +243,12 @@ def compare(
         comparison.report.save(json_file)
 
 
-def demo(
-    given: Mapping[str, Any], *, density: float | None, output: Path, source: Path | None
-) -> None:
-    """Convert the bundled model into a temporary folder, and compare dense with sparse.
+def demo(given: Given, *, sparsity: Given, output: Path, source: Path | None) -> None:
+    """Convert the bundled model into a temporary folder, and compare dense with sparse attention.
 
-    Another model is run as the bundled one is, unless its folder says how.
+    Another model takes the bundled one's defaults if its own folder has none.
     """
     check_outputs([("--output", path) for path in _comparison_paths(output)], {"--source": source})
-    sparsity = {} if density is None else {"density": density}
     given, shown = checked(given, sparsity, {})
     with tempfile.TemporaryDirectory() as scratch:
         converted = Path(scratch) / "model"

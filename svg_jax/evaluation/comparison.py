@@ -1,4 +1,4 @@
-"""One video twice, with dense and with sparse attention, and how the two differ."""
+"""Comparison of one video with dense and with sparse attention."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,7 +25,7 @@ Pattern = Literal["svg", "spatial", "temporal", "random"]
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """The two videos and what was measured."""
+    """Both videos, and their figures."""
 
     dense: VideoOutput
     sparse: VideoOutput
@@ -44,14 +44,15 @@ def compare(
     The dense warm-up, which both share, is computed once.
 
     Args:
-        pipeline: What generates.
-        settings: Settings of one video, which `pipeline.settings` makes: with the sparsity of the
-            other run, whose warm-up must leave steps to compare, or with an attend in its place.
-        pattern: "svg" profiles heads online; the others give all heads these labels, as ablations.
-        callback_on_step_end: Called with "warm-up", "dense" or "sparse" and the step's record.
+        pipeline: Pipeline of the model.
+        settings: Settings of one video, from `pipeline.settings`, with the sparsity of the other
+            run, or with an `attend` in its place.
+        pattern: Labels of the heads: "svg" for online profiling; the others are ablations.
+        callback_on_step_end: Function to call with "warm-up", "dense" or "sparse" and the record of
+            each step.
 
     Raises:
-        ValueError: On settings that do not fit, or a warm-up that takes all steps.
+        ValueError: If the settings are not those of one sparse video, or all steps are warm-up.
     """
     settings = pipeline.completed(settings)
     sparsity, warmup, attend = settings.sparsity, settings.warmup, settings.attend
@@ -115,7 +116,7 @@ def compare(
 
 
 def _of_run(start: PreparedRun) -> dict[str, Any]:
-    """Collect what a report says of the run that both videos are."""
+    """Collect the figures that both runs share."""
     return {
         "seed": start.seed,
         "num_inference_steps": start.schedule.num_steps,
@@ -126,7 +127,7 @@ def _of_run(start: PreparedRun) -> dict[str, Any]:
 
 
 def _of_videos(dense: VideoOutput, sparse: VideoOutput) -> dict[str, Any]:
-    """Collect what a report says of the two videos."""
+    """Collect the figures of the two videos."""
     enough = dense.frames is not None and min(dense.frames.shape[2:4]) >= SSIM_WINDOW
     spatial_share, profiled = sparse.info.spatial_share, bool(sparse.info.profiles)
     return {
@@ -140,10 +141,10 @@ def _of_videos(dense: VideoOutput, sparse: VideoOutput) -> dict[str, Any]:
 def labels_of_pattern(
     pattern: Pattern, shape: tuple[int, int, int, int], seed: int
 ) -> Bool[np.ndarray, "steps layers entries heads"] | None:
-    """Labels for an ablation; None for "svg", which profiles.
+    """Make the labels of an ablation; None for "svg", which profiles.
 
     Raises:
-        ValueError: At another pattern.
+        ValueError: If there is no such pattern.
     """
     if pattern == "svg":
         return None

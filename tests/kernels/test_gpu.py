@@ -479,6 +479,6 @@ def test_what_it_cannot_run_is_refused_in_a_sentence():
 def test_the_demo_uses_the_kernel_by_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     prompt = {"prompt": "a red three moving left over the flower"}
-    videos.demo(prompt, density=None, output=Path("demo"), source=None)
+    videos.demo(prompt, sparsity={}, output=Path("demo"), source=None)
     assert "mosaic_gpu in bfloat16" in capsys.readouterr().out
     assert {path.suffix for path in tmp_path.iterdir()} == {".mp4", ".gif"}

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from svg_jax.convert.formats.values import Shares
 from svg_jax.sampling.settings.fields import Setting, SettingError, UnknownSettingError
 from svg_jax.sampling.settings.rules import ArrayOf, as_array
@@ -92,6 +90,8 @@ def _check_negatives(values: Mapping[str, Any]) -> None:
 
 
 def _plain(rule: Any, value: Any) -> Any:
+    import numpy as np
+
     if isinstance(value, np.generic):
         return value.item()
     return tuple(map(float, value)) if isinstance(rule, Shares) and value is not None else value

@@ -1,14 +1,12 @@
 """What a setting's value must be, where it is no plain number: texts, arrays, objects, files.
 
-No module here imports jax before an array is looked at: `svg-jax --help` reads the settings.
+No module here imports jax or numpy before it checks a value: `svg-jax --help` reads the settings.
 """
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from svg_jax.convert.formats.values import Rule as PlainRule
 from svg_jax.convert.formats.values import shown
@@ -50,6 +48,7 @@ class ArrayOf:
     def problem(self, value: Any) -> str | None:
         """Say what is wrong with a value; None if nothing."""
         import jax
+        import numpy as np
 
         if not isinstance(value, np.ndarray | jax.Array):
             return f"must be an array: got {type(value).__name__}"
@@ -111,6 +110,7 @@ Rule = PlainRule | Prompts | ArrayOf | Images | FilePath | Kind
 def as_array(value: Any) -> Any:
     """Take another library's array as numpy's; what is none stays as it is."""
     import jax
+    import numpy as np
 
     from svg_jax.media.pixels import as_numpy
 
@@ -145,6 +145,7 @@ def _kind(dtype: Any) -> str:
 def _all_finite(array: Any) -> bool:
     """Tell whether all elements are finite, also when they have become float32."""
     import ml_dtypes
+    import numpy as np
 
     values = np.asarray(array)
     if values.dtype != ml_dtypes.bfloat16 and values.dtype.kind == "f":

@@ -315,7 +315,7 @@ class TestAbsentLayers:
         (record,) = read_contents(tmp_path / "cli").loras
         assert "blocks.*.cross_attn.k_img" in record.skipped
         result = CliRunner().invoke(app, ["inspect", str(tmp_path / "cli")])
-        assert "not merged, for the model lacks it: blocks.*.cross_attn.k_img" in " ".join(
+        assert "not merged, since the model lacks it: blocks.*.cross_attn.k_img" in " ".join(
             result.output.split()
         )
         export_pipeline(tmp_path / "python", tmp_path / "back")

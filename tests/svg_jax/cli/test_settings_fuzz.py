@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tiny_checkpoint import is_one_sentence
 from unloaded_pipelines import PIPELINES
 
+from svg_jax.cli import videos
 from svg_jax.cli.generated import every_setting, flag_of
-from svg_jax.cli.given import ModelChoice
 from svg_jax.convert.formats.values import Choice, Flag, Number, Shares
 from svg_jax.sampling.settings import PlaybackSettings, settings_of
 from svg_jax.sampling.settings.fields import is_file, option_of
@@ -110,7 +110,7 @@ def test_options_in_range_are_taken_and_all_else_refused_by_flag(
     name, examples, run, monkeypatch, tmp_path
 ):
     pipeline = PIPELINES[name]
-    monkeypatch.setattr(ModelChoice, "load", lambda choice: pipeline)
+    monkeypatch.setattr(videos, "load_model", lambda model: pipeline)
     for method in ("prepare", "denoise"):
         monkeypatch.setattr(type(pipeline), method, began)
     # A checkpoint narrows the range of sizes: that is tested with checkpoints.

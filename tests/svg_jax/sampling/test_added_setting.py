@@ -12,7 +12,8 @@ from saved_runs import Killed, kill_after, pipeline_of
 from typer.testing import CliRunner
 
 from svg_jax.cli.errors import failure_of
-from svg_jax.cli.generated import parameters_of, with_options
+from svg_jax.cli.generated import parameters_of
+from svg_jax.cli.options import with_options
 from svg_jax.convert.formats.values import Flag, Number
 from svg_jax.sampling import CogVideoXPipeline, WanPipeline
 from svg_jax.sampling.cogvideox.settings import CogVideoXSettings
