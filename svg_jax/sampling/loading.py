@@ -26,8 +26,11 @@ from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders
 from svg_jax.sampling.identity import weights_digest
 from svg_jax.sampling.pipeline import VideoPipeline
 from svg_jax.sampling.schedules.config import SchedulerConfig
+from svg_jax.sampling.settings import UnknownSettingError
 from svg_jax.sampling.wan.pipeline import WanPipeline
 from svg_jax.text.tokenizer import load_tokenizer
+
+_ARGUMENTS = ("dtype", "revision", "variant", "cache_dir", "verify", "progress")
 
 
 def from_pretrained(
@@ -39,6 +42,7 @@ def from_pretrained(
     cache_dir: str | Path | None = None,
     verify: bool = False,
     progress: Progress | None = None,
+    **others: Any,
 ) -> VideoPipeline:
     """Load a video model, onto the default device.
 
@@ -58,17 +62,21 @@ def from_pretrained(
             `svg-jax verify` does. Otherwise all other files are compared, and the names, kinds,
             sizes and layout of the weights.
         progress: Called with (bytes done, bytes in all, component) by a conversion and by `verify`.
+        **others: Anything else is refused; an argument of diffusers with what takes its place.
 
     Returns:
         The pipeline of the checkpoint's family. Each component is loaded where it is used and freed
             behind: text encoder and transformer are never there together.
 
     Raises:
+        TypeError: If it is given another argument.
         ValueError: If there is no such model, or of a kind that does not run.
         DamageError: If a converted folder does not hold what was converted; it is a ValueError.
         OSError: If a file cannot be read or written, the hub cannot be reached, or it denies access
             (`PermissionError`: a gated model).
     """
+    for name in others:
+        raise UnknownSettingError(name, _ARGUMENTS)
     folder = converted_folder(
         model,
         revision=revision,

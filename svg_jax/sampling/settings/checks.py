@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from svg_jax.convert.formats.values import Shares
+from svg_jax.sampling.settings.diffusers_names import INSTEAD_OF_VALUES
 from svg_jax.sampling.settings.fields import Setting, SettingError, UnknownSettingError
 from svg_jax.sampling.settings.rules import ArrayOf, as_array
 
@@ -31,7 +32,8 @@ def check_settings(values: Mapping[str, Any], known: Mapping[str, Setting]) -> d
         if not (value is None and known[field].optional):
             problem = rule.problem(value)
             if problem is not None:
-                raise SettingError(field, problem)
+                hint = INSTEAD_OF_VALUES.get((field, value), "") if isinstance(value, str) else ""
+                raise SettingError(field, problem + hint)
         checked[field] = _plain(rule, value)
     _check_together(checked)
     return checked

@@ -2,11 +2,12 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from svg_jax.convert.formats.values import Shares
+from svg_jax.sampling.settings.diffusers_names import INSTEAD
 from svg_jax.sampling.settings.rules import ArrayOf, Images, Rule
 
 Effect = Literal["bits", "rounding", "none"]
@@ -33,9 +34,10 @@ class UnknownSettingError(SettingError, TypeError):
         field: Name of the setting, as it was given.
     """
 
-    def __init__(self, field: str, known: Mapping[str, Any]) -> None:
-        near = difflib.get_close_matches(field, known, n=1)
+    def __init__(self, field: str, known: Collection[str]) -> None:
+        near = difflib.get_close_matches(field, list(known), n=1)
         hint = f": did you mean {near[0]}?" if near else ""
+        hint = f": {INSTEAD[field]}" if field in INSTEAD else hint
         ValueError.__init__(self, f"this model takes no {field}{hint}")
         self.field = field
 
