@@ -135,8 +135,8 @@ class Source:
         prefixes = [prefix for (prefix, _), count in counts.items() if 2 * count >= most]
         prefix = choose(prefixes, weights_key, place) if prefixes else ""
         check_scales(stored, prefix)
-        unwrapped = unwrap(stored, prefix, prefixes)
-        return ComponentWeights(unwrapped.tensors, unwrapped.others, None, said, config)
+        tensors, others = unwrap(stored, prefix, prefixes)
+        return ComponentWeights(tensors, others, None, said, config)
 
     def class_of(self, variant: str | None) -> str:
         """Tell the class of a component alone: its tensors' if they are an original release's.

@@ -1,7 +1,6 @@
-"""Arrays of .npy and .npz files, whose headers are believed only as far as the files go.
+"""Arrays from .npy and .npz files, with headers that are checked before anything is allocated.
 
-A header is read and judged by itself: what it claims is neither allocated nor read before it fits
-the argument and the file.
+Nothing is read before the header fits the argument and the size of the file.
 """
 
 import math
@@ -9,7 +8,6 @@ import os
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import IO
@@ -18,59 +16,41 @@ import numpy as np
 from jaxtyping import Shaped
 
 from svg_jax.convert.files import open_regular
+from svg_jax.convert.formats.show import show
 
 _MOST_BYTES = 2**28  # of one array; HunyuanVideo's noise of 129 frames in 720p has 30 MB
 _MOST_SHOWN = 5
 _ZIP = b"PK"
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """What an argument's array may be.
-
-    Attributes:
-        axes: Their names.
-        kinds: NumPy's letters of the dtypes that it may have, and how they are called.
-    """
-
-    axes: tuple[str, ...]
-    kinds: Mapping[str, str]
-
-
-_FLOATS = {"f": "floating point"}
-_LATENTS = _Rule(("batch", "channels or frames", "frames or channels", "height", "width"), _FLOATS)
-_FEATURES = _Rule(("batch", "tokens", "features"), _FLOATS)
-_POOLED = _Rule(("batch", "features"), _FLOATS)
-_MASK = _Rule(("batch", "tokens"), {"b": "bool", "i": "integers", "u": "integers", **_FLOATS})
-_RULES = {
+_LATENTS = ("batch", "channels or frames", "frames or channels", "height", "width")
+_AXES = {
     "latents": _LATENTS,
     "image_latents": _LATENTS,
-    "prompt_embeds": _FEATURES,
-    "negative_prompt_embeds": _FEATURES,
-    "pooled_prompt_embeds": _POOLED,
-    "negative_pooled_prompt_embeds": _POOLED,
-    "prompt_attention_mask": _MASK,
-    "negative_prompt_attention_mask": _MASK,
+    "prompt_embeds": ("batch", "tokens", "features"),
+    "negative_prompt_embeds": ("batch", "tokens", "features"),
+    "pooled_prompt_embeds": ("batch", "features"),
+    "negative_pooled_prompt_embeds": ("batch", "features"),
+    "prompt_attention_mask": ("batch", "tokens"),
+    "negative_prompt_attention_mask": ("batch", "tokens"),
 }
-_WITH_PROMPT_EMBEDS = [name for name in _RULES if "prompt" in name]
+_WITH_PROMPT_EMBEDS = [name for name in _AXES if "prompt" in name]
 
 
 def read_arrays(files: Mapping[str, Path | None]) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Read arrays from .npy and .npz files.
 
-    An .npz may hold one array of any name, or the argument's; with prompt_embeds also those that go
-    with them.
+    An .npz may hold one array of any name, or several, one of which has the argument's name. One
+    for prompt_embeds may also hold the other prompts' arrays and masks.
 
     Args:
-        files: Files by the name of the argument that each is for; None is left out.
+        files: Files by the names of the arguments that they are for; None is skipped.
 
     Returns:
-        Arrays by the names of their arguments.
+        The arrays by the names of their arguments.
 
     Raises:
-        ValueError: If a file is damaged or no such file, or its array is none that the argument
-            takes; names the file.
-        OSError: If a file is not there, or cannot be read.
+        ValueError: If a file is damaged or of another kind, or the argument does not take its
+            array; names the file.
+        OSError: If a file does not exist or cannot be read.
     """
     arrays = {}
     for name, path in files.items():
@@ -81,17 +61,16 @@ def read_arrays(files: Mapping[str, Path | None]) -> dict[str, Shaped[np.ndarray
                 arrays |= _read_file(file, name)
             except _ArrayError as error:
                 raise ValueError(f"{path} {error}") from error
-            except OSError as error:
-                if error.errno is not None:  # the disk's; damage has none
+            except Exception as error:  # damaged archives and headers raise many kinds
+                if isinstance(error, OSError) and error.errno is not None:  # the disk's
                     raise
-                raise ValueError(_no_arrays(path, error)) from error
-            except Exception as error:  # what damaged archives and headers raise is no one thing
-                raise ValueError(_no_arrays(path, error)) from error
+                reason = show(str(error)) or type(error).__name__
+                raise ValueError(f"{path} is no .npy or .npz file, or damaged: {reason}") from error
     return arrays
 
 
 class _ArrayError(Exception):
-    """What is wrong with a file, as a sentence that lacks its subject."""
+    """A sentence about what is wrong with a file, without the file's name at its start."""
 
 
 def _read_file(file: BufferedReader, name: str) -> dict[str, np.ndarray]:
@@ -107,7 +86,7 @@ def _read_file(file: BufferedReader, name: str) -> dict[str, np.ndarray]:
             if not member.is_dir()
         }
         if name not in members and len(members) != 1:
-            shown = ", ".join(_printable(member) for member in list(members)[:_MOST_SHOWN])
+            shown = ", ".join(show(member) for member in list(members)[:_MOST_SHOWN])
             more = ", ..." if len(members) > _MOST_SHOWN else ""
             raise _ArrayError(f"has no array {name}: it has {shown or 'none'}{more}")
         found = name if name in members else next(iter(members))
@@ -124,16 +103,14 @@ def _read_file(file: BufferedReader, name: str) -> dict[str, np.ndarray]:
 
 
 def _read_array(file: BufferedIOBase | IO[bytes], size: int, name: str) -> np.ndarray:
-    """One array of an .npy file, or of a part of an archive, that has so many bytes."""
+    """Read the array `name` from an .npy file, or a member of an archive, of `size` bytes."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise _ArrayError(f"is in version {version[0]}.{version[1]} of the format .npy")
-    read = np.lib.format.read_array_header_1_0
-    if version == (2, 0):
-        read = np.lib.format.read_array_header_2_0
+    of_one, of_two = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of headers that Python 2 wrote
-        shape, in_columns, dtype = read(file)
+        warnings.simplefilter("ignore")  # about headers that Python 2 wrote
+        shape, in_columns, dtype = (of_one if version == (1, 0) else of_two)(file)
     _check_header(name, shape, dtype)
     count = math.prod(shape)
     needed, there = count * dtype.itemsize, size - file.tell()
@@ -158,24 +135,15 @@ def _read_array(file: BufferedIOBase | IO[bytes], size: int, name: str) -> np.nd
 
 
 def _check_header(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    rule = _RULES[name]
-    if dtype.kind not in rule.kinds:
-        kinds = " or ".join(dict.fromkeys(rule.kinds.values()))
+    is_mask = name.endswith("mask")
+    if dtype.kind not in ("fbiu" if is_mask else "f"):
+        kinds = "bool or integers or floating point" if is_mask else "floating point"
         hint = "; NumPy knows no bfloat16: save it as float32" if dtype.str == "|V2" else ""
         raise _ArrayError(f"must hold {name} in {kinds}: got {str(dtype)[:40]}{hint}")
-    if len(shape) != len(rule.axes) or min(shape) < 1:
-        axes = ", ".join(rule.axes)
+    if len(shape) != len(_AXES[name]) or min(shape) < 1:
+        axes = ", ".join(_AXES[name])
         raise _ArrayError(f"must hold {name} [{axes}]: got the shape {_shown(shape)}")
 
 
 def _shown(shape: tuple[int, ...]) -> str:
     return str(shape) if len(shape) <= 6 else f"of {len(shape)} axes"
-
-
-def _no_arrays(path: Path, error: Exception) -> str:
-    reason = _printable(str(error)) or type(error).__name__
-    return f"{path} is no .npy or .npz file, or damaged: {reason}"
-
-
-def _printable(text: str) -> str:
-    return text.encode("unicode_escape").decode("ascii")[:80]

@@ -3,31 +3,26 @@
 import os
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from svg_jax.convert.errors import ConversionError
 
+FileState = tuple[int, int, int]
 
-@dataclass(frozen=True)
-class FileState:
-    """What of a file changes when it is written to or replaced."""
 
-    inode: int
-    size: int
-    modified: int
+def file_state(file: Path) -> FileState:
+    """Take a file's inode, size and time of change, of which a write or a replacement changes one.
 
-    @classmethod
-    def of(cls, file: Path) -> "FileState":
-        """Take the file's state now; links are followed."""
-        found = os.stat(file)
-        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+    Links are followed.
+    """
+    found = os.stat(file)
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def find_changed(states: Mapping[Path, FileState]) -> Path | None:
     """Find a file that was written to, replaced or removed since its state was taken."""
     for file, state in states.items():
-        if not file.exists() or FileState.of(file) != state:
+        if not file.exists() or file_state(file) != state:
             return file
     return None
 

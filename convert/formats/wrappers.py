@@ -9,7 +9,7 @@ moving average), whoever converts it must choose one.
 import itertools
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from svg_jax.convert.errors import ConversionError
@@ -41,19 +41,6 @@ _MOST_WORDS = 8  # of an unknown prefix
 TOP = "."  # the key of weights without any prefix
 
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True)
-class Unwrapped:
-    """Tensors without the prefix of their names.
-
-    Attributes:
-        tensors: Tensors under the prefix, by the model's names.
-        others: Full names of all other tensors.
-    """
-
-    tensors: Mapping[str, StoredTensor]
-    others: tuple[str, ...]
 
 
 def drop_layer_wrappers(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -166,15 +153,20 @@ def choose(prefixes: Collection[str], weights_key: str | None, where: object) ->
     )
 
 
-def unwrap(stored: Mapping[str, StoredTensor], prefix: str, prefixes: Collection[str]) -> Unwrapped:
+def unwrap(
+    stored: Mapping[str, StoredTensor], prefix: str, prefixes: Collection[str]
+) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
     """Remove the chosen prefix from the names that have it.
 
     Args:
         stored: Tensors by their full names.
         prefix: Prefix that was chosen.
         prefixes: All prefixes under which there are weights.
+
+    Returns:
+        The tensors under the prefix by the model's names, and the full names of all others.
     """
     longer = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
     meant = [name for name in stored if name.startswith(prefix) and not name.startswith(longer)]
     tensors = {name.removeprefix(prefix): stored[name] for name in meant}
-    return Unwrapped(tensors, tuple(sorted(stored.keys() - set(meant))))
+    return tensors, tuple(sorted(stored.keys() - set(meant)))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from svg_jax.convert.checkpoint.manifest import LoraRecord
 from svg_jax.convert.errors import ConversionError
-from svg_jax.convert.formats.checked_files import FileState
+from svg_jax.convert.formats.checked_files import FileState, file_state
 from svg_jax.convert.formats.digests import file_digest
 from svg_jax.convert.formats.show import show_some
 from svg_jax.convert.lora.change import Change
@@ -100,7 +100,7 @@ def _read_lora(source: LoraSource, components: Mapping[str, Component], *, stric
         )
     file = find_lora(path)
     parts = (file, file.with_name(PEFT_CONFIG))
-    states = {part: FileState.of(part) for part in parts if part.exists()}
+    states = {part: file_state(part) for part in parts if part.exists()}
     header = read_lora_file(file)
     tensors = header.tensors
     is_peft = any(key.startswith(PEFT) for key in tensors)

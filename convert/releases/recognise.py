@@ -13,7 +13,6 @@ from svg_jax.convert.formats.json_file import read_json_if_any
 from svg_jax.convert.formats.show import show, show_some
 from svg_jax.convert.formats.stored_tensor import StoredTensor
 from svg_jax.convert.formats.wrappers import (
-    Unwrapped,
     check_prefix,
     choose,
     drop_layer_wrappers,
@@ -196,13 +195,17 @@ def recognise(
         raise _unknown(stored, where)
     prefix = choose(found, weights_key, where)
     check_scales(stored, prefix)
-    return _recognise(found[prefix], unwrap(stored, prefix, found), where, config)
+    return _recognise(found[prefix], *unwrap(stored, prefix, found), where, config)
 
 
 def _recognise(
-    release: Release, unwrapped: Unwrapped, where: Path, config: Mapping[str, Any] | None
+    release: Release,
+    tensors: Mapping[str, StoredTensor],
+    others: tuple[str, ...],
+    where: Path,
+    config: Mapping[str, Any] | None,
 ) -> OriginalComponent:
-    given, tensors = dict(config or {}), unwrapped.tensors
+    given = dict(config or {})
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
         values = {**release.config(shapes, given), **given}
@@ -227,7 +230,7 @@ def _recognise(
     for tensor in tensors.values():
         tensor.converted_dtype  # noqa: B018 - refuses what is no weight
     written = {"_class_name": release.class_name, **made.to_dict()}
-    spare = tuple(sorted((*unused, *unwrapped.others)))
+    spare = tuple(sorted((*unused, *others)))
     return OriginalComponent(
         release.name, release.class_name, written, tensors, leaves, unused=spare
     )
@@ -307,7 +310,7 @@ def identify(
     if said.get("_class_name") != release.class_name:
         said = {}
     given = {key: value for key, value in said.items() if not key.startswith("_")}
-    return _recognise(release, unwrap(stored, prefix, found), where, given)
+    return _recognise(release, *unwrap(stored, prefix, found), where, given)
 
 
 def _find_releases(

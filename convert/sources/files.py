@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from svg_jax.convert.formats.checked_files import FileState
+from svg_jax.convert.formats.checked_files import FileState, file_state
 from svg_jax.convert.formats.json_file import JsonFile, read_json_file
 from svg_jax.convert.formats.stored_tensor import StoredTensor
 from svg_jax.convert.sources.weights import is_weights, read_file, read_weights
@@ -63,7 +63,7 @@ class SourceFiles:
         """Tell the state that the files of a folder were in before the first was read."""
         if folder not in self._states:
             files = (file for file in folder.glob("*") if file.exists())
-            self._states[folder] = {file: FileState.of(file) for file in files}
+            self._states[folder] = {file: file_state(file) for file in files}
         return self._states[folder]
 
 

@@ -1,4 +1,4 @@
-"""Captions above videos, which are readable at any size of the video."""
+"""Captions above videos, readable at any size of the video."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _MOST_LINES = 3  # a video that is too narrow for these is widened
 
 @dataclass(frozen=True)
 class CaptionBar:
-    """Where the captions of videos of one width are drawn, so that none of them is cut.
+    """The size of the captions of videos of one width, so that none of them is cut.
 
     Attributes:
         width: Columns of the bar, at least those of the video.
@@ -28,11 +28,11 @@ class CaptionBar:
 
 
 def caption_bar(video_width: int, captions: Sequence[str]) -> CaptionBar:
-    """Lay out the captions of videos that are shown beside each other.
+    """Lay out the captions of videos that are shown side by side.
 
     Args:
         video_width: Columns of each video.
-        captions: Caption of each video.
+        captions: Captions of the videos.
     """
     size = max(_SMALLEST, video_width // _COLUMNS_PER_POINT)
     width = video_width
@@ -46,13 +46,13 @@ def _line_height(size: int) -> int:
 
 
 def _most_lines(captions: Sequence[str], width: int, size: int) -> int | None:
-    """Lines of the longest caption; None if a word is wider than the bar."""
+    """Count the lines of the longest caption; None if a word is wider than the bar."""
     counts = [_lines(caption, width, size) for caption in captions]
     return None if None in counts else max(len(lines) for lines in counts if lines is not None)
 
 
 def _lines(caption: str, width: int, size: int) -> list[str] | None:
-    """Break a caption into lines that fit; None if a word does not."""
+    """Break a caption into lines that fit; None if a word does not fit."""
     font = ImageFont.load_default(size=size)
     lines = [""]
     for word in caption.split():
@@ -70,8 +70,8 @@ def draw_caption(caption: str, bar: CaptionBar) -> UInt8[np.ndarray, "height wid
     """Draw a caption in black on white.
 
     Args:
-        caption: One of those that the bar was laid out for.
-        bar: Their layout.
+        caption: Caption that the bar was laid out for.
+        bar: Size of the bar and its font.
     """
     image = Image.new("RGB", (bar.width, bar.height), "white")
     font = ImageFont.load_default(size=bar.font_size)

@@ -1,4 +1,4 @@
-"""A video that a user gives, as the array of its frames."""
+"""Videos in any form that users give them, as arrays of frames."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,13 +9,13 @@ from jaxtyping import Float32, Shaped, UInt8
 from svg_jax.media.pixels import as_numpy, channels_last, in_known_range, rgb_of_pillow
 
 Frames = UInt8[np.ndarray, "frames height width 3"] | Float32[np.ndarray, "frames height width 3"]
-# An array of any library, a list of arrays or of Pillow's images, or a pipeline's output.
+# An array of any library, a list of arrays or of Pillow images, or a pipeline's output.
 AnyVideo = Any
 
 
 @runtime_checkable
 class HasFrames(Protocol):
-    """What a pipeline returns."""
+    """The output of a pipeline."""
 
     @property
     def frames(self) -> Any:
@@ -24,30 +24,30 @@ class HasFrames(Protocol):
 
 
 def as_frames(video: AnyVideo, name: str = "video") -> Frames:
-    """Take a video in any form for what it is: bytes, or float32 from 0 to 1.
+    """Turn a video in any form into an array of bytes, or of float32 from 0 to 1.
 
     Args:
-        video: A pipeline's output; an array of NumPy, JAX or PyTorch [frames, height, width, 3] or
-            [frames, 3, height, width] (where both could be meant, the former), alone or in a batch
-            of one; or a list of frames, as arrays or Pillow's images. The dtype decides the range:
-            integers are from 0 to 255, floating point is from 0 to 1.
-        name: The argument's name, for errors.
+        video: Output of a pipeline; array of NumPy, JAX or PyTorch [frames, height, width, 3] or
+            [frames, 3, height, width] (the former if both fit), alone or in a batch of one; or list
+            of frames, as arrays or Pillow images. The dtype decides the range: integers are from 0
+            to 255, floating point is from 0 to 1.
+        name: Name of the argument, for errors.
 
     Raises:
-        ValueError: If it is no video, more than one, has no pixels, or values outside the range.
+        ValueError: If it is not exactly one video, has no pixels, or has values outside the range.
     """
     return in_known_range(stacked_frames(video, name), name)
 
 
 def stacked_frames(video: AnyVideo, name: str) -> Shaped[np.ndarray, "frames height width 3"]:
-    """The array of a video's frames, of whatever dtype and range.
+    """Turn a video in any form into an array of its own dtype and range.
 
     Args:
         video: See `as_frames`.
-        name: The argument's name, for errors.
+        name: Name of the argument, for errors.
 
     Raises:
-        ValueError: If it is no video, more than one, or has no pixels.
+        ValueError: If it is not exactly one video, or has no pixels.
     """
     frames = video.frames if isinstance(video, HasFrames) else video
     if frames is None and video is not None:

@@ -1,4 +1,4 @@
-"""Image files, which anybody may have made: only pictures are opened, and only of usual sizes."""
+"""Image files that nobody vouches for: only some formats are opened, up to usual sizes."""
 
 import errno
 import os
@@ -10,35 +10,36 @@ import PIL.Image
 import PIL.ImageOps
 
 from svg_jax.convert.files import open_regular
+from svg_jax.convert.formats.show import show
 from svg_jax.media.pixels import rgb_of_pillow
 
-# What cameras, browsers and painting programs write. Pillow knows some that start other programs
-# (EPS) or look up other files.
+# The formats of cameras, browsers and painting programs. Pillow knows others that start programs
+# (EPS) or open further files.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 _SEVERAL = {"MPO"}  # a JPEG whose further pictures are previews or another eye's
 
 
 def open_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
-    """Read an image file, turned as its camera was.
+    """Read an image file, and turn the image as its camera was turned.
 
     Args:
-        path: A regular file of one picture: PNG, JPEG, WebP, BMP, GIF, TIFF, or AVIF where Pillow
-            can read it.
+        path: Regular file of one picture: PNG, JPEG, WebP, BMP, GIF, TIFF, or AVIF where Pillow can
+            read it.
 
     Returns:
         The image in three colours of 8 bits.
 
     Raises:
-        ValueError: If it is no such file, damaged, animated, too large, or its greys have no known
-            range.
-        OSError: If it is not there, or cannot be read.
+        ValueError: If it is no such file, damaged, animated or too large, or its greys have no
+            known range.
+        OSError: If it does not exist or cannot be read.
     """
     path = Path(path)
     if path.parts and path.parts[0] in ("http:", "https:"):
         raise FileNotFoundError(errno.ENOENT, "is an address: download the image first", str(path))
     known = [name for name in FORMATS if name != "AVIF" or PIL.features.check("avif")]
     with open_regular(path) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged tags, which change nothing
+        warnings.simplefilter("ignore")  # about damaged tags, which change nothing
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
         try:
             with PIL.Image.open(file, formats=known) as image:
@@ -52,14 +53,9 @@ def open_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
         except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
             most = PIL.Image.MAX_IMAGE_PIXELS or 0
             raise ValueError(f"{path} has over {most:,} pixels: make it smaller") from error
-        except OSError as error:
-            if error.errno is not None:  # the disk's; Pillow has none when it finds damage
+        except Exception as error:  # damaged files raise other kinds in each format
+            if isinstance(error, OSError) and error.errno is not None:  # the disk's
                 raise
-            raise ValueError(f"{path} cannot be read as an image: {_reason(error)}") from error
-        except Exception as error:  # what damaged files raise is different for each format
-            raise ValueError(f"{path} cannot be read as an image: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.removeprefix("the image: ").encode("unicode_escape").decode("ascii")[:200]
+            text = " ".join(str(error).split()) or type(error).__name__
+            reason = show(text.removeprefix("the image: "), 200)
+            raise ValueError(f"{path} cannot be read as an image: {reason}") from error

@@ -1,6 +1,6 @@
-"""Images as the models see them: as frames of a video, and as a CLIP image encoder's input.
+"""Images as the models' inputs: frames of a video, and the pixels of a CLIP image encoder.
 
-Resizing is Pillow's throughout, as in diffusers' VideoProcessor and transformers' PIL backend of
+Pillow resizes all of them, as in diffusers' VideoProcessor and transformers' PIL backend of
 CLIPImageProcessor: resizing on a device differs from it by one or two grey levels.
 """
 
@@ -19,13 +19,13 @@ from svg_jax.media.image_files import open_image
 from svg_jax.media.pixels import as_numpy, channels_last, in_known_range, rgb_of_pillow
 from svg_jax.models.config import read_config
 
-# Pillow's in three colours, or an array: uint8, or floating point from 0 to 1.
+# A Pillow image in three colours, or an array: uint8, or floating point from 0 to 1.
 Image = (
     PIL.Image.Image
     | UInt8[np.ndarray, "_height _width 3"]
     | Float32[np.ndarray, "_height _width 3"]
 )
-# What `as_image` takes, or a list with one for each prompt.
+# Anything that `as_image` takes, or a list with one for each prompt.
 AnyImage = Any
 
 _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
@@ -35,19 +35,19 @@ _LANCZOS = PIL.Image.Resampling.LANCZOS
 
 
 def as_image(image: AnyImage, name: str = "image") -> Image:
-    """Take an image in any form for what it is.
+    """Turn an image in any form into a Pillow image, or an array of bytes or of float32.
 
     Args:
-        image: The path of a file, which is turned as its camera was (others are not, as in
-            diffusers); Pillow's image of any mode; or an array of NumPy, JAX or PyTorch [height,
-            width, 3] or [3, height, width] (where both could be meant, the former), alone or in a
-            batch of one, or of greys [height, width]. The dtype decides the range: integers are
-            from 0 to 255, floating point is from 0 to 1.
-        name: The argument's name, for errors.
+        image: Path of a file, which is turned as its camera was (others are not, as in diffusers);
+            Pillow image of any mode; or array of NumPy, JAX or PyTorch [height, width, 3] or
+            [3, height, width] (the former if both fit), alone or in a batch of one, or of greys
+            [height, width]. The dtype decides the range: integers are from 0 to 255, floating point
+            is from 0 to 1.
+        name: Name of the argument, for errors.
 
     Raises:
-        ValueError: If it is no image, has no pixels, or values outside the range.
-        OSError: If a file is not there, or cannot be read.
+        ValueError: If it is no image, has no pixels, or has values outside the range.
+        OSError: If a file does not exist or cannot be read.
     """
     if isinstance(image, str | os.PathLike):
         return open_image(image)
@@ -67,16 +67,15 @@ def as_image(image: AnyImage, name: str = "image") -> Image:
 
 
 def as_images(images: AnyImage, name: str = "image") -> list[Image]:
-    """Take one image, or a list or a batch of them with one for each prompt.
+    """Turn one image, or a list or a batch with one for each prompt, into a list of images.
 
     Args:
-        images: One image in any form of `as_image`; a list of such; or an array with a batch axis
-            before an image's.
-        name: The argument's name, for errors.
+        images: One image in any form of `as_image`, a list of these, or an array of several images.
+        name: Name of the argument, for errors.
 
     Raises:
         ValueError: If one is no image, or there is none.
-        OSError: If a file is not there, or cannot be read.
+        OSError: If a file does not exist or cannot be read.
     """
     if not isinstance(images, list | tuple):
         if getattr(images, "ndim", 0) != 4:
@@ -92,10 +91,10 @@ def as_images(images: AnyImage, name: str = "image") -> list[Image]:
 
 
 def images_of_each(images: AnyImage, prompts: int, name: str = "image") -> list[Image]:
-    """Take the image of each prompt, or one for all of them; see `as_images`.
+    """Turn images into a list of one for all prompts, or one for each; see `as_images`.
 
     Raises:
-        ValueError: If there are neither one nor as many as prompts.
+        ValueError: If the number of images is neither one nor that of the prompts.
     """
     images = as_images(images, name)
     if len(images) not in (1, prompts):
@@ -106,18 +105,18 @@ def images_of_each(images: AnyImage, prompts: int, name: str = "image") -> list[
 
 
 def with_images_read(arguments: Mapping[str, Any], prompts: int | None = None) -> dict[str, Any]:
-    """Read the images among a call's arguments, once for all that will see them.
+    """Read the images among a call's arguments, once for all uses.
 
     Args:
-        arguments: A call's arguments by name; of these, `image` and `last_image` are read.
-        prompts: How many prompts there are, if it is known.
+        arguments: Arguments of a call by name, of which `image` and `last_image` are read.
+        prompts: Number of prompts, if it is known.
 
     Returns:
-        The same, with a list in place of each image: of one for all prompts, or one for each.
+        The arguments with a list in place of each image: one for all prompts, or one for each.
 
     Raises:
-        ValueError: If one is no image, or their number fits no prompts; names argument or file.
-        OSError: If a file is not there, or cannot be read.
+        ValueError: If one is no image, or there are too many or too few; names argument or file.
+        OSError: If a file does not exist or cannot be read.
     """
     read = {}
     for name in ("image", "last_image"):
@@ -129,9 +128,9 @@ def with_images_read(arguments: Mapping[str, Any], prompts: int | None = None) -
 
 
 def as_frame(image: AnyImage, height: int, width: int) -> Float[np.ndarray, "3 height width"]:
-    """Show an image as a frame of a video, resized without regard to its proportions.
+    """Turn an image into a frame of a video; resizing does not keep its proportions.
 
-    Arrays in floating point are rounded to 8 bits where they have to be resized.
+    Arrays in floating point are rounded to 8 bits if they must be resized.
 
     Returns:
         Pixels from −1 to 1.
@@ -150,15 +149,15 @@ def as_frame(image: AnyImage, height: int, width: int) -> Float[np.ndarray, "3 h
 
 @dataclass(frozen=True)
 class CLIPImageProcessor:
-    """What a preprocessor_config.json says; transformers' names and defaults.
+    """The values of a preprocessor_config.json, with transformers' names and defaults.
 
     Attributes:
         size: Pixels of the shorter side after resizing.
-        crop_size: Rows and columns of what is cut out of the middle.
+        crop_size: Rows and columns of the part that is cut out of the middle.
         resample: Pillow's number of the filter; 3 is bicubic.
-        rescale_factor: Multiplies pixels from 0 to 255.
+        rescale_factor: Factor of pixels from 0 to 255.
         image_mean: Mean of each colour, which is subtracted.
-        image_std: Standard deviation of each colour, which is divided by.
+        image_std: Standard deviation of each colour, by which it is divided.
     """
 
     size: int = 224
@@ -179,7 +178,11 @@ class CLIPImageProcessor:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPImageProcessor":
-        """Read a parsed preprocessor_config.json; ValueError on what is not implemented."""
+        """Read a parsed preprocessor_config.json.
+
+        Raises:
+            ValueError: If it contains anything that is not implemented.
+        """
         values = dict(values)
         for key in ("image_processor_type", "feature_extractor_type"):
             if values.pop(key, _PROCESSORS[0]) not in _PROCESSORS:
@@ -189,16 +192,16 @@ class CLIPImageProcessor:
             for key, names in (("size", {"shortest_edge"}), ("crop_size", {"height", "width"}))
             if key in values
         }
-        # transformers 5 writes the arguments that were not given, too.
+        # transformers 5 also writes arguments that were not given.
         values = {key: value for key, value in values.items() if value is not None}
         only: dict[str, Any] = dict.fromkeys(_STEPS, True)
         return read_config(cls, values, ignored={"processor_class"}, only=only)
 
     def __call__(self, image: AnyImage) -> Float[np.ndarray, "3 size size"]:
-        """Show an image as the encoder takes it.
+        """Turn an image into the encoder's input.
 
         Raises:
-            ValueError: If it is no image, or so narrow that it would be resized to a huge one.
+            ValueError: If it is no image, or so narrow that resizing would make it huge.
         """
         pillow = _as_pillow(as_image(image))
         short, long = sorted(pillow.size)
@@ -222,7 +225,7 @@ def load_image_processor(folder: str | Path) -> CLIPImageProcessor:
     """Read the folder of a CLIP image processor.
 
     Raises:
-        ValueError: If its file is missing, damaged, or says what is not implemented.
+        ValueError: If its file is missing or damaged, or contains anything not implemented.
     """
     file = Path(folder) / "preprocessor_config.json"
     try:
@@ -232,7 +235,7 @@ def load_image_processor(folder: str | Path) -> CLIPImageProcessor:
 
 
 def _side(key: str, value: Any, names: set[str]) -> Any:
-    """The one number that a size stands for, in its older and its newer form."""
+    """Read the one number of a square size, in its older and its newer form."""
     if not isinstance(value, dict):
         return value
     sides = {side for side in value.values() if side is not None}

@@ -1,9 +1,11 @@
-"""How far one video is from another: PSNR and SSIM, as the paper's comparison uses them.
+"""Distances between two videos, PSNR and SSIM, as in the paper's comparison.
 
-Both compare the sparse video with the dense one of the same noise, before any encoding. Arrays in
-floating point are from −1 to 1 (what a decoder overshoots is clipped). Bytes and what a pipeline
-returns say their range themselves, and need not be scaled.
+There the sparse video is compared with the dense one of the same noise, before any encoding. Arrays
+in floating point are from −1 to 1, and what a decoder overshoots is clipped. Bytes and outputs of
+pipelines have known ranges and need no scaling.
 """
+
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ from jaxtyping import Float
 from svg_jax.media.frames import AnyVideo, HasFrames, as_frames, stacked_frames
 
 _Signed = Float[np.ndarray, "frames height width 3"]
-_FURTHEST = 10  # no decoder overshoots as far, and no picture from 0 to 255 is as dark
+_FURTHEST = 10  # no decoder overshoots that far, and no picture from 0 to 255 is that dark
 SSIM_WINDOW = 11  # pixels a side: σ = 1.5, cut at 3.5σ
 
 
@@ -47,33 +49,27 @@ def ssim(video: AnyVideo, reference: AnyVideo) -> float:
         The mean over all frames.
 
     Raises:
-        ValueError: As `psnr`; or if a frame is smaller than the window of 11 pixels.
+        ValueError: If `psnr` would raise it, or a frame is smaller than the window of 11 pixels.
     """
     from skimage.metrics import structural_similarity
 
     video, reference = _both(video, reference)
     if min(video.shape[1:3]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs {SSIM_WINDOW} pixels each way: got {video.shape[1:3]}")
-    return float(
-        np.mean(
-            [
-                structural_similarity(
-                    frame.astype(np.float64),
-                    reference_frame.astype(np.float64),
-                    gaussian_weights=True,
-                    sigma=1.5,
-                    use_sample_covariance=False,
-                    data_range=2,
-                    channel_axis=-1,
-                )
-                for frame, reference_frame in zip(video, reference, strict=True)
-            ]
-        )
+    similarity = partial(
+        structural_similarity,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        data_range=2,
+        channel_axis=-1,
     )
+    pairs = zip(video, reference, strict=True)
+    return float(np.mean([similarity(*np.asarray(pair, np.float64)) for pair in pairs]))
 
 
 def _both(video: AnyVideo, reference: AnyVideo) -> tuple[_Signed, _Signed]:
-    """Both videos from −1 to 1."""
+    """Scale two videos to −1 to 1, and check that they can be compared."""
     given = {"video": video, "reference": reference}
     arrays = {name: stacked_frames(each, name) for name, each in given.items()}
     known = [

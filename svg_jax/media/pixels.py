@@ -1,6 +1,6 @@
-"""Pixels that users give: of NumPy, JAX, PyTorch or Pillow, in any usual order and range.
+"""Pixels of NumPy, JAX, PyTorch or Pillow, in any usual order and range.
 
-What comes out is [..., height, width, 3], and its dtype says its range: uint8 from 0 to 255, or
+The results are [..., height, width, 3]; the dtype determines the range: uint8 from 0 to 255, or
 float32 from 0 to 1.
 """
 
@@ -19,12 +19,12 @@ _ROUNDING = 1 / 128  # bfloat16's step above 1
 def as_numpy(value: Any, name: str) -> Shaped[np.ndarray, "..."]:
     """Copy an array of any library to NumPy.
 
-    PyTorch's is known by its methods, so that nothing of it is imported: it may be on a device or
-    have a gradient, and floating point comes as float32.
+    Tensors of PyTorch are recognised by their methods, so that it is not imported. They may be on
+    a device or have a gradient; floating point becomes float32.
 
     Args:
-        value: The array, or what NumPy makes one of.
-        name: The argument's name, for the error.
+        value: Array, or anything that NumPy can turn into one.
+        name: Name of the argument, for the error.
 
     Raises:
         ValueError: If NumPy can make no array of it.
@@ -44,10 +44,10 @@ def as_numpy(value: Any, name: str) -> Shaped[np.ndarray, "..."]:
 def channels_last(array: np.ndarray, name: str) -> Shaped[np.ndarray, "*frames height width 3"]:
     """Put the colours of [..., height, width, 3] or [..., 3, height, width] last.
 
-    Where both axes are 3 the last one is the colours. Greys, of one colour, are repeated.
+    If both axes are 3, the last one is the colours. Greys, of one colour, are repeated.
 
     Raises:
-        ValueError: If neither axis is the colours, or there are no pixels.
+        ValueError: If neither axis can be the colours, or there are no pixels.
     """
     if array.size == 0:
         raise ValueError(f"{name} has no pixels: its shape is {array.shape}")
@@ -58,9 +58,8 @@ def channels_last(array: np.ndarray, name: str) -> Shaped[np.ndarray, "*frames h
     for axis in (-1, -3):
         if array.shape[axis] == 1:
             return np.repeat(np.moveaxis(array, axis, -1), _COLOURS, axis=-1)
-    hint = ""
-    if 4 in (array.shape[-1], array.shape[-3]):
-        hint = "; transparency has to be dropped first"
+    has_alpha = 4 in (array.shape[-1], array.shape[-3])
+    hint = "; transparency has to be dropped first" if has_alpha else ""
     raise ValueError(
         f"{name} must have 3 colours as its last axis, or as the one before height and width: got "
         f"the shape {array.shape}{hint}"
@@ -71,10 +70,10 @@ def in_known_range(array: np.ndarray, name: str) -> UInt8[np.ndarray, "..."] | F
     """Turn pixels of any dtype into bytes, or into float32 from 0 to 1.
 
     The dtype decides the range: integers are from 0 to 255, floating point is from 0 to 1. Values
-    that rounding moved out of it are clipped.
+    outside it by no more than rounding are clipped.
 
     Raises:
-        ValueError: If a value is outside the range, or the dtype has none that is known.
+        ValueError: If a value is outside the range, or the dtype has no known range.
     """
     dtype = array.dtype
     if dtype == np.uint8:
@@ -110,7 +109,7 @@ def in_known_range(array: np.ndarray, name: str) -> UInt8[np.ndarray, "..."] | F
 
 
 def rgb_of_pillow(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    """Give an image three colours of 8 bits.
+    """Convert an image to three colours of 8 bits.
 
     Transparency is dropped, as by diffusers' `load_image`.
 

@@ -1,4 +1,4 @@
-"""Videos as arrays of pixels: put together, labelled, and written to a file."""
+"""Videos as arrays of pixels: put side by side, labelled, and written to files."""
 
 import math
 from collections.abc import Sequence
@@ -21,18 +21,18 @@ NewFrames = (
     | Float32[np.ndarray, "frames new_height new_width 3"]
 )
 SUFFIXES = (".mp4", ".gif", ".png")
-_SHEET_FRAMES = 8  # how many frames a contact sheet shows
+_SHEET_FRAMES = 8  # frames in a contact sheet
 _PALETTE_PIXELS = 500_000
-_SLOWEST, _FASTEST, _FASTEST_GIF = 0.01, 1000, 50  # browsers slow down what is shown under 20 ms
+_SLOWEST, _FASTEST, _FASTEST_GIF = 0.01, 1000, 50  # browsers slow down frames under 20 ms
 _MOST_OF_GIF, _MOST_OF_ENCODER = 65535, {"libx264": 16384, "mpeg4": 8190}  # pixels a side
-_GIF_SECONDS = 655  # one still frame's: 16 bits of hundredths
+_GIF_SECONDS = 655  # the longest still frame: 16 bits of hundredths
 _SHEET_PIXELS = 2**28  # Pillow opens no larger image without a warning
 _BT709, _SMPTE170M = 1, 6  # as H.273 numbers them
-_HD = (577, 1280)  # rows or columns from which players take untagged colours for BT.709's
+_HD = (577, 1280)  # rows or columns from which players read untagged colours by BT.709
 
 
 def check_video_path(path: str | Path) -> Path:
-    """Check that a file's suffix is a video's, in any case; before the long work.
+    """Check, before the long work, that a file's suffix is a video's, in any case.
 
     Raises:
         ValueError: If the suffix is none of .mp4, .gif and .png.
@@ -44,22 +44,16 @@ def check_video_path(path: str | Path) -> Path:
 
 
 def check_fps(fps: Any, path: str | Path = "") -> None:
-    """Check that a video can have so many frames per second; before the long work.
+    """Check, before the long work, that a video can have this number of frames per second.
 
     Args:
         fps: Frames per second.
-        path: The file, if it is known: a .gif takes at most 50.
+        path: File of the video, if it is known: a .gif has at most 50.
 
     Raises:
         ValueError: If it cannot.
     """
-    if isinstance(fps, bool | np.bool_) or not isinstance(fps, int | float | np.number):
-        raise ValueError(f"fps must be a number: got {fps!r}")
-    if not _SLOWEST <= fps <= _FASTEST:
-        shown = f"{fps:g}" if abs(fps) < 1e100 else "more"  # an integer may be no float
-        raise ValueError(
-            f"fps must be positive, at least {_SLOWEST} and at most {_FASTEST}: got {shown}"
-        )
+    _check_number("fps", fps, Number(_SLOWEST, _FASTEST))
     if Path(path).suffix.lower() == ".gif" and fps > _FASTEST_GIF:
         raise ValueError(
             f"fps must be at most {_FASTEST_GIF} for a .gif, which players slow down else: got "
@@ -70,17 +64,17 @@ def check_fps(fps: Any, path: str | Path = "") -> None:
 def check_video_size(
     path: str | Path, num_frames: int, height: int, width: int, fps: float | int
 ) -> None:
-    """Check that the file's format can hold a video; before the long work.
+    """Check, before the long work, that the file's format can hold a video.
 
     Args:
-        path: The file.
+        path: File of the video.
         num_frames: Frames of the video.
         height: Rows of a frame.
         width: Columns of a frame.
         fps: Frames per second.
 
     Raises:
-        ValueError: If it cannot; says what it can hold.
+        ValueError: If it cannot; the error says how much it can hold.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -109,18 +103,18 @@ def save_video(video: AnyVideo, path: str | Path, *, fps: float | int | np.numbe
     """Write a video, whole or not at all.
 
     Args:
-        video: One video, in any form of `svg_jax.media.frames.as_frames`: what a pipeline
-            returned, an array of NumPy, JAX or PyTorch, or a list of frames. Integers are from 0
-            to 255, and floating point is from 0 to 1.
-        path: The file. Its suffix tells the format: .mp4 (H.264, or MPEG-4 where PyAV has no such
-            encoder; odd sizes repeat their last row or column; colours by BT.709 in HD and BT.601
-            below, as tagged), .gif (endless, one palette for all frames), or .png (frames spread
-            over the video, in a row).
+        video: One video, in any form of `svg_jax.media.frames.as_frames`: output of a pipeline,
+            array of NumPy, JAX or PyTorch, or list of frames. Integers are from 0 to 255, and
+            floating point is from 0 to 1.
+        path: File of the video. Its suffix decides the format: .mp4 (H.264, or MPEG-4 where PyAV
+            has no such encoder; odd sizes repeat their last row or column; colours are BT.709 in HD
+            and BT.601 below, and tagged so), .gif (endless, one palette for all frames), or .png
+            (a row of frames from the whole video).
         fps: Frames per second, 0.01 to 1000; 50 at most for .gif.
 
     Raises:
-        ValueError: At another suffix, more than one video, pixels that are not finite or out of
-            range, or what the format cannot hold.
+        ValueError: If the suffix is another, the video is not exactly one, its pixels are not
+            finite or out of range, or the format cannot hold it.
         OSError: If the file cannot be written.
     """
     path = check_video_path(path)
@@ -148,9 +142,9 @@ def side_by_side(*videos: AnyVideo, gap: int = 2) -> NewFrames:
     """Put videos of one shape in a row, with `gap` white columns between them.
 
     Raises:
-        ValueError: If there is none, their shapes differ, or the gap is no number of columns.
+        ValueError: If there is no video, shapes differ, or the gap is no whole number from 0 on.
     """
-    _check_count("gap", gap, 0)
+    _check_number("gap", gap, Number(0, whole=True))
     arrays = [as_frames(video) for video in videos]
     shapes = {array.shape for array in arrays}
     if len(shapes) != 1:
@@ -163,17 +157,17 @@ def side_by_side(*videos: AnyVideo, gap: int = 2) -> NewFrames:
 
 
 def enlarge(video: AnyVideo, factor: int) -> NewFrames:
-    """Show every pixel as a square of factor² pixels: what a tiny model made, and nothing else.
+    """Enlarge every pixel to a square of factor² pixels, without interpolation.
 
     Raises:
         ValueError: If it is no video, or the factor is no whole number of at least 1.
     """
-    _check_count("factor", factor, 1)
+    _check_number("factor", factor, Number(1, whole=True))
     return as_frames(video).repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def with_label(video: AnyVideo, text: str, *, beside: Sequence[str] = ()) -> NewFrames:
-    """Put a white bar with a text above the video, at the size that it is drawn at.
+    """Put a white bar with a text above a video.
 
     The text is never cut: it is broken into lines, and a video that is too narrow for them gets
     white columns on its right.
@@ -181,7 +175,7 @@ def with_label(video: AnyVideo, text: str, *, beside: Sequence[str] = ()) -> New
     Args:
         video: One video, in any form of `as_frames`.
         text: Caption of the video.
-        beside: Captions of the videos that it is shown beside, for which room is made, too.
+        beside: Captions of the videos beside it, to give all of them bars of one size.
     """
     frames = as_frames(video)
     bar = caption_bar(frames.shape[2], [text, *beside])
@@ -194,8 +188,8 @@ def with_label(video: AnyVideo, text: str, *, beside: Sequence[str] = ()) -> New
     return np.concatenate([np.broadcast_to(pixels, (len(wide), *pixels.shape)), wide], axis=1)
 
 
-def _check_count(name: str, value: int, minimum: int) -> None:
-    if (problem := Number(minimum, whole=True).problem(value)) is not None:
+def _check_number(name: str, value: Any, rule: Number) -> None:
+    if (problem := rule.problem(value)) is not None:
         raise ValueError(f"{name} {problem}")
 
 
@@ -204,7 +198,7 @@ def _white(frames: Frames) -> int:
 
 
 def contact_sheet(frames: Bytes) -> UInt8[np.ndarray, "height sheet_width 3"]:
-    """Put frames from the first to the last, evenly spread, in one row."""
+    """Put evenly spread frames, with the first and the last, in one row."""
     shown = np.linspace(0, len(frames) - 1, min(_SHEET_FRAMES, len(frames))).round().astype(int)
     return np.concatenate(list(frames[shown]), axis=1)
 
@@ -214,7 +208,7 @@ def _write_sheet(frames: Bytes, path: Path, _fps: float) -> None:
 
 
 def _write_gif(frames: Bytes, path: Path, fps: float) -> None:
-    # A palette per frame would let still areas flicker; a sample of the pixels is enough for one.
+    # With a palette for each frame, still areas would flicker. A sample of the pixels is enough.
     stride = math.isqrt(frames.size // 3 // _PALETTE_PIXELS) + 1
     sample = frames[:, ::stride, ::stride]
     everything = Image.fromarray(np.ascontiguousarray(sample.reshape(-1, *sample.shape[2:])))
@@ -223,7 +217,7 @@ def _write_gif(frames: Bytes, path: Path, fps: float) -> None:
         Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
         for frame in frames
     ]
-    # GIF counts in hundredths of a second: each frame ends at the one that is nearest to its time.
+    # GIF counts hundredths of a second: each frame ends at the one nearest to its time.
     ends = [round(100 * (index + 1) / fps) for index in range(len(frames))]
     durations = [10 * (end - start) for start, end in zip([0, *ends], ends, strict=False)]
     images[0].save(
@@ -244,13 +238,13 @@ def _write_mp4(frames: Bytes, path: Path, fps: float) -> None:
         rate = Fraction(fps).limit_denominator(min(1001, int(65535 / fps)))
     encoder, options = _mp4_encoder()
     matrix = Colorspace.ITU709 if height >= _HD[0] or width >= _HD[1] else Colorspace.ITU601
-    # With a scheme in front, FFmpeg takes no part of a name such as 12:30.mp4 for one.
+    # Without a scheme in front, FFmpeg would read one in a name such as 12:30.mp4.
     with av.open(f"file:{path}", "w", options={"movflags": "faststart"}) as container:
         stream: Any = container.add_stream(encoder, rate=rate, options=options)
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
-        # Pixels are sRGB's, whose primaries are BT.709's whatever the matrix is.
+        # Pixels are sRGB, with the primaries of BT.709 whatever the matrix is.
         context.color_primaries = context.color_trc = _BT709
         context.colorspace = _BT709 if matrix == Colorspace.ITU709 else _SMPTE170M
         context.color_range = ColorRange.MPEG
@@ -264,7 +258,7 @@ def _write_mp4(frames: Bytes, path: Path, fps: float) -> None:
 
 
 def _mp4_encoder() -> tuple[str, dict[str, str]]:
-    """The encoder's name and options: H.264's, or MPEG-4's where PyAV has none."""
+    """Choose the encoder and its options: H.264, or MPEG-4 where PyAV lacks it."""
     import av
     from av.codec.codec import UnknownCodecError
 

@@ -1,1 +1,1 @@
-"""Prompts to tokens: what each family does to a prompt, and tokenizer files of every form."""
+"""From prompts to tokens: the preparation of prompts by each family, and tokenizer files."""

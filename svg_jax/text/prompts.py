@@ -1,8 +1,8 @@
-"""What each family does to a prompt before and after its tokens are looked up.
+"""The preparation of prompts by each family, as in diffusers 0.42.1.
 
-CogVideoX does nothing: its T5 reads `tokenizer(prompts, 226)`, padding included, without a mask.
-Wan's UMT5 reads cleaned prompts. HunyuanVideo's LLaMA 3 reads them inside an instruction, whose
-tokens are dropped from its output, and its CLIP reads the bare prompt. As diffusers 0.42.1 has it.
+CogVideoX has none: its T5 reads `tokenizer(prompts, 226)`, padding included, without a mask. Wan's
+UMT5 reads cleaned prompts. HunyuanVideo's LLaMA 3 reads prompts inside an instruction, whose tokens
+are dropped from the output, and its CLIP reads the bare prompts.
 """
 
 import html
@@ -31,8 +31,8 @@ class PromptTemplate:
     """An instruction around a prompt.
 
     Attributes:
-        text: With {} where the prompt goes.
-        crop_start: Tokens before the prompt: their features are dropped.
+        text: Text of the instruction, with {} in the prompt's place.
+        crop_start: Number of tokens before the prompt, whose features are dropped.
         image_start: Index of the image's token, if there is one.
     """
 
@@ -59,12 +59,12 @@ _ASSISTANT_HEADER = 4  # <|eot_id|><|start_header_id|>assistant<|end_header_id|>
 
 
 def clean_prompt(prompt: str) -> str:
-    """A prompt as Wan's tokenizer gets it: mojibake and HTML entities undone, spaces collapsed."""
+    """Clean a prompt for Wan: repair mojibake, replace HTML entities, collapse spaces."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
 def wan_tokens(tokenizer: PromptTokenizer, prompts: Sequence[str], max_length: int = 512) -> Tokens:
-    """What Wan's UMT5 reads: cleaned prompts, and the mask that it attends with."""
+    """Tokenize cleaned prompts for Wan's UMT5, which attends with their mask."""
     return tokenizer.encode([clean_prompt(prompt) for prompt in prompts], max_length)
 
 
@@ -74,16 +74,17 @@ def hunyuan_video_tokens(
     max_length: int = 256,
     template: PromptTemplate = HUNYUAN_VIDEO_TEMPLATE,
 ) -> Tokens:
-    """What HunyuanVideo's LLaMA 3 reads: prompts in the template.
+    """Tokenize prompts in the template for HunyuanVideo's LLaMA 3.
 
     Args:
-        tokenizer: LLaMA 3's.
-        prompts: The prompts.
-        max_length: Tokens of a prompt, what the template has after it included.
-        template: The instruction around each.
+        tokenizer: Tokenizer of LLaMA 3.
+        prompts: Prompts of the videos.
+        max_length: Number of tokens of a prompt and of the template's end after it.
+        template: Instruction around each prompt.
 
     Returns:
-        [batch, crop_start + max_length]; from `crop_start` on, features and mask are the DiT's.
+        Tokens [batch, crop_start + max_length]; the DiT takes features and mask from `crop_start`
+        on.
     """
     texts = [template.text.format(prompt) for prompt in prompts]
     return tokenizer.encode(texts, template.crop_start + max_length)
@@ -91,15 +92,15 @@ def hunyuan_video_tokens(
 
 @dataclass(frozen=True, eq=False)
 class ImagePromptTokens:
-    """What HunyuanVideo's LLaVA reads, and what the DiT takes of its features.
+    """The input of HunyuanVideo's LLaVA, and the features of its output that the DiT takes.
 
     Attributes:
-        ids: Token ids; the image's token stands once for each of its features.
-        mask: 1 where a token is, 0 where it is padding.
-        positions: Rotary position of each token; padding's is 1.
-        image: Where the image's features are.
-        text: Indices of the prompts' features: without template, without the assistant's header.
-        text_mask: Their mask.
+        ids: Token ids; the image's token is repeated for each of its features.
+        mask: Mask of the tokens: 1 for a token, 0 for padding.
+        positions: Rotary position of each token; 1 for padding.
+        image: Range of the image's features.
+        text: Indices of the prompts' features, without the template and the assistant's header.
+        text_mask: Mask of the prompts' features.
     """
 
     ids: Int32[np.ndarray, "batch length"]
@@ -118,21 +119,21 @@ def hunyuan_video_image_tokens(
     image_tokens: int = 576,
     template: PromptTemplate = HUNYUAN_VIDEO_IMAGE_TEMPLATE,
 ) -> ImagePromptTokens:
-    """What HunyuanVideo's LLaVA reads for image to video.
+    """Tokenize prompts in the template for HunyuanVideo's LLaVA, for image to video.
 
-    Over-long prompts, which lose the template's end, may come in batches; diffusers can cut one
-    prompt alone.
+    Prompts that are too long lose the template's end. Unlike in diffusers, such prompts may also be
+    in a batch.
 
     Args:
-        tokenizer: LLaVA's.
-        prompts: The prompts.
-        max_length: Tokens of a prompt, what the template has after it included.
-        image_tokens: Features of an image.
-        template: The instruction around each prompt.
+        tokenizer: Tokenizer of LLaVA.
+        prompts: Prompts of the videos.
+        max_length: Number of tokens of a prompt and of the template's end after it.
+        image_tokens: Number of features of an image.
+        template: Instruction around each prompt.
 
     Raises:
-        ValueError: If a prompt holds `<image>` itself, the tokenizer is another model's, or
-            max_length leaves no room.
+        ValueError: If a prompt contains `<image>`, the tokenizer is another model's, or max_length
+            leaves no room.
     """
     if max_length <= _ASSISTANT_HEADER:
         raise ValueError(f"max_sequence_length must be over {_ASSISTANT_HEADER}: got {max_length}")
@@ -152,7 +153,7 @@ def hunyuan_video_image_tokens(
     kept = []
     for row, filled in zip(tokens.ids, tokens.mask.sum(1), strict=True):
         end = np.flatnonzero(row == header_end)[-1]
-        # The assistant's header is last but for a line feed, or was cut off with the prompt's end.
+        # Only a line feed follows the assistant's header, or it was cut off with the prompt's end.
         after_header = end + 1 if end >= filled - 2 else length
         header = (index >= after_header - _ASSISTANT_HEADER) & (index < after_header)
         kept.append(index[(index >= template.crop_start) & ~header])

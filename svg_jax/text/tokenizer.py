@@ -1,4 +1,4 @@
-"""Prompts to token ids, as the tokenizers of T5, UMT5, LLaMA 3 and CLIP do it."""
+"""From prompts to token ids, as by the tokenizers of T5, UMT5, LLaMA 3 and CLIP."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from svg_jax.convert.formats.json_file import read_json
 from svg_jax.convert.formats.show import show
 from svg_jax.text.tokenizer_files import read_backend, readable
 
-_LISTED = 380  # characters of a vocabulary that an error lists
+_LISTED = 380  # characters of a vocabulary in an error message
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -25,7 +25,7 @@ class Tokens:
 
     Attributes:
         ids: Token ids, padded on the right.
-        mask: 1 where a prompt is, 0 where it was filled up.
+        mask: Mask of the tokens: 1 for a prompt's token, 0 for padding.
     """
 
     ids: Int32[np.ndarray, "batch length"]
@@ -34,12 +34,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class PromptTokenizer:
-    """A tokenizer, and what the file beside it says about padding.
+    """A tokenizer and its padding.
 
     Attributes:
-        backend: The tokenizer, neither padding nor truncating.
-        pad_id: Token that fills a prompt up.
-        known_words: All words of a word-level vocabulary; None where any word can be spelled.
+        backend: Tokenizer that neither pads nor truncates.
+        pad_id: Id of the padding token.
+        known_words: All words of a word-level vocabulary; None if any word can be spelled.
     """
 
     backend: Tokenizer
@@ -49,19 +49,18 @@ class PromptTokenizer:
     def __call__(
         self, prompts: Sequence[str], max_length: int
     ) -> Int32[np.ndarray, "batch max_length"]:
-        """The ids of `encode`: all that an encoder without a mask reads."""
+        """Return only the ids of `encode`, for an encoder without a mask."""
         return self.encode(prompts, max_length).ids
 
     def encode(self, prompts: Sequence[str], max_length: int) -> Tokens:
-        """Token ids with the start and end tokens, padded to max_length, and their mask.
+        """Tokenize prompts, with start and end tokens and padding to max_length.
 
-        Special tokens that are written out in a prompt (`</s>`) are those tokens, as transformers
-        has it. A prompt that is too long is cut, its end token kept, and a warning is logged that
-        quotes what is lost.
+        Special tokens in the text of a prompt (`</s>`) count as these tokens, as in transformers. A
+        prompt that is too long is cut and keeps its end token; a warning quotes what is lost.
 
         Raises:
-            ValueError: At words that a word-level vocabulary lacks (the error lists those it has),
-                text that is no Unicode, or if max_length leaves no room for text.
+            ValueError: If a word-level vocabulary lacks a word (the error lists its words), text is
+                not Unicode, or max_length leaves no room for text.
         """
         room = max_length - self.backend.num_special_tokens_to_add(is_pair=False)
         if room < 1:
@@ -83,7 +82,7 @@ class PromptTokenizer:
         return Tokens(ids, mask)
 
     def token_id(self, token: str) -> int:
-        """The id of one token.
+        """Look up the id of a token.
 
         Raises:
             ValueError: If the vocabulary lacks it.
@@ -96,7 +95,7 @@ class PromptTokenizer:
         return index
 
     def _encode(self, prompt: str) -> Encoding:
-        """The prompt's own tokens."""
+        """Tokenize one prompt, without start and end tokens."""
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
@@ -120,16 +119,15 @@ class PromptTokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> PromptTokenizer:
-    """Reads a tokenizer's folder, in any form that is released (see `tokenizer_files`).
+    """Read a tokenizer's folder, in any form of `tokenizer_files`.
 
     Raises:
         FileNotFoundError: If there is no vocabulary.
-        ValueError: If a file is damaged, or there is no padding token.
+        ValueError: If a file is damaged, or the padding token is missing.
     """
-    folder = Path(folder)
-    settings_file = folder / "tokenizer_config.json"
+    settings_file = Path(folder) / "tokenizer_config.json"
     settings = read_json(settings_file)
-    backend = read_backend(folder, settings)
+    backend = read_backend(Path(folder), settings)
     pad_id = _padding(backend, settings, settings_file)
     known_words = None
     if isinstance(backend.model, WordLevel):
@@ -139,7 +137,7 @@ def load_tokenizer(folder: str | Path) -> PromptTokenizer:
 
 
 def _padding(backend: Tokenizer, settings: Mapping[str, Any], file: Path) -> int:
-    """The padding token's id."""
+    """Look up the id of the padding token."""
     for side in ("padding_side", "truncation_side"):
         if settings.get(side, "right") != "right":
             raise ValueError(

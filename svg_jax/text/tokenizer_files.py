@@ -1,9 +1,8 @@
-"""Tokenizers from the files that checkpoints come with, in each form that is released.
+"""Tokenizers from the files in checkpoints, in each released form.
 
-`tokenizer.json` says everything itself. `spiece.model` (T5, UMT5) and `vocab.json` with
-`merges.txt` (CLIP) hold a vocabulary, and what surrounds it is written here: how text is normalised
-and split into words, and which tokens are recognised as such in a prompt. It is as transformers
-5.23 has it.
+`tokenizer.json` is complete. `spiece.model` (T5, UMT5) and `vocab.json` with `merges.txt` (CLIP)
+hold only a vocabulary. The rest is added here, as in transformers 5.23: how text is normalised and
+split into words, and which special tokens are recognised in a prompt.
 """
 
 import contextlib
@@ -21,12 +20,12 @@ from tokenizers.processors import TemplateProcessing
 from svg_jax.convert.formats.checked_files import check_regular
 from svg_jax.convert.formats.show import show
 
-_UNIGRAM = 1  # sentencepiece's number for that kind of model
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # and for kinds of pieces
+_UNIGRAM = 1  # sentencepiece's number for this kind of model
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # and for these kinds of pieces
 SIZE_LIMIT = 64 * 2**20  # bytes of a file; the largest vocabulary of a released model has 17 MB
 _EXTRA_LIMIT = 10_000  # tokens; T5 has 100
-_STEPS_LIMIT = 8  # of what is done to a text; each may double it
-_GROWTH_LIMIT = 16  # characters that one can become
+_STEPS_LIMIT = 8  # steps of processing a text, each of which may double it
+_GROWTH_LIMIT = 16  # characters that may replace one
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
 _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
 _CLIP_WORD = Regex(
@@ -35,20 +34,20 @@ _CLIP_WORD = Regex(
 
 
 def read_backend(folder: Path, settings: Mapping[str, Any]) -> Tokenizer:
-    """Reads tokenizer.json, or else spiece.model, or else vocab.json and merges.txt.
+    """Read tokenizer.json, or else spiece.model, or else vocab.json and merges.txt.
 
     Args:
-        folder: The folder.
-        settings: Its parsed tokenizer_config.json.
+        folder: Folder of the tokenizer.
+        settings: Values of its tokenizer_config.json.
 
     Raises:
-        FileNotFoundError: If the folder holds none of them, or one of CLIP's two files alone.
+        FileNotFoundError: If the folder holds none of them, or only one of CLIP's two files.
         ValueError: If a file is damaged, or holds another kind of vocabulary.
     """
-    if (folder / "tokenizer.json").is_file():
-        return _read_whole(folder / "tokenizer.json")
-    if (folder / "spiece.model").is_file():
-        return _read_sentencepiece(folder / "spiece.model", settings)
+    if (file := folder / "tokenizer.json").is_file():
+        return _read_whole(file)
+    if (file := folder / "spiece.model").is_file():
+        return _read_sentencepiece(file, settings)
     pair = (folder / "vocab.json", folder / "merges.txt")
     missing = [file for file in pair if not file.is_file()]
     if len(missing) == 1:
@@ -72,7 +71,7 @@ def _read_whole(file: Path) -> Tokenizer:
 
 
 def _read_sentencepiece(file: Path, settings: Mapping[str, Any]) -> Tokenizer:
-    """A sentencepiece model of T5's kind, with its `<extra_id_…>` behind the pieces, downwards."""
+    """Read a sentencepiece model of T5's kind, and add `<extra_id_…>` in descending order."""
     _check_file(file)
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -96,21 +95,19 @@ def _read_sentencepiece(file: Path, settings: Mapping[str, Any]) -> Tokenizer:
     with readable(file):
         backend = Tokenizer(Unigram(pieces, trained.unk_id, trained.byte_fallback))
         if spec.precompiled_charsmap:
-            charsmap = normalizers.Precompiled(spec.precompiled_charsmap)
-            backend.normalizer = charsmap
+            backend.normalizer = normalizers.Precompiled(spec.precompiled_charsmap)
     words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
     backend.pre_tokenizer = pre_tokenizers.Sequence(words)
     special = (_UNKNOWN, _CONTROL, _USER_DEFINED)
     named = [piece.piece for piece in model.pieces if piece.type in special]
     _add_special_tokens(backend, [*named, "</s>", *extra_ids], settings, file)
     ends = [("</s>", backend.token_to_id("</s>"))]
-    frame = TemplateProcessing(single="$A </s>", special_tokens=ends)
-    backend.post_processor = frame
+    backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=ends)
     return backend
 
 
 def _read_byte_pairs(vocabulary: Path, merges: Path, settings: Mapping[str, Any]) -> Tokenizer:
-    """CLIP's byte-pair encoding."""
+    """Read CLIP's byte-pair encoding."""
     _check_file(vocabulary)
     _check_file(merges)
     try:
@@ -150,16 +147,16 @@ def _read_byte_pairs(vocabulary: Path, merges: Path, settings: Mapping[str, Any]
 def _add_special_tokens(
     backend: Tokenizer, tokens: Iterable[str], settings: Mapping[str, Any], file: Path
 ) -> None:
-    """Makes tokens be recognised in a prompt, with the flags and ids that the settings name.
+    """Add the special tokens of prompts, with the flags and ids in the settings.
 
-    Flags say whether a token takes spaces beside it away, and whether it is looked for in the text
-    before or after normalisation.
+    The flags determine whether a token absorbs the spaces beside it, and whether it is recognised
+    before or after the text is normalised.
     """
     for token in tokens:
         if backend.token_to_id(token) is None:
             raise ValueError(f"{file}: its vocabulary lacks '{show(token)}': fetch it again.")
     flags: dict[str, dict[str, bool]] = {token: {} for token in tokens}
-    # Older files spell out the tokens that have a role, and list no others; the last role counts.
+    # Older files spell out only the tokens with a role; of several roles, the last one counts.
     roles = [settings.get(f"{role}_token") for role in ("unk", "bos", "eos", "pad")]
     try:
         named = [{"content": role} if isinstance(role, str) else role for role in roles if role]
@@ -186,39 +183,37 @@ def _add_special_tokens(
 
 @contextlib.contextmanager
 def readable(what: Path | str) -> Iterator[None]:
-    """Turn whatever `tokenizers` raises, also its panics, into one sentence.
+    """Turn any error of `tokenizers`, panics included, into one sentence.
 
     Raises:
-        ValueError: In place of any other error.
+        ValueError: If any other error occurs.
     """
     try:
         yield
-    except BaseException as error:  # a bare Exception; a panic is not even one
+    except BaseException as error:  # it raises bare Exceptions, and panics are not even these
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise _damaged(what, error) from error
 
 
 def _check_steps(backend: Tokenizer, file: Path) -> None:
-    """Refuse what could make very much of a short text: steps that each make it longer."""
+    """Refuse steps that together could make a short text huge."""
     for part in (backend.normalizer, backend.pre_tokenizer, backend.post_processor):
         if part is None:
             continue
         left, steps = [json.loads(part.__getstate__())], 0
         while left:
             node = left.pop()
-            left += (
-                node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
-            )
-            if not isinstance(node, dict) or "type" not in node:
+            if isinstance(node, list):
+                left += node
+            if not isinstance(node, dict):
+                continue
+            left += node.values()
+            if "type" not in node:
                 continue
             steps += 1
-            grown = node.get("content", node.get("prepend", ""))
-            if (
-                steps > _STEPS_LIMIT
-                or len(grown) > _GROWTH_LIMIT
-                or len(node.get("single", "")) > 8
-            ):
+            grows = len(node.get("content", node.get("prepend", ""))) > _GROWTH_LIMIT
+            if steps > _STEPS_LIMIT or grows or len(node.get("single", "")) > _STEPS_LIMIT:
                 raise _damaged(file, "it makes too much of a text")
 
 
