@@ -18,8 +18,8 @@ from svg_jax.convert.lora.change import Change
 from svg_jax.convert.lora.config import PEFT_CONFIG, read_lora_config
 from svg_jax.convert.lora.files import find_lora, read_lora_file
 from svg_jax.convert.lora.merge import group_changes
-from svg_jax.convert.lora.sort import Component, sort_tensors
-from svg_jax.convert.lora.targets import changeable_shapes, module_names
+from svg_jax.convert.lora.sort import sort_tensors
+from svg_jax.convert.lora.targets import ModuleNames, changeable_shapes, module_names
 from svg_jax.convert.paths import usable_path
 from svg_jax.convert.settings import LoraSource
 from svg_jax.convert.tables.lora_names import PEFT, TRANSFORMER
@@ -75,10 +75,8 @@ def read_loras(
         ConversionError: If nothing of a LoRA fits, or a part is missing, has another shape, or must
             be merged in another way.
     """
-    components = {}
-    for name in leaves if sources else ():
-        shapes = changeable_shapes(leaves[name])
-        components[name] = Component(shapes, module_names(shapes))
+    named = leaves if sources else {}
+    components = {name: module_names(changeable_shapes(own)) for name, own in named.items()}
     return tuple(_read_lora(source, components, strict=strict) for source in sources)
 
 
@@ -91,7 +89,7 @@ def changes_of(loras: Sequence[Lora], component: str) -> dict[str, tuple[Change,
     return changes
 
 
-def _read_lora(source: LoraSource, components: Mapping[str, Component], *, strict: bool) -> Lora:
+def _read_lora(source: LoraSource, components: Mapping[str, ModuleNames], *, strict: bool) -> Lora:
     path, into = source.path, source.into
     if into not in {TRANSFORMER, *components}:
         raise ConversionError(

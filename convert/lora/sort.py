@@ -11,7 +11,7 @@ from svg_jax.convert.formats.show import show_some
 from svg_jax.convert.formats.stored_tensor import StoredTensor
 from svg_jax.convert.lora.files import is_zero
 from svg_jax.convert.lora.merge import Group
-from svg_jax.convert.lora.targets import ModuleNames, Shapes, Target, Targets, tensor_names
+from svg_jax.convert.lora.targets import ModuleNames, Target, Targets, tensor_names
 from svg_jax.convert.tables.lora_names import (
     TRANSFORMER,
     Part,
@@ -27,19 +27,6 @@ _MOST_WORDS = 8  # of an unknown prefix
 _SOME = 1000  # names, one of which must fit without an unknown prefix
 _BESIDE = "bundle_emb."  # embeddings that OneTrainer stores with a LoRA
 _DIFFERENCES = {"difference": 0, "bias difference": 1, "bias": 1}  # weights, biases
-
-
-@dataclass(frozen=True)
-class Component:
-    """What a LoRA may change in a component.
-
-    Attributes:
-        shapes: Shapes of the tensors, by diffusers' names.
-        names: Names of the modules.
-    """
-
-    shapes: Shapes
-    names: ModuleNames
 
 
 @dataclass
@@ -62,7 +49,7 @@ class SortedParts:
 def sort_tensors(
     file: Path,
     tensors: Mapping[str, StoredTensor],
-    components: Mapping[str, Component],
+    components: Mapping[str, ModuleNames],
     into: str,
 ) -> SortedParts:
     """Sort the tensors of a file by what they change.
@@ -70,7 +57,7 @@ def sort_tensors(
     Args:
         file: File of the LoRA, for errors.
         tensors: Tensors of the file.
-        components: Components that are converted.
+        components: Modules of the components that are converted.
         into: Component that the transformer's names mean.
 
     Raises:
@@ -81,7 +68,8 @@ def sort_tensors(
     found = _sort(tensors, parts, components, into, "")
     for prefix in () if found.groups else _wrappers([part.module for part in parts.values()]):
         some = itertools.islice(parts.values(), _SOME)
-        if any(_reads(part, components, into, prefix) for part in some):
+        read = ((_readings(part, prefix, components, into), part) for part in some)
+        if any(_fitting(readable, part, components) for readable, part in read):
             found = _sort(tensors, parts, components, into, prefix)
             found.notes.append(f"its names begin with {prefix:.80}, which is passed over.")
             break
@@ -112,7 +100,7 @@ def sort_tensors(
 
 
 def _read_names(
-    file: Path, tensors: Mapping[str, StoredTensor], components: Mapping[str, Component]
+    file: Path, tensors: Mapping[str, StoredTensor], components: Mapping[str, ModuleNames]
 ) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for key in tensors:
@@ -142,7 +130,7 @@ def _is_whole(parts: Mapping[str, Part]) -> bool:
 def _sort(
     tensors: Mapping[str, StoredTensor],
     parts: Mapping[str, Part],
-    components: Mapping[str, Component],
+    components: Mapping[str, ModuleNames],
     into: str,
     prefix: str,
 ) -> SortedParts:
@@ -150,7 +138,7 @@ def _sort(
     foreign: set[str] = set()
     for key, part in parts.items():
         tensor, kind = tensors[key], part.suffix.kind
-        readable = list(_readings(part.module.removeprefix(prefix), components, into))
+        readable = _readings(part, prefix, components, into)
         fitting = _fitting(readable, part, components)
         if fitting is None:
             component, rest = readable[-1]
@@ -159,7 +147,7 @@ def _sort(
             name = _pattern(rest)
             found.absent.add(name if component == into else f"{component}.{name}")
             own = components.get(component)
-            if own is not None and not any(own.names.knows(rest) for _, rest in readable):
+            if own is not None and not any(own.knows(rest) for _, rest in readable):
                 foreign.add(rest)
             continue
         component, rest, targets = fitting
@@ -176,19 +164,19 @@ def _sort(
 
 
 def _readings(
-    module: str, components: Mapping[str, Component], into: str
-) -> Iterator[tuple[str, str]]:
-    for component, rest in readings(module, components):
-        yield (into if component == TRANSFORMER else component), rest
+    part: Part, prefix: str, components: Mapping[str, ModuleNames], into: str
+) -> list[tuple[str, str]]:
+    found = readings(part.module.removeprefix(prefix), components)
+    return [(into if component == TRANSFORMER else component, rest) for component, rest in found]
 
 
 def _fitting(
-    readable: list[tuple[str, str]], part: Part, components: Mapping[str, Component]
+    readable: list[tuple[str, str]], part: Part, components: Mapping[str, ModuleNames]
 ) -> tuple[str, str, Targets] | None:
     """Find the first reading of a name that means modules of the model; None if none does."""
     for component, rest in readable:
         own = components.get(component)
-        targets = None if own is None else own.names.targets.get(normal_name(rest))
+        targets = None if own is None else own.targets.get(normal_name(rest))
         if own is None or targets is None:
             continue
         if part.number is not None:
@@ -202,12 +190,6 @@ def _fitting(
             return None
         return component, rest, targets
     return None
-
-
-def _reads(part: Part, components: Mapping[str, Component], into: str, prefix: str) -> bool:
-    """Tell whether a part fits without a prefix."""
-    readable = list(_readings(part.module.removeprefix(prefix), components, into))
-    return _fitting(readable, part, components) is not None
 
 
 def _wrappers(modules: Sequence[str]) -> Iterator[str]:

@@ -44,10 +44,12 @@ class ModuleNames:
     """The names of a component's modules, in the form of `lora_names.normal_name`.
 
     Attributes:
+        shapes: Shapes of the component's tensors, by diffusers' names.
         targets: Modules that each name means.
         known: Names, with an asterisk for each number, of the modules of all models of this kind.
     """
 
+    shapes: Shapes
     targets: Mapping[str, Targets]
     known: frozenset[str]
 
@@ -86,7 +88,7 @@ def module_names(shapes: Shapes) -> ModuleNames:
             for source, targets in modules:
                 named |= {name: targets for name in _names_of(source) if name not in named}
             known.update(_names_of(origin.source), (normal_name(t) for t, _ in origin.targets))
-    return ModuleNames(named, frozenset(map(_unnumbered, known)))
+    return ModuleNames(shapes, named, frozenset(map(_unnumbered, known)))
 
 
 def _names_of(source: str) -> tuple[str, str]:

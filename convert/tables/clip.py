@@ -1,7 +1,6 @@
 """The tensors of CLIP's two towers, as released by transformers and as laid out here."""
 
 import re
-from collections.abc import Sequence
 
 from svg_jax.convert.tables.rules import (
     Rule,
@@ -31,7 +30,7 @@ def text_rules(config: CLIPTextConfig) -> tuple[Rule, ...]:
         *_layers(config),
         *norm_rules("final_layer_norm", "final_norm", width),
     ]
-    return _with_and_without("text_model.", table)
+    return tuple(nest_rules(("text_model.", ""), "", table))
 
 
 def vision_rules(config: CLIPVisionConfig) -> tuple[Rule, ...]:
@@ -46,11 +45,7 @@ def vision_rules(config: CLIPVisionConfig) -> tuple[Rule, ...]:
         *_layers(config),
         *norm_rules("post_layernorm", "output_norm", width),
     ]
-    return _with_and_without("vision_model.", table)
-
-
-def _with_and_without(prefix: str, table: Sequence[Rule]) -> tuple[Rule, ...]:
-    return tuple(nest_rules((prefix, ""), "", table))
+    return tuple(nest_rules(("vision_model.", ""), "", table))
 
 
 def _positions(count: int, width: int) -> Rule:
