@@ -1,1 +1,1 @@
-"""Readers of files that nobody vouches for, which check all they use: tensors, JSON, values."""
+"""Readers of untrusted files, which check all that they use: tensors, JSON, single values."""

@@ -1,4 +1,4 @@
-"""JSON that nobody vouches for, read in linear time and bounded memory.
+"""Untrusted JSON, read in linear time and bounded memory.
 
 The standard reader keeps the last of two equal keys, accepts NaN, reads 1e400 as infinity, and
 makes text of half a character (a lone surrogate) that cannot be printed. Here these are refused.
@@ -83,7 +83,7 @@ def parse_json(text: bytes, where: Path | str) -> dict[str, Any]:
         for name, value in pairs:
             if name in found:
                 raise ConversionError(
-                    f"{where}: the key '{show(name)}' stands twice: fetch it again."
+                    f"{where}: the key '{show(name)}' occurs twice: fetch it again."
                 )
             found[name] = value
         return found

@@ -16,10 +16,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-FLOAT8 = {
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-}
+FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
 # Dtypes that no model computes in, and what they become: bfloat16 holds every float8 exactly.
 _WIDENED = {np.dtype(np.float64): DTYPES["F32"], **dict.fromkeys(FLOAT8.values(), DTYPES["BF16"])}
 # The bits of infinity in each floating-point type; those of NaN are larger. E4M3 has only NaN.

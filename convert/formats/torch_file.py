@@ -177,7 +177,7 @@ def _read_members(opened: io.FileIO, file: Path) -> dict[str, _Member]:
     for entry, (_, start, _) in zip(entries, spans, strict=True):
         if entry.orig_filename in members:
             raise ConversionError(
-                f"{file}: the member {entry.orig_filename!r:.80} stands twice: {_AGAIN}."
+                f"{file}: the member {entry.orig_filename!r:.80} occurs twice: {_AGAIN}."
             )
         members[entry.orig_filename] = _Member(start, entry.file_size, entry.CRC or None)
     for (_, _, end), (begin, _, _) in pairwise([*spans, (directory_start, 0, 0)]):

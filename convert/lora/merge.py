@@ -152,13 +152,11 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _misfit(stored: StoredTensor, names: list[str], shapes: Shapes, rows: int) -> ConversionError:
     """Make the error for a part whose shape is not that of the tensors that it changes."""
-    if missing := [name for name in names if name not in shapes]:
-        return ConversionError(
-            f"{stored.file}: {stored.name} is {list(stored.shape)} and does not fit {missing[0]}, "
-            "which the model does not have: the LoRA is of another model."
-        )
-    fused = f" and {len(names) - 1} more, {rows} rows in all" if len(names) > 1 else ""
+    name = next((name for name in names if name not in shapes), names[0])
+    found = str(list(shapes[name])) if name in shapes else "which the model does not have"
+    if name in shapes and len(names) > 1:
+        found += f" and {len(names) - 1} more, {rows} rows in all"
     return ConversionError(
-        f"{stored.file}: {stored.name} is {list(stored.shape)} and does not fit {names[0]}, "
-        f"{list(shapes[names[0]])}{fused}: the LoRA is of another model."
+        f"{stored.file}: {stored.name} is {list(stored.shape)} and does not fit {name}, {found}: "
+        "the LoRA is of another model."
     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from svg_jax.convert.errors import ConversionError
-from svg_jax.convert.releases.renaming import Origin, Shapes, count_layers, rename, take_apart
+from svg_jax.convert.releases.renaming import Origin, Shapes, count_layers, rename, split_heads
 
 # Tables that are computed anew, and what only training needs.
 UNUSED = re.compile(r".*(embed_tokens|freqs_(sin|cos)|position_embedding).*|mixins\.pos_embed\..*")
@@ -51,10 +51,9 @@ def transformer_table(shapes: Shapes) -> list[Origin]:
         (f"{target}.norm1.linear", (0, 1, 2, 6, 7, 8)),
         (f"{target}.norm2.linear", (3, 4, 5, 9, 10, 11)),
     )
-    queries = (f"{target}.attn1.to_{part}" for part in "qkv")
     return [
         *rename(names),
-        take_apart(f"{source}.attention.query_key_value", *queries),
+        split_heads(f"{source}.attention.query_key_value", f"{target}.attn1.to_*"),
         Origin(f"{norms}.adaLN_modulations.{{}}.1", modulations, 12),
     ]
 

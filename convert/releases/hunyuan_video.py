@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from svg_jax.convert.errors import ConversionError
-from svg_jax.convert.releases.renaming import Origin, Shapes, count_layers, rename, take_apart
+from svg_jax.convert.releases.renaming import Origin, Shapes, count_layers, rename, split_heads
 
 _CONDITION = "image_condition_type"
 
@@ -56,12 +56,10 @@ def module_table(pieces: int = 4) -> list[Origin]:
             f"{source}_mlp.fc1": f"{double}.{block}.net.0.proj",
             f"{source}_mlp.fc2": f"{double}.{block}.net.2",
         }
-    video = (f"{double}.attn.to_{part}" for part in "qkv")
-    text = (f"{double}.attn.add_{part}_proj" for part in "qkv")
     return [
         *rename(names),
-        take_apart("double_blocks.{}.img_attn_qkv", *video),
-        take_apart("double_blocks.{}.txt_attn_qkv", *text),
+        split_heads("double_blocks.{}.img_attn_qkv", f"{double}.attn.to_*"),
+        split_heads("double_blocks.{}.txt_attn_qkv", f"{double}.attn.add_*_proj"),
         Origin("single_blocks.{}.linear1", fused, pieces),
         # shift and scale change places
         Origin("final_layer.adaLN_modulation.1", (("norm_out.linear", (1, 0)),), 2),
@@ -73,9 +71,8 @@ def _refiner_table() -> list[Origin]:
     source = "txt_in.individual_token_refiner.blocks.{}"
     target = "context_embedder.token_refiner.refiner_blocks.{}"
     conditioning = "context_embedder.time_text_embed"
-    queries = (f"{target}.attn.to_{part}" for part in "qkv")
     return [
-        take_apart(f"{source}.self_attn_qkv", *queries),
+        split_heads(f"{source}.self_attn_qkv", f"{target}.attn.to_*"),
         *rename(
             {
                 "txt_in.input_embedder": "context_embedder.proj_in",

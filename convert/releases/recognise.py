@@ -160,10 +160,7 @@ class OriginalComponent:
 
 
 def read_original(
-    source: str | Path,
-    *,
-    config: Mapping[str, Any] | None = None,
-    weights_key: str | None = None,
+    source: str | Path, *, config: Mapping[str, Any] | None = None, weights_key: str | None = None
 ) -> OriginalComponent:
     """Recognise a component of an original release, and place its tensors under their new names.
 

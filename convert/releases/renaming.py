@@ -51,10 +51,10 @@ def rename(names: Mapping[str, str], *, squeeze: bool = False) -> list[Origin]:
     return [Origin(source, ((target, (0,)),), squeeze=squeeze) for source, target in names.items()]
 
 
-def take_apart(source: str, *targets: str) -> Origin:
-    """Make the line of a module that is several modules of one size, fused."""
-    pieces = tuple((target, (piece,)) for piece, target in enumerate(targets))
-    return Origin(source, pieces, len(targets))
+def split_heads(source: str, target: str) -> Origin:
+    """Make the line of fused queries, keys and values; "*" stands for q, k and v in `target`."""
+    targets = tuple((target.replace("*", part), (piece,)) for piece, part in enumerate("qkv"))
+    return Origin(source, targets, len(targets))
 
 
 def rename_tensors(

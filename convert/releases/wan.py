@@ -8,7 +8,7 @@ import math
 import re
 from typing import Any
 
-from svg_jax.convert.releases.renaming import Origin, Shapes, count_layers, rename, take_apart
+from svg_jax.convert.releases.renaming import Origin, Shapes, count_layers, rename, split_heads
 
 # The other tower of CLIP, and what is only needed to compare an image with a text.
 CLIP_UNUSED = re.compile(r"textual\..*|log_scale|visual\.head")
@@ -203,9 +203,8 @@ def clip_table(_: Shapes) -> list[Origin]:
     """Rename the image tower of `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`."""
     source, target = "visual.transformer.{}", "vision_model.encoder.layers.{}"
     embeddings = "vision_model.embeddings"
-    queries = (f"{target}.self_attn.{part}_proj" for part in "qkv")
     return [
-        take_apart(f"{source}.attn.to_qkv", *queries),
+        split_heads(f"{source}.attn.to_qkv", f"{target}.self_attn.*_proj"),
         *rename(
             {
                 "visual.patch_embedding": f"{embeddings}.patch_embedding",

@@ -235,10 +235,7 @@ class Leaf:
 
 
 def match_rules(
-    shapes: Mapping[str, tuple[int, ...]],
-    rules: Sequence[Rule],
-    *,
-    where: str = "checkpoint",
+    shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule], *, where: str = "checkpoint"
 ) -> tuple[Leaf, ...]:
     """Assign every stored tensor to a leaf and every leaf to stored tensors.
 

@@ -1,4 +1,4 @@
-"""Image files that nobody vouches for: only some formats are opened, up to usual sizes."""
+"""Untrusted image files: only some formats are opened, up to usual sizes."""
 
 import errno
 import os

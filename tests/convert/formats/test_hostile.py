@@ -195,7 +195,7 @@ WRONG = {
     ),
     "a model_index that says a key twice": (
         instead("model_index.json", lambda file: file.write_text('{"vae": 1, "vae": 2}')),
-        "'vae' stands twice",
+        "'vae' occurs twice",
     ),
     "a component of a number for a class": (
         edit("model_index.json", transformer=["diffusers", 3]),

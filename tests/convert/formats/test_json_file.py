@@ -15,8 +15,8 @@ from svg_jax.text.tokenizer import load_tokenizer
 
 MANY = ",".join(f'"{number:08}":0' for number in range(100_000))
 ODD = {
-    "a key twice at the end of many": (f'{{{MANY},"zz":1,"zz":2}}'.encode(), "'zz' stands twice"),
-    "a key twice, deep inside": (b'{"a":[{"b":{"c":1,"c":1}}]}', "'c' stands twice"),
+    "a key twice at the end of many": (f'{{{MANY},"zz":1,"zz":2}}'.encode(), "'zz' occurs twice"),
+    "a key twice, deep inside": (b'{"a":[{"b":{"c":1,"c":1}}]}', "'c' occurs twice"),
     "a key twice, of commands": (b'{"\\u001b]0;x\\u0007":1,"\\u001b]0;x\\u0007":1}', r"x1b\]0;x"),
     "deep lists": (b'{"a":' + b"[" * 500_000, "nests too deeply"),
     "deep objects": (b'{"a":' * 100_000, "nests too deeply"),

@@ -79,7 +79,7 @@ DAMAGE = {
             b'"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
             bytes(4),
         ),
-        "the key 'w' stands twice",
+        "the key 'w' occurs twice",
     ),
     "truncated": (WHOLE[:-1], "is truncated"),
     "trailing bytes": (WHOLE + b"\0", "bytes that belong to no tensor"),
@@ -224,7 +224,7 @@ def test_an_index_without_a_weight_map_or_with_a_key_twice_is_refused(tmp_path):
     (tmp_path / INDEX).write_text("{}")
     refused(tmp_path, "no weight_map")
     (tmp_path / INDEX).write_text('{"weight_map": {"w1": "a", "w1": "b"}}')
-    refused(tmp_path, "'w1' stands twice")
+    refused(tmp_path, "'w1' occurs twice")
     (tmp_path / INDEX).write_text('{"weight_map": {"w1": ')
     refused(tmp_path, "no whole JSON")
 

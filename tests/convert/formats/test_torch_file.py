@@ -310,7 +310,7 @@ ARCHIVES = {
     "absolute name": (archive(members=[("/etc/evil", "")]), "leads out of the archive"),
     "name with a drive": (archive(members=[("c:evil", "")]), "leads out of the archive"),
     "name with a backslash": (twice("a\\..\\b/1"[:8]), "leads out of the archive"),
-    "member twice": (twice("a/data/0"), "'a/data/0' stands twice"),
+    "member twice": (twice("a/data/0"), "'a/data/0' occurs twice"),
     "names differ from the directory's": (
         WHOLE[:-100] + changed(WHOLE[-100:], b"a/data/0", b"a/data/1"),
         "no member at the offset of 'a/data/1'",

@@ -22,7 +22,7 @@ from svg_jax.convert import (
     verify_pipeline,
 )
 from svg_jax.convert.formats.stored_tensor import read_pieces, read_tensor
-from svg_jax.convert.releases.renaming import rename_tensors, take_apart
+from svg_jax.convert.releases.renaming import Origin, rename_tensors
 from svg_jax.convert.sources.scales import attach_scales
 from svg_jax.convert.sources.weights import read_file
 
@@ -100,7 +100,7 @@ def test_scaled_weights_are_the_products_in_float32(tmp_path, monkeypatch, kind,
     np.testing.assert_array_equal(read_tensor(tensors["a.weight"]), expected)
     raw = b"".join(elements.tobytes() for elements, _ in read_pieces(tensors["a.weight"]))
     assert raw == weight.view(torch.uint8).numpy().tobytes()
-    table = [take_apart("a", "x", "y")]  # as fused weights are
+    table = [Origin("a", (("x", (0,)), ("y", (1,))), 2)]  # as fused weights are
     if kind == "blocks of rows and columns":
         with pytest.raises(ConversionError, match="cannot be cut between the blocks"):
             rename_tensors({"a.weight": tensors["a.weight"]}, table)
