@@ -147,8 +147,10 @@ def _generate(
             keep_record=keep_record,
             callback_on_step_end=lambda _: advance("denoising"),
         )
-    kernel = "dense attention" if settings.sparsity is None else _kernel_of(pipeline)
-    say(f"{kernel} in {_dtype_of(pipeline).name}, on {device_name()}")
+    dtype = np.dtype(pipeline.transformer.dtype)
+    kernel = pick_implementation(None, pipeline.transformer.config.attention_head_dim, dtype)
+    attention = "dense attention" if settings.sparsity is None else f"sparse attention by {kernel}"
+    say(f"{attention} in {dtype.name}, on {device_name()}")
 
 
 def _check_written(
@@ -196,16 +198,6 @@ def _check_labels(settings: RunSettings) -> None:
             f"--labels-out has nothing to hold: --dense-steps {warmup.steps:g} leaves none of "
             f"{steps} steps to be sparse"
         )
-
-
-def _dtype_of(pipeline: VideoPipeline) -> np.dtype:
-    return np.dtype(pipeline.transformer.dtype)
-
-
-def _kernel_of(pipeline: VideoPipeline) -> str:
-    head_dim = pipeline.transformer.config.attention_head_dim
-    kernel = pick_implementation(None, head_dim, _dtype_of(pipeline))
-    return f"sparse attention by {kernel}"
 
 
 def compare(
@@ -299,13 +291,9 @@ def _write_comparison(comparison: Comparison, output: Path, *, fps: float, facto
         say(f"wrote {path}")
 
 
-def _captions(
-    pattern: str, density: float, dense_seconds: float, sparse_seconds: float
-) -> tuple[str, str]:
-    return (
-        f"dense: {dense_seconds:.2f} s a step",
-        f"{pattern}, density {density:.2f}: {sparse_seconds:.2f} s a step",
-    )
+def _captions(pattern: str, density: float, dense: float, sparse: float) -> tuple[str, str]:
+    left = f"dense: {dense:.2f} s a step"
+    return left, f"{pattern}, density {density:.2f}: {sparse:.2f} s a step"
 
 
 def _comparison_paths(output: Path) -> list[Path]:
