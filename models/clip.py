@@ -4,7 +4,8 @@ HunyuanVideo takes its pooled text from the one, Wan 2.1 and LLaVA image feature
 Source of the architecture as released: transformers `CLIPTextModel` and `CLIPVisionModel`.
 """
 
-from types import MappingProxyType
+from functools import partial
+from typing import Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,94 +13,41 @@ from flax.typing import Dtype
 from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Int
 
-from svg_jax.models.attention import softmax_attention
 from svg_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
+from svg_jax.models.encoder_layers import Attention, Block, apply_blocks, embedding
 from svg_jax.models.layers import (
     FeedForward,
+    Kinds,
     gelu,
     layer_norm,
     layers_below,
     quick_gelu,
-    scan_layers,
     stack_layers,
 )
 from svg_jax.models.patches import patchify
 
-_ACTIVATIONS = MappingProxyType({"gelu": gelu, "quick_gelu": quick_gelu})
-_LARGEST_ID = 2  # an eos_token_id that stands for the largest of a text's ids
+_LARGEST_ID = 2  # as eos_token_id it means the largest of a text's ids
 
 
-class Attention(nnx.Module):
-    """Self-attention."""
+class CLIPBlock(Block):
+    """One layer of either tower."""
 
-    def __init__(
-        self,
-        config: CLIPTextConfig | CLIPVisionConfig,
-        *,
-        dtype: Dtype,
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
-    ):
-        width = config.hidden_size
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.num_heads = config.num_attention_heads
-        self.query = nnx.Linear(width, width, **kinds)
-        self.key = nnx.Linear(width, width, **kinds)
-        self.value = nnx.Linear(width, width, **kinds)
-        self.output = nnx.Linear(width, width, **kinds)
-
-    def __call__(
-        self, hidden: Float[Array, "batch tokens width"], *, causal: bool
-    ) -> Float[Array, "batch tokens width"]:
-        """Attends to all tokens, or to those up to each."""
-        by_head = (*hidden.shape[:-1], self.num_heads, -1)
-        out = softmax_attention(
-            self.query(hidden).reshape(by_head),
-            self.key(hidden).reshape(by_head),
-            self.value(hidden).reshape(by_head),
-            scale=(hidden.shape[-1] // self.num_heads) ** -0.5,
-            causal=causal,
-        )
-        return self.output(out.reshape(hidden.shape))
-
-
-class Block(nnx.Module):
-    """One layer, of either tower."""
-
-    def __init__(
-        self,
-        config: CLIPTextConfig | CLIPVisionConfig,
-        *,
-        dtype: Dtype,
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
-    ):
-        width, eps = config.hidden_size, config.layer_norm_eps
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.attention_norm = layer_norm(width, eps, param_dtype=param_dtype, rngs=rngs)
-        self.attention = Attention(config, **kinds)
-        self.feed_forward_norm = layer_norm(width, eps, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, **kinds: Unpack[Kinds]):
+        width, eps, heads = config.hidden_size, config.layer_norm_eps, config.num_attention_heads
+        activation = {"gelu": gelu, "quick_gelu": quick_gelu}[config.hidden_act]
+        self.attention_norm = layer_norm(width, eps, **kinds)
+        self.attention = Attention(width, heads, width // heads, use_bias=True, **kinds)
+        self.feed_forward_norm = layer_norm(width, eps, **kinds)
         self.feed_forward = FeedForward(
-            width, config.intermediate_size, activation=_ACTIVATIONS[config.hidden_act], **kinds
+            width, config.intermediate_size, activation=activation, **kinds
         )
-
-    def __call__(
-        self, hidden: Float[Array, "batch tokens width"], *, causal: bool
-    ) -> Float[Array, "batch tokens width"]:
-        """Returns the next hidden state, float32 as the one before."""
-        out = self.attention(self.attention_norm(hidden), causal=causal)
-        hidden = hidden + out.astype(hidden.dtype)
-        out = self.feed_forward(self.feed_forward_norm(hidden))
-        return hidden + out.astype(hidden.dtype)
 
 
 class CLIPTextEncoder(nnx.Module):
     """Token ids to features of each token and of the whole text.
 
-    The hidden state between layers is float32 whatever `dtype` is: it is small.
-
     Attributes:
-        config: The architecture.
+        config: Architecture.
         blocks: All layers in one module; every parameter has a leading [layers] axis.
     """
 
@@ -111,47 +59,34 @@ class CLIPTextEncoder(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Makes an encoder with random weights (under `nnx.eval_shape`: without any).
+        """Make an encoder with random weights (under `nnx.eval_shape`: without any).
 
         Args:
-            config: The architecture.
-            dtype: Of matrix products and the result; norms and softmax are float32 inside.
-            param_dtype: Of the parameters.
+            config: Architecture.
+            dtype: Dtype of matrix products and the result; norms and softmax are always float32.
+            param_dtype: Dtype of the parameters.
             rngs: Source of random weights.
         """
-        width = config.hidden_size
+        width, kinds = config.hidden_size, Kinds(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
         self.dtype = dtype
-        self.token_embedding = nnx.Embed(
-            config.vocab_size,
-            width,
-            dtype=jnp.float32,
-            param_dtype=param_dtype,
-            embedding_init=normal(0.02),
-            rngs=rngs,
-        )
+        self.token_embedding = embedding(config.vocab_size, width, **kinds)
         shape = (config.max_position_embeddings, width)
         self.positions = nnx.Param(normal(0.01)(rngs.params(), shape, param_dtype))
-        self.blocks = stack_layers(
-            lambda rngs: Block(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
-            config.num_hidden_layers,
-            rngs,
-        )
-        self.final_norm = layer_norm(
-            width, config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs
-        )
+        self.blocks = stack_layers(partial(CLIPBlock, config), config.num_hidden_layers, **kinds)
+        self.final_norm = layer_norm(width, config.layer_norm_eps, **kinds)
 
     def __call__(
         self, input_ids: Int[Array, "batch tokens"]
     ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch width"]]:
-        """Encodes.
+        """Encode.
 
         Args:
-            input_ids: Token ids, padding (which tokens before it do not see) behind each text.
+            input_ids: Token ids, padding behind each text; a text's tokens do not attend to it.
 
         Returns:
-            The last hidden state after the final norm, and of it what stands at each text's end, in
-            `dtype`.
+            The last hidden state after the final norm, and its features at the end of each text,
+            both in `dtype`.
 
         Raises:
             ValueError: On more tokens than the model has positions for.
@@ -159,27 +94,20 @@ class CLIPTextEncoder(nnx.Module):
         num_tokens, limit = input_ids.shape[1], self.config.max_position_embeddings
         if num_tokens > limit:
             raise ValueError(f"{num_tokens} tokens exceed the {limit} of this text encoder.")
-
-        def apply_layer(block: Block, hidden: Array, layer: Array) -> tuple[Array, None]:
-            return block(hidden, causal=True), None
-
         positions = self.positions[...][None, :num_tokens].astype(jnp.float32)
         hidden = self.token_embedding(input_ids) + positions
-        hidden, _ = scan_layers(self.blocks, apply_layer, hidden)
+        hidden = apply_blocks(self.blocks, hidden, causal=True)
         features = self.final_norm(hidden).astype(self.dtype)
-
         eos = self.config.eos_token_id
         end = jnp.argmax(input_ids if eos == _LARGEST_ID else input_ids == eos, axis=1)
         return features, jnp.take_along_axis(features, end[:, None, None], axis=1)[:, 0]
 
 
 class CLIPVisionEncoder(nnx.Module):
-    """Images to features of each patch, and before them of the whole.
-
-    The hidden state between layers is float32 whatever `dtype` is: it is small.
+    """Images to features of the whole image and of each patch.
 
     Attributes:
-        config: The architecture.
+        config: Architecture.
         blocks: All layers in one module; every parameter has a leading [layers] axis.
     """
 
@@ -191,36 +119,27 @@ class CLIPVisionEncoder(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Makes an encoder with random weights (under `nnx.eval_shape`: without any).
+        """Make an encoder with random weights (under `nnx.eval_shape`: without any).
 
         Args:
-            config: The architecture.
-            dtype: Of matrix products and the result; norms and softmax are float32 inside.
-            param_dtype: Of the parameters.
+            config: Architecture.
+            dtype: Dtype of matrix products and the result; norms and softmax are always float32.
+            param_dtype: Dtype of the parameters.
             rngs: Source of random weights.
         """
         width, eps = config.hidden_size, config.layer_norm_eps
+        kinds = Kinds(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
         self.dtype = dtype
         small = normal(width**-0.5)
         self.class_embedding = nnx.Param(small(rngs.params(), (width,), param_dtype))
-        self.patch_projection = nnx.Linear(
-            config.num_channels * config.patch_size**2,
-            width,
-            use_bias=False,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        patch = config.num_channels * config.patch_size**2
+        self.patch_projection = nnx.Linear(patch, width, use_bias=False, **kinds)
         shape = (1 + config.num_patches, width)
         self.positions = nnx.Param(small(rngs.params(), shape, param_dtype))
-        self.input_norm = layer_norm(width, eps, param_dtype=param_dtype, rngs=rngs)
-        self.blocks = stack_layers(
-            lambda rngs: Block(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
-            config.num_hidden_layers,
-            rngs,
-        )
-        self.output_norm = layer_norm(width, eps, param_dtype=param_dtype, rngs=rngs)
+        self.input_norm = layer_norm(width, eps, **kinds)
+        self.blocks = stack_layers(partial(CLIPBlock, config), config.num_hidden_layers, **kinds)
+        self.output_norm = layer_norm(width, eps, **kinds)
 
     def __call__(
         self,
@@ -228,15 +147,15 @@ class CLIPVisionEncoder(nnx.Module):
         *,
         hidden_state: int = -1,
     ) -> Float[Array, "batch tokens features"]:
-        """Encodes.
+        """Encode.
 
         Args:
             pixel_values: Images of the model's size, normalised as it was trained.
-            hidden_state: Which one to return, counted as in `layers_below`; layers above it are not
-                computed.
+            hidden_state: Number of the hidden state to return, counted as in `layers_below`; layers
+                above it are not computed.
 
         Returns:
-            That hidden state in `dtype`, without any norm behind the last layer: the token of the
+            That hidden state in `dtype`, without a norm after the last layer: the token of the
             whole image, then its patches row by row.
 
         Raises:
@@ -250,19 +169,14 @@ class CLIPVisionEncoder(nnx.Module):
                 f"{list(size)} (channels, rows, columns)."
             )
         num_layers = layers_below(hidden_state, config.num_hidden_layers)
-
-        def apply_layer(block: Block, hidden: Array, layer: Array) -> tuple[Array, None]:
-            return block(hidden, causal=False), None
-
         patch = (1, config.patch_size, config.patch_size)
         patches = self.patch_projection(patchify(pixel_values[:, :, None], patch))
         whole = jnp.broadcast_to(self.class_embedding[...], (len(patches), 1, config.hidden_size))
         tokens = [x.astype(jnp.float32) for x in (whole, patches)]
         positions = self.positions[...][None].astype(jnp.float32)
         hidden = self.input_norm(jnp.concatenate(tokens, axis=1) + positions)
-        hidden, _ = scan_layers(self.blocks, apply_layer, hidden, num_layers=num_layers)
-        return hidden.astype(self.dtype)
+        return apply_blocks(self.blocks, hidden, num_layers).astype(self.dtype)
 
     def pool(self, hidden: Float[Array, "batch tokens features"]) -> Float[Array, "batch features"]:
-        """The features of the whole image, of the last hidden state."""
+        """Take the features of the whole image from the last hidden state."""
         return self.output_norm(hidden[:, 0]).astype(self.dtype)

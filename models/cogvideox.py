@@ -7,7 +7,7 @@ released: diffusers `CogVideoXTransformer3DModel` and the rotary grids of its pi
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,26 +20,32 @@ from jaxtyping import Array, Bool, Float, Int, Real
 from svg_jax.models.attention import Attend, dense_attention
 from svg_jax.models.cogvideox_config import CogVideoXConfig
 from svg_jax.models.embeddings import TimestepEmbedding, sincos_video_embedding
-from svg_jax.models.layers import FeedForward, add_gated, layer_norm, scan_layers, stack_layers
+from svg_jax.models.inputs import check_channels, check_features
+from svg_jax.models.layers import (
+    FeedForward,
+    Kinds,
+    add_gated,
+    layer_norm,
+    scan_layers,
+    stack_layers,
+)
 from svg_jax.models.layout import VideoLayout
 from svg_jax.models.patches import patchify, token_grid, unpatchify
 from svg_jax.models.rope import Rotation, cropped_grid, rotate, video_rotation
 
 
 class Attention(nnx.Module):
-    """Self-attention over text and video: all but the attending itself, which is passed in."""
+    """Self-attention over text and video; the attention function itself is passed in."""
 
-    def __init__(
-        self, config: CogVideoXConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
-    ):
-        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = partial(layer_norm, config.attention_head_dim, 1e-6, param_dtype=param_dtype)
+    def __init__(self, config: CogVideoXConfig, **kinds: Unpack[Kinds]):
+        width = config.width
+        norm = partial(layer_norm, config.attention_head_dim, 1e-6, **kinds)
         self.num_heads = config.num_attention_heads
         self.query = nnx.Linear(width, width, **kinds)
         self.key = nnx.Linear(width, width, **kinds)
         self.value = nnx.Linear(width, width, **kinds)
-        self.query_norm = norm(rngs=rngs)
-        self.key_norm = norm(rngs=rngs)
+        self.query_norm = norm()
+        self.key_norm = norm()
         self.output = nnx.Linear(width, width, **kinds)
 
     def __call__(
@@ -48,12 +54,12 @@ class Attention(nnx.Module):
         rotation: Rotation | None,
         attend: Callable[[Array, Array, Array], tuple[Array, Any]],
     ) -> tuple[Float[Array, "batch tokens width"], Any]:
-        """Returns the layer's output and what `attend` has to say."""
+        """Return the layer's output and the info of `attend`."""
         by_head = (*hidden.shape[:-1], self.num_heads, -1)
         query, key, value = (
             project(hidden).reshape(by_head) for project in (self.query, self.key, self.value)
         )
-        # Narrow again before they turn, or the program would keep them in float32 in between.
+        # Back to the narrow dtype before the rotation, or the program would store them in float32.
         query = self.query_norm(query).astype(value.dtype)
         key = self.key_norm(key).astype(value.dtype)
         if rotation is not None:
@@ -63,19 +69,19 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer. Text and video share all weights but the modulation by time."""
+    """One layer. Text and video share all weights except the modulation by time."""
 
-    def __init__(
-        self, config: CogVideoXConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
-    ):
-        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = partial(layer_norm, width, config.norm_eps, param_dtype=param_dtype)
-        modulation = partial(nnx.Linear, config.time_embed_dim, 6 * width, kernel_init=zeros)
-        self.attention_modulation = modulation(**kinds)
-        self.attention_norm = norm(rngs=rngs)
+    def __init__(self, config: CogVideoXConfig, **kinds: Unpack[Kinds]):
+        width = config.width
+        norm = partial(layer_norm, width, config.norm_eps, **kinds)
+        modulation = partial(
+            nnx.Linear, config.time_embed_dim, 6 * width, kernel_init=zeros, **kinds
+        )
+        self.attention_modulation = modulation()
+        self.attention_norm = norm()
         self.attention = Attention(config, **kinds)
-        self.feed_forward_modulation = modulation(**kinds)
-        self.feed_forward_norm = norm(rngs=rngs)
+        self.feed_forward_modulation = modulation()
+        self.feed_forward_norm = norm()
         self.feed_forward = FeedForward(width, 4 * width, **kinds)
 
     def __call__(
@@ -86,7 +92,7 @@ class Block(nnx.Module):
         rotation: Rotation | None,
         attend: Callable[[Array, Array, Array], tuple[Array, Any]],
     ) -> tuple[Float[Array, "batch tokens width"], Any]:
-        """Returns the next hidden state and what `attend` has to say."""
+        """Return the next hidden state and the info of `attend`."""
         shift, scale, gate = _per_token(self.attention_modulation(conditioning), is_text)
         modulated = self.attention_norm(hidden) * (1 + scale) + shift
         out, info = self.attention(modulated, rotation, attend)
@@ -100,7 +106,12 @@ class Block(nnx.Module):
 def _per_token(
     modulation: Float[Array, "batch six_widths"], is_text: Bool[Array, " tokens"]
 ) -> list[Float[Array, "batch tokens width"]]:
-    """Shift, scale and gate of every token, float32; `modulation` has the video's three first."""
+    """Return shift, scale and gate of every token, float32.
+
+    Args:
+        modulation: Shift, scale and gate for the video, then those for the text.
+        is_text: Whether each token is text.
+    """
     video, text = jnp.split(modulation.astype(jnp.float32)[:, None, :], 2, axis=-1)
     return jnp.split(jnp.where(is_text[None, :, None], text, video), 3, axis=-1)
 
@@ -111,7 +122,7 @@ class CogVideoXTransformer(nnx.Module):
     Modulations and the last projection start at zero, so that an untrained model predicts zeros.
 
     Attributes:
-        config: The architecture.
+        config: Architecture.
         blocks: All layers in one module; every parameter has a leading [layers] axis.
     """
 
@@ -124,48 +135,41 @@ class CogVideoXTransformer(nnx.Module):
         residual_dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
-        """Makes a model with random weights (under `nnx.eval_shape`: without any).
+        """Make a model with random weights (under `nnx.eval_shape`: without any).
 
         Args:
-            config: The architecture.
-            dtype: Of matrix products and attention; norms and modulation are float32 inside.
-            param_dtype: Of the parameters.
-            residual_dtype: Of the hidden state between layers; None is `dtype`.
+            config: Architecture.
+            dtype: Dtype of matrix products and attention; norms and modulation are float32.
+            param_dtype: Dtype of the parameters.
+            residual_dtype: Dtype of the hidden state between layers; None is `dtype`.
             rngs: Source of random weights.
         """
-        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = partial(layer_norm, width, config.norm_eps, param_dtype=param_dtype)
+        width, kinds = config.width, Kinds(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        norm = partial(layer_norm, width, config.norm_eps, **kinds)
         patch = math.prod(config.patch_shape)
         self.config = config
         self.dtype = dtype
         self.residual_dtype = dtype if residual_dtype is None else residual_dtype
 
-        embedding = partial(TimestepEmbedding, param_dtype=param_dtype, rngs=rngs)
-        self.time_embedding = embedding(width, config.time_embed_dim)
+        self.time_embedding = TimestepEmbedding(width, config.time_embed_dim, **kinds)
         if config.ofs_embed_dim is not None:
-            self.ofs_embedding = embedding(config.ofs_embed_dim, config.ofs_embed_dim)
+            ofs = config.ofs_embed_dim
+            self.ofs_embedding = TimestepEmbedding(ofs, ofs, **kinds)
         self.patch_projection = nnx.Linear(config.in_channels * patch, width, **kinds)
         self.text_projection = nnx.Linear(config.text_embed_dim, width, **kinds)
         if config.use_learned_positional_embeddings:
             text = jnp.zeros((config.max_text_seq_length, width))
             table = jnp.concatenate([text, self._sincos_embedding(*config.sample_grid)])
             self.position_embedding = nnx.Param(table[None].astype(param_dtype))
-        self.blocks = stack_layers(
-            lambda rngs: Block(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
-            config.num_layers,
-            rngs,
-        )
-        self.final_norm = norm(rngs=rngs)
-        self.output_modulation = nnx.Linear(
-            config.time_embed_dim, 2 * width, kernel_init=zeros, **kinds
-        )
-        self.output_norm = norm(rngs=rngs)
-        self.output_projection = nnx.Linear(
-            width, config.out_channels * patch, kernel_init=zeros, **kinds
-        )
+        self.blocks = stack_layers(partial(Block, config), config.num_layers, **kinds)
+        last = partial(nnx.Linear, kernel_init=zeros, **kinds)
+        self.final_norm = norm()
+        self.output_modulation = last(config.time_embed_dim, 2 * width)
+        self.output_norm = norm()
+        self.output_projection = last(width, config.out_channels * patch)
 
     def layout(self, num_frames: int, height: int, width: int, text_tokens: int) -> VideoLayout:
-        """The token sequence of a video: text first.
+        """Describe the token sequence of a video, text first.
 
         Args:
             num_frames: Latent frames.
@@ -191,20 +195,21 @@ class CogVideoXTransformer(nnx.Module):
         rotation: Rotation | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "batch frames out_channels height width"], Any]:
-        """Predicts the velocity.
+        """Predict the velocity.
 
         Args:
-            hidden_states: Noisy latents, and image latents behind them in the channels (I2V).
+            hidden_states: Noisy latents; for I2V with an image's latents as further channels.
             encoder_hidden_states: Text features.
             timestep: Time of each batch entry, 0 to 999.
-            ofs: The offset of 1.5-5b-I2V, which was trained with 2.0; None for all others.
-            attend: The attention of every layer.
-            step_state: Passed to `attend` unread.
-            text_length: Real text tokens of each batch entry; None (as released) if padding counts
-                as text.
-            rotation: Rotary embedding of every token; None is that of a whole video of this size.
-                Others serve training on some of a video's frames.
-            remat: Recompute the layers in the backward pass instead of keeping their activations.
+            ofs: Offset of 1.5-5b-I2V, which was trained with 2.0; None for all others.
+            attend: Attention of every layer.
+            step_state: State that is passed to `attend` unread.
+            text_length: Number of real text tokens of each batch entry; None (as released) if
+                padding counts as text.
+            rotation: Rotary embedding of every token; None takes that of a whole video of this
+                size. Training on some of a video's frames needs another.
+            remat: Whether to recompute the layers in the backward pass instead of keeping their
+                activations.
 
         Returns:
             The velocity in `dtype`, and the info of `attend` stacked over layers.
@@ -212,19 +217,14 @@ class CogVideoXTransformer(nnx.Module):
         Raises:
             ValueError: On inputs that this model cannot take.
         """
-        num_frames, channels, height, width = hidden_states.shape[1:]
-        text_tokens, text_features = encoder_hidden_states.shape[1:]
-        config = self.config
+        config, text_tokens = self.config, encoder_hidden_states.shape[1]
+        hidden_states = hidden_states.swapaxes(1, 2)
+        num_frames, height, width = hidden_states.shape[2:]
         layout = self.layout(num_frames, height, width, text_tokens)
-        if channels != config.in_channels:
-            raise ValueError(
-                f"hidden_states has {channels} channels and the model takes {config.in_channels}."
-            )
-        if text_features != config.text_embed_dim:
-            raise ValueError(
-                f"encoder_hidden_states has {text_features} features and the model takes "
-                f"{config.text_embed_dim}: it belongs to another text encoder."
-            )
+        check_channels("hidden_states", hidden_states, config.in_channels)
+        check_features(
+            "encoder_hidden_states", encoder_hidden_states, config.text_embed_dim, "text encoder"
+        )
         if (ofs is None) != (config.ofs_embed_dim is None):
             raise ValueError(
                 "this model takes no ofs."
@@ -238,7 +238,7 @@ class CogVideoXTransformer(nnx.Module):
         conditioning = jax.nn.silu(conditioning)
 
         text = self.text_projection(encoder_hidden_states)
-        video = self.patch_projection(patchify(hidden_states.swapaxes(1, 2), config.patch_shape))
+        video = self.patch_projection(patchify(hidden_states, config.patch_shape))
         grid = token_grid(num_frames, height, width, config.patch_shape)
         hidden = jnp.concatenate([text, video], axis=1).astype(self.residual_dtype)
         hidden = self._add_positions(hidden, grid, text_tokens)
@@ -262,14 +262,14 @@ class CogVideoXTransformer(nnx.Module):
         return velocity.swapaxes(1, 2), info
 
     def _add_positions(self, hidden: Array, grid: tuple[int, int, int], text_tokens: int) -> Array:
-        """Adds what is added to the first hidden state: nothing to a model with rotation alone."""
+        """Add the positions that a model has beside its rotation, if any, to the hidden state."""
         config = self.config
         if config.use_learned_positional_embeddings and grid == config.sample_grid:
             table = self.position_embedding[...].astype(jnp.float32)
         elif (
             config.use_learned_positional_embeddings or not config.use_rotary_positional_embeddings
         ):
-            # The released 5b-I2V, too, falls back to this where its table does not fit.
+            # The released 5b-I2V falls back to this, too, if its table does not fit.
             table = jnp.pad(self._sincos_embedding(*grid), ((text_tokens, 0), (0, 0)))[None]
         else:
             return hidden
@@ -286,13 +286,18 @@ class CogVideoXTransformer(nnx.Module):
         )
 
     def rotation(self, grid: tuple[int, int, int], text_tokens: int) -> Rotation | None:
-        """The rotary embedding of text, at rest, and a grid of (frames, rows, columns) tokens."""
+        """Make the rotary embedding of text, which is not turned, and a video.
+
+        Args:
+            grid: Frames, rows and columns of tokens.
+            text_tokens: Number of text tokens, padding included.
+        """
         config, (frames, rows, columns) = self.config, grid
         if not config.use_rotary_positional_embeddings:
             return None
         if config.patch_size_t is None:
             row, column = cropped_grid((rows, columns), config.sample_grid[1:])
-        else:  # 1.5 counts from the top left corner of a large grid
+        else:  # 1.5 counts from the top left corner
             row, column = np.arange(rows), np.arange(columns)
         eighth = config.attention_head_dim // 8
         return video_rotation(

@@ -1,40 +1,36 @@
 """Layers of CogVideoX's video autoencoder, over [batch, frames, height, width, channels].
 
-They take a video in chunks: what a layer has to know of earlier frames goes in and comes out as its
-cache.
+They take a video chunk by chunk; see `vae`.
 """
 
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from svg_jax.models.layers import group_norm, silu
-
-Frames = Float[Array, "batch _ _ _ _"]  # what goes in and what comes out differ in all others
-Pasts = tuple[Frames, Frames]  # of the two causal convolutions of a residual layer
+from svg_jax.models.layers import Kinds, group_norm, silu
+from svg_jax.models.vae import Frames, Past, repeat, run_layers
 
 # Elements that a convolution is given at once. Libraries that count in 32 bits take no more than
 # 2³¹, and copies and workspaces grow with them.
 _MOST_ELEMENTS = 2**30
 
 
-def conv3d(features: int, out_features: int, **kinds: Any) -> nnx.Conv:
-    """The parameters of `causal_conv`: a kernel of three frames, rows and columns, and a bias."""
+def conv3d(features: int, out_features: int, **kinds: Unpack[Kinds]) -> nnx.Conv:
+    """Make the parameters of `causal_conv`: a kernel of 3 x 3 x 3 and a bias."""
     return nnx.Conv(features, out_features, (3, 3, 3), **kinds)
 
 
 def causal_conv(conv: nnx.Conv, x: Frames, past: Frames | None) -> tuple[Frames, Frames]:
-    """Convolves frames with themselves and those before them; rows and columns are padded.
+    """Convolve frames with themselves and those before them; rows and columns are padded.
 
     Args:
-        conv: What `conv3d` made.
+        conv: Parameters that `conv3d` made.
         x: Frames.
         past: The two frames before them; None repeats the first frame.
 
@@ -44,8 +40,8 @@ def causal_conv(conv: nnx.Conv, x: Frames, past: Frames | None) -> tuple[Frames,
     taps, *_, out_features = conv.kernel.shape
     past = repeat(x[:, :1], taps - 1, axis=1) if past is None else past
     x = jnp.concatenate([past, x], axis=1)
-    # In two dimensions, the frames that a result sees side by side in its channels: on GPUs, XLA
-    # turns every three-dimensional convolution's operands to channels first, and back.
+    # As a convolution in two dimensions, with the frames that a result sees side by side in the
+    # channels: on GPUs, XLA transposes a three-dimensional one's operands and result.
     kernel = jnp.moveaxis(conv.kernel[...].astype(x.dtype), 0, 2)
     kernel = kernel.reshape(*kernel.shape[:2], -1, out_features)
     assert conv.bias is not None
@@ -66,13 +62,13 @@ def causal_conv(conv: nnx.Conv, x: Frames, past: Frames | None) -> tuple[Frames,
 def by_frames(
     function: Callable[[Array], Array], x: Frames, frame_elements: int, before: int = 0
 ) -> Frames:
-    """Applies a convolution, to some frames at a time where all of them are too many elements.
+    """Apply a convolution, to some frames at a time if all of them have too many elements.
 
     Args:
-        function: The convolution.
+        function: Convolution.
         x: Frames.
-        frame_elements: Elements that go into one frame's result.
-        before: Frames that each result looks back.
+        frame_elements: Number of elements that one frame's result is computed from.
+        before: Number of earlier frames that one frame's result is computed from.
     """
     frames = x.shape[1] - before
     fitting = [
@@ -91,21 +87,12 @@ def by_frames(
 
     shape = list(jax.eval_shape(function, x[:, : size + before]).shape)
     shape[1] = frames
-    # Filled with something of x: what waits for nothing, the compiler makes too early and keeps.
+    # Filled with a value of x: an array that depends on nothing would be made, and kept, too early.
     return jax.lax.fori_loop(0, frames // size, add_part, jnp.full(shape, x[0, 0, 0, 0, 0]))
 
 
-def repeat(x: Float[Array, "..."], times: int, axis: int) -> Float[Array, "..."]:
-    """Repeats every element along an axis."""
-    # Not jnp.repeat: this is a broadcast, which whatever reads it does on the fly.
-    shape = (*x.shape[: axis + 1], times, *x.shape[axis + 1 :])
-    dimensions = [dimension for dimension in range(len(shape)) if dimension != axis + 1]
-    spread = jax.lax.broadcast_in_dim(x, shape, dimensions)
-    return spread.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
-
-
 def spread_frames(x: Frames, frames: int) -> Frames:
-    """Repeats all frames equally often; but of an odd number, the first stays alone."""
+    """Repeat all frames equally often; the first of an odd number is not repeated."""
     alone = x.shape[1] % 2
     if x.shape[1] == alone:
         return x
@@ -114,7 +101,7 @@ def spread_frames(x: Frames, frames: int) -> Frames:
 
 
 def halve_frames(x: Frames) -> Frames:
-    """Averages every two frames; of an odd number the first stays alone."""
+    """Average every two frames; the first of an odd number stays as it is."""
     alone, pairs = x[:, : x.shape[1] % 2], x[:, x.shape[1] % 2 :]
     pairs = pairs.reshape(x.shape[0], -1, 2, *x.shape[2:])
     means = jnp.mean(pairs.astype(jnp.float32), axis=2).astype(x.dtype)
@@ -122,29 +109,19 @@ def halve_frames(x: Frames) -> Frames:
 
 
 class SpatialNorm(nnx.Module):
-    """A group norm whose result the latents scale and shift, each over its rows and columns."""
+    """A group norm whose result is scaled and shifted by the latents of the same place."""
 
-    def __init__(
-        self,
-        features: int,
-        groups: int,
-        latent_channels: int,
-        *,
-        dtype: Dtype,
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
-    ):
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.norm = group_norm(features, groups, 1e-6, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, features: int, groups: int, latent_channels: int, **kinds: Unpack[Kinds]):
+        self.norm = group_norm(features, groups, **kinds)
         self.scale = nnx.Linear(latent_channels, features, **kinds)
         self.shift = nnx.Linear(latent_channels, features, **kinds)
 
     def __call__(self, x: Frames, latents: Frames) -> Frames:
-        """Normalises frames that are on their way from these latents; float32."""
+        """Normalise frames that are decoded from these latents; the result is float32."""
         size, latent_size = x.shape[1:4], latents.shape[1:4]
 
         def enlarge(of_latents: Frames) -> Frames:
-            # Frames first: rows and columns are but broadcast, which takes no memory.
+            # Frames first: repeating rows and columns is a broadcast, which takes no memory.
             enlarged = spread_frames(of_latents.astype(jnp.float32), size[0])
             for axis in (2, 3):
                 enlarged = repeat(enlarged, size[axis - 1] // latent_size[axis - 1], axis)
@@ -154,20 +131,16 @@ class SpatialNorm(nnx.Module):
 
 
 class ResidualLayer(nnx.Module):
-    """Norm, SiLU, causal convolution; and again; plus what came in."""
+    """Norm, SiLU and causal convolution, twice, added to the input."""
 
     def __init__(
         self,
         features: int,
         out_features: int,
         make_norm: Callable[[int], nnx.Module],
-        *,
-        dtype: Dtype,
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
+        **kinds: Unpack[Kinds],
     ):
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.dtype = dtype
+        self.dtype = kinds["dtype"]
         self.norm_1 = make_norm(features)
         self.conv_1 = conv3d(features, out_features, **kinds)
         self.norm_2 = make_norm(out_features)
@@ -176,10 +149,10 @@ class ResidualLayer(nnx.Module):
             self.shortcut = nnx.Linear(features, out_features, **kinds)
 
     def __call__(
-        self, x: Frames, pasts: Pasts | None, condition: tuple[Array, ...] = ()
-    ) -> tuple[Frames, Pasts]:
-        """Returns the next hidden state and the pasts of its successor; norms take `condition`."""
-        past_1, past_2 = (None, None) if pasts is None else pasts
+        self, x: Frames, past: Past, condition: tuple[Array, ...] = ()
+    ) -> tuple[Frames, Past]:
+        """Return the next hidden state and past; norms take `condition`."""
+        past_1, past_2 = past or (None, None)
         hidden = silu(self.norm_1(x, *condition)).astype(self.dtype)
         hidden, past_1 = causal_conv(self.conv_1, hidden, past_1)
         hidden = silu(self.norm_2(hidden, *condition)).astype(self.dtype)
@@ -190,7 +163,7 @@ class ResidualLayer(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Residual layers, and a change of size where there is one."""
+    """Residual layers, then a change of size if there is one."""
 
     def __init__(
         self,
@@ -199,7 +172,7 @@ class Block(nnx.Module):
         num_layers: int,
         make_norm: Callable[[int], nnx.Module],
         resize: nnx.Module | None,
-        **kinds: Any,
+        **kinds: Unpack[Kinds],
     ):
         widths = [features] + [out_features] * num_layers
         make = partial(ResidualLayer, make_norm=make_norm, **kinds)
@@ -207,42 +180,36 @@ class Block(nnx.Module):
         self.resize = resize
 
     def __call__(
-        self,
-        x: Frames,
-        pasts: tuple[Pasts, ...] | None,
-        condition: tuple[Array, ...] = (),
-    ) -> tuple[Frames, tuple[Pasts, ...]]:
-        """See `ResidualLayer`; a past for each layer."""
-        following = []
-        for layer, past in zip(self.layers, pasts or [None] * len(self.layers), strict=True):
-            x, past = layer(x, past, condition)
-            following.append(past)
-        return (x if self.resize is None else self.resize(x)), tuple(following)
+        self, x: Frames, past: Past, condition: tuple[Array, ...] = ()
+    ) -> tuple[Frames, Past]:
+        """Return the next hidden state and past; norms take `condition`."""
+        x, past = run_layers(self.layers, x, past, condition)
+        return (x if self.resize is None else self.resize(x)), past
 
 
 class Downsample(nnx.Module):
-    """Halves height and width, and the frames if told."""
+    """Halve height and width, and the frames if `frames`."""
 
-    def __init__(self, features: int, *, frames: bool, **kinds: Any):
+    def __init__(self, features: int, *, frames: bool, **kinds: Unpack[Kinds]):
         self.frames = frames
         padding = ((0, 1), (0, 1))
         self.conv = nnx.Conv(features, features, (3, 3), strides=2, padding=padding, **kinds)
 
     def __call__(self, x: Frames) -> Frames:
-        """Returns the smaller video."""
+        """Return the smaller video."""
         x = halve_frames(x) if self.frames else x
         return by_frames(self.conv, x, x[:, 0].size)
 
 
 class Upsample(nnx.Module):
-    """Doubles height and width, and the frames if told."""
+    """Double height and width, and the frames if `frames`."""
 
-    def __init__(self, features: int, *, frames: bool, **kinds: Any):
+    def __init__(self, features: int, *, frames: bool, **kinds: Unpack[Kinds]):
         self.frames = frames
         self.conv = nnx.Conv(features, features, (3, 3), padding=1, **kinds)
 
     def __call__(self, x: Frames) -> Frames:
-        """Returns the larger video."""
+        """Return the larger video."""
 
         def enlarge(part: Frames) -> Frames:
             return self.conv(repeat(repeat(part, 2, axis=2), 2, axis=3))

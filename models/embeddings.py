@@ -1,13 +1,15 @@
 """Embeddings of times and positions by sines and cosines."""
 
 import math
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.typing import Dtype
 from jaxtyping import Array, Float, Real
+
+from svg_jax.models.layers import Kinds
 
 _MAX_PERIOD = 10_000
 
@@ -15,12 +17,12 @@ _MAX_PERIOD = 10_000
 def sinusoidal_embedding(
     times: Real[Array, "*batch"], features: int
 ) -> Float[Array, "*batch features"]:
-    """Cosines and then sines of `times` at geometrically falling frequencies (float32).
+    """Return cosines, then sines, of times at geometrically falling frequencies (float32).
 
     Source: diffusers `get_timestep_embedding` with flip_sin_to_cos and no frequency shift.
     """
     # In float32 and in the reference's order of operations: at times in the thousands the rounding
-    # of the frequencies shows in the result. But for exp: numpy's of float32 is three ulp off.
+    # of the frequencies shows in the result. Except exp: numpy's float32 one is three ulp off.
     half = features // 2
     exponents = np.float32(-math.log(_MAX_PERIOD)) * np.arange(half, dtype=np.float32)
     exponents = (exponents / np.float32(half)).astype(np.float64)
@@ -30,27 +32,20 @@ def sinusoidal_embedding(
 
 
 class TimestepEmbedding(nnx.Module):
-    """Linear, SiLU, linear over a sinusoidal embedding, in float32 whatever the model's dtype.
+    """Linear, SiLU, linear over a sinusoidal embedding, in float32 whatever the `dtype`.
 
-    It is one row per time, and every layer's modulation repeats what is lost here: in
-    bfloat16, a fifth of a whole model's error came from this place.
+    It computes one row per time, and every layer's modulation repeats its errors: in bfloat16, it
+    caused a fifth of a whole model's error.
     """
 
-    def __init__(
-        self,
-        sinusoid_features: int,
-        features: int,
-        *,
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
-    ):
-        kinds = {"dtype": jnp.float32, "param_dtype": param_dtype, "rngs": rngs}
+    def __init__(self, sinusoid_features: int, features: int, **kinds: Unpack[Kinds]):
+        kinds["dtype"] = jnp.float32
         self.sinusoid_features = sinusoid_features
         self.input = nnx.Linear(sinusoid_features, features, **kinds)
         self.output = nnx.Linear(features, features, **kinds)
 
     def __call__(self, times: Real[Array, "*batch"]) -> Float[Array, "*batch features"]:
-        """Embeds times."""
+        """Embed times."""
         hidden = self.input(sinusoidal_embedding(times, self.sinusoid_features))
         return self.output(jax.nn.silu(hidden))
 
@@ -64,15 +59,23 @@ def sincos_video_embedding(
     spatial_scale: float = 1.0,
     temporal_scale: float = 1.0,
 ) -> Float[Array, "tokens features"]:
-    """A fixed embedding of each video token's place, in token order frame, row, column (float32).
+    """Embed the position of each video token, in token order frame, row, column (float32).
 
-    A quarter of the features is for the frame, three eighths each for column and row, in this
-    order; each part holds sines and then cosines. Positions are divided by the scales.
+    A quarter of the features is for the frame, then three eighths for the column and three for the
+    row; each part holds sines, then cosines.
+
+    Args:
+        num_frames: Frames of tokens.
+        height: Rows of tokens.
+        width: Columns of tokens.
+        features: Features of a token.
+        spatial_scale: Divisor of rows and columns.
+        temporal_scale: Divisor of frames.
 
     Source: diffusers `get_3d_sincos_pos_embed`.
     """
-    # Only the axes' own tables are constants of the program: the product of all three is as large
-    # as a hidden state, and the addition that it goes into can make it on the fly.
+    # Only the tables of the single axes are constants of the program: the table of all tokens is as
+    # large as a hidden state, and the addition that reads it can make it on the fly.
     shape = (num_frames, height, width)
     parts = [
         (_sincos_axis(np.arange(num_frames) / temporal_scale, features // 4), (0,)),

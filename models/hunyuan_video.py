@@ -1,7 +1,7 @@
 """HunyuanVideo, a video diffusion transformer (arXiv 2412.03603), in all released variants.
 
-Text to video and both image to video models differ by their config alone. The sequence is the video
-and then its text. Source of the architecture as released: diffusers
+Text to video and both image to video models differ by their config alone. The sequence is the
+video, then its text. Source of the architecture as released: diffusers
 `HunyuanVideoTransformer3DModel`.
 """
 
@@ -27,7 +27,8 @@ from svg_jax.models.hunyuan_video_blocks import (
     plain_norm,
 )
 from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
-from svg_jax.models.layers import scan_layers, silu, stack_layers
+from svg_jax.models.inputs import check_channels, check_features, check_shapes
+from svg_jax.models.layers import Kinds, scan_layers, silu, stack_layers
 from svg_jax.models.layout import VideoLayout
 from svg_jax.models.patches import patchify, token_grid, unpatchify
 from svg_jax.models.rope import Rotation, video_rotation
@@ -39,9 +40,9 @@ class HunyuanVideoTransformer(nnx.Module):
     Modulations and the last projection start at zero, so that an untrained model predicts zeros.
 
     Attributes:
-        config: The architecture.
+        config: Architecture.
         double_blocks: The first layers in one module; every parameter has a leading [layers] axis.
-        single_blocks: The layers that follow, likewise.
+        single_blocks: The layers after them, stacked in the same way.
     """
 
     def __init__(
@@ -53,52 +54,43 @@ class HunyuanVideoTransformer(nnx.Module):
         residual_dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
-        """Makes a model with random weights (under `nnx.eval_shape`: without any).
+        """Make a model with random weights (under `nnx.eval_shape`: without any).
 
         Args:
-            config: The architecture.
-            dtype: Of matrix products and attention; norms, modulation and the embeddings of time,
-                guidance and pooled text are float32 inside.
-            param_dtype: Of the parameters.
-            residual_dtype: Of the hidden state between layers; None is `dtype`.
+            config: Architecture.
+            dtype: Dtype of matrix products and attention; norms, modulation and the embeddings of
+                time, guidance and pooled text are float32.
+            param_dtype: Dtype of the parameters.
+            residual_dtype: Dtype of the hidden state between layers; None is `dtype`.
             rngs: Source of random weights.
         """
-        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        width, kinds = config.width, Kinds(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         patch = math.prod(config.patch_shape)
         self.config = config
         self.dtype = dtype
         self.residual_dtype = dtype if residual_dtype is None else residual_dtype
 
-        self.conditioning = Conditioning(
-            config.pooled_projection_dim,
-            width,
-            guided=config.guidance_embeds,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        pooled, guided = config.pooled_projection_dim, config.guidance_embeds
+        self.conditioning = Conditioning(pooled, width, guided=guided, **kinds)
         self.token_refiner = TokenRefiner(config, **kinds)
         self.patch_projection = nnx.Linear(config.in_channels * patch, width, **kinds)
-        self.double_blocks = stack_layers(
-            lambda rngs: DoubleBlock(config, **kinds | {"rngs": rngs}), config.num_layers, rngs
-        )
+        self.double_blocks = stack_layers(partial(DoubleBlock, config), config.num_layers, **kinds)
         self.single_blocks = stack_layers(
-            lambda rngs: SingleBlock(config, **kinds | {"rngs": rngs}),
-            config.num_single_layers,
-            rngs,
+            partial(SingleBlock, config), config.num_single_layers, **kinds
         )
         last = partial(nnx.Linear, kernel_init=zeros, **kinds)
-        self.output_norm = plain_norm(config, rngs)
+        self.output_norm = plain_norm(config, **kinds)
         self.output_modulation = last(width, 2 * width)
         self.output_projection = last(width, config.out_channels * patch)
 
     def layout(self, num_frames: int, height: int, width: int, text_tokens: int) -> VideoLayout:
-        """The token sequence of a video and its text.
+        """Describe the token sequence of a video and its text.
 
         Args:
             num_frames: Latent frames.
             height: Latent rows.
             width: Latent columns.
-            text_tokens: Text tokens, padding (and those of an image among them) included.
+            text_tokens: Text tokens, including padding and an image's tokens among them.
 
         Raises:
             ValueError: On sizes that this model cannot take.
@@ -118,20 +110,21 @@ class HunyuanVideoTransformer(nnx.Module):
         text_length: Int[Array, "..."] | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "batch out_channels frames height width"], Any]:
-        """Predicts the velocity.
+        """Predict the velocity.
 
         Args:
-            hidden_states: Noisy latents. With "latent_concat", latents and mask of an image behind
-                them in the channels; with "token_replace", the image's latents as first frame.
+            hidden_states: Noisy latents. With "latent_concat", an image's latents and mask are
+                further channels; with "token_replace", its latents are the first frame.
             encoder_hidden_states: Text features, padding behind the text.
-            timestep: Times, 0 to 1000 [batch].
+            timestep: Time of each batch entry, 0 to 1000 [batch].
             pooled_projections: Features of the text as a whole [batch, pooled_projection_dim].
-            guidance: Guidance scale times 1000 [batch], for a model that takes it; else None.
-            attend: The self-attention of every layer; layers are numbered through both stacks.
-            step_state: Passed to `attend` unread.
-            text_length: Real text tokens of each batch entry [batch], at least one; None if all
-                are.
-            remat: Recompute the layers in the backward pass instead of keeping their activations.
+            guidance: Guidance scale times 1000 [batch] for a model that takes one, else None.
+            attend: Self-attention of every layer; layers are numbered through both stacks.
+            step_state: State that is passed to `attend` unread.
+            text_length: Number of real text tokens of each batch entry [batch], at least one; None
+                if all are real.
+            remat: Whether to recompute the layers in the backward pass instead of keeping their
+                activations.
 
         Returns:
             The velocity in `dtype`, and the info of `attend` stacked over the layers of both
@@ -142,14 +135,25 @@ class HunyuanVideoTransformer(nnx.Module):
         """
         config, (num_frames, height, width) = self.config, hidden_states.shape[2:]
         layout = self.layout(num_frames, height, width, encoder_hidden_states.shape[1])
-        _check_inputs(
-            config,
-            hidden_states,
-            encoder_hidden_states,
-            timestep,
-            pooled_projections,
-            guidance,
-            text_length,
+        why = f": its image_condition_type is {config.image_condition_type}"
+        check_channels("hidden_states", hidden_states, config.in_channels, why)
+        check_features(
+            "encoder_hidden_states", encoder_hidden_states, config.text_embed_dim, "text encoder"
+        )
+        if (guidance is None) == config.guidance_embeds:
+            raise ValueError(
+                "this model needs guidance: the guidance scale times 1000 for each batch entry."
+                if config.guidance_embeds
+                else "this model takes no guidance."
+            )
+        batch = (len(hidden_states),)
+        check_shapes(
+            {
+                "timestep": (timestep, batch),
+                "pooled_projections": (pooled_projections, (*batch, config.pooled_projection_dim)),
+                "guidance": (guidance, batch),
+                "text_length": (text_length, batch),
+            }
         )
 
         embeddings = [self.conditioning(timestep, pooled_projections, guidance)]
@@ -183,7 +187,12 @@ class HunyuanVideoTransformer(nnx.Module):
         return unpatchify(out, grid, config.patch_shape), info
 
     def rotation(self, grid: tuple[int, int, int], text_tokens: int) -> Rotation:
-        """The rotary embedding of a grid of (frames, rows, columns) tokens, and text, at rest."""
+        """Make the rotary embedding of a video and of text, which is not turned.
+
+        Args:
+            grid: Frames, rows and columns of tokens.
+            text_tokens: Number of text tokens, padding included.
+        """
         return video_rotation(
             [np.arange(axis) for axis in grid],
             self.config.rope_axes_dim,
@@ -191,41 +200,3 @@ class HunyuanVideoTransformer(nnx.Module):
             text_tokens=text_tokens,
             text_position="last",
         )
-
-
-def _check_inputs(
-    config: HunyuanVideoConfig,
-    hidden_states: Array,
-    encoder_hidden_states: Array,
-    timestep: Array,
-    pooled_projections: Array,
-    guidance: Array | None,
-    text_length: Array | None,
-) -> None:
-    batch, channels = hidden_states.shape[:2]
-    if channels != config.in_channels:
-        raise ValueError(
-            f"hidden_states has {channels} channels and the model takes {config.in_channels}: "
-            f"its image_condition_type is {config.image_condition_type}."
-        )
-    text_features = encoder_hidden_states.shape[-1]
-    if text_features != config.text_embed_dim:
-        raise ValueError(
-            f"encoder_hidden_states has {text_features} features and the model takes "
-            f"{config.text_embed_dim}: it belongs to another text encoder."
-        )
-    if (guidance is None) == config.guidance_embeds:
-        raise ValueError(
-            "this model needs guidance: the guidance scale times 1000 for each batch entry."
-            if config.guidance_embeds
-            else "this model takes no guidance."
-        )
-    expected = {
-        "timestep": (timestep, (batch,)),
-        "pooled_projections": (pooled_projections, (batch, config.pooled_projection_dim)),
-        "guidance": (guidance, (batch,)),
-        "text_length": (text_length, (batch,)),
-    }
-    for name, (array, shape) in expected.items():
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name} is {list(array.shape)} and must be {list(shape)}.")

@@ -1,12 +1,12 @@
 """The layers of HunyuanVideo: text refiner, double-stream and single-stream blocks.
 
-Blocks of both kinds take one sequence, the video and then its text, and a conditioning of one row
-per batch entry, or two: the first row is then for the tokens of the first frame.
+Blocks of both kinds take one sequence, the video and then its text, and a conditioning with one row
+per batch entry or two: of two, the first row is for the tokens of the first frame.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from svg_jax.models.embeddings import TimestepEmbedding
 from svg_jax.models.hunyuan_video_config import HunyuanVideoConfig
 from svg_jax.models.layers import (
     FeedForward,
+    Kinds,
     add_gated,
     gelu_tanh,
     layer_norm,
@@ -37,26 +38,14 @@ _SINUSOIDS = 256
 
 
 class Conditioning(nnx.Module):
-    """One vector of a time, a text as a whole and perhaps a guidance scale, in float32."""
+    """One vector for a time, a text as a whole and perhaps a guidance scale; always in float32."""
 
-    def __init__(
-        self, text_features: int, width: int, *, guided: bool, param_dtype: Dtype, rngs: nnx.Rngs
-    ):
-        embedding = partial(
-            TimestepEmbedding, _SINUSOIDS, width, param_dtype=param_dtype, rngs=rngs
-        )
-        self.time_embedding = embedding()
-        self.text_embedding = FeedForward(
-            text_features,
-            width,
-            width,
-            activation=silu,
-            dtype=jnp.float32,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+    def __init__(self, text_features: int, width: int, *, guided: bool, **kinds: Unpack[Kinds]):
+        kinds["dtype"] = jnp.float32
+        self.time_embedding = TimestepEmbedding(_SINUSOIDS, width, **kinds)
+        self.text_embedding = FeedForward(text_features, width, width, activation=silu, **kinds)
         if guided:
-            self.guidance_embedding = embedding()
+            self.guidance_embedding = TimestepEmbedding(_SINUSOIDS, width, **kinds)
 
     def __call__(
         self,
@@ -64,7 +53,7 @@ class Conditioning(nnx.Module):
         text: Float[Array, "batch text_features"],
         guidance: Real[Array, " batch"] | None = None,
     ) -> Float[Array, "batch width"]:
-        """Embeds all; without a guidance scale its part is left out."""
+        """Sum the embeddings; without a guidance scale, there is none of it."""
         embedding = self.time_embedding(times) + self.text_embedding(text)
         return embedding if guidance is None else embedding + self.guidance_embedding(guidance)
 
@@ -72,29 +61,21 @@ class Conditioning(nnx.Module):
 class HeadProjections(nnx.Module):
     """Queries, keys and values of every head."""
 
-    def __init__(
-        self,
-        config: HunyuanVideoConfig,
-        *,
-        qk_norm: bool = True,
-        dtype: Dtype,
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
-    ):
-        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = partial(rms_norm, config.attention_head_dim, _EPSILON, param_dtype=param_dtype)
+    def __init__(self, config: HunyuanVideoConfig, *, qk_norm: bool = True, **kinds: Unpack[Kinds]):
+        width = config.width
+        norm = partial(rms_norm, config.attention_head_dim, _EPSILON, **kinds)
         self.num_heads = config.num_attention_heads
         self.query = nnx.Linear(width, width, **kinds)
         self.key = nnx.Linear(width, width, **kinds)
         self.value = nnx.Linear(width, width, **kinds)
         if qk_norm:
-            self.query_norm = norm(rngs=rngs)
-            self.key_norm = norm(rngs=rngs)
+            self.query_norm = norm()
+            self.key_norm = norm()
 
     def __call__(
         self, hidden: Float[Array, "batch tokens width"], rotation: Rotation | None = None
     ) -> tuple[Array, Array, Array]:
-        """Returns query, key and value [batch, tokens, heads, head_dim] for attention."""
+        """Return query, key and value [batch, tokens, heads, head_dim] for attention."""
         by_head = (*hidden.shape[:-1], self.num_heads, -1)
         query = self.query(hidden).reshape(by_head)
         key = self.key(hidden).reshape(by_head)
@@ -109,16 +90,14 @@ class HeadProjections(nnx.Module):
 class RefinerBlock(nnx.Module):
     """One layer of the text's refiner: self-attention and feed-forward, gated by conditioning."""
 
-    def __init__(
-        self, config: HunyuanVideoConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
-    ):
-        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = partial(layer_norm, width, _EPSILON, param_dtype=param_dtype)
+    def __init__(self, config: HunyuanVideoConfig, **kinds: Unpack[Kinds]):
+        width = config.width
+        norm = partial(layer_norm, width, _EPSILON, **kinds)
         self.modulation = nnx.Linear(width, 2 * width, kernel_init=zeros, **kinds)
-        self.attention_norm = norm(rngs=rngs)
+        self.attention_norm = norm()
         self.heads = HeadProjections(config, qk_norm=False, **kinds)
         self.output = nnx.Linear(width, width, **kinds)
-        self.feed_forward_norm = norm(rngs=rngs)
+        self.feed_forward_norm = norm()
         self.feed_forward = FeedForward(width, 4 * width, activation=silu, **kinds)
 
     def __call__(
@@ -127,7 +106,7 @@ class RefinerBlock(nnx.Module):
         conditioning: Float[Array, "batch 1 width"],
         text_length: Int[Array, " batch"] | None,
     ) -> Float[Array, "batch text_tokens width"]:
-        """Returns the next hidden state."""
+        """Return the next hidden state."""
         modulation = self.modulation(conditioning).astype(jnp.float32)
         gate, ffn_gate = jnp.split(modulation, 2, axis=-1)
         out = cross_attention(*self.heads(self.attention_norm(hidden)), key_length=text_length)
@@ -136,21 +115,14 @@ class RefinerBlock(nnx.Module):
 
 
 class TokenRefiner(nnx.Module):
-    """Features of the text encoder to tokens of the model's width, by a transformer of its own."""
+    """A transformer of its own that turns the text encoder's features into tokens of the model."""
 
-    def __init__(
-        self, config: HunyuanVideoConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: HunyuanVideoConfig, **kinds: Unpack[Kinds]):
         width, features = config.width, config.text_embed_dim
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.conditioning = Conditioning(
-            features, width, guided=False, param_dtype=param_dtype, rngs=rngs
-        )
+        self.conditioning = Conditioning(features, width, guided=False, **kinds)
         self.projection = nnx.Linear(features, width, **kinds)
         self.blocks = stack_layers(
-            lambda rngs: RefinerBlock(config, **kinds | {"rngs": rngs}),
-            config.num_refiner_layers,
-            rngs,
+            partial(RefinerBlock, config), config.num_refiner_layers, **kinds
         )
 
     def __call__(
@@ -159,7 +131,7 @@ class TokenRefiner(nnx.Module):
         times: Real[Array, " batch"],
         text_length: Int[Array, " batch"] | None,
     ) -> Float[Array, "batch text_tokens width"]:
-        """Refines the text at a time; rows behind `text_length` mean nothing."""
+        """Refine the text at a time; rows behind `text_length` mean nothing."""
         is_real = None
         if text_length is not None:
             is_real = jnp.arange(text.shape[1])[None, :, None] < text_length[:, None, None]
@@ -175,12 +147,10 @@ class TokenRefiner(nnx.Module):
 
 
 class Stream(nnx.Module):
-    """What video or text have to themselves in a double-stream layer."""
+    """The weights that video or text has of its own in a double-stream layer."""
 
-    def __init__(
-        self, config: HunyuanVideoConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
-    ):
-        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    def __init__(self, config: HunyuanVideoConfig, **kinds: Unpack[Kinds]):
+        width = config.width
         self.modulation = nnx.Linear(width, 6 * width, kernel_init=zeros, **kinds)
         self.heads = HeadProjections(config, **kinds)
         self.output = nnx.Linear(width, width, **kinds)
@@ -188,14 +158,11 @@ class Stream(nnx.Module):
 
 
 class DoubleBlock(nnx.Module):
-    """One double-stream layer: video and text meet in the attention alone."""
+    """One double-stream layer: video and text meet only in the attention."""
 
-    def __init__(
-        self, config: HunyuanVideoConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
-    ):
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.dtype = dtype
-        self.norm = plain_norm(config, rngs)
+    def __init__(self, config: HunyuanVideoConfig, **kinds: Unpack[Kinds]):
+        self.dtype = kinds["dtype"]
+        self.norm = plain_norm(config, **kinds)
         self.video = Stream(config, **kinds)
         self.text = Stream(config, **kinds)
 
@@ -207,7 +174,7 @@ class DoubleBlock(nnx.Module):
         layout: VideoLayout,
         attend: Callable[[Array, Array, Array], tuple[Array, Any]],
     ) -> tuple[Float[Array, "batch tokens width"], Any]:
-        """Returns the next hidden state and what `attend` has to say."""
+        """Return the next hidden state and the info of `attend`."""
         video, text = self.video, self.text
         rows = [video.modulation(conditioning), text.modulation(conditioning[:, -1:])]
         spans = [*_video_spans(conditioning, layout), layout.text_tokens]
@@ -229,12 +196,10 @@ class DoubleBlock(nnx.Module):
 class SingleBlock(nnx.Module):
     """One single-stream layer: attention and feed-forward side by side, one output for both."""
 
-    def __init__(
-        self, config: HunyuanVideoConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
-    ):
-        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.dtype = dtype
-        self.norm = plain_norm(config, rngs)
+    def __init__(self, config: HunyuanVideoConfig, **kinds: Unpack[Kinds]):
+        width = config.width
+        self.dtype = kinds["dtype"]
+        self.norm = plain_norm(config, **kinds)
         self.modulation = nnx.Linear(width, 3 * width, kernel_init=zeros, **kinds)
         self.heads = HeadProjections(config, **kinds)
         self.feed_forward = nnx.Linear(width, config.mlp_width, **kinds)
@@ -248,7 +213,7 @@ class SingleBlock(nnx.Module):
         layout: VideoLayout,
         attend: Callable[[Array, Array, Array], tuple[Array, Any]],
     ) -> tuple[Float[Array, "batch tokens width"], Any]:
-        """Returns the next hidden state and what `attend` has to say."""
+        """Return the next hidden state and the info of `attend`."""
         *spans, last = _video_spans(conditioning, layout)
         spans.append(last + layout.text_tokens)
         shift, scale, gate = _per_token(self.modulation(conditioning), spans, 3)
@@ -259,9 +224,9 @@ class SingleBlock(nnx.Module):
         return add_gated(hidden, gate, out), info
 
 
-def plain_norm(config: HunyuanVideoConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A layer norm without parameters."""
-    return layer_norm(config.width, _EPSILON, affine=False, param_dtype=jnp.float32, rngs=rngs)
+def plain_norm(config: HunyuanVideoConfig, **kinds: Unpack[Kinds]) -> nnx.LayerNorm:
+    """Make a layer norm without parameters."""
+    return layer_norm(config.width, _EPSILON, affine=False, **kinds)
 
 
 def modulate(
@@ -271,12 +236,12 @@ def modulate(
     scale: Float[Array, "batch tokens_or_1 width"],
     dtype: Dtype,
 ) -> Float[Array, "batch tokens width"]:
-    """The normalised hidden state, scaled and shifted in float32, as matrix products take it."""
+    """Normalise, scale and shift a hidden state in float32, and convert it to `dtype`."""
     return (norm(hidden) * (1 + scale) + shift).astype(dtype)
 
 
 def _video_spans(conditioning: Array, layout: VideoLayout) -> list[int]:
-    """How many tokens of the video each row of the conditioning is for."""
+    """Count the video's tokens that each row of the conditioning is for."""
     if conditioning.shape[1] == 1:
         return [layout.video_tokens]
     return [layout.tokens_per_frame, layout.video_tokens - layout.tokens_per_frame]
@@ -285,7 +250,13 @@ def _video_spans(conditioning: Array, layout: VideoLayout) -> list[int]:
 def _per_token(
     modulation: Float[Array, "batch spans features"], spans: Sequence[int], parts: int
 ) -> list[Float[Array, "batch tokens_or_1 width"]]:
-    """The parts of a modulation, float32: each of its rows is for a span of tokens, in order."""
+    """Split a modulation into its parts for every token, float32.
+
+    Args:
+        modulation: Modulation, with a row for each span of tokens, in order.
+        spans: Number of tokens in each span.
+        parts: Number of parts.
+    """
     token = jnp.arange(sum(spans))[None, :, None]
     ends = np.cumsum(spans[:-1])
     spread = []
@@ -300,7 +271,7 @@ def _per_token(
 def _linear_of_parts(
     linear: nnx.Linear, *parts: Float[Array, "batch tokens _"]
 ) -> Float[Array, "batch tokens out_features"]:
-    """The layer applied to all parts side by side, in float32 for what it is added to."""
+    """Apply a layer to the concatenation of the parts' features, with a float32 result."""
     # The parts are not joined: that array would be five times as large as a hidden state.
     kernels = jnp.split(linear.kernel[...], np.cumsum([x.shape[-1] for x in parts[:-1]]))
     products = (x @ kernel.astype(x.dtype) for x, kernel in zip(parts, kernels, strict=True))
@@ -310,8 +281,8 @@ def _linear_of_parts(
 
 
 def _with_text(of_all: Array, of_text: Array) -> Array:
-    """The video's rows of the one and the text's of the other, which stand at the end."""
-    # The video's weights are applied to all rows and the text's few are written over: taking the
-    # video's rows out of the sequence and putting them back would copy them each time.
+    """Replace the last rows of one array, the text's, by those of the other."""
+    # The video's weights are applied to all rows, and the few of the text are overwritten: taking
+    # the video's rows out of the sequence and putting them back would copy them each time.
     start = of_all.shape[1] - of_text.shape[1]
     return jax.lax.dynamic_update_slice_in_dim(of_all, of_text, start, axis=1)

@@ -5,11 +5,9 @@ in overlapping tiles of frames, which changes the result and is part of the mode
 """
 
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Unpack
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
@@ -19,13 +17,12 @@ from svg_jax.models.hunyuan_video_vae_config import HunyuanVideoVAEConfig
 from svg_jax.models.hunyuan_video_vae_layers import (
     Block,
     CausalConv,
-    Frames,
     MiddleBlock,
     Upsample,
-    norm,
 )
-from svg_jax.models.layers import silu
-from svg_jax.models.vae import Posterior
+from svg_jax.models.inputs import check_channels
+from svg_jax.models.layers import Kinds, group_norm, silu
+from svg_jax.models.vae import Frames, Posterior, compiled
 from svg_jax.models.vae_tiling import (
     FrameTiling,
     Progress,
@@ -39,9 +36,9 @@ RELEASED_FRAME_TILING = FrameTiling(tile_frames=16, stride_frames=12)
 
 
 class Encoder(nnx.Module):
-    """Pixels to means and logarithms of variances of latents."""
+    """Encoder of pixels as means and logarithms of variances of latents."""
 
-    def __init__(self, config: HunyuanVideoVAEConfig, **kinds: Any):
+    def __init__(self, config: HunyuanVideoVAEConfig, **kinds: Unpack[Kinds]):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.dtype = kinds["dtype"]
         self.input = CausalConv(config.in_channels, widths[0], **kinds)
@@ -51,12 +48,12 @@ class Encoder(nnx.Module):
             self.blocks.append(Block(*pair, config.layers_per_block, groups, resize, **kinds))
         attention = config.mid_block_add_attention
         self.middle = MiddleBlock(widths[-1], groups, attention=attention, **kinds)
-        self.norm = norm(widths[-1], groups, **kinds)
+        self.norm = group_norm(widths[-1], groups, **kinds)
         self.output = CausalConv(widths[-1], 2 * config.latent_channels, **kinds)
         self.moments = nnx.Linear(2 * config.latent_channels, 2 * config.latent_channels, **kinds)
 
     def __call__(self, video: Frames) -> Frames:
-        """Encodes a tile."""
+        """Encode a tile."""
         hidden = self.input(video.astype(self.dtype))
         for block in self.blocks:
             hidden = block(hidden)
@@ -65,9 +62,9 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents to pixels."""
+    """Decoder of latents to pixels."""
 
-    def __init__(self, config: HunyuanVideoVAEConfig, **kinds: Any):
+    def __init__(self, config: HunyuanVideoVAEConfig, **kinds: Unpack[Kinds]):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.dtype = kinds["dtype"]
         self.latents = nnx.Linear(config.latent_channels, config.latent_channels, **kinds)
@@ -78,11 +75,11 @@ class Decoder(nnx.Module):
         for pair, factor in zip(pairwise((widths[0], *widths)), config.factors, strict=True):
             resize = factor and Upsample(pair[1], factor, **kinds)
             self.blocks.append(Block(*pair, config.layers_per_block + 1, groups, resize, **kinds))
-        self.norm = norm(widths[-1], groups, **kinds)
+        self.norm = group_norm(widths[-1], groups, **kinds)
         self.output = CausalConv(widths[-1], config.out_channels, **kinds)
 
     def __call__(self, latents: Frames) -> Frames:
-        """Decodes a tile."""
+        """Decode a tile."""
         hidden = self.middle(self.input(self.latents(latents.astype(self.dtype))))
         for block in self.blocks:
             hidden = block(hidden)
@@ -90,13 +87,13 @@ class Decoder(nnx.Module):
 
 
 class HunyuanVideoVAE(nnx.Module):
-    """Encodes videos to a distribution of latents, and decodes latents.
+    """Encodes videos as a distribution of latents, and decodes latents.
 
     Both loop over tiles from the host and compile once for each shape of a tile; call them outside
     of `jax.jit`.
 
     Attributes:
-        config: The architecture.
+        config: Architecture.
     """
 
     def __init__(
@@ -107,25 +104,25 @@ class HunyuanVideoVAE(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Makes a model with random weights (under `nnx.eval_shape`: without any).
+        """Make a model with random weights (under `nnx.eval_shape`: without any).
 
         Args:
-            config: The architecture.
-            dtype: Of convolutions, attention and the result; norms are float32 inside.
-            param_dtype: Of the parameters.
+            config: Architecture.
+            dtype: Dtype of convolutions, attention and the result; norms are float32.
+            param_dtype: Dtype of the parameters.
             rngs: Source of random weights.
         """
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        kinds = Kinds(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
         self.encoder = Encoder(config, **kinds)
         self.decoder = Decoder(config, **kinds)
 
     def normalize(self, latents: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """Latents as encoded to latents as a transformer takes them."""
+        """Scale latents from `encode` for a transformer."""
         return latents * self.config.scaling_factor
 
     def denormalize(self, latents: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """A transformer's latents to latents as they are decoded."""
+        """Scale a transformer's latents for `decode`."""
         return latents / self.config.scaling_factor
 
     def encode(
@@ -136,40 +133,39 @@ class HunyuanVideoVAE(nnx.Module):
         frame_tiling: FrameTiling | None = RELEASED_FRAME_TILING,
         progress: Progress | None = None,
     ) -> Posterior:
-        """Encodes a video.
+        """Encode a video.
 
         Args:
             video: Pixels from -1 to 1.
-            tiling: Tiles in space, for videos that are larger than one; None: no such tiles.
-            frame_tiling: Tiles in time, for videos that are longer than one; None: no such tiles.
-            progress: Called after each tile.
+            tiling: Sizes of tiles in space, for videos larger than one tile; None for no tiles.
+            frame_tiling: Sizes of tiles in time, for videos longer than one tile; None for no
+                tiles.
+            progress: Function that is called after each tile with the tiles done and their number.
 
         Returns:
-            The distribution of latents, a latent frame for the first frame and for every four (or
-            what is left of them) after it.
+            The distribution of latents: a latent frame for the first frame and for every four
+            frames after it, of which the last ones may be fewer.
 
         Raises:
             ValueError: On sizes that this model cannot take.
         """
         config = self.config
         ratio, frame_ratio = config.spatial_compression_ratio, config.temporal_compression_ratio
-        channels, *_, height, width = video.shape[1:]
-        if channels != config.in_channels:
-            raise ValueError(f"video has {channels} channels, not {config.in_channels}.")
+        check_channels("video", video, config.in_channels)
+        height, width = video.shape[-2:]
         if height % ratio or width % ratio:
             raise ValueError(
                 f"video is {height}x{width} and both must be multiples of {ratio}: a latent has "
                 f"{ratio}x{ratio} pixels."
             )
-        tiling = tiling or Tiling(height, width, height, width)
-        encode = partial(_apply, *nnx.split(self.encoder))
+        encode = compiled(Encoder.__call__, self.encoder)
         moments = _map_frames(
             lambda video, progress: encode_tiles(encode, video, tiling, ratio, progress),
             video,
             frame_tiling,
             frame_tiling and frame_tiling.in_latents(frame_ratio),
             latent_frame=frame_ratio,
-            tiles=tiling.count(height, width),
+            tiles=tiling.count(height, width) if tiling else 1,
             progress=progress,
         )
         return Posterior.from_moments(moments)
@@ -182,42 +178,34 @@ class HunyuanVideoVAE(nnx.Module):
         frame_tiling: FrameTiling | None = RELEASED_FRAME_TILING,
         progress: Progress | None = None,
     ) -> Float[Array, "batch channels frames height width"]:
-        """Decodes latents.
+        """Decode latents.
 
         Args:
-            latents: Latents as encoded: `denormalize` makes them of a transformer's.
-            tiling: Tiles in space, for videos that are larger than one; None: no such tiles.
-            frame_tiling: Tiles in time, for videos that are longer than one; None: no such tiles.
-            progress: Called after each tile.
+            latents: Latents from `encode`, or a transformer's after `denormalize`.
+            tiling: See `encode`.
+            frame_tiling: See `encode`.
+            progress: See `encode`.
 
         Returns:
-            A video of about -1 to 1: a frame for the first latent frame and four for every other.
+            A video from about -1 to 1: one frame for the first latent frame, four for every other.
 
         Raises:
             ValueError: On sizes that this model cannot take.
         """
         config = self.config
         ratio, frame_ratio = config.spatial_compression_ratio, config.temporal_compression_ratio
-        channels, *_, rows, columns = latents.shape[1:]
-        if channels != config.latent_channels:
-            raise ValueError(f"latents has {channels} channels, not {config.latent_channels}.")
-        height, width = ratio * rows, ratio * columns
-        tiling = tiling or Tiling(height, width, height, width)
-        decode = partial(_apply, *nnx.split(self.decoder))
+        check_channels("latents", latents, config.latent_channels)
+        height, width = (ratio * size for size in latents.shape[-2:])
+        decode = compiled(Decoder.__call__, self.decoder)
         return _map_frames(
             lambda latents, progress: decode_tiles(decode, latents, tiling, ratio, progress),
             latents,
             frame_tiling and frame_tiling.in_latents(frame_ratio),
             frame_tiling,
             latent_frame=1,
-            tiles=tiling.count(height, width),
+            tiles=tiling.count(height, width) if tiling else 1,
             progress=progress,
         )
-
-
-@partial(jax.jit, static_argnums=0)
-def _apply(graph: Any, state: Any, tile: Array) -> Array:
-    return jnp.moveaxis(nnx.merge(graph, state)(jnp.moveaxis(tile, 1, -1)), -1, 1)
 
 
 def _map_frames(
@@ -230,21 +218,21 @@ def _map_frames(
     tiles: int,
     progress: Progress | None,
 ) -> Array:
-    """Applies a function to tiles in time, each with the frame in front of it, and joins them.
+    """Apply a function to tiles in time, each with the frame in front of it, and join them.
 
     Args:
-        function: What to apply.
-        x: The whole.
-        tiles_in: The tiles, counted in frames of `x`.
-        tiles_out: The same counted in frames of the result.
+        function: Function of a tile and of the progress through its tiles in space.
+        x: Whole video or latents.
+        tiles_in: Sizes of the tiles in frames of `x`.
+        tiles_out: Sizes of the tiles in frames of the result.
         latent_frame: Frames of `x` in a latent frame.
-        tiles: Tiles in space that `function` tells its second argument of.
-        progress: Called for each of these.
+        tiles: Number of tiles in space in each tile in time.
+        progress: Function that is called after each tile in space.
     """
     frames = x.shape[2]
     if tiles_in is None or tiles_out is None or frames <= tiles_in.tile_frames:
         return function(x, progress)
-    # What a last tile has is the frame in front of it alone, if it makes no more than one latent.
+    # A last tile that would give only the latent of the frame in front of it is left out.
     starts = range(0, max(frames - latent_frame, 1), tiles_in.stride_frames)
     outs = []
     for index, start in enumerate(starts):

@@ -1,39 +1,38 @@
 """Layers of HunyuanVideo's video autoencoder, over [batch, frames, height, width, channels].
 
-Convolutions and attention see no later frames. Norms do: their statistics are those of all frames.
+Convolutions and attention do not see later frames. Norms do: their statistics are of all frames.
 """
 
 from itertools import pairwise
-from typing import Any
+from typing import Unpack
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
 from svg_jax.models.attention import frame_causal_attention
-from svg_jax.models.layers import group_norm, silu
+from svg_jax.models.layers import Kinds, group_norm, silu
+from svg_jax.models.vae import Frames, repeat
 
-Frames = Float[Array, "batch _ _ _ _"]
 Factor = tuple[int, int, int]  # of frames, rows and columns
 
-_EPSILON = 1e-6
-# cuDNN counts elements in 32 bits. Beyond them it has only convolutions a thousand times as slow.
+# cuDNN counts elements in 32 bits. Beyond, its only convolutions are a thousand times as slow.
 _MOST_ELEMENTS = 2**31 - 1
 
 
 class CausalConv(nnx.Conv):
-    """A convolution of three frames, rows and columns; edges are repeated outwards.
+    """A 3 x 3 x 3 convolution; edges are repeated outwards.
 
-    A frame is convolved with the two before it: the first is repeated in front.
+    A frame is convolved with the two before it; the first frame is repeated in front.
     """
 
-    def __init__(self, features: int, out_features: int, strides: Factor = (1, 1, 1), **kinds: Any):
+    def __init__(
+        self, features: int, out_features: int, strides: Factor = (1, 1, 1), **kinds: Unpack[Kinds]
+    ):
         super().__init__(features, out_features, (3, 3, 3), strides, padding="VALID", **kinds)
         self.frame_stride = strides[0]
 
     def __call__(self, inputs: Frames) -> Frames:
-        """Returns as many frames, rows and columns; with strides, fewer (rounded up)."""
+        """Return as many frames, rows and columns; with strides, fewer (rounded up)."""
         around = ((0, 0), (2, 0), (1, 1), (1, 1), (0, 0))
         padded = jnp.pad(inputs, around, mode="edge")
         stride = self.frame_stride
@@ -48,49 +47,49 @@ class CausalConv(nnx.Conv):
 
 
 class Upsample(nnx.Module):
-    """Repeats frames, rows and columns; but the first frame, which is one of the video, once."""
+    """Repeat frames, rows and columns; the first frame is one of the video and not repeated."""
 
-    def __init__(self, features: int, factor: Factor, **kinds: Any):
+    def __init__(self, features: int, factor: Factor, **kinds: Unpack[Kinds]):
         self.factor = factor
         self.conv = CausalConv(features, features, **kinds)
 
     def __call__(self, x: Frames) -> Frames:
-        """Returns the larger video."""
+        """Return the larger video."""
         for axis, times in enumerate(self.factor, start=1):
-            x = _repeat(x, times, axis)
+            x = repeat(x, times, axis)
         return self.conv(x[:, self.factor[0] - 1 :])
 
 
 class ResidualLayer(nnx.Module):
-    """Norm, SiLU, convolution; and again; plus what came in."""
+    """Norm, SiLU and convolution, twice, added to the input."""
 
-    def __init__(self, features: int, out_features: int, groups: int, **kinds: Any):
-        self.norm_1 = norm(features, groups, **kinds)
+    def __init__(self, features: int, out_features: int, groups: int, **kinds: Unpack[Kinds]):
+        self.norm_1 = group_norm(features, groups, **kinds)
         self.conv_1 = CausalConv(features, out_features, **kinds)
-        self.norm_2 = norm(out_features, groups, **kinds)
+        self.norm_2 = group_norm(out_features, groups, **kinds)
         self.conv_2 = CausalConv(out_features, out_features, **kinds)
         if features != out_features:
             self.shortcut = nnx.Linear(features, out_features, **kinds)
 
     def __call__(self, x: Frames) -> Frames:
-        """Returns the next hidden state."""
+        """Return the next hidden state."""
         hidden = self.conv_1(silu(self.norm_1(x)).astype(x.dtype))
         hidden = self.conv_2(silu(self.norm_2(hidden)).astype(x.dtype))
         return hidden + (self.shortcut(x) if hasattr(self, "shortcut") else x)
 
 
 class Attention(nnx.Module):
-    """What came in, plus attention to all pixels of its frame and of those before; of one head."""
+    """Attention of one head to all pixels of a frame and of earlier ones, added to the input."""
 
-    def __init__(self, features: int, groups: int, **kinds: Any):
-        self.norm = norm(features, groups, **kinds)
+    def __init__(self, features: int, groups: int, **kinds: Unpack[Kinds]):
+        self.norm = group_norm(features, groups, **kinds)
         self.query = nnx.Linear(features, features, **kinds)
         self.key = nnx.Linear(features, features, **kinds)
         self.value = nnx.Linear(features, features, **kinds)
         self.output = nnx.Linear(features, features, **kinds)
 
     def __call__(self, x: Frames) -> Frames:
-        """Returns the next hidden state."""
+        """Return the next hidden state."""
         batch, _, height, width, features = x.shape
         tokens = self.norm(x).astype(x.dtype).reshape(batch, -1, 1, features)
         out = frame_causal_attention(
@@ -100,20 +99,20 @@ class Attention(nnx.Module):
 
 
 class MiddleBlock(nnx.Module):
-    """A residual layer, attention if told, a residual layer."""
+    """A residual layer, perhaps attention, and another residual layer."""
 
-    def __init__(self, features: int, groups: int, *, attention: bool, **kinds: Any):
+    def __init__(self, features: int, groups: int, *, attention: bool, **kinds: Unpack[Kinds]):
         self.layers = nnx.List(ResidualLayer(features, features, groups, **kinds) for _ in range(2))
         self.attention = Attention(features, groups, **kinds) if attention else None
 
     def __call__(self, x: Frames) -> Frames:
-        """Returns the next hidden state."""
+        """Return the next hidden state."""
         x = self.layers[0](x)
         return self.layers[1](x if self.attention is None else self.attention(x))
 
 
 class Block(nnx.Module):
-    """Residual layers, and a change of size where there is one."""
+    """Residual layers, then a change of size if there is one."""
 
     def __init__(
         self,
@@ -122,33 +121,19 @@ class Block(nnx.Module):
         num_layers: int,
         groups: int,
         resize: nnx.Module | None,
-        **kinds: Any,
+        **kinds: Unpack[Kinds],
     ):
         widths = [features] + [out_features] * num_layers
         self.layers = nnx.List(ResidualLayer(*pair, groups, **kinds) for pair in pairwise(widths))
         self.resize = resize
 
     def __call__(self, x: Frames) -> Frames:
-        """Returns the next hidden state."""
+        """Return the next hidden state."""
         for layer in self.layers:
             x = layer(x)
         return x if self.resize is None else self.resize(x)
 
 
-def norm(features: int, groups: int, **kinds: Any) -> nnx.GroupNorm:
-    """The norm of all layers."""
-    kinds = {name: kind for name, kind in kinds.items() if name != "dtype"}  # always float32
-    return group_norm(features, groups, _EPSILON, **kinds)
-
-
 def _spans(total: int, most: int) -> list[tuple[int, int]]:
-    """The numbers up to `total` in pieces of `most`: first of a piece, first behind it."""
+    """Cut range(total) into pieces of at most `most`: start and stop of each."""
     return [(first, min(first + most, total)) for first in range(0, total, most)]
-
-
-def _repeat(x: Float[Array, "..."], times: int, axis: int) -> Float[Array, "..."]:
-    # Not jnp.repeat: this is a broadcast, which whatever reads it does on the fly.
-    shape = (*x.shape[: axis + 1], times, *x.shape[axis + 1 :])
-    dimensions = [dimension for dimension in range(len(shape)) if dimension != axis + 1]
-    spread = jax.lax.broadcast_in_dim(x, shape, dimensions)
-    return spread.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])

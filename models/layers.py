@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +13,37 @@ from jaxtyping import Array, Float, Int
 Module = TypeVar("Module", bound=nnx.Module)
 
 
+class Kinds(TypedDict):
+    """What every layer is told when it is made, beside its sizes.
+
+    Attributes:
+        dtype: Dtype of matrix products, convolutions and their results.
+        param_dtype: Dtype of the parameters.
+        rngs: Source of random weights.
+    """
+
+    dtype: Dtype
+    param_dtype: Dtype
+    rngs: nnx.Rngs
+
+
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """SiLU (x times its sigmoid), in float32 inside."""
+    """Apply SiLU (x times its sigmoid), computed in float32."""
     return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """GELU by the error function, in float32 inside."""
+    """Apply GELU by the error function, computed in float32."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
 def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The tanh approximation of GELU, in float32 inside."""
+    """Apply the tanh approximation of GELU, computed in float32."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """GELU as CLIP approximates it, x times the sigmoid of 1.702 x; in float32 inside."""
+    """Apply CLIP's approximation of GELU (x times the sigmoid of 1.702 x), computed in float32."""
     x32 = x.astype(jnp.float32)
     return (x32 * jax.nn.sigmoid(1.702 * x32)).astype(x.dtype)
 
@@ -44,12 +58,9 @@ class FeedForward(nnx.Module):
         out_features: int | None = None,
         *,
         activation: Callable[[Array], Array] = gelu_tanh,
-        dtype: Dtype,
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
+        **kinds: Unpack[Kinds],
     ):
-        """Makes the layer; `out_features` None gives as many as it takes."""
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        """Make the layer; out_features=None gives as many features as it takes."""
         self.activation = activation
         self.input = nnx.Linear(features, hidden_features, **kinds)
         self.output = nnx.Linear(hidden_features, out_features or features, **kinds)
@@ -69,59 +80,53 @@ class GatedFeedForward(nnx.Module):
         *,
         activation: Callable[[Array], Array],
         output_param_dtype: Dtype | None = None,
-        dtype: Dtype,
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
+        **kinds: Unpack[Kinds],
     ):
-        """Makes the layer; `output_param_dtype` None keeps the last linear's in `param_dtype`."""
-        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
+        """Make the layer; the last linear's parameters have output_param_dtype if one is given."""
+        linear = partial(nnx.Linear, use_bias=False)
         self.activation = activation
-        self.gate = linear(features, hidden_features, param_dtype=param_dtype)
-        self.input = linear(features, hidden_features, param_dtype=param_dtype)
-        kept = param_dtype if output_param_dtype is None else output_param_dtype
-        self.output = linear(hidden_features, features, param_dtype=kept)
+        self.gate = linear(features, hidden_features, **kinds)
+        self.input = linear(features, hidden_features, **kinds)
+        if output_param_dtype is not None:
+            kinds["param_dtype"] = output_param_dtype
+        self.output = linear(hidden_features, features, **kinds)
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         """Applies the layer to every token."""
         return self.output(self.activation(self.gate(x)) * self.input(x))
 
 
+# Statistics, arithmetic and results of all norms are float32, whatever the dtype of other layers.
+# Variances are not E[x²] - E[x]², which cancels where the mean is large.
+
+
 def layer_norm(
-    features: int, epsilon: float, *, affine: bool = True, param_dtype: Dtype, rngs: nnx.Rngs
+    features: int, epsilon: float, *, affine: bool = True, **kinds: Unpack[Kinds]
 ) -> nnx.LayerNorm:
-    """A LayerNorm whose statistics, arithmetic and result are float32."""
+    """Make a LayerNorm in float32."""
+    kinds["dtype"] = jnp.float32
     return nnx.LayerNorm(
         features,
         epsilon=epsilon,
-        dtype=jnp.float32,
-        param_dtype=param_dtype,
         use_bias=affine,
         use_scale=affine,
-        use_fast_variance=False,  # E[x²] - E[x]² cancels where the mean is large
-        rngs=rngs,
+        use_fast_variance=False,
+        **kinds,
     )
 
 
-def rms_norm(features: int, epsilon: float, *, param_dtype: Dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """An RMSNorm whose statistics, arithmetic and result are float32."""
-    return nnx.RMSNorm(
-        features, epsilon=epsilon, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs
-    )
+def rms_norm(features: int, epsilon: float, **kinds: Unpack[Kinds]) -> nnx.RMSNorm:
+    """Make an RMSNorm in float32."""
+    kinds["dtype"] = jnp.float32
+    return nnx.RMSNorm(features, epsilon=epsilon, **kinds)
 
 
 def group_norm(
-    features: int, groups: int, epsilon: float, *, param_dtype: Dtype, rngs: nnx.Rngs
+    features: int, groups: int, epsilon: float = 1e-6, **kinds: Unpack[Kinds]
 ) -> nnx.GroupNorm:
-    """A GroupNorm over all frames, rows and columns of [batch, ..., features]; float32 as above."""
-    return nnx.GroupNorm(
-        features,
-        groups,
-        epsilon=epsilon,
-        dtype=jnp.float32,
-        param_dtype=param_dtype,
-        use_fast_variance=False,
-        rngs=rngs,
-    )
+    """Make a GroupNorm over all frames, rows and columns of [batch, ..., features], in float32."""
+    kinds["dtype"] = jnp.float32
+    return nnx.GroupNorm(features, groups, epsilon=epsilon, use_fast_variance=False, **kinds)
 
 
 def add_gated(
@@ -129,15 +134,25 @@ def add_gated(
     gate: Float[Array, "*gate_shape"],
     out: Float[Array, "*shape"],
 ) -> Float[Array, "*shape"]:
-    """The residual stream plus `gate * out`, in float32 inside."""
+    """Add `gate * out` to the residual stream, computed in float32."""
     return (hidden.astype(jnp.float32) + gate * out.astype(jnp.float32)).astype(hidden.dtype)
 
 
 def stack_layers(
-    make_layer: Callable[[nnx.Rngs], Module], num_layers: int, rngs: nnx.Rngs
+    make_layer: Callable[..., Module], num_layers: int, **kinds: Unpack[Kinds]
 ) -> Module:
-    """One module that holds `num_layers` of them: every parameter has a leading [layers] axis."""
-    return nnx.split_rngs(splits=num_layers)(nnx.vmap(make_layer))(rngs)
+    """Make one module of many layers: every parameter has a leading [layers] axis.
+
+    Args:
+        make_layer: Function of the kinds that makes a layer.
+        num_layers: Number of layers.
+        **kinds: See `Kinds`.
+    """
+
+    def make(rngs: nnx.Rngs) -> Module:
+        return make_layer(dtype=kinds["dtype"], param_dtype=kinds["param_dtype"], rngs=rngs)
+
+    return nnx.split_rngs(splits=num_layers)(nnx.vmap(make))(kinds["rngs"])
 
 
 def scan_layers(
@@ -149,18 +164,19 @@ def scan_layers(
     num_layers: int | None = None,
     remat: bool = False,
 ) -> tuple[Float[Array, "*shape"], Any]:
-    """Sends `hidden` through stacked layers in a scan: compile time does not grow with depth.
+    """Apply stacked layers in a scan: compile time does not grow with depth.
 
     Args:
-        layers: What `stack_layers` made.
-        apply_layer: (layer module, hidden, number of the layer) -> (hidden, info).
-        hidden: The residual stream.
-        first_layer: Number of the first of these layers: those of an earlier stack count.
-        num_layers: How many of them to apply, from the first on; None applies all.
-        remat: Recompute each layer in the backward pass instead of keeping its activations.
+        layers: Module that `stack_layers` made.
+        apply_layer: Function (layer, hidden, layer's number) -> (hidden, info).
+        hidden: Residual stream.
+        first_layer: Number of the first of these layers, if another stack comes before them.
+        num_layers: Number of layers to apply, from the first one on; None applies all.
+        remat: Whether to recompute each layer in the backward pass instead of keeping its
+            activations.
 
     Returns:
-        The last hidden state, and every layer's info stacked to a leading [layers] axis.
+        The last hidden state, and every layer's info stacked along a leading [layers] axis.
     """
     graph, state = nnx.split(layers)
 
@@ -183,12 +199,12 @@ def scan_layers(
 
 
 def layers_below(hidden_state: int, num_layers: int) -> int:
-    """How many layers make a hidden state of a stack; it is counted as transformers does.
+    """Count the layers that a hidden state of a stack needs.
 
     Args:
-        hidden_state: 0 is what the first layer takes, and `num_layers` what the last one gives;
-            negative numbers count from the end, -1 being the last.
-        num_layers: Layers of the stack.
+        hidden_state: Number of the hidden state as transformers counts: 0 is the first layer's
+            input, num_layers the last one's output; negative numbers count from the end.
+        num_layers: Number of layers in the stack.
 
     Raises:
         ValueError: If the stack has no such hidden state.

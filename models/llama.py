@@ -1,4 +1,4 @@
-"""LLaMA (arXiv 2302.13971; 3: arXiv 2407.21783) as an encoder: a hidden state of any layer.
+"""LLaMA (arXiv 2302.13971; 3: arXiv 2407.21783) as an encoder that returns any hidden state.
 
 HunyuanVideo takes its text features from LLaMA 3 8B. Source of the architecture as released:
 transformers `LlamaModel`.
@@ -8,30 +8,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
-from jax.nn.initializers import normal
 from jaxtyping import Array, Bool, Float, Int
 
-from svg_jax.models.attention import softmax_attention
 from svg_jax.models.config import ModelConfig, implemented
+from svg_jax.models.encoder_layers import Attention, Block, apply_blocks, embedding
 from svg_jax.models.layers import (
     GatedFeedForward,
+    Kinds,
     layers_below,
     rms_norm,
-    scan_layers,
     silu,
     stack_layers,
 )
-from svg_jax.models.rope import Rotation, rotate_halves, text_rotation
+from svg_jax.models.rope import text_rotation
 
 
 @dataclass(frozen=True)
 class LlamaConfig(ModelConfig):
-    """What the encoder needs of a released config.json; transformers' names and defaults.
+    """The encoder's part of a released config.json; transformers' names and defaults.
 
     Attributes:
         vocab_size: Rows of the token embedding.
@@ -99,7 +98,7 @@ class LlamaConfig(ModelConfig):
 
 
 def _plain_rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with `rope_theta` at the top, where transformers had it before 5.0."""
+    """Move `rope_theta` to the top, where transformers had it before 5.0."""
     plain = dict(values)
     for name in ("rope_scaling", "rope_parameters"):
         nested = plain.pop(name, None)
@@ -118,77 +117,31 @@ def _plain_rope(values: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-class Attention(nnx.Module):
-    """Causal self-attention with rotary embedding; some queries share keys and values."""
-
-    def __init__(self, config: LlamaConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs):
-        linear = partial(
-            nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        width, self.head_features = config.hidden_size, config.head_features
-        inner = config.num_attention_heads * self.head_features
-        shared = config.key_value_heads * self.head_features
-        self.query = linear(width, inner)
-        self.key = linear(width, shared)
-        self.value = linear(width, shared)
-        self.output = linear(inner, width)
-
-    def __call__(
-        self,
-        hidden: Float[Array, "batch tokens width"],
-        rotation: Rotation,
-        keep: Bool[Array, "batch tokens"] | None,
-    ) -> Float[Array, "batch tokens width"]:
-        """Attends to the tokens to keep up to each; None keeps all."""
-        by_head = (*hidden.shape[:-1], -1, self.head_features)
-        query = rotate_halves(self.query(hidden).reshape(by_head), rotation)
-        key = rotate_halves(self.key(hidden).reshape(by_head), rotation)
-        value = self.value(hidden).reshape(by_head)
-        sharing = query.shape[2] // key.shape[2]
-        out = softmax_attention(
-            query,
-            jnp.repeat(key, sharing, axis=2),
-            jnp.repeat(value, sharing, axis=2),
-            scale=self.head_features**-0.5,
-            keep=keep,
-            causal=True,
-        )
-        return self.output(out.reshape(*hidden.shape[:-1], -1))
-
-
-class Block(nnx.Module):
+class LlamaBlock(Block):
     """One layer."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs):
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = partial(rms_norm, config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
-        self.attention_norm = norm(rngs=rngs)
-        self.attention = Attention(config, **kinds)
-        self.feed_forward_norm = norm(rngs=rngs)
-        self.feed_forward = GatedFeedForward(
-            config.hidden_size, config.intermediate_size, activation=silu, **kinds
+    def __init__(self, config: LlamaConfig, **kinds: Unpack[Kinds]):
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.attention_norm = rms_norm(width, eps, **kinds)
+        self.attention = Attention(
+            width,
+            config.num_attention_heads,
+            config.head_features,
+            key_value_heads=config.key_value_heads,
+            use_bias=False,
+            **kinds,
         )
-
-    def __call__(
-        self,
-        hidden: Float[Array, "batch tokens width"],
-        rotation: Rotation,
-        keep: Bool[Array, "batch tokens"] | None,
-    ) -> Float[Array, "batch tokens width"]:
-        """Returns the next hidden state, float32 as the one before."""
-        out = self.attention(self.attention_norm(hidden), rotation, keep)
-        hidden = hidden + out.astype(hidden.dtype)
-        out = self.feed_forward(self.feed_forward_norm(hidden))
-        return hidden + out.astype(hidden.dtype)
+        self.feed_forward_norm = rms_norm(width, eps, **kinds)
+        self.feed_forward = GatedFeedForward(
+            width, config.intermediate_size, activation=silu, **kinds
+        )
 
 
 class LlamaEncoder(nnx.Module):
     """Token ids to features.
 
-    The hidden state between layers is float32 whatever `dtype` is: it is small.
-
     Attributes:
-        config: The architecture.
+        config: Architecture.
         blocks: All layers in one module; every parameter has a leading [layers] axis.
     """
 
@@ -200,32 +153,20 @@ class LlamaEncoder(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Makes an encoder with random weights (under `nnx.eval_shape`: without any).
+        """Make an encoder with random weights (under `nnx.eval_shape`: without any).
 
         Args:
-            config: The architecture.
-            dtype: Of matrix products and the result; norms and softmax are float32 inside.
-            param_dtype: Of the parameters.
+            config: Architecture.
+            dtype: Dtype of matrix products and the result; norms and softmax are always float32.
+            param_dtype: Dtype of the parameters.
             rngs: Source of random weights.
         """
+        width, kinds = config.hidden_size, Kinds(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
         self.dtype = dtype
-        self.token_embedding = nnx.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            dtype=jnp.float32,
-            param_dtype=param_dtype,
-            embedding_init=normal(0.02),
-            rngs=rngs,
-        )
-        self.blocks = stack_layers(
-            lambda rngs: Block(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
-            config.num_hidden_layers,
-            rngs,
-        )
-        self.final_norm = rms_norm(
-            config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype, rngs=rngs
-        )
+        self.token_embedding = embedding(config.vocab_size, width, **kinds)
+        self.blocks = stack_layers(partial(LlamaBlock, config), config.num_hidden_layers, **kinds)
+        self.final_norm = rms_norm(width, config.rms_norm_eps, **kinds)
 
     def __call__(
         self,
@@ -234,20 +175,20 @@ class LlamaEncoder(nnx.Module):
         *,
         hidden_state: int = -1,
     ) -> Float[Array, "batch tokens width"]:
-        """Encodes.
+        """Encode.
 
         Args:
-            input_ids: Token ids, padding behind each text: all tokens count as positions.
-            attention_mask: True or 1 at the tokens that count as keys; None if all do.
-            hidden_state: Which one to return, counted as in `layers_below`; layers above it are not
-                computed.
+            input_ids: Token ids, padding behind each text: every token has a position.
+            attention_mask: True or 1 at the tokens that can be attended to; None for all.
+            hidden_state: Number of the hidden state to return, counted as in `layers_below`; layers
+                above it are not computed.
 
         Returns:
             That hidden state in `dtype`; the last one after the final norm, all others without.
 
         Raises:
-            ValueError: On more tokens than the model was made for, or if there is no such hidden
-                state.
+            ValueError: On more tokens than the model was made for, or on a hidden state that it
+                does not have.
         """
         embedded = self.token_embedding(input_ids)
         return self.encode(embedded, attention_mask, hidden_state=hidden_state)
@@ -259,7 +200,7 @@ class LlamaEncoder(nnx.Module):
         *,
         hidden_state: int = -1,
     ) -> Float[Array, "batch tokens width"]:
-        """Encodes tokens that are embedded already; all else is as in `__call__`."""
+        """Encode tokens that are embedded already; see `__call__`."""
         config, num_tokens = self.config, embedded.shape[1]
         if num_tokens > config.max_position_embeddings:
             raise ValueError(
@@ -269,12 +210,14 @@ class LlamaEncoder(nnx.Module):
         num_layers = layers_below(hidden_state, config.num_hidden_layers)
         rotation = text_rotation(num_tokens, config.head_features, theta=config.rope_theta)
         keep = None if attention_mask is None else attention_mask.astype(bool)
-
-        def apply_layer(block: Block, hidden: Array, layer: Array) -> tuple[Array, None]:
-            return block(hidden, rotation, keep), None
-
-        hidden = embedded.astype(jnp.float32)
-        hidden, _ = scan_layers(self.blocks, apply_layer, hidden, num_layers=num_layers)
+        hidden = apply_blocks(
+            self.blocks,
+            embedded.astype(jnp.float32),
+            num_layers,
+            rotation=rotation,
+            keep=keep,
+            causal=True,
+        )
         if num_layers == config.num_hidden_layers:
             hidden = self.final_norm(hidden)
         return hidden.astype(self.dtype)

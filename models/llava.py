@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from svg_jax.models.clip import CLIPVisionEncoder
 from svg_jax.models.clip_config import CLIPVisionConfig
 from svg_jax.models.config import ModelConfig, implemented
-from svg_jax.models.layers import FeedForward, gelu
+from svg_jax.models.layers import FeedForward, Kinds, gelu
 from svg_jax.models.llama import LlamaConfig, LlamaEncoder
 
 _PARTS = MappingProxyType({"text_config": LlamaConfig, "vision_config": CLIPVisionConfig})
@@ -25,15 +25,15 @@ _PARTS = MappingProxyType({"text_config": LlamaConfig, "vision_config": CLIPVisi
 
 @dataclass(frozen=True)
 class LlavaConfig(ModelConfig):
-    """What the encoder needs of a released config.json; transformers' names and defaults.
+    """The encoder's part of a released config.json; transformers' names and defaults.
 
     Attributes:
-        text_config: The language model.
-        vision_config: The image encoder.
-        image_token_index: The token in whose places the features of an image stand.
+        text_config: Config of the language model.
+        vision_config: Config of the image encoder.
+        image_token_index: Id of the tokens that an image's features replace.
         projector_hidden_act: "gelu".
         vision_feature_select_strategy: "default", which leaves out the token of the whole image.
-        vision_feature_layer: -2, the hidden state of the image encoder that is taken.
+        vision_feature_layer: -2, the number of the image encoder's hidden state that is used.
         multimodal_projector_bias: True.
     """
 
@@ -72,10 +72,10 @@ class LlavaEncoder(nnx.Module):
     """Token ids and images to features of each token.
 
     Attributes:
-        config: The architecture.
-        vision: The image encoder.
-        projector: Its features to those of the language model's tokens.
-        language_model: The encoder of texts.
+        config: Architecture.
+        vision: Image encoder.
+        projector: Layers that turn its features into those of the language model's tokens.
+        language_model: Text encoder.
     """
 
     def __init__(
@@ -86,15 +86,15 @@ class LlavaEncoder(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Makes an encoder with random weights (under `nnx.eval_shape`: without any).
+        """Make an encoder with random weights (under `nnx.eval_shape`: without any).
 
         Args:
-            config: The architecture.
-            dtype: Of matrix products and the result; norms and softmax are float32 inside.
-            param_dtype: Of the parameters.
+            config: Architecture.
+            dtype: Dtype of matrix products and the result; norms and softmax are always float32.
+            param_dtype: Dtype of the parameters.
             rngs: Source of random weights.
         """
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        kinds = Kinds(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width = config.text_config.hidden_size
         self.config = config
         self.dtype = dtype
@@ -112,21 +112,21 @@ class LlavaEncoder(nnx.Module):
         *,
         hidden_state: int = -1,
     ) -> Float[Array, "batch tokens features"]:
-        """Encodes.
+        """Encode.
 
         Args:
             input_ids: Token ids with `image_token_index` once for every patch of the text's image,
-                padding behind each text: all tokens count as positions.
-            pixel_values: An image for each text, see `CLIPVisionEncoder`.
-            attention_mask: True or 1 at the tokens that count as keys; None if all do.
-            hidden_state: Which one of the language model to return, see `LlamaEncoder`.
+                and padding behind each text: every token has a position.
+            pixel_values: Image for each text, see `CLIPVisionEncoder`.
+            attention_mask: True or 1 at the tokens that can be attended to; None for all.
+            hidden_state: Number of the language model's hidden state to return, see `LlamaEncoder`.
 
         Returns:
-            That hidden state in `dtype`. It is not a number where a text has fewer or more places
-            for its image than that has patches.
+            That hidden state in `dtype`: NaN for a text that has more or fewer image tokens than
+            its image has patches.
 
         Raises:
-            ValueError: If there is not one image to each text, or on what the parts cannot take.
+            ValueError: If there is not one image for each text, or an encoder refuses its input.
         """
         if len(pixel_values) != len(input_ids):
             raise ValueError(
@@ -147,9 +147,9 @@ def place_features(
     features: Float[Array, "batch patches width"],
     is_place: Bool[Array, "batch tokens"],
 ) -> Float[Array, "batch tokens width"]:
-    """The embedded tokens with the features, in their order, in the places for them.
+    """Replace the embedded tokens at `is_place` by the features, in order.
 
-    Where a batch entry has not as many places as features, not a number stands in all of them.
+    A batch entry that does not have as many places as features gets NaN in all of them.
     """
     fits = jnp.sum(is_place, axis=1) == features.shape[1]
     features = jnp.where(fits[:, None, None], features, jnp.nan)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +19,11 @@ from flax.typing import Dtype
 from jax.nn.initializers import normal
 from jaxtyping import Array, Bool, Float, Int
 
-from svg_jax.models.attention import softmax_attention
 from svg_jax.models.config import ModelConfig, implemented
+from svg_jax.models.encoder_layers import Attention, Block, embedding
 from svg_jax.models.layers import (
     GatedFeedForward,
+    Kinds,
     gelu_tanh,
     rms_norm,
     scan_layers,
@@ -32,7 +33,7 @@ from svg_jax.models.layers import (
 
 @dataclass(frozen=True)
 class T5Config(ModelConfig):
-    """What the encoder needs of a released config.json; transformers' names, XXL's sizes.
+    """The encoder's part of a released config.json; transformers' names, XXL's sizes.
 
     Attributes:
         vocab_size: Rows of the token embedding.
@@ -101,82 +102,42 @@ class T5Config(ModelConfig):
         return super().from_dict(values)
 
 
-class Attention(nnx.Module):
-    """Self-attention with a bias for each distance; scores are not scaled."""
+class T5Block(Block):
+    """One layer; its scores are not scaled."""
 
-    def __init__(self, config: T5Config, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs):
-        linear = partial(
-            nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        model, inner = config.d_model, config.num_heads * config.d_kv
-        self.num_heads = config.num_heads
+    def __init__(self, config: T5Config, **kinds: Unpack[Kinds]):
+        width, eps = config.d_model, config.layer_norm_epsilon
+        self.attention_norm = rms_norm(width, eps, **kinds)
         # Queries start small by 1 / sqrt(d_kv) because their scores are not scaled by it.
-        small = normal((model * config.d_kv) ** -0.5)
-        self.query = linear(model, inner, kernel_init=small)
-        self.key = linear(model, inner)
-        self.value = linear(model, inner)
-        self.output = linear(inner, model)
-
-    def __call__(
-        self,
-        hidden: Float[Array, "batch tokens d_model"],
-        bias: Float[Array, "1 heads tokens tokens"],
-        keep: Bool[Array, "batch tokens"] | None,
-    ) -> Float[Array, "batch tokens d_model"]:
-        """Attends to the tokens to keep; None keeps all."""
-        by_head = (*hidden.shape[:-1], self.num_heads, -1)
-        out = softmax_attention(
-            self.query(hidden).reshape(by_head),
-            self.key(hidden).reshape(by_head),
-            self.value(hidden).reshape(by_head),
-            scale=1.0,
-            bias=bias,
-            keep=keep,
+        self.attention = Attention(
+            width,
+            config.num_heads,
+            config.d_kv,
+            use_bias=False,
+            query_init=normal((width * config.d_kv) ** -0.5),
+            **kinds,
         )
-        return self.output(out.reshape(*hidden.shape[:-1], -1))
-
-
-class Block(nnx.Module):
-    """One layer."""
-
-    def __init__(self, config: T5Config, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs):
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = partial(rms_norm, config.d_model, config.layer_norm_epsilon, param_dtype=param_dtype)
-        self.attention_norm = norm(rngs=rngs)
-        self.attention = Attention(config, **kinds)
         if config.model_type == "umt5":
-            self.relative_bias = _bias_table(config, param_dtype, rngs)
-        self.feed_forward_norm = norm(rngs=rngs)
+            self.relative_bias = _bias_table(config, **kinds)
+        self.feed_forward_norm = rms_norm(width, eps, **kinds)
         # The released model has its last weight in float32 where the others are float16.
-        in_float16 = jnp.dtype(param_dtype) == jnp.float16
+        in_float16 = jnp.dtype(kinds["param_dtype"]) == jnp.float16
         self.feed_forward = GatedFeedForward(
-            config.d_model,
+            width,
             config.d_ff,
             activation=gelu_tanh,
             output_param_dtype=jnp.float32 if in_float16 else None,
             **kinds,
         )
 
-    def __call__(
-        self,
-        hidden: Float[Array, "batch tokens d_model"],
-        bias: Float[Array, "1 heads tokens tokens"],
-        keep: Bool[Array, "batch tokens"] | None,
-    ) -> Float[Array, "batch tokens d_model"]:
-        """Returns the next hidden state, float32 as the one before."""
-        out = self.attention(self.attention_norm(hidden), bias, keep)
-        hidden = hidden + out.astype(hidden.dtype)
-        out = self.feed_forward(self.feed_forward_norm(hidden))
-        return hidden + out.astype(hidden.dtype)
-
 
 class T5Encoder(nnx.Module):
     """Token ids to features.
 
-    The hidden state between layers is float32 whatever `dtype` is: it is small, and grows large.
+    The hidden state between layers is float32 whatever `dtype` is: its values grow large.
 
     Attributes:
-        config: The architecture.
+        config: Architecture.
         blocks: All layers in one module; every parameter has a leading [layers] axis.
     """
 
@@ -188,12 +149,12 @@ class T5Encoder(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Makes an encoder with random weights (under `nnx.eval_shape`: without any).
+        """Make an encoder with random weights (under `nnx.eval_shape`: without any).
 
         Args:
-            config: The architecture.
-            dtype: Of matrix products and the result; norms and softmax are float32 inside.
-            param_dtype: Of the parameters.
+            config: Architecture.
+            dtype: Dtype of matrix products and the result; norms and softmax are always float32.
+            param_dtype: Dtype of the parameters.
             rngs: Source of random weights.
 
         Raises:
@@ -201,23 +162,13 @@ class T5Encoder(nnx.Module):
         """
         if jnp.dtype(dtype) == jnp.float16:
             raise ValueError("T5 overflows in float16: choose bfloat16 or float32 as dtype.")
-        kinds = {"param_dtype": param_dtype, "rngs": rngs}
+        kinds = Kinds(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
         self.dtype = dtype
-        self.token_embedding = nnx.Embed(
-            config.vocab_size,
-            config.d_model,
-            dtype=jnp.float32,
-            embedding_init=normal(1.0),
-            **kinds,
-        )
+        self.token_embedding = embedding(config.vocab_size, config.d_model, 1.0, **kinds)
         if config.model_type == "t5":
-            self.relative_bias = _bias_table(config, param_dtype, rngs)
-        self.blocks = stack_layers(
-            lambda rngs: Block(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
-            config.num_layers,
-            rngs,
-        )
+            self.relative_bias = _bias_table(config, **kinds)
+        self.blocks = stack_layers(partial(T5Block, config), config.num_layers, **kinds)
         self.final_norm = rms_norm(config.d_model, config.layer_norm_epsilon, **kinds)
 
     def __call__(
@@ -225,12 +176,12 @@ class T5Encoder(nnx.Module):
         input_ids: Int[Array, "batch tokens"],
         attention_mask: Bool[Array, "batch tokens"] | Int[Array, "batch tokens"] | None = None,
     ) -> Float[Array, "batch tokens d_model"]:
-        """Encodes.
+        """Encode.
 
         Args:
             input_ids: Token ids.
-            attention_mask: True or 1 at the tokens that count as keys (as Wan was trained); None if
-                all do, padding too (as CogVideoX was).
+            attention_mask: True or 1 at the tokens that can be attended to (as Wan was trained);
+                None for all, padding included (as CogVideoX was).
 
         Returns:
             The last hidden state after the final norm, in `dtype`.
@@ -247,38 +198,32 @@ class T5Encoder(nnx.Module):
 
         shared = bias_of(self.relative_bias) if self.config.model_type == "t5" else None
 
-        def apply_layer(block: Block, hidden: Array, layer: Array) -> tuple[Array, None]:
+        def apply_layer(block: T5Block, hidden: Array, layer: Array) -> tuple[Array, None]:
             bias = bias_of(block.relative_bias) if shared is None else shared
-            return block(hidden, bias, keep), None
+            return block(hidden, scale=1.0, bias=bias, keep=keep), None
 
         hidden = self.token_embedding(input_ids)
         hidden, _ = scan_layers(self.blocks, apply_layer, hidden)
         return self.final_norm(hidden).astype(self.dtype)
 
 
-def _bias_table(config: T5Config, param_dtype: Dtype, rngs: nnx.Rngs) -> nnx.Embed:
-    """A bias for each head and bucket of distances."""
-    return nnx.Embed(
-        config.relative_attention_num_buckets,
-        config.num_heads,
-        dtype=jnp.float32,
-        param_dtype=param_dtype,
-        embedding_init=normal(config.d_model**-0.5),
-        rngs=rngs,
-    )
+def _bias_table(config: T5Config, **kinds: Unpack[Kinds]) -> nnx.Embed:
+    """Make a table with a bias for each head and bucket of distances."""
+    buckets = config.relative_attention_num_buckets
+    return embedding(buckets, config.num_heads, config.d_model**-0.5, **kinds)
 
 
 def distance_buckets(num_tokens: int, num_buckets: int, max_distance: int) -> np.ndarray:
-    """The bucket of the distance from each query to each key, int32 [tokens, tokens].
+    """Number the bucket of the distance from each query to each key, int32 [tokens, tokens].
 
-    Half of the buckets are for keys behind the query. Of each half, half are for single distances
-    and the others grow geometrically up to `max_distance`.
+    Half of the buckets are for keys behind the query. In each half, half of the buckets hold one
+    distance each and the others grow geometrically up to `max_distance`.
     """
     position = np.arange(num_tokens)
     distance = position[None, :] - position[:, None]
     side = num_buckets // 2
     single = side // 2
-    # In float32 as the reference, whose rounding decides at the edges of the buckets.
+    # In float32 like the reference, because rounding decides at the edges of the buckets.
     ratio = np.maximum(np.abs(distance), 1).astype(np.float32) / np.float32(single)
     steps = np.log(ratio) / np.float32(math.log(max_distance / single)) * np.float32(side - single)
     wide = np.minimum(single + steps.astype(np.int32), side - 1)

@@ -1,8 +1,8 @@
 """Videos too large to encode or decode at once: overlapping tiles, and the blending of their seams.
 
 Tiles are computed one after the other from the host, and those of equal shape by the same compiled
-function: a GPU needs the memory of one tile. A tile does not see beyond its edge (nor do norms and
-attention), so that the result is not that of the whole: tiles are part of what is computed.
+function: a GPU needs the memory of one tile. Convolutions, norms and attention do not see beyond a
+tile's edge, so the result differs from that of the whole video.
 """
 
 import math
@@ -16,18 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-Progress = Callable[[int, int], None]  # tiles done, tiles in all
+Progress = Callable[[int, int], None]  # number of tiles done, number of all tiles
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles of a video in space, in pixels; all of them multiples of a latent's pixels.
+    """Tiles of a video in space, in pixels; all sizes are multiples of a latent's pixels.
 
     Attributes:
-        tile_height: Rows of a tile; tiles at the bottom have those that are left.
-        tile_width: Columns of a tile; tiles on the right have those that are left.
-        stride_height: Rows from one tile to the next; what a tile has beyond them is blended.
-        stride_width: Columns from one tile to the next.
+        tile_height: Rows of a tile; tiles at the bottom may have fewer.
+        tile_width: Columns of a tile; tiles on the right may have fewer.
+        stride_height: Rows from one tile to the next; a tile's further rows are blended.
+        stride_width: Columns from one tile to the next; a tile's further columns are blended.
     """
 
     tile_height: int = 256
@@ -46,20 +46,20 @@ class Tiling:
                 )
 
     def count(self, height: int, width: int) -> int:
-        """How many tiles a video of these pixels has."""
+        """Count the tiles of a video of this size in pixels."""
         if self.holds(height, width):
             return 1
         return math.ceil(height / self.stride_height) * math.ceil(width / self.stride_width)
 
     def holds(self, height: int, width: int) -> bool:
-        """Whether one tile is enough."""
+        """Tell whether one tile is enough."""
         return height <= self.tile_height and width <= self.tile_width
 
     def in_latents(self, ratio: int) -> "Tiling":
-        """The same tiles counted in latents of ratio × ratio pixels.
+        """Convert the sizes to latents of ratio × ratio pixels.
 
         Raises:
-            ValueError: If they are no whole number of latents.
+            ValueError: If a size is not a whole number of latents.
         """
         sizes = {field.name: getattr(self, field.name) for field in fields(self)}
         if any(size % ratio for size in sizes.values()):
@@ -69,11 +69,11 @@ class Tiling:
 
 @dataclass(frozen=True)
 class FrameTiling:
-    """Tiles of a video in time, in frames; all of them multiples of a latent's frames.
+    """Tiles of a video in time, in frames; both sizes are multiples of a latent's frames.
 
     Attributes:
         tile_frames: Frames of a tile, without the one before them that is computed as well.
-        stride_frames: Frames from one tile to the next; what a tile has beyond them is blended.
+        stride_frames: Frames from one tile to the next; a tile's further frames are blended.
     """
 
     tile_frames: int = 16
@@ -87,10 +87,10 @@ class FrameTiling:
             )
 
     def in_latents(self, ratio: int) -> "FrameTiling":
-        """The same tiles counted in latents of `ratio` frames.
+        """Convert the sizes to latents of `ratio` frames.
 
         Raises:
-            ValueError: If they are no whole number of latents.
+            ValueError: If a size is not a whole number of latents.
         """
         if self.tile_frames % ratio or self.stride_frames % ratio:
             raise ValueError(f"{self}: both must be multiples of a latent's {ratio} frames.")
@@ -100,54 +100,56 @@ class FrameTiling:
 def encode_tiles(
     encode: Callable[[Array], Array],
     video: Float[Array, "batch channels frames height width"],
-    tiling: Tiling,
+    tiling: Tiling | None,
     ratio: int,
     progress: Progress | None = None,
     *,
     fits: bool | None = None,
 ) -> Float[Array, "batch out_channels latent_frames latent_height latent_width"]:
-    """Encodes a video tile by tile.
+    """Encode a video tile by tile.
 
     Args:
-        encode: (pixels) -> latents, compiled; a tile's, of full size or what is left at the edges.
-        video: The video.
-        tiling: The tiles.
-        ratio: Pixels to a latent, along rows and along columns.
-        progress: Called after each tile.
-        fits: Whether one tile is enough; None if that is the tiling's to say.
+        encode: Compiled function that encodes a tile; tiles at the edges are smaller.
+        video: Pixels.
+        tiling: Sizes of the tiles; None encodes the video as a whole.
+        ratio: Pixels per latent along rows, and along columns.
+        progress: Function that is called after each tile with the tiles done and their number.
+        fits: Whether one tile is enough; None decides by the tiling.
     """
-    fits = tiling.holds(*video.shape[-2:]) if fits is None else fits
-    return _map_tiles(encode, video, tiling, tiling.in_latents(ratio), progress, fits)
+    if fits is None:
+        fits = tiling is None or tiling.holds(*video.shape[-2:])
+    return _map_tiles(encode, video, tiling, tiling and tiling.in_latents(ratio), progress, fits)
 
 
 def decode_tiles(
     decode: Callable[[Array], Array],
     latents: Float[Array, "batch channels latent_frames latent_height latent_width"],
-    tiling: Tiling,
+    tiling: Tiling | None,
     ratio: int,
     progress: Progress | None = None,
 ) -> Float[Array, "batch out_channels frames height width"]:
-    """Decodes latents tile by tile; see `encode_tiles`."""
-    tiles = tiling.in_latents(ratio)
-    return _map_tiles(decode, latents, tiles, tiling, progress, tiles.holds(*latents.shape[-2:]))
+    """Decode latents tile by tile; see `encode_tiles`."""
+    tiles = tiling and tiling.in_latents(ratio)
+    fits = tiles is None or tiles.holds(*latents.shape[-2:])
+    return _map_tiles(decode, latents, tiles, tiling, progress, fits)
 
 
 def _map_tiles(
     function: Callable[[Array], Array],
     x: Array,
-    tiles_in: Tiling,
-    tiles_out: Tiling,
+    tiles_in: Tiling | None,
+    tiles_out: Tiling | None,
     progress: Progress | None,
     fits: bool,
 ) -> Array:
-    height, width = x.shape[-2:]
-    overlap_height = tiles_out.tile_height - tiles_out.stride_height
-    overlap_width = tiles_out.tile_width - tiles_out.stride_width
-    if fits:
+    if fits or tiles_in is None or tiles_out is None:
         out = function(x)
         if progress is not None:
             progress(1, 1)
         return out
+    height, width = x.shape[-2:]
+    overlap_height = tiles_out.tile_height - tiles_out.stride_height
+    overlap_width = tiles_out.tile_width - tiles_out.stride_width
     tops = range(0, height, tiles_in.stride_height)
     lefts = range(0, width, tiles_in.stride_width)
     rows, above, done = [], [], 0
@@ -156,8 +158,8 @@ def _map_tiles(
         for left in lefts:
             size = (min(tiles_in.tile_height, height - top), min(tiles_in.tile_width, width - left))
             tile = function(_cut(x, top, left, size=size))
-            # With the tiles above and on the left as they were blended, and with the one above
-            # first: corners depend on it.
+            # Blend with the blended tiles, first the one above, then the one on the left: corners
+            # depend on this order.
             if above:
                 tile = _blend(above[len(row)], tile, overlap=overlap_height, axis=-2)
             if row:
@@ -174,11 +176,11 @@ def _map_tiles(
 def blend_frames(
     tiles: Sequence[Float[Array, "batch channels _ height width"]], tiling: FrameTiling
 ) -> Float[Array, "batch channels frames height width"]:
-    """Joins tiles in time.
+    """Join tiles in time.
 
     Args:
-        tiles: All of them in order. The first has one frame more than the others, in front.
-        tiling: The tiles, counted in the frames of these.
+        tiles: All tiles in order. The first one has one frame more than the others, in front.
+        tiling: Sizes of the tiles, in frames of `tiles`.
     """
     overlap = tiling.tile_frames - tiling.stride_frames
     blended = [tiles[0]]
@@ -196,7 +198,7 @@ def _cut(x: Array, top: Any, left: Any, *, size: tuple[int, int]) -> Array:
 
 @partial(jax.jit, static_argnames=("overlap", "axis"))
 def _blend(before: Array, after: Array, *, overlap: int, axis: int) -> Array:
-    """The tile `after`, its first `overlap` entries fading in over the last ones of `before`."""
+    """Return the tile `after`, its first `overlap` entries faded in over the last of `before`."""
     overlap = min(before.shape[axis], after.shape[axis], overlap)
     if overlap == 0:
         return after

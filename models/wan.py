@@ -8,7 +8,7 @@ cross-attention, and so do the images of 2.1. Source of the architecture as rele
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,12 @@ from jaxtyping import Array, Float, Int, Real
 
 from svg_jax.models.attention import Attend, cross_attention, dense_attention
 from svg_jax.models.embeddings import TimestepEmbedding
+from svg_jax.models.inputs import check_channels, check_features, check_shapes
 from svg_jax.models.layers import (
     FeedForward,
+    Kinds,
     add_gated,
     gelu,
-    gelu_tanh,
     layer_norm,
     rms_norm,
     scan_layers,
@@ -37,17 +38,17 @@ from svg_jax.models.wan_config import WanConfig
 
 
 class Attention(nnx.Module):
-    """Self- or cross-attention: all but the attending itself, which is passed in."""
+    """Self- or cross-attention; the attention function itself is passed in."""
 
-    def __init__(self, config: WanConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs):
-        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = partial(rms_norm, width, config.eps, param_dtype=param_dtype)
+    def __init__(self, config: WanConfig, **kinds: Unpack[Kinds]):
+        width = config.width
+        norm = partial(rms_norm, width, config.eps, **kinds)
         self.num_heads = config.num_attention_heads
         self.query = nnx.Linear(width, width, **kinds)
         self.key = nnx.Linear(width, width, **kinds)
         self.value = nnx.Linear(width, width, **kinds)
-        self.query_norm = norm(rngs=rngs)
-        self.key_norm = norm(rngs=rngs)
+        self.query_norm = norm()
+        self.key_norm = norm()
         self.output = nnx.Linear(width, width, **kinds)
 
     def __call__(
@@ -57,7 +58,7 @@ class Attention(nnx.Module):
         rotation: Rotation | None,
         attend: Callable[[Array, Array, Array], tuple[Array, Any]],
     ) -> tuple[Float[Array, "batch *tokens width"], Any]:
-        """Returns the output for every token of `hidden` and what `attend` has to say."""
+        """Return the output for every token of `hidden` and the info of `attend`."""
         query = _by_head(self.query_norm(self.query(hidden)), self.num_heads)
         key = _by_head(self.key_norm(self.key(context)), self.num_heads)
         value = _by_head(self.value(context), self.num_heads)
@@ -68,17 +69,17 @@ class Attention(nnx.Module):
 
 
 class ImageKeys(nnx.Module):
-    """Keys and values of image tokens, which the queries of a cross-attention also attend to."""
+    """Keys and values of image tokens, to which the queries of a cross-attention attend, too."""
 
-    def __init__(self, config: WanConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs):
-        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    def __init__(self, config: WanConfig, **kinds: Unpack[Kinds]):
+        width = config.width
         self.num_heads = config.num_attention_heads
         self.key = nnx.Linear(width, width, **kinds)
         self.value = nnx.Linear(width, width, **kinds)
-        self.key_norm = rms_norm(width, config.eps, param_dtype=param_dtype, rngs=rngs)
+        self.key_norm = rms_norm(width, config.eps, **kinds)
 
     def __call__(self, image: Float[Array, "batch keys width"]) -> tuple[Array, Array]:
-        """Returns key and value by head."""
+        """Return key and value by head."""
         value = _by_head(self.value(image), self.num_heads)
         key = _by_head(self.key_norm(self.key(image)), self.num_heads)
         return key.astype(value.dtype), value
@@ -87,14 +88,14 @@ class ImageKeys(nnx.Module):
 class Block(nnx.Module):
     """One layer: self-attention, cross-attention, feed-forward.
 
-    The hidden state has an axis of times, each with the tokens that share it: one with all tokens,
-    one per frame, or one per token.
+    The hidden state has an axis of times, each with the tokens that share it: one time for all
+    tokens, one per frame, or one per token.
     """
 
-    def __init__(self, config: WanConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs):
-        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = partial(layer_norm, width, config.eps, param_dtype=jnp.float32, rngs=rngs)
-        self.modulation = _modulation_table(6, width, rngs)
+    def __init__(self, config: WanConfig, **kinds: Unpack[Kinds]):
+        width = config.width
+        norm = partial(layer_norm, width, config.eps, **kinds | {"param_dtype": jnp.float32})
+        self.modulation = _modulation_table(6, width, kinds["rngs"])
         self.self_attention_norm = norm(affine=False)
         self.self_attention = Attention(config, **kinds)
         self.cross_attention_norm = norm()
@@ -114,7 +115,7 @@ class Block(nnx.Module):
         rotation: Rotation,
         attend: Callable[[Array, Array, Array], tuple[Array, Any]],
     ) -> tuple[Float[Array, "batch times tokens width"], Any]:
-        """Returns the next hidden state and what `attend` has to say."""
+        """Return the next hidden state and the info of `attend`."""
         modulation = _modulate(self.modulation, conditioning)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
         modulated = self.self_attention_norm(hidden) * (1 + scale) + shift
@@ -136,33 +137,24 @@ class Block(nnx.Module):
 
 
 class ImageEmbedding(nnx.Module):
-    """Features of an image encoder to tokens of the model's width."""
+    """Layers that turn an image encoder's features into tokens of the model's width."""
 
-    def __init__(
-        self,
-        image_dim: int,
-        config: WanConfig,
-        *,
-        dtype: Dtype,
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
-    ):
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = partial(layer_norm, epsilon=1e-5, param_dtype=jnp.float32, rngs=rngs)
+    def __init__(self, image_dim: int, config: WanConfig, **kinds: Unpack[Kinds]):
+        norm = partial(layer_norm, epsilon=1e-5, **kinds | {"param_dtype": jnp.float32})
         if config.pos_embed_seq_len is not None:
             shape = (1, config.pos_embed_seq_len, image_dim)
-            self.positions = nnx.Param(jnp.zeros(shape, param_dtype))
+            self.positions = nnx.Param(jnp.zeros(shape, kinds["param_dtype"]))
         self.input_norm = norm(image_dim)
         self.feed_forward = FeedForward(
             image_dim, image_dim, config.width, activation=gelu, **kinds
         )
         self.output_norm = norm(config.width)
-        self.dtype = dtype
+        self.dtype = kinds["dtype"]
 
     def __call__(
         self, image: Float[Array, "batch image_tokens image_dim"]
     ) -> Float[Array, "batch image_tokens width"]:
-        """Embeds all images of each batch entry."""
+        """Embed all images of each batch entry."""
         if hasattr(self, "positions"):
             image = image.astype(jnp.float32) + self.positions[...].astype(jnp.float32)
         return self.output_norm(self.feed_forward(self.input_norm(image))).astype(self.dtype)
@@ -172,11 +164,11 @@ class WanTransformer(nnx.Module):
     """Predicts the velocity of noisy video latents from text features, images and times.
 
     The last projection starts at zero, so that an untrained model predicts zeros. As in the
-    released model the time embedding, the modulation tables and the layer norms have float32
+    released model, the time embedding, the modulation tables and the layer norms have float32
     parameters whatever `param_dtype` is.
 
     Attributes:
-        config: The architecture.
+        config: Architecture.
         blocks: All layers in one module; every parameter has a leading [layers] axis.
     """
 
@@ -189,53 +181,44 @@ class WanTransformer(nnx.Module):
         residual_dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
-        """Makes a model with random weights (under `nnx.eval_shape`: without any).
+        """Make a model with random weights (under `nnx.eval_shape`: without any).
 
         Args:
-            config: The architecture.
-            dtype: Of matrix products and attention; norms, modulation and the time embedding are
-                float32 inside.
-            param_dtype: Of the parameters but those that are always float32.
-            residual_dtype: Of the hidden state between layers; None is `dtype`.
+            config: Architecture.
+            dtype: Dtype of matrix products and attention; norms, modulation and the time embedding
+                are float32.
+            param_dtype: Dtype of the parameters, except those that are always float32.
+            residual_dtype: Dtype of the hidden state between layers; None is `dtype`.
             rngs: Source of random weights.
         """
-        width, kinds = config.width, {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        width, kinds = config.width, Kinds(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         patch = math.prod(config.patch_size)
         self.config = config
         self.dtype = dtype
         self.residual_dtype = dtype if residual_dtype is None else residual_dtype
 
-        self.time_embedding = TimestepEmbedding(
-            config.freq_dim, width, param_dtype=jnp.float32, rngs=rngs
-        )
+        in_float32 = Kinds(dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.time_embedding = TimestepEmbedding(config.freq_dim, width, **in_float32)
         self.time_projection = nnx.Linear(width, 6 * width, **kinds)
-        self.text_embedding = FeedForward(
-            config.text_dim, width, width, activation=gelu_tanh, **kinds
-        )
+        self.text_embedding = FeedForward(config.text_dim, width, width, **kinds)
         if config.image_dim is not None:
             self.image_embedding = ImageEmbedding(config.image_dim, config, **kinds)
         self.patch_projection = nnx.Linear(config.in_channels * patch, width, **kinds)
-        self.blocks = stack_layers(
-            lambda rngs: Block(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
-            config.num_layers,
-            rngs,
-        )
-        self.output_norm = layer_norm(
-            width, config.eps, affine=False, param_dtype=jnp.float32, rngs=rngs
-        )
+        self.blocks = stack_layers(partial(Block, config), config.num_layers, **kinds)
+        self.output_norm = layer_norm(width, config.eps, affine=False, **kinds)
         self.output_modulation = _modulation_table(2, width, rngs)
         self.output_projection = nnx.Linear(
             width, config.out_channels * patch, kernel_init=zeros, **kinds
         )
 
     def layout(self, num_frames: int, height: int, width: int, text_tokens: int = 0) -> VideoLayout:
-        """The token sequence of a video, which has no text in it.
+        """Describe the token sequence of a video, which has no text in it.
 
         Args:
             num_frames: Latent frames.
             height: Latent rows.
             width: Latent columns.
-            text_tokens: Text tokens, of any number: they are not in the sequence.
+            text_tokens: Any number of text tokens: they are not in the sequence.
 
         Raises:
             ValueError: On sizes that this model cannot take.
@@ -255,21 +238,22 @@ class WanTransformer(nnx.Module):
         text_length: Int[Array, "..."] | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "batch out_channels frames height width"], Any]:
-        """Predicts the velocity.
+        """Predict the velocity.
 
         Args:
-            hidden_states: Noisy latents, and mask and latents of an image behind them in the
-                channels (I2V, FLF2V).
+            hidden_states: Noisy latents; for I2V and FLF2V with an image's mask and latents as
+                further channels.
             encoder_hidden_states: Text features, zero where the prompt is padded.
-            timestep: Times, 0 to 1000: [batch], or (TI2V) [batch, frames of tokens], or [batch,
-                tokens]. The last holds a modulation six times as large as the hidden state.
-            encoder_hidden_states_image: Image features (2.1 I2V; FLF2V: of both images, one behind
-                the other); None for all others.
-            attend: The self-attention of every layer.
-            step_state: Passed to `attend` unread.
-            text_length: Real text tokens of each batch entry [batch], at least one; None (as
-                released) if padding counts as text.
-            remat: Recompute the layers in the backward pass instead of keeping their activations.
+            timestep: Times from 0 to 1000, [batch]; for TI2V also [batch, frames of tokens] or
+                [batch, tokens], whose modulation is six times as large as the hidden state.
+            encoder_hidden_states_image: Image features (for 2.1 I2V; for FLF2V those of the first
+                image, then those of the last); None for all others.
+            attend: Self-attention of every layer.
+            step_state: State that is passed to `attend` unread.
+            text_length: Number of real text tokens of each batch entry [batch], at least one; None
+                (as released) if padding counts as text.
+            remat: Whether to recompute the layers in the backward pass instead of keeping their
+                activations.
 
         Returns:
             The velocity in `dtype`, and the info of `attend` stacked over layers.
@@ -310,7 +294,7 @@ class WanTransformer(nnx.Module):
     def _embed_times(
         self, timestep: Real[Array, "..."], layout: VideoLayout
     ) -> tuple[Float[Array, "batch times width"], Float[Array, "batch times 6 width"]]:
-        """The embedding of each time, and what every layer's modulation begins with."""
+        """Embed each time, for the output and, projected, for every layer's modulation."""
         times = timestep.reshape(len(timestep), -1)
 
         def embed(times: Array) -> tuple[Array, Array]:
@@ -318,8 +302,8 @@ class WanTransformer(nnx.Module):
             conditioning = self.time_projection(jax.nn.silu(embedding))
             return embedding.astype(self.dtype), conditioning
 
-        # The times of all tokens a frame at a time: their embeddings in float32 would be twice as
-        # large as the hidden state.
+        # A frame at a time if every token has a time: all their embeddings, in float32, would be
+        # twice as large as the hidden state.
         of_tokens = times.shape[1] == layout.num_tokens
         rows = times.reshape(-1, layout.tokens_per_frame) if of_tokens else times
         embedding, conditioning = jax.lax.map(embed, rows)
@@ -341,7 +325,7 @@ def _modulate(
     table: Float[Array, "1 rows width"] | nnx.Param,
     conditioning: Float[Array, "batch times one_or_rows width"],
 ) -> list[Float[Array, "batch times 1 width"]]:
-    """Each row of the table plus (its row of) the conditioning, in float32."""
+    """Add the conditioning, or its row, to each row of the table, in float32."""
     rows = jnp.split(table[...].astype(jnp.float32), table.shape[1], axis=1)
     parts = jnp.split(conditioning, conditioning.shape[2], axis=2)
     # Split before the sum: what is left in the program is one sum in each place that needs one.
@@ -358,37 +342,26 @@ def _check_inputs(
     image: Array | None,
     text_length: Array | None,
 ) -> None:
-    batch, channels = hidden_states.shape[:2]
-    if channels != config.in_channels:
-        raise ValueError(
-            f"hidden_states has {channels} channels and the model takes {config.in_channels}."
-        )
-    text_features = encoder_hidden_states.shape[-1]
-    if text_features != config.text_dim:
-        raise ValueError(
-            f"encoder_hidden_states has {text_features} features and the model takes "
-            f"{config.text_dim}: it belongs to another text encoder."
-        )
+    batch = len(hidden_states)
+    check_channels("hidden_states", hidden_states, config.in_channels)
+    check_features("encoder_hidden_states", encoder_hidden_states, config.text_dim, "text encoder")
+    check_shapes({"text_length": (text_length, (batch,))})
     allowed = [(batch,), (batch, layout.num_frames), (batch, layout.num_tokens)]
     if timestep.shape not in allowed:
         raise ValueError(
             f"timestep is {list(timestep.shape)} and must be {list(allowed[0])} or, by frame or "
             f"by token, {list(allowed[1])} or {list(allowed[2])}."
         )
-    if text_length is not None and text_length.shape != (batch,):
-        raise ValueError(f"text_length is {list(text_length.shape)} and must be {[batch]}.")
     if (image is None) != (config.image_dim is None):
         raise ValueError(
             "this model takes no encoder_hidden_states_image."
             if config.image_dim is None
             else "this model needs encoder_hidden_states_image: it was trained with images."
         )
-    if image is not None and image.shape[-1] != config.image_dim:
-        raise ValueError(
-            f"encoder_hidden_states_image has {image.shape[-1]} features and the model takes "
-            f"{config.image_dim}: it belongs to another image encoder."
-        )
-    if image is not None and config.pos_embed_seq_len not in (None, image.shape[1]):
+    if image is None or config.image_dim is None:
+        return
+    check_features("encoder_hidden_states_image", image, config.image_dim, "image encoder")
+    if config.pos_embed_seq_len not in (None, image.shape[1]):
         raise ValueError(
             f"encoder_hidden_states_image has {image.shape[1]} tokens and the model takes "
             f"{config.pos_embed_seq_len}, those of the first and the last frame together."

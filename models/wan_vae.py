@@ -1,23 +1,21 @@
 """The VAEs of Wan 2.1 and 2.2 (arXiv 2503.20314): videos to latents and back.
 
-Both go through a video in chunks of one latent frame, in a scan: what they hold beside the video
-does not grow with its length. Source of the architecture as released: diffusers `AutoencoderKLWan`.
+Both take a video in chunks of one latent frame, in a scan: the memory that they need beside the
+video does not grow with its length. Source of the architecture as released: diffusers
+`AutoencoderKLWan`.
 """
 
-from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Unpack
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from svg_jax.models.layers import silu
-from svg_jax.models.vae import Posterior
+from svg_jax.models.layers import Kinds, silu
+from svg_jax.models.vae import Frames, Past, Posterior, compiled, in_chunks, run_layers
 from svg_jax.models.vae_tiling import Progress, Tiling, decode_tiles, encode_tiles
 from svg_jax.models.wan_vae_config import WanVAEConfig
 from svg_jax.models.wan_vae_layers import (
@@ -25,7 +23,6 @@ from svg_jax.models.wan_vae_layers import (
     AverageDown,
     ChannelNorm,
     Downsample,
-    Past,
     RepeatUp,
     ResidualBlock,
     Upsample,
@@ -33,12 +30,11 @@ from svg_jax.models.wan_vae_layers import (
     channels_to_pixels,
     convolve,
     pixels_to_channels,
-    run_layers,
 )
 
 
 class Level(nnx.Module):
-    """The residual blocks of one size and the step to the next; in 2.2 beside a shortcut."""
+    """The residual blocks of one size and the step to the next; in 2.2 with a shortcut around."""
 
     def __init__(
         self,
@@ -47,21 +43,15 @@ class Level(nnx.Module):
         num_blocks: int,
         resample: Downsample | Upsample | None,
         shortcut: AverageDown | RepeatUp | None,
-        *,
-        dtype: Dtype,
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
+        **kinds: Unpack[Kinds],
     ):
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         widths = [features] + [out_features] * num_blocks
         self.blocks = nnx.List([ResidualBlock(*pair, **kinds) for pair in pairwise(widths)])
         self.resample = resample
         self.shortcut = shortcut
 
-    def __call__(
-        self, x: Float[Array, "batch frames height width features"], past: Past
-    ) -> tuple[Float[Array, "batch out_frames out_height out_width out_features"], Past]:
-        """Applies the level."""
+    def __call__(self, x: Frames, past: Past) -> tuple[Frames, Past]:
+        """Apply the level."""
         layers = self.blocks if self.resample is None else [*self.blocks, self.resample]
         out, next_past = run_layers(layers, x, past)
         if self.shortcut is not None:
@@ -70,7 +60,7 @@ class Level(nnx.Module):
 
 
 class Coder(nnx.Module):
-    """What encoder and decoder have in common: layers of any kind between two convolutions."""
+    """An encoder or a decoder: layers of any kind between two convolutions."""
 
     def __init__(
         self,
@@ -79,21 +69,15 @@ class Coder(nnx.Module):
         layers: list[nnx.Module],
         out_features: int,
         out_channels: int,
-        *,
-        dtype: Dtype,
-        param_dtype: Dtype,
-        rngs: nnx.Rngs,
+        **kinds: Unpack[Kinds],
     ):
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.input = causal_conv(channels, features, **kinds)
         self.layers = nnx.List(layers)
-        self.norm = ChannelNorm(out_features, param_dtype=param_dtype)
+        self.norm = ChannelNorm(out_features, kinds["param_dtype"])
         self.output = causal_conv(out_features, out_channels, **kinds)
 
-    def __call__(
-        self, x: Float[Array, "batch frames height width channels"], past: Past
-    ) -> tuple[Float[Array, "batch out_frames out_height out_width out_channels"], Past]:
-        """Codes one chunk; see `code_by_chunks`."""
+    def __call__(self, x: Frames, past: Past) -> tuple[Frames, Past]:
+        """Code one chunk; see `in_chunks`."""
         past_in, past_layers, past_out = past or (None, None, None)
         x, past_in = convolve(self.input, x, past_in)
         x, past_layers = run_layers(self.layers, x, past_layers)
@@ -101,8 +85,8 @@ class Coder(nnx.Module):
         return x, (past_in, past_layers, past_out)
 
 
-def make_encoder(config: WanVAEConfig, **kinds: Any) -> Coder:
-    """The encoder: from full size down, then the middle."""
+def make_encoder(config: WanVAEConfig, **kinds: Unpack[Kinds]) -> Coder:
+    """Make the encoder: from full size down, then the middle."""
     levels, features = [], config.base_dim
     steps = (*config.temperal_downsample, None)  # the last size has none
     for width, temporal in zip(config.encoder_widths, steps, strict=True):
@@ -116,8 +100,8 @@ def make_encoder(config: WanVAEConfig, **kinds: Any) -> Coder:
     return Coder(config.in_channels, config.base_dim, layers, features, 2 * config.z_dim, **kinds)
 
 
-def make_decoder(config: WanVAEConfig, **kinds: Any) -> Coder:
-    """The decoder: the middle, then up to full size."""
+def make_decoder(config: WanVAEConfig, **kinds: Unpack[Kinds]) -> Coder:
+    """Make the decoder: the middle, then up to full size."""
     levels, features = [], config.decoder_widths[0]
     layers = _middle(features, **kinds)
     steps = (*reversed(config.temperal_downsample), None)
@@ -136,7 +120,7 @@ def make_decoder(config: WanVAEConfig, **kinds: Any) -> Coder:
     return Coder(config.z_dim, first, layers, features, config.out_channels, **kinds)
 
 
-def _middle(features: int, **kinds: Any) -> list[nnx.Module]:
+def _middle(features: int, **kinds: Unpack[Kinds]) -> list[nnx.Module]:
     return [
         ResidualBlock(features, features, **kinds),
         AttentionBlock(features, **kinds),
@@ -144,31 +128,13 @@ def _middle(features: int, **kinds: Any) -> list[nnx.Module]:
     ]
 
 
-def code_by_chunks(
-    coder: Coder, x: Float[Array, "batch frames height width channels"], chunk_frames: int
-) -> Float[Array, "batch out_frames out_height out_width out_channels"]:
-    """Codes the first frame alone and then `chunk_frames` at a time."""
-    first, past = coder(x[:, :1], None)
-    if x.shape[1] == 1:
-        return first
-    chunks = x[:, 1:].reshape(len(x), -1, chunk_frames, *x.shape[2:])
-
-    def step(past: Past, chunk: Array) -> tuple[Past, Array]:
-        out, past = coder(chunk, past)
-        return past, out
-
-    _, rest = jax.lax.scan(step, past, jnp.moveaxis(chunks, 1, 0))
-    rest = jnp.moveaxis(rest, 0, 1)
-    return jnp.concatenate([first, rest.reshape(len(x), -1, *first.shape[2:])], axis=1)
-
-
 class WanVAE(nnx.Module):
-    """Encodes videos to latents and decodes latents.
+    """Encodes videos as a distribution of latents, and decodes latents.
 
     Both are compiled inside, once for each shape; with a tiling, call them outside of `jax.jit`.
 
     Attributes:
-        config: The architecture.
+        config: Architecture.
     """
 
     def __init__(
@@ -179,15 +145,15 @@ class WanVAE(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Makes a model with random weights (under `nnx.eval_shape`: without any).
+        """Make a model with random weights (under `nnx.eval_shape`: without any).
 
         Args:
-            config: The architecture.
-            dtype: Of convolutions and attention; norms and activations are float32 inside.
-            param_dtype: Of the parameters.
+            config: Architecture.
+            dtype: Dtype of convolutions and attention; norms and activations are float32.
+            param_dtype: Dtype of the parameters.
             rngs: Source of random weights.
         """
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        kinds = Kinds(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
         self.dtype = dtype
         self.encoder = make_encoder(config, **kinds)
@@ -202,13 +168,13 @@ class WanVAE(nnx.Module):
         tiling: Tiling | None = None,
         progress: Progress | None = None,
     ) -> Posterior:
-        """Describes the latents of a video in [-1, 1].
+        """Encode a video in [-1, 1] as a distribution of latents.
 
         Args:
-            video: 1 + 4k frames.
-            tiling: Cut the video into tiles, in 2.2 of twice as many pixels as it says (as
-                released); None does not.
-            progress: Called after each tile.
+            video: Video of 1 + 4k frames.
+            tiling: Sizes of tiles, which in 2.2 (as released) are twice as high and as wide; None
+                for no tiles.
+            progress: Function that is called after each tile with the tiles done and their number.
 
         Returns:
             The distribution of 1 + k latent frames, in `dtype`.
@@ -219,18 +185,17 @@ class WanVAE(nnx.Module):
         config, (height, width) = self.config, video.shape[-2:]
         config.check_video(*video.shape[1:])
         x = pixels_to_channels(video, config.patch)
-        encode = self._compiled(_encode)
-        if tiling is None:
-            return Posterior.from_moments(encode(x))
-        fits = tiling.holds(height, width)
         ratio = config.scale_factor_spatial // config.patch
-        strides = (tiling.stride_height, tiling.stride_width)
-        for size, stride in zip(x.shape[-2:], strides, strict=True):
-            if not fits and 0 < size % stride < ratio:
-                raise ValueError(
-                    f"a {height}x{width} video leaves {size % stride} pixels to its last tile, "
-                    f"which needs {ratio}: take another size or tiling."
-                )
+        fits = tiling is None or tiling.holds(height, width)
+        if tiling is not None and not fits:
+            strides = (tiling.stride_height, tiling.stride_width)
+            for size, stride in zip(x.shape[-2:], strides, strict=True):
+                if 0 < size % stride < ratio:
+                    raise ValueError(
+                        f"a {height}x{width} video leaves {size % stride} pixels to its last tile, "
+                        f"which needs {ratio}: take another size or tiling."
+                    )
+        encode = compiled(_encode, self)
         return Posterior.from_moments(encode_tiles(encode, x, tiling, ratio, progress, fits=fits))
 
     def decode(
@@ -240,12 +205,12 @@ class WanVAE(nnx.Module):
         tiling: Tiling | None = None,
         progress: Progress | None = None,
     ) -> Float[Array, "batch channels frames height width"]:
-        """Decodes latents (not normalised ones) to a video in [-1, 1].
+        """Decode latents (not normalised ones) to a video in [-1, 1].
 
         Args:
-            latents: 1 + k latent frames.
-            tiling: Cut the video into tiles; None does not.
-            progress: Called after each tile.
+            latents: Latents of 1 + k frames.
+            tiling: Sizes of tiles in pixels; None for no tiles.
+            progress: See `encode`.
 
         Returns:
             The video of 1 + 4k frames, in `dtype`.
@@ -259,32 +224,24 @@ class WanVAE(nnx.Module):
                 f"latents are {list(latents.shape)} and must be [batch, {config.z_dim}, latent "
                 "frames, latent rows, latent columns], all at least 1."
             )
-        decode = self._compiled(_decode)
-        if tiling is None:
-            x = decode(latents)
-        else:
-            ratio = config.scale_factor_spatial // config.patch
-            x = decode_tiles(decode, latents, tiling.in_latents(config.patch), ratio, progress)
+        tiling = tiling and tiling.in_latents(config.patch)
+        ratio = config.scale_factor_spatial // config.patch
+        x = decode_tiles(compiled(_decode, self), latents, tiling, ratio, progress)
         return jnp.clip(channels_to_pixels(x, config.patch), -1, 1)
 
     def normalize(
         self, latents: Float[Array, "batch z_dim latent_frames latent_height latent_width"]
     ) -> Float[Array, "batch z_dim latent_frames latent_height latent_width"]:
-        """Latents of mean 0 and deviation 1, as the transformer has them."""
+        """Scale and shift latents to mean 0 and deviation 1, for the transformer."""
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
     def denormalize(
         self, latents: Float[Array, "batch z_dim latent_frames latent_height latent_width"]
     ) -> Float[Array, "batch z_dim latent_frames latent_height latent_width"]:
-        """The inverse of `normalize`."""
+        """Invert `normalize`, for `decode`."""
         mean, std = self._statistics(latents)
         return latents * std + mean
-
-    def _compiled(self, function: Callable[["WanVAE", Array], Array]) -> Callable[[Array], Array]:
-        """A function of this module and an array, as one of the array."""
-        graph, state = nnx.split(self)
-        return partial(_call, function, graph, state)
 
     def _statistics(self, latents: Array) -> tuple[Array, Array]:
         mean, std = (
@@ -294,23 +251,10 @@ class WanVAE(nnx.Module):
         return jnp.asarray(mean, latents.dtype), jnp.asarray(std, latents.dtype)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _call(function: Callable[[WanVAE, Array], Array], graph: Any, state: Any, x: Array) -> Array:
-    return function(nnx.merge(graph, state), x)
+def _encode(vae: WanVAE, video: Frames) -> Frames:
+    moments = in_chunks(vae.encoder, video, 1, vae.config.scale_factor_temporal)
+    return vae.posterior_projection(moments)
 
 
-def _encode(
-    vae: WanVAE, x: Float[Array, "batch channels frames height width"]
-) -> Float[Array, "batch twice_z_dim latent_frames latent_height latent_width"]:
-    """The moments of one tile."""
-    x = jnp.moveaxis(x, 1, -1)
-    x = code_by_chunks(vae.encoder, x, vae.config.scale_factor_temporal)
-    return jnp.moveaxis(vae.posterior_projection(x), -1, 1)
-
-
-def _decode(
-    vae: WanVAE, latents: Float[Array, "batch z_dim latent_frames latent_height latent_width"]
-) -> Float[Array, "batch channels frames height width"]:
-    """The pixels of one tile, as channels where there is a patch_size."""
-    x = vae.latent_projection(jnp.moveaxis(latents, 1, -1))
-    return jnp.moveaxis(code_by_chunks(vae.decoder, x, 1), -1, 1)
+def _decode(vae: WanVAE, latents: Frames) -> Frames:
+    return in_chunks(vae.decoder, vae.latent_projection(latents), 1, 1)

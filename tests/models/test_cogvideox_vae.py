@@ -142,12 +142,12 @@ def test_tiles_that_overlap_by_parts_of_latents_are_refused(sample):
 @pytest.mark.parametrize(
     ("way", "shape", "message"),
     [
-        ("encode", (1, 4, 5, 6, 4), "video has 4 channels and this model takes 3"),
+        ("encode", (1, 4, 5, 6, 4), "video has 4 channels and the model takes 3"),
         ("encode", (1, 3, 5, 7, 4), "height=7 must be a multiple of a latent's 2 pixels"),
         ("encode", (1, 3, 5, 6, 3), "width=3 must be a multiple"),
-        ("encode", (1, 3, 0, 6, 4), "nothing in it"),
-        ("decode", (1, 3, 5, 6, 4), "latents has 3 channels and this model takes 4"),
-        ("decode", (1, 4, 5, 0, 4), r"latents is \[1, 4, 5, 0, 4\]: there is nothing in it"),
+        ("encode", (1, 3, 0, 6, 4), "video is empty"),
+        ("decode", (1, 3, 5, 6, 4), "latents has 3 channels and the model takes 4"),
+        ("decode", (1, 4, 5, 0, 4), r"latents is empty: its shape is \[1, 4, 5, 0, 4\]"),
     ],
 )
 def test_what_the_model_cannot_take_is_refused(way, shape, message):

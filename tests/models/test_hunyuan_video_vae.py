@@ -10,6 +10,7 @@ from flax import nnx
 
 from svg_jax.models import FrameTiling, HunyuanVideoVAE, HunyuanVideoVAEConfig, Tiling
 from svg_jax.models import hunyuan_video_vae_layers as layers
+from svg_jax.models.layers import Kinds
 
 CONFIG = HunyuanVideoVAEConfig(
     latent_channels=2,
@@ -42,7 +43,8 @@ def noise(*shape):
 @pytest.mark.parametrize("strides", [(1, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("frames", [1, 7, 8])
 def test_a_convolution_too_large_for_cudnn_is_done_by_frames(strides, frames, monkeypatch):
-    conv = layers.CausalConv(2, 3, strides, rngs=nnx.Rngs(0))
+    kinds = Kinds(dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    conv = layers.CausalConv(2, 3, strides, **kinds)
     video = noise(2, frames, 4, 6, 2)
     whole = conv(video)
     of_frame = 2 * (4 + 2) * (6 + 2) * 3
@@ -121,8 +123,14 @@ def test_every_parameter_learns():
     ("call", "message"),
     [
         (lambda vae: vae.encode(noise(1, 3, 1, 12, 8)), "12x8 and both must be multiples of 8"),
-        (lambda vae: vae.encode(noise(1, 4, 1, 8, 8)), "video has 4 channels, not 3"),
-        (lambda vae: vae.decode(noise(1, 3, 1, 1, 1)), "latents has 3 channels, not 2"),
+        (
+            lambda vae: vae.encode(noise(1, 4, 1, 8, 8)),
+            "video has 4 channels and the model takes 3",
+        ),
+        (
+            lambda vae: vae.decode(noise(1, 3, 1, 1, 1)),
+            "latents has 3 channels and the model takes 2",
+        ),
         (
             lambda vae: vae.decode(noise(1, 2, 1, 9, 9), tiling=Tiling(20, 20, 16, 16)),
             "multiple of a latent's 8 pixels",
