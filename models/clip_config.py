@@ -9,7 +9,7 @@ from svg_jax.models.config import ModelConfig, implemented
 
 @dataclass(frozen=True)
 class CLIPTextConfig(ModelConfig):
-    """What the text tower needs of a released config.json; transformers' names and defaults.
+    """The text tower's part of a released config.json; transformers' names and defaults.
 
     Attributes:
         vocab_size: Rows of the token embedding.
@@ -20,8 +20,8 @@ class CLIPTextConfig(ModelConfig):
         max_position_embeddings: Most tokens of a text.
         hidden_act: "quick_gelu" or "gelu".
         layer_norm_eps: Epsilon of the norms.
-        eos_token_id: The token that ends a text, whose features stand for the whole. 2, which
-            OpenAI's configs have, is none: it stands for the largest id of each text.
+        eos_token_id: Id of the token that ends a text, whose features stand for the whole text. The
+            2 of OpenAI's configs is not an id: it means the largest id of each text.
     """
 
     other_keys: ClassVar = ("projection_dim",)
@@ -44,7 +44,7 @@ class CLIPTextConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class CLIPVisionConfig(ModelConfig):
-    """What the vision tower needs of a released config.json; transformers' names and defaults.
+    """The vision tower's part of a released config.json; transformers' names and defaults.
 
     Attributes:
         hidden_size: Features of a token.
@@ -82,7 +82,7 @@ class CLIPVisionConfig(ModelConfig):
 
     @property
     def num_patches(self) -> int:
-        """Tokens of an image without that of its class."""
+        """Tokens of an image, without the class token."""
         return (self.image_size // self.patch_size) ** 2
 
 

@@ -12,7 +12,7 @@ class CogVideoXConfig(ModelConfig):
     """A released config.json; diffusers' names and defaults (these are 2b's).
 
     Attributes:
-        num_attention_heads: Heads of a layer; times attention_head_dim: the width of the model.
+        num_attention_heads: Heads of a layer; times attention_head_dim, they are the width.
         attention_head_dim: Features of a head.
         in_channels: Latent channels of the input, those of an image condition included.
         out_channels: Latent channels of the output.
@@ -22,26 +22,26 @@ class CogVideoXConfig(ModelConfig):
         ofs_embed_dim: Features of the `ofs` embedding (1.5-5b-I2V), or None.
         text_embed_dim: Features of the text encoder.
         num_layers: Layers.
-        dropout: Share of features that training leaves out; nothing here.
+        dropout: Share of features that training leaves out; without effect.
         attention_bias: True.
         sample_width: Latent width that the model was trained at.
         sample_height: Latent height that the model was trained at.
         sample_frames: Frames of a training video, in pixel space.
         patch_size: Latent rows and columns of a token.
-        patch_size_t: Latent frames of a token; None is one (1.0), and 2 is 1.5.
+        patch_size_t: Latent frames of a token; None (1.0) means one, and 1.5 has two.
         temporal_compression_ratio: Video frames of a latent frame.
         max_text_seq_length: Text tokens, padding included.
         activation_fn: "gelu-approximate".
         timestep_activation_fn: "silu".
         norm_elementwise_affine: True.
-        norm_eps: Epsilon of the layer norms but those of query and key.
-        spatial_interpolation_scale: Divides rows and columns in the sin-cos embedding.
-        temporal_interpolation_scale: Divides frames in the sin-cos embedding.
-        use_rotary_positional_embeddings: Rotary embedding in the layers; without it (2b) a sin-cos
-            embedding is added to the first hidden state.
-        use_learned_positional_embeddings: Add a learned embedding too (5b-I2V).
-        patch_bias: Whether a convolutional patch embedding has a bias: True, and without meaning
-            where patch_size_t is given (there it always has one).
+        norm_eps: Epsilon of the layer norms, except those of query and key.
+        spatial_interpolation_scale: Divisor of rows and columns in the sin-cos embedding.
+        temporal_interpolation_scale: Divisor of frames in the sin-cos embedding.
+        use_rotary_positional_embeddings: Whether layers have a rotary embedding; if not (2b), a
+            sin-cos embedding is added to the first hidden state.
+        use_learned_positional_embeddings: Whether a learned embedding is added, too (5b-I2V).
+        patch_bias: Whether a convolutional patch embedding has a bias: True. Without meaning if
+            patch_size_t is given: the embedding then always has one.
     """
 
     num_attention_heads: int = 30
@@ -112,7 +112,7 @@ class CogVideoXConfig(ModelConfig):
 
     @property
     def num_attention_layers(self) -> int:
-        """How many layers call `attend`, which counts them from 0."""
+        """Number of layers that call `attend`."""
         return self.num_layers
 
     @property

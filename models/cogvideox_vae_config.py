@@ -23,12 +23,12 @@ class CogVideoXVAEConfig(ModelConfig):
         layers_per_block: Residual layers of each of the encoder's blocks; the decoder's have one
             more.
         act_fn: "silu".
-        norm_eps: Epsilon of the norms in the encoder's residual layers; all others have 1e-6.
+        norm_eps: Epsilon of the norms in the encoder's residual layers; it is 1e-6 in all others.
         norm_num_groups: Groups of features that are normalised together.
         temporal_compression_ratio: Video frames of a latent frame, a power of two.
         sample_height: Twice the height of a tile, in pixels.
-        sample_width: Twice the width of a tile.
-        scaling_factor: What latents are multiplied by for a transformer.
+        sample_width: Twice the width of a tile, in pixels.
+        scaling_factor: Factor of latents for a transformer.
         shift_factor: None.
         latents_mean: None.
         latents_std: None.
@@ -90,11 +90,11 @@ class CogVideoXVAEConfig(ModelConfig):
 
     @property
     def temporal_levels(self) -> int:
-        """How many blocks halve (or double) the frames: the first ones, in either direction."""
+        """Number of blocks that halve (or double) the frames: the first of encoder and decoder."""
         return self.temporal_compression_ratio.bit_length() - 1
 
     @property
     def tiling(self) -> Tiling:
-        """The tiles that the released code cuts: half the sample's size, ⅙ and ⅕ of it overlap."""
+        """Tiles of the released code: half the sample's size, overlapping by a sixth or fifth."""
         height, width = self.sample_height // 2, self.sample_width // 2
         return Tiling(height, width, height * 5 // 6, width * 4 // 5)

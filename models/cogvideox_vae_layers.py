@@ -32,7 +32,7 @@ def causal_conv(conv: nnx.Conv, x: Frames, past: Frames | None) -> tuple[Frames,
     Args:
         conv: Parameters that `conv3d` made.
         x: Frames.
-        past: The two frames before them; None repeats the first frame.
+        past: Two frames before them; None repeats the first frame.
 
     Returns:
         As many frames, and the past of the next ones.

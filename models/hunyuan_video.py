@@ -41,8 +41,8 @@ class HunyuanVideoTransformer(nnx.Module):
 
     Attributes:
         config: Architecture.
-        double_blocks: The first layers in one module; every parameter has a leading [layers] axis.
-        single_blocks: The layers after them, stacked in the same way.
+        double_blocks: First layers in one module; every parameter has a leading [layers] axis.
+        single_blocks: Layers after them, stacked in the same way.
     """
 
     def __init__(

@@ -14,23 +14,23 @@ class HunyuanVideoConfig(ModelConfig):
     Attributes:
         in_channels: Latent channels of the input, those of an image condition included.
         out_channels: Latent channels of the output.
-        num_attention_heads: Heads of a layer; times attention_head_dim: the width of the model.
+        num_attention_heads: Heads of a layer; times attention_head_dim, they are the width.
         attention_head_dim: Features of a head.
         num_layers: Double-stream layers, in which video and text have weights of their own.
-        num_single_layers: Single-stream layers, which follow them.
+        num_single_layers: Single-stream layers, which come after them.
         num_refiner_layers: Layers of the text's refiner.
-        mlp_ratio: Features inside a feed-forward layer, as a multiple of the width; the refiner's
-            have four times the width whatever this is.
+        mlp_ratio: Features inside a feed-forward layer, as a multiple of the width; those of the
+            refiner always have four times the width.
         patch_size: Latent rows and columns of a token.
         patch_size_t: Latent frames of a token.
         qk_norm: "rms_norm".
         guidance_embeds: Whether the model takes the guidance scale as an input.
         text_embed_dim: Features of the text encoder's tokens.
-        pooled_projection_dim: Features of the other text encoder, which sees the text as a whole.
+        pooled_projection_dim: Features of the text encoder that describes the text as a whole.
         rope_theta: Base of the frequencies of the rotary embedding.
-        rope_axes_dim: How many features of a head turn with the frame, the row and the column.
-        image_condition_type: None; "latent_concat" (an image in the input's channels); or
-            "token_replace" (an image in place of the first frame, which has no noise).
+        rope_axes_dim: Features of a head that turn with the frame, the row and the column.
+        image_condition_type: None, "latent_concat" (an image in the input's channels) or
+            "token_replace" (an image instead of the first frame, which has no noise).
     """
 
     in_channels: int = 16
@@ -66,7 +66,7 @@ class HunyuanVideoConfig(ModelConfig):
 
     @property
     def num_attention_layers(self) -> int:
-        """How many layers call `attend`, which counts them from 0."""
+        """Number of layers that call `attend`."""
         return self.num_layers + self.num_single_layers
 
     @property

@@ -23,10 +23,10 @@ class HunyuanVideoVAEConfig(ModelConfig):
             more.
         act_fn: "silu".
         norm_num_groups: Groups of features that are normalised together.
-        scaling_factor: What latents are multiplied by for a transformer.
-        spatial_compression_ratio: 8 rows and columns of pixels to a latent.
-        temporal_compression_ratio: 4 frames to a latent frame, but the first, which is one alone.
-        mid_block_add_attention: Whether the middle block attends.
+        scaling_factor: Factor of latents for a transformer.
+        spatial_compression_ratio: 8 rows, and 8 columns, of pixels to a latent.
+        temporal_compression_ratio: 4 frames to a latent frame, except the first, which is one.
+        mid_block_add_attention: Whether the middle block has attention.
     """
 
     in_channels: int = 3
@@ -67,10 +67,10 @@ class HunyuanVideoVAEConfig(ModelConfig):
 
     @property
     def factors(self) -> tuple[tuple[int, int, int] | None, ...]:
-        """What each block divides frames, rows and columns by, or multiplies them by in decoding.
+        """Divisors of frames, rows and columns in each block, which are factors in the decoder.
 
-        None where a block leaves them as they are. The first three change rows and columns; frames,
-        the two before the last.
+        None for a block that keeps all sizes. The first three blocks change rows and columns; the
+        two before the last change frames.
         """
         blocks = len(self.block_out_channels)
         spatial = [2 if block < 3 else 1 for block in range(blocks)]

@@ -14,7 +14,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Kinds(TypedDict):
-    """What every layer is told when it is made, beside its sizes.
+    """Keyword arguments with which every layer is made, beside its sizes.
 
     Attributes:
         dtype: Dtype of matrix products, convolutions and their results.

@@ -1,4 +1,4 @@
-"""The shape of a token sequence that holds a video, and where its text stands."""
+"""The shape of a token sequence that holds a video, and the place of its text."""
 
 from dataclasses import dataclass
 from numbers import Integral
@@ -17,12 +17,11 @@ class VideoLayout:
         text_tokens: Text tokens in the same sequence, C, padding included; 0 where text enters by
             cross-attention.
         text_position: Whether text stands before ("first") or behind ("last") the video.
-        band_rounding: How a band's width w is rounded where attention is sparse, and what the band
-            keeps: "down" and fewer than w tokens away (CogVideoX, HunyuanVideo), or "up" and at
-            most w tokens away (Wan). Default: "down" if there is text, else "up". A model says
-            which.
-        first_frame_sink: Whether, where attention is sparse, all tokens attend to the whole first
-            frame (Wan). Default: only if there is no text. A model says which.
+        band_rounding: Rounding of a band's width w in sparse attention: "down", which keeps tokens
+            less than w away (CogVideoX, HunyuanVideo), or "up", which keeps those at most w away
+            (Wan). Default: "down" if there is text, else "up"; a model's layout says which.
+        first_frame_sink: Whether, in sparse attention, all tokens attend to the whole first frame
+            (Wan). Default: only if there is no text; a model's layout says which.
     """
 
     num_frames: int
@@ -49,8 +48,8 @@ class VideoLayout:
             raise ValueError(
                 f"first_frame_sink is True or False: got {self.first_frame_sink!r:.60}"
             )
-        # A default that depends on another field: a layout of the same tokens is then equal to one
-        # that says so itself.
+        # Filled in here because the defaults depend on another field: a layout then equals one that
+        # was given these values.
         if self.band_rounding is None:
             object.__setattr__(self, "band_rounding", "down" if self.text_tokens else "up")
         if self.first_frame_sink is None:
@@ -58,7 +57,7 @@ class VideoLayout:
 
     @property
     def video_tokens(self) -> int:
-        """N·L."""
+        """Number of video tokens, N·L."""
         return self.num_frames * self.tokens_per_frame
 
     @property

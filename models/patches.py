@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 def token_grid(
     num_frames: int, height: int, width: int, patch: tuple[int, int, int]
 ) -> tuple[int, int, int]:
-    """Frames, rows and columns of tokens.
+    """Count the frames, rows and columns of tokens.
 
     Args:
         num_frames: Latent frames.
@@ -15,7 +15,7 @@ def token_grid(
         patch: Latent frames, rows and columns of a token.
 
     Raises:
-        ValueError: On a size that is no positive multiple of the patch's.
+        ValueError: On a size that is not a positive multiple of the patch's.
     """
     sizes = {"num_frames": num_frames, "height": height, "width": width}
     for (name, size), step in zip(sizes.items(), patch, strict=True):
@@ -27,7 +27,10 @@ def token_grid(
 def patchify(
     latents: Float[Array, "batch channels frames height width"], patch: tuple[int, int, int]
 ) -> Float[Array, "batch tokens features"]:
-    """Tokens in the order frame, row, column; features in the order channel, frame, row, column."""
+    """Cut latents into tokens in the order frame, row, column.
+
+    A token's features are in the order channel, frame, row, column.
+    """
     batch, channels, frames, height, width = latents.shape
     pt, ph, pw = patch
     x = latents.reshape(batch, channels, frames // pt, pt, height // ph, ph, width // pw, pw)
@@ -42,9 +45,13 @@ def unpatchify(
     *,
     channels_last: bool = False,
 ) -> Float[Array, "batch channels frames height width"]:
-    """The inverse of `patchify` for a grid of (frames, rows, columns) tokens.
+    """Invert `patchify`.
 
-    `channels_last` is for features in the order frame, row, column, channel.
+    Args:
+        tokens: Tokens.
+        grid: Frames, rows and columns of tokens.
+        patch: Latent frames, rows and columns of a token.
+        channels_last: Whether features are in the order frame, row, column, channel.
     """
     batch, (frames, rows, columns), (pt, ph, pw) = len(tokens), grid, patch
     if channels_last:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 
 class Rotation(NamedTuple):
-    """How far each pair of features turns at each token (float32)."""
+    """Cosine and sine of the angle by which each pair of features turns at each token (float32)."""
 
     cos: Float[Array, "tokens half_head_dim"]
     sin: Float[Array, "tokens half_head_dim"]
@@ -19,7 +19,7 @@ class Rotation(NamedTuple):
 def rotate(
     x: Float[Array, "batch tokens heads head_dim"], rotation: Rotation
 ) -> Float[Array, "batch tokens heads head_dim"]:
-    """Turns the feature pairs (0, 1), (2, 3), … of every head; float32 inside."""
+    """Turn the feature pairs (0, 1), (2, 3), … of every head, computed in float32."""
     cos, sin = (table[None, :, None, :] for table in rotation)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
@@ -30,7 +30,7 @@ def rotate(
 def rotate_halves(
     x: Float[Array, "batch tokens heads head_dim"], rotation: Rotation
 ) -> Float[Array, "batch tokens heads head_dim"]:
-    """Turns the pairs of a feature of every head's first half and one of its second (float32)."""
+    """Turn the pairs of a feature of each head's first half and one of its second, in float32."""
     cos, sin = (table[None, :, None, :] for table in rotation)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, first * sin + second * cos]
@@ -38,17 +38,17 @@ def rotate_halves(
 
 
 def text_rotation(num_tokens: int, features: int, *, theta: float) -> Rotation:
-    """The rotation of each token of a text.
+    """Compute the rotation of each token of a text.
 
     Args:
-        num_tokens: Tokens, at 0, 1, 2, …
-        features: Of a head; even.
+        num_tokens: Number of tokens, at positions 0, 1, 2, …
+        features: Features of a head; an even number.
         theta: Base of the frequencies theta^(-2i / features).
 
     Source: transformers `LlamaRotaryEmbedding`.
     """
-    # Powers, frequencies and angles are rounded to float32 where the reference does it: a few
-    # hundred tokens on, the rounding of a frequency shows in the cosine.
+    # Powers, frequencies and angles are rounded to float32 where the reference rounds them: after a
+    # few hundred tokens, the rounding of a frequency shows in the cosine.
     powers = theta ** (np.arange(0, features, 2) / features)
     frequencies = np.float32(1) / powers.astype(np.float32)
     angles = np.outer(np.arange(num_tokens, dtype=np.float32), frequencies).astype(np.float64)
@@ -63,14 +63,15 @@ def video_rotation(
     text_tokens: int = 0,
     text_position: Literal["first", "last"] = "first",
 ) -> Rotation:
-    """The rotation of each token of a video, in token order frame, row, column.
+    """Compute the rotation of each token of a video, in token order frame, row, column.
 
     Args:
-        positions: Of the frames, rows and columns: three vectors of any spacing.
-        axis_features: How many of a head's features turn with each; even, head_dim in all.
+        positions: Positions of the frames, of the rows and of the columns, with any spacing.
+        axis_features: Numbers of a head's features that turn with the frame, the row and the
+            column; even, and head_dim in all.
         theta: Base of the frequencies theta^(-2i / axis_features).
-        text_tokens: So many tokens beside the video are not turned.
-        text_position: Whether they stand before ("first") or behind ("last") the video.
+        text_tokens: Number of text tokens, which are not turned.
+        text_position: Whether text stands before ("first") or behind ("last") the video.
     """
     # As in sincos_video_embedding, only the tables of the single axes are constants of the program.
     shape = tuple(len(axis) for axis in positions)
@@ -88,13 +89,13 @@ def video_rotation(
 
 
 def cropped_grid(grid: tuple[int, int], base: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of a grid's rows and columns, stretched over the grid that a model was trained on.
+    """Compute positions of a grid's rows and columns within the grid that a model was trained on.
 
-    The grid is enlarged or reduced until it fits into the base grid, keeping its shape, and laid in
-    its middle; a grid of the base's size stands at 0, 1, 2, …
+    The grid is scaled, keeping its aspect ratio, until it fits into the base grid, and centred
+    there; a grid of the base's size has positions 0, 1, 2, …
 
     Args:
-        grid: Rows and columns.
+        grid: Rows and columns of the grid.
         base: Rows and columns of the training grid.
 
     Source: diffusers `get_resize_crop_region_for_grid` and the "linspace" grid of
@@ -108,7 +109,7 @@ def cropped_grid(grid: tuple[int, int], base: tuple[int, int]) -> tuple[np.ndarr
     positions = []
     for size, whole, part in zip(grid, base, resized, strict=True):
         start = round((whole - part) / 2)
-        # The last position scales with the end of the crop and not with its length, so that the
-        # distances are not exactly part / size where start > 0: as the models were trained.
+        # The last position scales with the end of the crop, not with its length: if start > 0, the
+        # distances are not exactly part / size. The models were trained like this.
         positions.append(np.linspace(start, (start + part) * (size - 1) / size, size))
     return positions[0], positions[1]

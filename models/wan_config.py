@@ -13,7 +13,7 @@ class WanConfig(ModelConfig):
 
     Attributes:
         patch_size: Latent frames, rows and columns of a token.
-        num_attention_heads: Heads of a layer; times attention_head_dim: the width of the model.
+        num_attention_heads: Heads of a layer; times attention_head_dim, they are the width.
         attention_head_dim: Features of a head.
         in_channels: Latent channels of the input, those of an image condition included.
         out_channels: Latent channels of the output.
@@ -23,12 +23,12 @@ class WanConfig(ModelConfig):
         num_layers: Layers.
         cross_attn_norm: True.
         qk_norm: "rms_norm_across_heads".
-        eps: Epsilon of all norms but the image embedding's.
+        eps: Epsilon of all norms except the image embedding's.
         image_dim: Features of the image encoder (2.1 I2V, FLF2V), or None.
-        added_kv_proj_dim: The width, where there is an image_dim.
-        rope_max_seq_len: Most frames, rows or columns of tokens.
-        pos_embed_seq_len: Image tokens of all images, each with a learned position (FLF2V: two
-            images), or None.
+        added_kv_proj_dim: Width of the model if there is an image_dim, else None.
+        rope_max_seq_len: Largest number of frames, rows or columns of tokens.
+        pos_embed_seq_len: Image tokens with a learned position, those of both images together
+            (FLF2V), or None.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -63,7 +63,7 @@ class WanConfig(ModelConfig):
 
     @property
     def num_attention_layers(self) -> int:
-        """How many layers call `attend`, which counts them from 0."""
+        """Number of layers that call `attend`."""
         return self.num_layers
 
     @property
@@ -73,7 +73,7 @@ class WanConfig(ModelConfig):
 
     @property
     def rotary_features(self) -> tuple[int, int, int]:
-        """How many features of a head turn with the frame, the row and the column."""
+        """Features of a head that turn with the frame, with the row and with the column."""
         third = 2 * (self.attention_head_dim // 6)
         return (self.attention_head_dim - 2 * third, third, third)
 

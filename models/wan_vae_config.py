@@ -11,21 +11,21 @@ class WanVAEConfig(ModelConfig):
 
     Attributes:
         base_dim: Features of the encoder at full size.
-        decoder_base_dim: Features of the decoder at full size; None is `base_dim`.
+        decoder_base_dim: Features of the decoder at full size; None means base_dim.
         z_dim: Latent channels.
         dim_mult: Factor of the features at each size, from full size down.
         num_res_blocks: Residual blocks of the encoder at each size; the decoder has one more.
-        attn_scales: Empty.
+        attn_scales: Empty tuple.
         temperal_downsample: Whether a step from one size to the next also halves the frames.
-        dropout: Share of features that training leaves out; nothing here.
+        dropout: Share of features that training leaves out; without effect.
         latents_mean: Mean of each latent channel, for `WanVAE.normalize`.
         latents_std: Standard deviation of each latent channel.
         is_residual: Whether blocks pass their input around their residual blocks (2.2).
         in_channels: Channels of the video, times patch_size² where there is one.
-        out_channels: As in_channels.
-        patch_size: Rows and columns of pixels that are made channels (2.2), or None.
-        scale_factor_temporal: Frames to a latent frame.
-        scale_factor_spatial: Rows of pixels to a latent row.
+        out_channels: Channels of the decoded video, times patch_size² where there is one.
+        patch_size: Rows, and columns, of pixels that become channels (2.2), or None.
+        scale_factor_temporal: Frames per latent frame.
+        scale_factor_spatial: Rows of pixels per latent row, and columns per latent column.
     """
 
     base_dim: int = 96
@@ -80,7 +80,7 @@ class WanVAEConfig(ModelConfig):
 
     @property
     def patch(self) -> int:
-        """Rows and columns of pixels that are made channels; 1 where there is no patch_size."""
+        """Rows, and columns, of pixels that become channels; 1 without a patch_size."""
         return self.patch_size or 1
 
     @property
@@ -95,12 +95,12 @@ class WanVAEConfig(ModelConfig):
         return tuple(base * factor for factor in reversed(self.dim_mult))
 
     def check_video(self, channels: int, num_frames: int, height: int, width: int) -> None:
-        """Refuses a video that the encoder cannot take.
+        """Refuse a video that the encoder cannot take.
 
         Raises:
-            ValueError: On numbers of frames other than 1 + 4k, of which the released encoder drops
-                the last ones in silence; on sizes below a latent's, and in 2.2 on those that are no
-                multiple of it.
+            ValueError: On a number of frames other than 1 + 4k, of which the released encoder would
+                silently drop the last ones; on a size below a latent's; in 2.2 also on one that is
+                not a multiple of it.
         """
         if channels * self.patch**2 != self.in_channels:
             raise ValueError(
