@@ -10,11 +10,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from svg_jax.convert.errors import ConversionError
-from svg_jax.convert.releases.renaming import Origin, Shapes, count_layers, rename, split_heads
+from svg_jax.convert.releases.renaming import (
+    Layout,
+    Origin,
+    Shapes,
+    count_layers,
+    rename,
+    split_heads,
+)
 
 # Tables that are computed anew, and what only training needs.
-UNUSED = re.compile(r".*(embed_tokens|freqs_(sin|cos)|position_embedding).*|mixins\.pos_embed\..*")
-VAE_UNUSED = re.compile(r"loss\..*")
+_UNUSED = re.compile(r".*(embed_tokens|freqs_(sin|cos)|position_embedding).*|mixins\.pos_embed\..*")
+_VAE_UNUSED = re.compile(r"loss\..*")
 _POSITIONS = "mixins.pos_embed.pos_embedding"
 _WIDTH_OF_2B = 1920  # the only one without a rotary embedding
 _LATENTS = 16  # channels; any other number betrays a patch of another size
@@ -150,3 +157,12 @@ def vae_config(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
         "block_out_channels": widths,
         "layers_per_block": count_layers(shapes, "encoder.down.0.block.{}.conv1.conv.weight"),
     }
+
+
+TRANSFORMER = Layout(
+    "transformer.layers.0.attention.query_key_value.weight",
+    transformer_config,
+    transformer_table,
+    _UNUSED,
+)
+VAE = Layout("decoder.up.0.block.0.norm1.conv_y.conv.weight", vae_config, vae_table, _VAE_UNUSED)

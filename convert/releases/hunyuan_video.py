@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from svg_jax.convert.errors import ConversionError
-from svg_jax.convert.releases.renaming import Origin, Shapes, count_layers, rename, split_heads
+from svg_jax.convert.releases.renaming import (
+    Layout,
+    Origin,
+    Shapes,
+    count_layers,
+    rename,
+    split_heads,
+)
 
 _CONDITION = "image_condition_type"
 
@@ -143,3 +150,7 @@ def vae_config(shapes: Shapes, _: Any) -> dict[str, Any]:
         "layers_per_block": count_layers(shapes, layer),
         "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in shapes,
     }
+
+
+TRANSFORMER = Layout("double_blocks.0.img_attn_qkv.weight", transformer_config, transformer_table)
+VAE = Layout("decoder.up_blocks.0.upsamplers.0.conv.conv.weight", vae_config)

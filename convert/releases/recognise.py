@@ -1,9 +1,7 @@
 """Files of original releases, recognised by the names and shapes of their tensors."""
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,10 @@ from svg_jax.convert.formats.wrappers import (
     find_wrapped,
     unwrap,
 )
-from svg_jax.convert.releases import cogvideox, hunyuan_video, wan
-from svg_jax.convert.releases import t5 as original_t5
-from svg_jax.convert.releases.renaming import Origin, Shapes, rename_tensors
+from svg_jax.convert.releases import cogvideox, hunyuan_video, t5, wan
+from svg_jax.convert.releases.renaming import Layout, rename_tensors
 from svg_jax.convert.sources.scales import attach_scales, check_scales
 from svg_jax.convert.sources.weights import is_torch, read_file, read_weights
-from svg_jax.convert.tables import t5
 from svg_jax.convert.tables.lora_names import read_name
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.convert.tables.rules import Leaf, match_rules
@@ -37,104 +33,30 @@ class Release:
     Attributes:
         name: Name of the release in errors.
         class_name: Class of diffusers or transformers that it was converted to.
-        mark: Name of a tensor that only this release has.
-        config: Function from the tensors' shapes and the caller's values to config.json. It refuses
-            if the two do not say enough.
-        table: Function from the shapes to the new names; None where the names are diffusers' or
-            transformers' own, so that only the lack of a config.json marks a release.
-        unused: Pattern of names of tensors that the model does not need.
+        layout: Names and shapes of its tensors.
     """
 
     name: str
     class_name: str
-    mark: str
-    config: Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]
-    table: Callable[[Shapes], Sequence[Origin]] | None = None
-    unused: re.Pattern[str] | None = None
+    layout: Layout
 
 
 RELEASES = (
     Release(
-        "HunyuanVideo's transformer",
-        "HunyuanVideoTransformer3DModel",
-        "double_blocks.0.img_attn_qkv.weight",
-        hunyuan_video.transformer_config,
-        hunyuan_video.transformer_table,
+        "HunyuanVideo's transformer", "HunyuanVideoTransformer3DModel", hunyuan_video.TRANSFORMER
     ),
-    Release(
-        "HunyuanVideo's VAE",
-        "AutoencoderKLHunyuanVideo",
-        "decoder.up_blocks.0.upsamplers.0.conv.conv.weight",
-        hunyuan_video.vae_config,
-    ),
-    Release(
-        "Wan's transformer",
-        "WanTransformer3DModel",
-        "blocks.0.self_attn.q.weight",
-        wan.transformer_config,
-        wan.transformer_table,
-    ),
-    Release(
-        "Wan 2.1's VAE",
-        "AutoencoderKLWan",
-        "decoder.upsamples.0.residual.0.gamma",
-        wan.vae_config,
-        wan.vae_table,
-    ),
-    Release(
-        "Wan 2.2's VAE",
-        "AutoencoderKLWan",
-        "decoder.upsamples.0.upsamples.0.residual.0.gamma",
-        wan.residual_vae_config,
-        wan.residual_vae_table,
-    ),
-    Release(
-        "Wan's text encoder",
-        "UMT5EncoderModel",
-        "blocks.0.pos_embedding.embedding.weight",
-        wan.umt5_config,
-        wan.umt5_table,
-    ),
-    Release(
-        "Wan's image encoder",
-        "CLIPVisionModel",
-        "visual.transformer.0.attn.to_qkv.weight",
-        wan.clip_config,
-        wan.clip_table,
-        unused=wan.CLIP_UNUSED,
-    ),
-    Release(
-        "CogVideoX's transformer",
-        "CogVideoXTransformer3DModel",
-        "transformer.layers.0.attention.query_key_value.weight",
-        cogvideox.transformer_config,
-        cogvideox.transformer_table,
-        unused=cogvideox.UNUSED,
-    ),
-    Release(
-        "CogVideoX's VAE",
-        "AutoencoderKLCogVideoX",
-        "decoder.up.0.block.0.norm1.conv_y.conv.weight",
-        cogvideox.vae_config,
-        cogvideox.vae_table,
-        unused=cogvideox.VAE_UNUSED,
-    ),
-    Release(
-        "T5's text encoder",
-        "T5EncoderModel",
-        original_t5.T5_MARK,
-        partial(original_t5.encoder_config, "t5"),
-        unused=t5.UNUSED,
-    ),
-    Release(  # after T5's, whose mark it has too
-        "UMT5's text encoder",
-        "UMT5EncoderModel",
-        original_t5.UMT5_MARK,
-        partial(original_t5.encoder_config, "umt5"),
-        unused=t5.UNUSED,
-    ),
+    Release("HunyuanVideo's VAE", "AutoencoderKLHunyuanVideo", hunyuan_video.VAE),
+    Release("Wan's transformer", "WanTransformer3DModel", wan.TRANSFORMER),
+    Release("Wan 2.1's VAE", "AutoencoderKLWan", wan.VAE),
+    Release("Wan 2.2's VAE", "AutoencoderKLWan", wan.RESIDUAL_VAE),
+    Release("Wan's text encoder", "UMT5EncoderModel", wan.TEXT_ENCODER),
+    Release("Wan's image encoder", "CLIPVisionModel", wan.IMAGE_ENCODER),
+    Release("CogVideoX's transformer", "CogVideoXTransformer3DModel", cogvideox.TRANSFORMER),
+    Release("CogVideoX's VAE", "AutoencoderKLCogVideoX", cogvideox.VAE),
+    Release("T5's text encoder", "T5EncoderModel", t5.T5),
+    Release("UMT5's text encoder", "UMT5EncoderModel", t5.UMT5),  # after T5's, whose mark it has
 )
-_RENAMED = tuple(release for release in RELEASES if release.table is not None)
+_RENAMED = tuple(release for release in RELEASES if release.layout.table is not None)
 
 
 @dataclass(frozen=True)
@@ -203,11 +125,12 @@ def _recognise(
     config: Mapping[str, Any] | None,
 ) -> OriginalComponent:
     given = dict(config or {})
+    layout = release.layout
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
-        values = {**release.config(shapes, given), **given}
-        if release.table is not None:
-            tensors = rename_tensors(tensors, release.table(shapes))
+        values = {**layout.config(shapes, given), **given}
+        if layout.table is not None:
+            tensors = rename_tensors(tensors, layout.table(shapes))
     except ConversionError as error:
         raise ConversionError(f"{where}: is {release.name}, and {error}") from error
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
@@ -221,7 +144,7 @@ def _recognise(
     except ValueError as error:
         raise ConversionError(f"{where}: is {release.name}, but {show(str(error), 300)}") from error
     rules = model_class.rules(made)
-    tensors, unused = split_unused(tensors, rules, release.unused, where)
+    tensors, unused = split_unused(tensors, rules, layout.unused, where)
     new_shapes = {name: tensor.shape for name, tensor in tensors.items()}
     leaves = match_rules(new_shapes, rules, where=f"{where} ({release.name})")
     for tensor in tensors.values():
@@ -288,7 +211,7 @@ def identify(
     found = _find_releases(stored, _RENAMED if is_told else RELEASES, weights_key)
     if not found:
         if not is_ours:
-            check_prefix(stored, {release.mark: release for release in RELEASES}.get, where)
+            check_prefix(stored, {release.layout.mark: release for release in RELEASES}.get, where)
             if class_name is None:
                 _check_kind(stored, where)
             if torch_files:
@@ -314,7 +237,7 @@ def _find_releases(
     stored: Mapping[str, StoredTensor], releases: Iterable[Release], weights_key: str | None
 ) -> dict[str, Release]:
     """Find the releases that tensors are of, by the prefix of their names."""
-    marks = {release.mark: release for release in releases}
+    marks = {release.layout.mark: release for release in releases}
     found = set(find_wrapped(stored, marks.get, weights_key))
     return {
         prefix: release

@@ -7,14 +7,34 @@ and after.
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.stored_tensor import StoredTensor, row_major
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a component under its authors' names.
+
+    Attributes:
+        mark: Name of a tensor that only this layout has.
+        config: Function from the tensors' shapes and the caller's values to config.json. It refuses
+            if the two do not say enough.
+        table: Function from the shapes to the new names; None where the names are diffusers' or
+            transformers' own, so that only the lack of a config.json marks a release.
+        unused: Pattern of names of tensors that the model does not need.
+    """
+
+    mark: str
+    config: Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]
+    table: "Callable[[Shapes], Sequence[Origin]] | None" = None
+    unused: re.Pattern[str] | None = None
 
 
 @dataclass(frozen=True)

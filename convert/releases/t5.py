@@ -4,19 +4,19 @@ The names are transformers' own. The shapes give the config, and the rest is as 
 are the encoders of CogVideoX (T5 v1.1 XXL) and Wan (UMT5 XXL), as ComfyUI repacks them.
 """
 
+from functools import partial
 from typing import Any
 
-from svg_jax.convert.releases.renaming import Shapes, count_layers
+from svg_jax.convert.releases.renaming import Layout, Shapes, count_layers
+from svg_jax.convert.tables.t5 import UNUSED
 
 _BIAS = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
-T5_MARK = _BIAS.format(0)
-UMT5_MARK = _BIAS.format(1)  # only UMT5 has one in each layer
 
 
-def encoder_config(model_type: str, shapes: Shapes, _: Any) -> dict[str, Any]:
+def _config(model_type: str, shapes: Shapes, _: Any) -> dict[str, Any]:
     """Read the config of an encoder off its shapes; `model_type` is "t5" or "umt5"."""
     layer = "encoder.block.0.layer"
-    buckets, heads = shapes[T5_MARK]
+    buckets, heads = shapes[_BIAS.format(0)]
     vocabulary, width = shapes.get("shared.weight") or shapes["encoder.embed_tokens.weight"]
     return {
         "model_type": model_type,
@@ -28,3 +28,8 @@ def encoder_config(model_type: str, shapes: Shapes, _: Any) -> dict[str, Any]:
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
     }
+
+
+T5 = Layout(_BIAS.format(0), partial(_config, "t5"), unused=UNUSED)
+# Only UMT5 has a bias in each layer.
+UMT5 = Layout(_BIAS.format(1), partial(_config, "umt5"), unused=UNUSED)

@@ -8,10 +8,17 @@ import math
 import re
 from typing import Any
 
-from svg_jax.convert.releases.renaming import Origin, Shapes, count_layers, rename, split_heads
+from svg_jax.convert.releases.renaming import (
+    Layout,
+    Origin,
+    Shapes,
+    count_layers,
+    rename,
+    split_heads,
+)
 
 # The other tower of CLIP, and what is only needed to compare an image with a text.
-CLIP_UNUSED = re.compile(r"textual\..*|log_scale|visual\.head")
+_CLIP_UNUSED = re.compile(r"textual\..*|log_scale|visual\.head")
 _HEAD_DIM = 128  # in all released transformers
 _CLIP_HEAD_DIM = 80
 # Statistics of the 48 latent channels of 2.2 (wan/modules/vae2_2.py there).
@@ -240,3 +247,14 @@ def clip_config(shapes: Shapes, _: Any) -> dict[str, Any]:
         "patch_size": patch,
         "hidden_act": "gelu",
     }
+
+
+TRANSFORMER = Layout("blocks.0.self_attn.q.weight", transformer_config, transformer_table)
+VAE = Layout("decoder.upsamples.0.residual.0.gamma", vae_config, vae_table)
+RESIDUAL_VAE = Layout(
+    "decoder.upsamples.0.upsamples.0.residual.0.gamma", residual_vae_config, residual_vae_table
+)
+TEXT_ENCODER = Layout("blocks.0.pos_embedding.embedding.weight", umt5_config, umt5_table)
+IMAGE_ENCODER = Layout(
+    "visual.transformer.0.attn.to_qkv.weight", clip_config, clip_table, _CLIP_UNUSED
+)

@@ -98,7 +98,8 @@ def narrow(name, layers=2) -> dict[str, torch.Tensor]:
 def renamed(name, stored):
     """A release's tensors under their new names, whatever their shapes."""
     of = load("original", name)["class"]
-    (table,) = {r.table for r in RELEASES if r.class_name == of and r.mark in stored}
+    layouts = [release.layout for release in RELEASES if release.class_name == of]
+    (table,) = {layout.table for layout in layouts if layout.mark in stored}
     assert table is not None
     return rename_tensors(stored, table({key: tensor.shape for key, tensor in stored.items()}))
 
