@@ -18,7 +18,8 @@ Sections:
 * torch (only if asked for): PyTorch's dense attention, and FlexAttention on the same masks.
 
 A JSON file keeps what other runs wrote, so that sections can be measured one by one. `--tiny` tries
-everything on small shapes, on a CPU too; its figures mean nothing.
+everything on small shapes, on a CPU too; its figures mean nothing. `--check` ends with 1 where a
+case's kernel is slower than its `least_rate`, or its whole step than its target.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ from svg_jax import SparsityConfig, VideoLayout
 from svg_jax.masks import realised_density, sparse_mask
 from svg_jax.provenance import provenance_of
 
+RATE, STEP_IS_FAST = "kernel's rate to cuDNN's", "meets it"
 PORTABLE, PORTABLE_CASE, PORTABLE_ROUNDS = "portable kernel", "Wan 480p", 5
 DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 DENSITY_CASES = ("Wan 720p", "CogVideoX-1.5")
@@ -101,6 +103,21 @@ def shape_of(case: Case) -> Entry:
     }
 
 
+def shortfall(name: str, entry: Entry) -> str | None:
+    """Say in what a case is slower than it has to be; None if in nothing.
+
+    Args:
+        name: The case's name in `CASES`.
+        entry: What was measured of it.
+    """
+    least, rate = CASES[name].least_rate, entry.get(RATE, 0.0)
+    if rate < least:
+        return f"{name}: the sparse kernel has {rate} of cuDNN's rate, and should have {least}"
+    if not entry.get(STEP_IS_FAST, True):
+        return f"{name}: the whole step takes more than {CASES[name].target} of dense attention"
+    return None
+
+
 def case_entries(run: Run, name: str) -> dict[str, Entry]:
     """Times of all rows of a case, and what they are to be compared with."""
     case = run.fit(CASES[name])
@@ -116,7 +133,7 @@ def case_entries(run: Run, name: str) -> dict[str, Entry]:
     if KERNEL in seconds:
         rate = relative_rate(seconds, KERNEL, mask, case.heads)
         entry["TFLOP/s, kernel"] = round(rate * entry["TFLOP/s, dense"], 1)
-        entry["kernel's rate to cuDNN's"] = rate
+        entry[RATE] = rate
     array_bytes = 2 * mask.num_tokens * case.heads * case.head_dim
     for row, passes, what in (
         ("profile", 2, "profile to one read of K and V"),
@@ -126,7 +143,7 @@ def case_entries(run: Run, name: str) -> dict[str, Entry]:
             entry[what] = spread(np.array(seconds[row]) * copy_rate / (passes * array_bytes))[1]
     if case.target is not None and STEP in seconds:
         entry["target of the whole step"] = case.target
-        entry["meets it"] = entry["rows"][STEP]["to dense"] <= case.target
+        entry[STEP_IS_FAST] = entry["rows"][STEP]["to dense"] <= case.target
     return {f"{name}, {case.heads} heads": entry}
 
 
@@ -272,7 +289,7 @@ def print_entry(section: str, name: str, entry: Entry) -> None:
     sys.stdout.flush()
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, print and write; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     default = "cases,portable,density,length"
@@ -284,12 +301,15 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, help="file to put the figures into")
     parser.add_argument("--tiny", action="store_true", help="dry run on small shapes, any device")
-    args = parser.parse_args()
+    parser.add_argument("--check", action="store_true", help="fail where a case is too slow")
+    args = parser.parse_args(arguments)
     sections = [*args.sections.split(","), *(["torch"] if args.torch else [])]
     if unknown := set(sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     if not args.tiny and jax.default_backend() != "gpu":
         parser.error(f"needs an NVIDIA GPU, not {jax.default_backend()}: --tiny is the dry run")
+    if args.check and (args.tiny or "cases" not in sections):
+        parser.error("--check is for the section cases at its own sizes: pass no --tiny")
     run = Run(
         implementation="xla" if args.tiny else args.implementation,
         dense="xla" if args.tiny else "cudnn",
@@ -298,7 +318,7 @@ def main() -> int:
         all_heads=args.heads == "all",
     )
     kept = args.cases.split(",")
-    started, failed = time.perf_counter(), False
+    started, failed, too_slow = time.perf_counter(), False, []
     for section in dict.fromkeys(sections):
         measure, names = SECTIONS[section]
         for name in names:
@@ -315,8 +335,11 @@ def main() -> int:
                 print_entry(section, title, entry)
                 write_entry(args.json, section, title, entry)
                 failed |= "failed" in entry
+                if args.check and section == "cases":
+                    too_slow += filter(None, [shortfall(name, entry)])
     print(f"\n[{time.perf_counter() - started:.0f} s] done")
-    return int(failed)
+    print("\n".join(too_slow), file=sys.stderr)
+    return int(failed or bool(too_slow))
 
 
 if __name__ == "__main__":

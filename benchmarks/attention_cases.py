@@ -32,6 +32,8 @@ class Case:
         config: As in the paper.
         heads: Heads measured by default.
         all_heads: Heads of the model.
+        least_rate: Least rate of the sparse kernel that `--check` lets pass, in kept blocks a
+            second relative to cuDNN's: 7 % under that in results/attention.json.
         head_dim: Width of a head.
         target: Most time of a whole step, relative to dense.
         length_is_data: Whether the text's length is given to the kernels at run time.
@@ -41,6 +43,7 @@ class Case:
     config: SparsityConfig
     heads: int
     all_heads: int
+    least_rate: float = 0.0
     head_dim: int = 128
     target: float | None = None
     length_is_data: bool = False
@@ -57,16 +60,22 @@ CASES = {
         PAPER_PRESETS["wan-t2v-720p"].sparsity,
         heads=8,
         all_heads=40,
+        least_rate=0.97,
         target=0.351,
     ),
     "Wan 480p": Case(
-        VideoLayout(21, 1560), PAPER_PRESETS["wan-i2v-480p"].sparsity, heads=12, all_heads=12
+        VideoLayout(21, 1560),
+        PAPER_PRESETS["wan-i2v-480p"].sparsity,
+        heads=12,
+        all_heads=12,
+        least_rate=0.96,
     ),
     "HunyuanVideo 720p": Case(
         VideoLayout(33, 3600, 256, "last"),
         PAPER_PRESETS["hunyuanvideo-720p"].sparsity,
         heads=6,
         all_heads=24,
+        least_rate=0.98,
         target=0.257,
         length_is_data=True,
     ),
@@ -75,6 +84,7 @@ CASES = {
         PAPER_PRESETS["cogvideox1.5-i2v"].sparsity,
         heads=12,
         all_heads=48,
+        least_rate=0.96,
         head_dim=64,
         target=0.270,
     ),

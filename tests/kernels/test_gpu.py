@@ -1,11 +1,16 @@
 """The Hopper kernels on a Hopper GPU, against float64.
 
     JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false pytest -m gpu -n 6
+    JAX_PLATFORMS=cuda pytest tests/kernels/test_gpu.py -n 0 -k fast
+
+The second command is for speed, which is measured where nothing else is on the GPU.
 
 The law: the largest error is at most twice that of a float64 reference whose weights and outputs
 are rounded to the kernel's dtype. Padding holds NaN, and so does the memory before each call.
 """
 
+import os
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +29,9 @@ from svg_jax.cli import videos
 from svg_jax.kernels import BandMask, block_list_attention, block_sparse_attention
 from svg_jax.kernels import mosaic_attention as mosaic
 from svg_jax.models.attention import dense_attention as model_attention
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import attention as benchmark
 
 pytestmark = pytest.mark.gpu
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -482,3 +490,8 @@ def test_the_demo_uses_the_kernel_by_itself(tmp_path, monkeypatch, capsys):
     videos.demo(prompt, sparsity={}, output=Path("demo"), source=None)
     assert "mosaic_gpu in bfloat16" in capsys.readouterr().out
     assert {path.suffix for path in tmp_path.iterdir()} == {".mp4", ".gif"}
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="others are on the GPU: pass -n 0")
+def test_the_kernel_is_as_fast_as_it_was():
+    assert benchmark.main(["--sections", "cases", "--check", "--rounds", "9"]) == 0

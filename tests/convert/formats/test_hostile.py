@@ -334,7 +334,7 @@ class TestFuzz:
     def test_few(self, sharded, tmp_path, data):
         self.check(sharded, tmp_path, data)
 
-    @pytest.mark.long
+    @pytest.mark.slow
     @settings(quick, max_examples=10_000)
     @given(data=st.data())
     def test_many(self, sharded, tmp_path, data):
