@@ -6,7 +6,7 @@ cuDNN has no gradient where queries or keys are odd in number, and reads what pa
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from svg_jax.kernels.sharding import vary_like
 
@@ -28,21 +28,12 @@ def cudnn_attention(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys heads head_dim"],
     value: Float[Array, "batch keys heads head_dim"],
+    query_seq_lengths: Int[Array, " batch"] | None,
+    key_value_seq_lengths: Int[Array, " batch"] | None,
     *,
-    query_seq_lengths: Int[Array, " batch"] | None = None,
-    key_value_seq_lengths: Int[Array, " batch"] | None = None,
-    scale: float | None = None,
-) -> Float[Array, "batch queries heads head_dim"]:
-    """Attend to all real keys; what stands behind the lengths never matters, and its rows are 0.
-
-    Args:
-        query: Queries: bfloat16 or float16.
-        key: Keys, of the same dtype and head_dim; their number may differ.
-        value: Values, of the keys' shape and dtype.
-        query_seq_lengths: Real queries of each entry. None: all.
-        key_value_seq_lengths: Real keys of each entry. None: all.
-        scale: Factor of the logits; None means 1/sqrt(head_dim).
-    """
+    scale: float,
+) -> tuple[Float[Array, "batch queries heads head_dim"], None]:
+    """Attend to all real keys, without a log-sum-exp; see `svg_jax.kernels.dense_attention`."""
     num_queries = query.shape[1]
     # cuDNN reads whole tiles, padding too, and a weight of 0 does not hide a NaN.
     query, query_lengths = _evened(_blanked(query, query_seq_lengths), query_seq_lengths)
@@ -60,7 +51,12 @@ def cudnn_attention(
     if key_value_seq_lengths is not None:
         some = (key_value_seq_lengths > 0)[:, None, None, None]
         out = jnp.where(some, out, jnp.zeros((), out.dtype))
-    return _blanked(out, query_seq_lengths)
+    return _blanked(out, query_seq_lengths), None
+
+
+def below(size: int, lengths: Int[Array, " batch"]) -> Bool[Array, "batch {size}"]:
+    """Tell which of `size` tokens are real."""
+    return jnp.arange(size, dtype=lengths.dtype)[None] < lengths[:, None]
 
 
 def _evened(x: Array, lengths: Array | None) -> tuple[Array, Array | None]:
@@ -73,9 +69,8 @@ def _evened(x: Array, lengths: Array | None) -> tuple[Array, Array | None]:
     return x, None if lengths is None else lengths.astype(jnp.int32)
 
 
-def _blanked(x: Array, lengths: Int[Array, " batch"] | None) -> Array:
+def _blanked(x: Array, lengths: Array | None) -> Array:
     """Put 0 behind the lengths."""
     if lengths is None:
         return x
-    is_real = jnp.arange(x.shape[1], dtype=lengths.dtype)[None] < lengths[:, None]
-    return jnp.where(is_real[:, :, None, None], x, jnp.zeros((), x.dtype))
+    return jnp.where(below(x.shape[1], lengths)[:, :, None, None], x, jnp.zeros((), x.dtype))

@@ -81,9 +81,9 @@ def dense_attention(  # pyright: ignore[reportInconsistentOverload]
     if implementation == "mosaic_gpu" and why_not_hopper:
         raise ValueError(f"implementation='mosaic_gpu' cannot run here: {why_not_hopper}")
     run = {
-        "cudnn": _by_cudnn,
+        "cudnn": cudnn.cudnn_attention,
         "mosaic_gpu": _on_hopper,
-        "xla": _portable,
+        "xla": xla.dense_attention,
         "reference": _reference,
     }.get(implementation)
     if run is None:
@@ -110,38 +110,11 @@ def _on_hopper(query, key, value, query_seq_lengths, key_value_seq_lengths, *, s
     )
 
 
-def _portable(query, key, value, query_seq_lengths, key_value_seq_lengths, *, scale):
-    return xla.dense_attention(
-        query,
-        key,
-        value,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        scale=scale,
-    )
-
-
 def _reference(query, key, value, query_seq_lengths, key_value_seq_lengths, *, scale):
     batch, num_queries, num_keys = query.shape[0], query.shape[1], key.shape[1]
     keep = jnp.ones((batch, 1, num_queries, num_keys), bool)
     if query_seq_lengths is not None:
-        keep &= _below(num_queries, query_seq_lengths)[:, None, :, None]
+        keep &= cudnn.below(num_queries, query_seq_lengths)[:, None, :, None]
     if key_value_seq_lengths is not None:
-        keep &= _below(num_keys, key_value_seq_lengths)[:, None, None, :]
+        keep &= cudnn.below(num_keys, key_value_seq_lengths)[:, None, None, :]
     return reference.masked_attention(query, key, value, keep, scale=scale)
-
-
-def _by_cudnn(query, key, value, query_seq_lengths, key_value_seq_lengths, *, scale):
-    out = cudnn.cudnn_attention(
-        query,
-        key,
-        value,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        scale=scale,
-    )
-    return out, None
-
-
-def _below(size: int, lengths: Int[Array, " batch"]) -> Array:
-    return jnp.arange(size, dtype=lengths.dtype)[None] < lengths[:, None]

@@ -136,9 +136,9 @@ def dense_attention(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys heads head_dim"],
     value: Float[Array, "batch keys heads head_dim"],
-    *,
     query_seq_lengths: Int[Array, " batch"] | None,
     key_value_seq_lengths: Int[Array, " batch"] | None,
+    *,
     scale: float,
     block_rows: int = DENSE_BLOCK_ROWS,
 ) -> tuple[Float[Array, "batch queries heads head_dim"], Float[Array, "batch heads queries"]]:

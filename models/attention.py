@@ -1,13 +1,13 @@
 """The attention that a model is given: its signature, and a dense default."""
 
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from svg_jax.kernels import checks, cudnn
+from svg_jax import kernels
+from svg_jax.kernels import checks
 from svg_jax.models.layout import VideoLayout
 
 _ROWS = 256  # query rows of a block: the fastest on a CPU, where 512 fall out of the cache
@@ -61,40 +61,76 @@ def dense_attention(
     text_length: Int[Array, " batch"] | None = None,
     layer: Int[Array, ""] | None = None,
     step_state: Any = None,
+    implementation: Literal["xla", "reference"] | None = None,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], None]:
-    """Exact attention: cuDNN in 16 bit on a GPU, else by blocks of query rows (see `Attend`)."""
-    del layer, step_state
-    check_arguments(query, key, value, layout, text_length)
-    if text_length is None:
-        return _attend(query, key, value, None), None
-    # Padding stands at the end of the text; with the text last it stands at the end of all tokens,
-    # where one length per batch entry describes it.
-    shift = layout.text_tokens if layout.text_position == "first" else 0
-    query, key, value = (jnp.roll(x, -shift, axis=1) for x in (query, key, value))
-    length = layout.video_tokens + text_length
-    out = _attend(_blanked(query, length), key, value, length)
-    return jnp.roll(_blanked(out, length), shift, axis=1), None
-
-
-def check_arguments(query: Any, key: Any, value: Any, layout: Any, text_length: Any) -> None:
-    """ValueError, in one sentence, unless attention over a video can take these arguments.
+    """Attend to all real tokens, as a model's `attend` (see `Attend`); padded rows are 0.
 
     Args:
-        query: What is given as queries.
-        key: What is given as keys.
-        value: What is given as values.
-        layout: What is given as the layout.
-        text_length: What is given as the texts' lengths; None is not looked at.
+        query: Queries.
+        key: Keys.
+        value: Values.
+        layout: Where text and video stand in the sequence.
+        text_length: Real text tokens of each batch entry; None if all are real.
+        layer: Number of the layer, ignored.
+        step_state: Anything, ignored.
+        implementation: Kernel to use; None picks the device's fastest (see `svg_jax.kernels`).
+    """
+    del layer, step_state
+    length = check_arguments(query, key, value, layout, text_length)
+    if length is not None and layout.text_position == "first":
+        # Padding amid the sequence is no length: the band mask knows it.
+        mask = kernels.BandMask(
+            num_tokens=layout.num_tokens,
+            band_width=layout.num_tokens,
+            text_start=layout.text_start,
+            text_tokens=layout.text_tokens,
+        )
+        out = kernels.block_sparse_attention(
+            query, key, value, masks=mask, text_length=length, implementation=implementation
+        )
+        return out, None
+    lengths = None if length is None else layout.video_tokens + length
+    out = kernels.dense_attention(
+        query,
+        key,
+        value,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )
+    return out, None
+
+
+def check_arguments(
+    query: Any, key: Any, value: Any, layout: Any, text_length: Any
+) -> Int[Array, " batch"] | None:
+    """Check that attention over a video can take these arguments.
+
+    Args:
+        query: Argument given as queries.
+        key: Argument given as keys.
+        value: Argument given as values.
+        layout: Argument given as the layout.
+        text_length: Argument given as the texts' lengths, or None.
+
+    Returns:
+        The lengths as int32, clamped to the layout's text: under a trace they cannot be checked.
+
+    Raises:
+        ValueError: If they do not fit together.
     """
     if not isinstance(layout, VideoLayout):
         raise ValueError(f"layout must be a VideoLayout, not {type(layout).__name__}")
     checks.check_arrays(query, key, value)
     for name, x in (("query", query), ("key", key)):
         checks.check_tokens(name, x, layout.num_tokens, layout)
-    if text_length is not None and not layout.text_tokens:
+    if text_length is None:
+        return None
+    if not layout.text_tokens:
         raise ValueError(f"text_length is given, but no text is in {layout}: leave it None")
     checks.check_integers("text_length", text_length, (query.shape[0],), "[batch]")
     checks.check_range("text_length", text_length, 0, layout.text_tokens)
+    return jnp.clip(jnp.asarray(text_length).astype(jnp.int32), 0, layout.text_tokens)
 
 
 def cross_attention(
@@ -104,7 +140,7 @@ def cross_attention(
     *,
     key_length: Int[Array, " batch"] | None = None,
 ) -> Float[Array, "batch rows heads head_dim"]:
-    """Exact attention to another sequence, such as a text; computed as `dense_attention` is.
+    """Attend to another sequence, such as a text.
 
     Args:
         query: Queries.
@@ -114,7 +150,7 @@ def cross_attention(
     """
     checks.check_arrays(query, key, value)
     checks.check_integers("key_length", key_length, query.shape[:1], "[batch]")
-    return _attend(query, key, value, key_length)
+    return kernels.dense_attention(query, key, value, key_value_seq_lengths=key_length)
 
 
 def frame_causal_attention(
@@ -132,16 +168,22 @@ def frame_causal_attention(
         value: Values.
         frame_tokens: Tokens of a frame.
     """
-    frame_of_key = jnp.arange(key.shape[1])[None, :] // frame_tokens
+    batch, tokens, heads, head_dim = query.shape
+    frame_of_key = jnp.arange(tokens)[None, :] // frame_tokens
+    rows = min(_ROWS, tokens)
+    blocks = -(-tokens // rows)
+    query = jnp.pad(query, ((0, 0), (0, blocks * rows - tokens), (0, 0), (0, 0)))
+    query = jnp.moveaxis(query.reshape(batch, blocks, rows, heads, head_dim), 1, 0)
 
-    def attend_rows(rows: Array, first: Array) -> Array:
-        frame_of_row = (first + jnp.arange(rows.shape[1]))[:, None] // frame_tokens
+    @jax.checkpoint  # or the backward pass would keep the scores of all blocks: tokens squared
+    def attend_rows(block: tuple[Array, Array]) -> Array:
+        queries, first = block
+        frame_of_row = (first + jnp.arange(rows))[:, None] // frame_tokens
         bias = jnp.where(frame_of_key <= frame_of_row, 0.0, -jnp.inf)
-        return softmax_attention(
-            rows, key, value, scale=query.shape[-1] ** -0.5, bias=bias[None, None]
-        )
+        return softmax_attention(queries, key, value, scale=head_dim**-0.5, bias=bias[None, None])
 
-    return _by_rows(attend_rows, query)
+    out = jax.lax.map(attend_rows, (query, rows * jnp.arange(blocks)))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * rows, heads, head_dim)[:, :tokens]
 
 
 def softmax_attention(
@@ -175,49 +217,3 @@ def softmax_attention(
         scores = jnp.where(is_past[None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-
-
-def _attend(query: Array, key: Array, value: Array, length: Array | None) -> Array:
-    head_dim = query.shape[-1]
-    if not cudnn.why_not(head_dim, query.dtype):
-        return cudnn.cudnn_attention(query, key, value, key_value_seq_lengths=length)
-    if length is not None:  # padding may hold NaN, which no weight of 0 hides
-        key, value = _blanked(key, length), _blanked(value, length)
-    keep = None if length is None else _below(key.shape[1], length)
-
-    def attend_rows(rows: Array, first: Array) -> Array:
-        del first
-        return softmax_attention(rows, key, value, scale=head_dim**-0.5, keep=keep)
-
-    return _by_rows(attend_rows, query)
-
-
-def _below(size: int, length: Array) -> Array:
-    return jnp.arange(size, dtype=length.dtype)[None, :] < length[:, None]
-
-
-def _blanked(x: Array, length: Array) -> Array:
-    """Put 0 behind the lengths of [batch, tokens, heads, head_dim]."""
-    return jnp.where(_below(x.shape[1], length)[:, :, None, None], x, jnp.zeros((), x.dtype))
-
-
-def _by_rows(attend_rows: Callable[[Array, Array], Array], query: Array) -> Array:
-    """Attends with blocks of query rows, one after the other.
-
-    Args:
-        attend_rows: (queries, number of the first) -> output.
-        query: All queries [batch, tokens, heads, head_dim].
-    """
-    batch, tokens, heads, head_dim = query.shape
-    rows = min(_ROWS, tokens)
-    blocks = -(-tokens // rows)
-    query = jnp.pad(query, ((0, 0), (0, blocks * rows - tokens), (0, 0), (0, 0)))
-    query = jnp.moveaxis(query.reshape(batch, blocks, rows, heads, head_dim), 1, 0)
-
-    @jax.checkpoint  # or the backward pass would keep the scores of all blocks: tokens squared
-    def attend_block(block: tuple[Array, Array]) -> Array:
-        return attend_rows(*block)
-
-    out = jax.lax.map(attend_block, (query, rows * jnp.arange(blocks)))
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(batch, blocks * rows, heads, head_dim)[:, :tokens]

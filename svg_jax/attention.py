@@ -17,7 +17,8 @@ from svg_jax.kernels.sharding import vary_like
 from svg_jax.masks import realised_density, sparse_mask, warn_of_lost_sparsity
 from svg_jax.models import Attend, VideoLayout
 from svg_jax.models.attention import check_arguments
-from svg_jax.token_order import clamped_length, to_frame_major, to_token_major
+from svg_jax.models.attention import dense_attention as attend_dense
+from svg_jax.token_order import to_frame_major, to_token_major
 
 Key = PRNGKeyArray | UInt32[Array, " words"]
 """A PRNG key, typed (`jax.random.key`) or raw (`jax.random.PRNGKey`)."""
@@ -95,7 +96,7 @@ def sparse_attention(
         ValueError: Neither rng nor labels; arrays that do not fit the layout; a density that is too
             small for the text.
     """
-    check_arguments(query, key, value, layout, text_length)
+    lengths = check_arguments(query, key, value, layout, text_length)
     check_config(config)
     if rng is not None:
         checks.check_key("rng", rng)
@@ -110,7 +111,7 @@ def sparse_attention(
         value,
         rng,
         labels,
-        clamped_length(text_length, layout),
+        lengths,
         layout=layout,
         config=config,
         implementation=implementation,
@@ -137,7 +138,15 @@ def _sparse_attention(
             errors=jnp.zeros((batch, heads, 2), jnp.float32),
             density=jnp.ones((), jnp.float32),
         )
-        return _dense(query, key, value, layout, text_length, implementation), info
+        out, _ = attend_dense(
+            query,
+            key,
+            value,
+            layout=layout,
+            text_length=text_length,
+            implementation=_dense_implementation(implementation),
+        )
+        return out, info
     warn_of_lost_sparsity(layout, config)
     mask = sparse_mask(layout, config)
     implementation = kernels.pick_implementation(implementation, query.shape[-1], query.dtype)
@@ -165,22 +174,6 @@ def _sparse_attention(
     )
     out, temporal, errors = on_devices(query, key, value, rows, labels, text_length)
     return out, SparseAttentionInfo(temporal, errors, realised_density(mask, text_length))
-
-
-def attend_dense(
-    query: Float[Array, "batch tokens heads head_dim"],
-    key: Float[Array, "batch tokens heads head_dim"],
-    value: Float[Array, "batch tokens heads head_dim"],
-    *,
-    layout: VideoLayout,
-    text_length: Int[Array, " batch"] | None,
-    layer: Int[Array, ""],
-    step_state: object,
-) -> tuple[Float[Array, "batch tokens heads head_dim"], None]:
-    """Attend densely, as a model's `attend`, by the device's fastest kernel; padded rows are 0."""
-    check_arguments(query, key, value, layout, text_length)
-    lengths = clamped_length(text_length, layout)
-    return _dense(query, key, value, layout, lengths, None), None
 
 
 def attend_sparse(
@@ -222,15 +215,16 @@ def _attend_sparse(
     dense_layers: int,
     implementation: kernels.Implementation | None,
 ) -> Attend:
-    def dense(query, key, value, layout, text_length):
+    def dense(query, key, value, **video):
         batch, _, heads, _ = query.shape
         info = SparseAttentionInfo(
             labels=jnp.zeros((batch, heads), bool),
             errors=jnp.full((batch, heads, 2), jnp.nan, jnp.float32),
             density=jnp.ones((), jnp.float32),
         )
-        lengths = clamped_length(text_length, layout)
-        return _dense(query, key, value, layout, lengths, implementation), info
+        kernel = _dense_implementation(implementation)
+        out, _ = attend_dense(query, key, value, implementation=kernel, **video)
+        return out, info
 
     def attend(query, key, value, *, layout, text_length, layer, step_state) -> Any:
         check_arguments(query, key, value, layout, text_length)
@@ -284,40 +278,6 @@ def _attend_sparse(
     return attend
 
 
-def _dense(
-    query,
-    key,
-    value,
-    layout: VideoLayout,
-    text_length,
-    implementation: kernels.Implementation | None,
-):
-    lengths = None
-    if text_length is not None:
-        if layout.text_position == "first":
-            # Padding amid the sequence is no length: the band mask knows it.
-            mask = kernels.BandMask(
-                num_tokens=layout.num_tokens,
-                band_width=layout.num_tokens,
-                text_start=layout.text_start,
-                text_tokens=layout.text_tokens,
-            )
-            return kernels.block_sparse_attention(
-                query,
-                key,
-                value,
-                masks=mask,
-                text_length=text_length,
-                implementation=implementation,
-            )
-        lengths = layout.video_tokens + text_length
-    if implementation == "mosaic_gpu":  # which asks for sparse attention: dense has a better one
-        implementation = None
-    return kernels.dense_attention(
-        query,
-        key,
-        value,
-        query_seq_lengths=lengths,
-        key_value_seq_lengths=lengths,
-        implementation=implementation,
-    )
+def _dense_implementation(implementation: kernels.Implementation | None):
+    """The kernel of dense attention: "mosaic_gpu" asks for the sparse one, dense has a better."""
+    return None if implementation == "mosaic_gpu" else implementation

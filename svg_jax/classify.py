@@ -19,7 +19,7 @@ from svg_jax.kernels import BandMask, checks, on_each_device, sampled_attention
 from svg_jax.masks import sparse_mask
 from svg_jax.models import VideoLayout
 from svg_jax.models.attention import check_arguments
-from svg_jax.token_order import clamped_length, token_major_position
+from svg_jax.token_order import token_major_position
 
 
 def sample_rows(
@@ -70,12 +70,11 @@ def classify_heads(
     Raises:
         ValueError: If arrays do not fit the layout, or the density is too small for the text.
     """
-    check_arguments(query, key, value, layout, text_length)
+    lengths = check_arguments(query, key, value, layout, text_length)
     check_config(config)
     if rng is None:
         raise ValueError("classify_heads samples rows with a PRNG key: give rng")
     checks.check_key("rng", rng)
-    lengths = clamped_length(text_length, layout)
     return _classify_heads(query, key, value, rng, lengths, layout=layout, config=config)
 
 

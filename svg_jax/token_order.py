@@ -4,8 +4,7 @@ Frame-major: video token f·L + p stands for place p of frame f. Token-major: it
 so that one place's tokens of all frames are neighbours. Text tokens never move.
 """
 
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Shaped
 
 from svg_jax.kernels import transpose_tokens
 from svg_jax.models import VideoLayout
@@ -27,15 +26,6 @@ def token_major_position(position, layout: VideoLayout):
     is_video = (video >= 0) & (video < layout.video_tokens)
     # Arithmetic instead of `where`, so that one line serves numpy and jax alike.
     return position + is_video.astype(position.dtype) * (moved - position)
-
-
-def clamped_length(
-    text_length: Int[Array, " batch"] | None, layout: VideoLayout
-) -> Int[Array, " batch"] | None:
-    """Lengths of text as int32, none under 0 or over the layout's text."""
-    if text_length is None:
-        return None
-    return jnp.clip(jnp.asarray(text_length).astype(jnp.int32), 0, layout.text_tokens)
 
 
 def to_token_major(
