@@ -4,6 +4,7 @@ All arrays are [batch, tokens, heads, head_dim], as in `jax.nn.dot_product_atten
 a key and padding rows give 0, with a log-sum-exp of -inf.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -57,7 +58,7 @@ def block_sparse_attention(  # pyright: ignore[reportInconsistentOverload]
     reads tokens in eights and copies arrays whose length is no multiple of eight.
 
     Args:
-        query: Queries: float32, bfloat16, float16 or float64; sums are float32 or wider.
+        query: Queries in float32, bfloat16, float16 or float64; sums are float32 or wider.
         key: Keys, of the same shape and dtype.
         value: Values, of the same shape and dtype.
         masks: One mask for all heads, or several to choose from.
@@ -106,11 +107,13 @@ def block_sparse_attention(  # pyright: ignore[reportInconsistentOverload]
     scale = check_scale(scale, query.shape[-1])
 
     implementation = pick_implementation(implementation, query.shape[-1], query.dtype)
-    run = {"mosaic_gpu": _on_hopper, "xla": _portable, "reference": _reference}[implementation]
-
-    def attend(query, key, value, mask_of_head, text_length):
-        return run(query, key, value, mask_of_head, text_length, masks, scale)
-
+    portable = partial(_portable, masks=masks, scale=scale)
+    on_hopper = partial(mosaic_attention.block_sparse_attention, masks=masks, scale=scale)
+    attend = {
+        "mosaic_gpu": _with_gradients(on_hopper, portable),
+        "xla": portable,
+        "reference": partial(_reference, masks=masks, scale=scale),
+    }[implementation]
     on_devices = on_each_device(attend, ("btho", "btho", "btho", "bh", "b"), ("btho", "bht"))
     out, lse = on_devices(query, key, value, mask_of_head, text_length)
     return (out, lse.astype(jnp.float32)) if return_lse else out
@@ -138,54 +141,37 @@ def pick_implementation(
     return implementation
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _on_hopper(query, key, value, mask_of_head, text_length, masks, scale) -> tuple[Array, Array]:
-    def run(query, key, value, mask_of_head, text_length):
-        return mosaic_attention.block_sparse_attention(
-            query,
-            key,
-            value,
-            masks=masks,
-            mask_of_head=mask_of_head,
-            text_length=text_length,
-            scale=scale,
+def _with_gradients(on_hopper: Callable, portable: Callable) -> Callable:
+    """Give a Hopper kernel the gradients of the portable one, and let vmap enlarge its batch.
+
+    Args:
+        on_hopper: Function of queries, keys, values and two arrays of numbers, or None.
+        portable: Function of the same arguments that differentiates.
+    """
+    attend = jax.custom_vjp(vmap_as_batch(on_hopper))
+
+    def forward(*arrays):
+        return attend(*arrays), arrays
+
+    def backward(arrays, cotangents):
+        query, key, value, *numbers = arrays
+        _, pull_back = jax.vjp(lambda *qkv: portable(*qkv, *numbers), query, key, value)
+        return *pull_back(cotangents), None, None
+
+    attend.defvjp(forward, backward)
+    return attend
+
+
+def _portable(query, key, value, mask_of_head, text_length, *, masks, scale):
+    def run(query, key, value):
+        return xla.block_sparse_attention(
+            query, key, value, mask_of_head, text_length, masks=masks, scale=scale
         )
 
-    return vmap_as_batch(run)(query, key, value, mask_of_head, text_length)
+    return _without_padding(run, (query, key, value), masks[0].num_tokens)
 
 
-def _forward(query, key, value, mask_of_head, text_length, masks, scale):
-    arrays = (query, key, value, mask_of_head, text_length)
-    return _on_hopper(*arrays, masks, scale), arrays
-
-
-def _backward(masks, scale, arrays, cotangents):
-    query, key, value, mask_of_head, text_length = arrays
-
-    def run(query, key, value):
-        return _portable(query, key, value, mask_of_head, text_length, masks, scale)
-
-    return *jax.vjp(run, query, key, value)[1](cotangents), None, None
-
-
-_on_hopper.defvjp(_forward, _backward)
-
-
-def _portable(query, key, value, mask_of_head, text_length, masks, scale):
-    return _without_padding(
-        partial(
-            xla.block_sparse_attention,
-            masks=masks,
-            mask_of_head=mask_of_head,
-            text_length=text_length,
-            scale=scale,
-        ),
-        (query, key, value),
-        masks[0].num_tokens,
-    )
-
-
-def _reference(query, key, value, mask_of_head, text_length, masks, scale):
+def _reference(query, key, value, mask_of_head, text_length, *, masks, scale):
     if mask_of_head is None:
         mask_of_head = jnp.zeros((query.shape[0], query.shape[2]), jnp.int32)
     keep = reference.keep_table(masks, mask_of_head, text_length)
@@ -220,7 +206,7 @@ def block_list_attention(
         key: Keys, of the same shape and dtype, in blocks of 128.
         value: Values, of the same shape and dtype.
         counts: How many blocks of keys each block of queries attends to; 0 gives zeros.
-        blocks: Their numbers, each once; what stands behind `counts` is ignored. Data, so a new
+        blocks: Their numbers, each once; those behind `counts` are ignored. As data, so that a new
             choice does not compile anew. Under a trace, where numbers cannot be checked, one out of
             range counts as not listed, and `counts` is clamped.
         scale: Factor of the logits, positive; None means 1/sqrt(head_dim).
@@ -255,47 +241,19 @@ def block_list_attention(
     # What is not listed goes to the end, behind the count.
     blocks = jnp.sort(jnp.where(listed, blocks, num_blocks).astype(jnp.int32), axis=-1)
     counts = listed.sum(-1, dtype=jnp.int32)
-    run = {"mosaic_gpu": _lists_on_hopper, "xla": _portable_lists, "reference": _reference_lists}
-
-    def attend(query, key, value, counts, blocks):
-        return run[implementation](query, key, value, counts, blocks, scale)
-
+    portable = partial(xla.block_list_attention, scale=scale)
+    attend = {
+        "mosaic_gpu": _with_gradients(
+            partial(mosaic_attention.block_list_attention, scale=scale), portable
+        ),
+        "xla": portable,
+        "reference": partial(_reference_lists, scale=scale),
+    }[implementation]
     words = ("btho", "btho", "btho", "bhq", "bhqm")
     return on_each_device(attend, words, ("btho", "bht"))(query, key, value, counts, blocks)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _lists_on_hopper(query, key, value, counts, blocks, scale) -> tuple[Array, Array]:
-    def run(query, key, value, counts, blocks):
-        return mosaic_attention.block_list_attention(
-            query, key, value, counts=counts, blocks=blocks, scale=scale
-        )
-
-    return vmap_as_batch(run)(query, key, value, counts, blocks)
-
-
-def _forward_lists(query, key, value, counts, blocks, scale):
-    arrays = (query, key, value, counts, blocks)
-    return _lists_on_hopper(*arrays, scale), arrays
-
-
-def _backward_lists(scale, arrays, cotangents):
-    query, key, value, counts, blocks = arrays
-
-    def run(query, key, value):
-        return _portable_lists(query, key, value, counts, blocks, scale)
-
-    return *jax.vjp(run, query, key, value)[1](cotangents), None, None
-
-
-_lists_on_hopper.defvjp(_forward_lists, _backward_lists)
-
-
-def _portable_lists(query, key, value, counts, blocks, scale):
-    return xla.block_list_attention(query, key, value, counts=counts, blocks=blocks, scale=scale)
-
-
-def _reference_lists(query, key, value, counts, blocks, scale):
+def _reference_lists(query, key, value, counts, blocks, *, scale):
     tokens, num_blocks = query.shape[1], counts.shape[-1]
     del counts  # what they do not count is no number of a block
     size = mosaic_attention.BLOCK_Q

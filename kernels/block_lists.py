@@ -16,7 +16,7 @@ class Lists(NamedTuple):
         tested: How many blocks at the front of a list are tested pair by pair.
         counts: How many blocks are listed.
         blocks: Their numbers; what stands behind `counts` is ignored.
-        bounds: Of each map's mask: band width, start and end of the text, end of the sink.
+        bounds: Band width, start and end of the text, and end of the sink, for each map.
     """
 
     tested: Int[Array, "maps q_blocks"]

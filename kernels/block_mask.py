@@ -91,7 +91,7 @@ class BandMask:
 
         Args:
             query_position: Signed integers in [0, num_tokens), numpy or jax, any shape.
-            key_position: Likewise; broadcasts against `query_position`.
+            key_position: Signed integers that broadcast against `query_position`.
             text_length: Real text tokens, broadcasting against both; None means all.
 
         Returns:

@@ -62,13 +62,16 @@ def check_tokens(name: str, x: Array, num_tokens: int, whose: object) -> None:
 
 def check_integers(name: str, array: Array | None, shape: tuple[int, ...], axes: str) -> None:
     """ValueError unless an array, if there is one, holds integers and has this shape."""
+    _check_kind(name, array, shape, f"integers {axes}", jnp.integer)
+
+
+def _check_kind(name: str, array: Array | None, shape: tuple[int, ...], what: str, kind: Any):
     if array is None:
         return
-    _check_is_array(name, array, f"integers {axes} of shape {shape}")
-    if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(
-            f"{name} must be integers {axes} of shape {shape}, not {array.dtype}{_shape(array)}"
-        )
+    wanted = f"{what} of shape {shape}"
+    _check_is_array(name, array, wanted)
+    if array.shape != shape or not jnp.issubdtype(array.dtype, kind):
+        raise ValueError(f"{name} must be {wanted}, not {array.dtype}{_shape(array)}")
 
 
 def check_range(name: str, array: Array | None, least: int, most: int) -> None:
@@ -84,13 +87,7 @@ def check_range(name: str, array: Array | None, least: int, most: int) -> None:
 
 def check_booleans(name: str, array: Array | None, shape: tuple[int, ...], axes: str) -> None:
     """ValueError unless an array, if there is one, holds booleans and has this shape."""
-    if array is None:
-        return
-    _check_is_array(name, array, f"booleans {axes} of shape {shape}")
-    if array.shape != shape or array.dtype != bool:
-        raise ValueError(
-            f"{name} must be booleans {axes} of shape {shape}, not {array.dtype}{_shape(array)}"
-        )
+    _check_kind(name, array, shape, f"booleans {axes}", jnp.bool_)
 
 
 def check_key(name: str, key: Any) -> None:

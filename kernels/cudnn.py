@@ -10,8 +10,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from svg_jax.kernels.sharding import vary_like
 
-_MOST_HEAD_DIM = 128
-
 
 def why_not(head_dim: int, dtype: DTypeLike) -> str:
     """Say in a clause why cuDNN cannot run on the default device, or nothing where it can."""
@@ -19,8 +17,8 @@ def why_not(head_dim: int, dtype: DTypeLike) -> str:
         return f"the default device is {jax.default_backend()}, not an NVIDIA GPU"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, not {dtype}"
-    if head_dim % 8 or head_dim > _MOST_HEAD_DIM:
-        return f"it takes a head_dim that is a multiple of 8 up to {_MOST_HEAD_DIM}, not {head_dim}"
+    if head_dim % 8 or head_dim > 128:
+        return f"it takes a head_dim that is a multiple of 8 up to 128, not {head_dim}"
     return ""
 
 

@@ -26,13 +26,13 @@ from svg_jax.kernels.mosaic_schedules import alternating, overlapped, pass_turn
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the work is cut.
+    """Sizes of the blocks, and the schedule of the warpgroups.
 
     Attributes:
         block_kv: Keys in a block.
-        stages: Blocks of keys and values on the way at once.
-        overlap: True: a warpgroup multiplies its next queries and keys while it weighs the last
-            ones. False: the two warpgroups take turns, one multiplying while the other weighs.
+        stages: Blocks of keys and values that are fetched ahead.
+        overlap: Whether a warpgroup multiplies its next block while it weighs the last one; else
+            the two warpgroups take turns, one multiplying while the other weighs.
     """
 
     block_kv: int = 128
@@ -51,10 +51,10 @@ def block_sparse_attention(
     query: Float[Array, "batch rows heads head_dim"],
     key: Float[Array, "batch rows heads head_dim"],
     value: Float[Array, "batch rows heads head_dim"],
-    *,
-    masks: tuple[BandMask, ...],
     mask_of_head: Int[Array, "batch heads"] | None,
     text_length: Int[Array, " batch"] | None,
+    *,
+    masks: tuple[BandMask, ...],
     scale: float,
     tiling: Tiling | None = None,
     interpret: Any = None,
@@ -67,11 +67,11 @@ def block_sparse_attention(
         query: Queries, bfloat16 or float16; head_dim up to 64, or 128.
         key: Keys.
         value: Values.
-        masks: The masks.
-        mask_of_head: Which mask each head runs; None means the first.
-        text_length: Real text tokens; None means all.
+        mask_of_head: Number of each head's mask; None means the first.
+        text_length: Real text tokens of each batch entry; None means all.
+        masks: Masks to choose from.
         scale: Factor of the logits, positive.
-        tiling: How to cut the work; None is the fastest known.
+        tiling: Sizes of blocks, and schedule; None is the fastest known.
         interpret: Parameters of Pallas' interpreter, to run on a CPU.
     """
     batch, num_rows, heads, head_dim = query.shape
@@ -104,17 +104,16 @@ def block_list_attention(
     query: Float[Array, "batch tokens heads head_dim"],
     key: Float[Array, "batch tokens heads head_dim"],
     value: Float[Array, "batch tokens heads head_dim"],
-    *,
     counts: Int[Array, "batch heads q_blocks"],
     blocks: Int[Array, "batch heads q_blocks most"],
+    *,
     scale: float,
     interpret: Any = None,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], Float[Array, "batch heads tokens"]]:
     """Attend to listed blocks of 128 keys, whole; see `svg_jax.kernels.attention`."""
     batch, tokens, heads, head_dim = query.shape
-    block_kv = 128
-    lists = lists_of_heads(counts, blocks, tokens, block_kv)
-    tiling = Tiling(block_kv, overlap=head_dim == 128)
+    tiling = Tiling(block_kv=128, overlap=head_dim == 128)
+    lists = lists_of_heads(counts, blocks, tokens, tiling.block_kv)
     out, lse = _attend(
         query,
         key,
@@ -155,14 +154,7 @@ def _attend(
     if text_length is None:
         text_length = jnp.full(batch, num_tokens, jnp.int32)
 
-    body = partial(
-        _body,
-        tiling=tiling,
-        num_tokens=num_tokens,
-        edge=edge,
-        scale=scale,
-        interpret=interpret,
-    )
+    options = {"num_tokens": num_tokens, "edge": edge, "scale": scale, "interpret": interpret}
     tile = partial(plgpu.SMEM, dtype=query.dtype, transforms=mgpu.TILED)
     ring = mgpu.ring(tile((tiling.stages, block_kv, head_dim)), readers=CONSUMERS)
     scratch = {
@@ -178,14 +170,13 @@ def _attend(
             weights=tile((CONSUMERS, mgpu.ROWS, block_kv)),
             keys=tile((CONSUMERS, head_dim, block_kv)),
         )
-    padded_rows = num_q_blocks * BLOCK_Q
     return mgpu.kernel(
-        body,
+        partial(_body, tiling=tiling, **options),
         warpgroups=CONSUMERS + 1,
         interpret=interpret,
         out_type=(
             jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct((batch, heads, padded_rows), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, num_q_blocks * BLOCK_Q), jnp.float32),
         ),
         scratch_types=scratch,
         grid=order.shape,

@@ -49,7 +49,7 @@ def pad_tokens(x: jax.Array, multiple: int = 8) -> jax.Array:
 
 
 def kernel(body: Callable, *, warpgroups: int, interpret: Any, **options: Any) -> Callable:
-    """A Mosaic GPU kernel; `interpret` runs it on a CPU (see `Staging`)."""
+    """Make a Mosaic GPU kernel; `interpret` runs it on a CPU (see `Staging`)."""
     if interpret is not None:
         options["interpret"] = interpret
     run = plgpu.kernel(
@@ -72,19 +72,19 @@ def kernel(body: Callable, *, warpgroups: int, interpret: Any, **options: Any) -
 
 
 def full(shape: tuple[int, ...], value: float, layout: Any, interpret: Any) -> jax.Array:
-    """A constant in registers. The interpreter knows no layouts, and 0.10's refuses their name."""
+    """Make a constant in registers; the interpreter knows no layouts, in 0.10 not even by name."""
     constant = jnp.full(shape, value, jnp.float32)
     return constant if interpret is not None else plgpu.layout_cast(constant, layout)
 
 
 def positions(shape: tuple[int, ...], axis: int, interpret: Any) -> jax.Array:
-    """Row or column numbers of an accumulator."""
+    """Number the rows or columns of an accumulator."""
     layout = None if interpret is not None else plgpu.Layout.WGMMA
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
 
 
 def load_line(ref: Any, index: tuple, layout: Any, interpret: Any) -> jax.Array:
-    """One line of shared memory, as a value for each row or each column of an accumulator."""
+    """Load a line of shared memory as one value for each row or column of an accumulator."""
     if interpret is not None:
         return ref[index]
     if hasattr(plgpu, "mma"):  # jax 0.11
@@ -121,19 +121,12 @@ class Ring(NamedTuple):
 
 
 def ring(tiles: Any, *, readers: int, copies: int = 1) -> Ring:
-    """Describe a ring for a kernel's scratch memory.
-
-    Args:
-        tiles: Shared memory of the tiles.
-        readers: Number of warpgroups that read each tile.
-        copies: Number of copies that fill a tile.
-    """
-    stages = tiles.shape[0]
-    return Ring(
-        free=plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
-        ready=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        tiles=tiles,
+    """Describe a ring in scratch memory, by how many warpgroups read and copies fill a tile."""
+    free, ready = (
+        plgpu.Barrier(num_arrivals=arrivals, num_barriers=tiles.shape[0])
+        for arrivals in (readers, copies)
     )
+    return Ring(free, ready, tiles)
 
 
 def release_all(*rings: Ring) -> None:
@@ -144,12 +137,7 @@ def release_all(*rings: Ring) -> None:
 
 
 def await_readers(step: Any, *rings: Ring) -> None:
-    """Wait until all tiles are free: no barrier may end with arrivals that nobody waited for.
-
-    Args:
-        step: Number of tiles that were filled.
-        rings: The rings.
-    """
+    """Wait, behind `step` blocks, for all readers: no barrier may end with arrivals unseen."""
     for n in range(rings[0].tiles.shape[0]):
         for each in rings:
             plgpu.barrier_wait(each.free.at[each.slot(step + n)])
@@ -181,7 +169,7 @@ def add_logits(logits_ref: Any, query: Any, keys: Any, staging: Staging | None) 
 def logits(
     query: Any, keys: Any, staging: Staging | None, meanwhile: Callable[[], None] = lambda: None
 ) -> jax.Array:
-    """Query @ keysᵀ, with something done while it is computed."""
+    """Multiply query @ keysᵀ, and do something else meanwhile."""
 
     def multiply(logits_ref):
         add_logits(logits_ref, query, keys, staging)
@@ -192,7 +180,7 @@ def logits(
 
 
 def empty_accumulator(head_dim: int, interpret: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """An empty accumulator, and the maximum and the sum of the weights of each of its rows."""
+    """Make an accumulator of zeros, and each row's maximum logit and sum of weights so far."""
     return (
         full((ROWS, head_dim), 0.0, plgpu.Layout.WGMMA, interpret),
         full((ROWS,), FLOOR, ROW, interpret),
@@ -203,21 +191,14 @@ def empty_accumulator(head_dim: int, interpret: Any) -> tuple[jax.Array, jax.Arr
 def online_softmax(
     logits: jax.Array, row_max: jax.Array, factor: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Weights under the new running maximum, what rescales older sums, and that maximum."""
+    """Compute weights under the new running maximum, the factor of older sums, and the maximum."""
     new_max = jnp.maximum(row_max, logits.max(axis=1) * factor)
     weights = jnp.exp2(logits * factor - by_row(new_max, logits.shape))
     return weights, jnp.exp2(row_max - new_max), new_max
 
 
 def product(weights: jax.Array, values: Any, acc: jax.Array, staging: Staging | None) -> jax.Array:
-    """Add weights @ values to an accumulator.
-
-    Args:
-        weights: In registers, 16 bits wide.
-        values: A reference to shared memory.
-        acc: float32.
-        staging: None on a GPU.
-    """
+    """Add weights (16 bits, in registers) @ values (in shared memory) to a float32 accumulator."""
 
     def multiply(acc_ref):
         if staging is None:
@@ -236,11 +217,11 @@ def product(weights: jax.Array, values: Any, acc: jax.Array, staging: Staging | 
 def blanked_values(
     value: jax.Array, masks: tuple[BandMask, ...], text_length: jax.Array | None, block_kv: int
 ) -> tuple[tuple[int, int], jax.Array]:
-    """The blocks of values that may hold padding, with it blanked: 0 · NaN would be NaN.
+    """Copy the few blocks of values that may hold padding, with it blanked: 0 · NaN would be NaN.
 
     Returns:
-        The number of the first such block and behind the last (equal: there are none), and the
-        blocks. Copying these few spares a copy of all values.
+        Numbers of the first such block and of the one behind the last (equal: there are none), and
+        the blocks.
     """
     if text_length is None:
         return (0, 0), value
@@ -284,17 +265,17 @@ def fetch_block(
     block: Any,
     head: Any,
 ) -> None:
-    """Start to copy a block of keys or values.
+    """Start to copy a block of keys or values to a slot of a ring.
 
     Args:
-        source: [batch, tokens, heads, head_dim] in global memory.
-        ring: The ring to fill.
-        slot: Which of its tiles.
-        patches: Numbers of blocks, first and behind the last, and what to take in their place. The
-            first that has a block counts.
-        batch: Which entry.
-        block: Which block.
-        head: Which head.
+        source: Keys or values in global memory, [batch, tokens, heads, head_dim].
+        ring: Ring to fill.
+        slot: Number of the tile.
+        patches: First block and the one behind the last, and the blocks to take in their place;
+            the first patch that has a block counts.
+        batch: Batch entry.
+        block: Number of the block.
+        head: Number of the head.
     """
     block_kv = ring.tiles.shape[1]
 

@@ -1,4 +1,4 @@
-"""The outputs of a few sampled rows under up to three masks, on Hopper: one read of K and V.
+"""Outputs of a few sampled rows under up to three masks, on Hopper: one read of K and V.
 
 A thread block takes a stretch of the keys of one head. One warpgroup fetches them, and each mask
 has a warpgroup of its own, which multiplies and weighs 64 rows. The stretches are joined outside.
@@ -34,7 +34,7 @@ def sampled_attention(
     scale: float,
     interpret: Any = None,
 ) -> Float[Array, "masks batch heads rows head_dim"]:
-    """Exact outputs of the given rows, once per mask; see `svg_jax.kernels.sampled_rows`."""
+    """Attend with the given rows, once per mask; see `svg_jax.kernels.sampled_rows`."""
     batch, num_rows, heads, head_dim = query.shape
     num_tokens = key.shape[1]
     query = mgpu.pad_tokens(mgpu.pad_head_dim(query), mgpu.ROWS)
@@ -115,11 +115,11 @@ def _places(
     key_positions: Int[Array, "masks tokens"],
     text_length: Int[Array, " batch"] | None,
 ) -> tuple[Float[Array, "masks batch 2 rows"], Float[Array, "masks batch tokens"]]:
-    """Masks as one comparison: a row keeps a key unless |row − key| ≥ reach.
+    """Turn the masks into one comparison: a row keeps a key unless |row − key| ≥ reach.
 
-    What no distance decides is in the numbers: a key that is always kept stands at NaN, for which
-    no comparison holds, padding at infinity, and the reach of a row of text is infinite. It is
-    written for all masks at once, since many small programs would take longer than the kernel.
+    A key that is always kept stands at NaN, for which no comparison holds, padding at infinity, and
+    the reach of a row of text is infinite. All masks are turned at once, since many small programs
+    would take longer than the kernel.
 
     Returns:
         Place and reach of each row, and the place of each key. Integers up to 2²⁴ are exact.
@@ -202,20 +202,11 @@ def _body(
     @pl.when(warpgroup < num_masks)
     def _consume():
         mgpu.release_all(k_ring, v_ring)
-        my_staging = jax.tree.map(lambda ref: ref.at[warpgroup], staging)
         plgpu.barrier_wait(q_ready)
-        acc, row_max, row_sum = _visit(
-            q_smem,
-            k_ring,
-            v_ring,
-            row_smem,
-            key_smem,
-            my_staging,
-            mask=warpgroup,
-            count=count,
-            factor=factor,
-            interpret=interpret,
-        )
+        memory = (q_smem, k_ring, v_ring, row_smem, key_smem)
+        my_staging = jax.tree.map(lambda ref: ref.at[warpgroup], staging)
+        of_mask = {"mask": warpgroup, "count": count, "factor": factor, "interpret": interpret}
+        acc, row_max, row_sum = _visit(*memory, my_staging, **of_mask)
         out_smem[warpgroup] = acc
         sum_smem[warpgroup, 0] = row_max
         sum_smem[warpgroup, 1] = row_sum
@@ -227,35 +218,11 @@ def _body(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _visit(
-    queries,
-    k_ring: mgpu.Ring,
-    v_ring: mgpu.Ring,
-    row_smem,
-    key_smem,
-    staging,
-    *,
-    mask,
-    count,
-    factor: float,
-    interpret: Any,
-):
-    """Attend to the blocks of a stretch under one mask.
-
-    Args:
-        queries: Queries in shared memory, [rows, head_dim].
-        k_ring: Keys.
-        v_ring: Values.
-        row_smem: Place and reach of each row, [masks, 2, rows]; see `_places`.
-        key_smem: Places of each tile's keys, [stages, masks, keys].
-        staging: Shared memory of the interpreter; None on a GPU.
-        mask: Number of the mask.
-        count: Number of blocks.
-        factor: Factor of the logits, for powers of two.
-        interpret: Parameters of the interpreter, or None.
+def _visit(q_smem, k_ring, v_ring, row_smem, key_smem, staging, *, mask, count, factor, interpret):
+    """Attend to the blocks of a stretch under one mask, whose lines `_places` describes.
 
     Returns:
-        The weighed sum of values, and of each row the largest logit and the sum of the weights.
+        The weighted sum of values, and of each row the largest logit and the sum of the weights.
     """
     block_kv = k_ring.tiles.shape[1]
     shape = (mgpu.ROWS, block_kv)
@@ -274,16 +241,16 @@ def _visit(
         plgpu.barrier_wait(k_ring.ready.at[slot])
         # Fetched before the product, a line is there behind it; one of 128 keys would spill.
         early = dropped(slot) if block_kv <= 64 else None
-        logits = mgpu.logits(queries, k_ring.tiles.at[slot], staging)
+        logits = mgpu.logits(q_smem, k_ring.tiles.at[slot], staging)
         logits = jnp.where(dropped(slot) if early is None else early, mgpu.MASKED, logits)
         plgpu.barrier_arrive(k_ring.free.at[slot])
         weights, rescale, row_max = mgpu.online_softmax(logits, row_max, factor)
         acc *= mgpu.by_row(rescale, acc.shape)
         row_sum = row_sum * rescale + weights.sum(axis=1)
         plgpu.barrier_wait(v_ring.ready.at[slot])
-        acc = mgpu.product(weights.astype(queries.dtype), v_ring.tiles.at[slot], acc, staging)
+        acc = mgpu.product(weights.astype(q_smem.dtype), v_ring.tiles.at[slot], acc, staging)
         plgpu.barrier_arrive(v_ring.free.at[slot])
         return acc, row_max, row_sum
 
-    start = mgpu.empty_accumulator(queries.shape[1], interpret)
+    start = mgpu.empty_accumulator(q_smem.shape[1], interpret)
     return lax.fori_loop(0, count, visit, start)

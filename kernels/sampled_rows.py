@@ -31,7 +31,7 @@ def sampled_attention(
     block_kv: int = 4096,
     implementation: Literal["mosaic_gpu", "xla"] | None = None,
 ) -> Float[Array, "masks batch heads rows head_dim"]:
-    """Exact outputs of the given rows, once per mask, by online softmaxes over blocks of keys.
+    """Attend with the given rows, exactly, once per mask, by online softmaxes over blocks of keys.
 
     Under mask m row r of entry b keeps key j if and only if `masks[m].keep(query_positions[m, b,
     r], key_positions[m, j], text_length[b])`. Memory is linear in rows and `block_kv`: no rows ×
@@ -42,8 +42,8 @@ def sampled_attention(
         key: All keys.
         value: All values.
         masks: The masks.
-        query_positions: Where each row stands in the order that each mask speaks of, int32.
-        key_positions: Likewise the keys.
+        query_positions: Position of each row in the order of tokens of each mask, int32.
+        key_positions: Position of each key in the order of tokens of each mask, int32.
         text_length: Real text tokens of each entry, int32; None means that all text is real.
         scale: Factor of the scores; 1/√head_dim if None.
         block_kv: Most keys in a block, of the portable implementation.

@@ -82,9 +82,6 @@ def vary_like(x: Shaped[Array, "..."], like: Shaped[Array, "..."]) -> Shaped[Arr
 
     A loop's carry that starts from a constant needs it, and what Pallas returns.
     """
-    axes = _varying_axes(like) - _varying_axes(x)
+    of_x, of_like = (jax.typeof(array).manual_axis_type.varying for array in (x, like))
+    axes = of_like - of_x
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
-
-
-def _varying_axes(x: Array) -> frozenset:
-    return jax.typeof(x).manual_axis_type.varying

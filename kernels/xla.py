@@ -41,10 +41,10 @@ def block_sparse_attention(
     query: Float[Array, "batch tokens heads head_dim"],
     key: Float[Array, "batch tokens heads head_dim"],
     value: Float[Array, "batch tokens heads head_dim"],
-    *,
-    masks: tuple[BandMask, ...],
     mask_of_head: Int[Array, "batch heads"] | None,
     text_length: Int[Array, " batch"] | None,
+    *,
+    masks: tuple[BandMask, ...],
     scale: float,
     block_rows: int = BLOCK_ROWS,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], Float[Array, "batch heads tokens"]]:
@@ -54,9 +54,9 @@ def block_sparse_attention(
         query: Queries.
         key: Keys.
         value: Values.
-        masks: The masks.
-        mask_of_head: Which mask each head runs; None means the first.
-        text_length: Real text tokens; None means all.
+        mask_of_head: Number of each head's mask; None means the first.
+        text_length: Real text tokens of each batch entry; None means all.
+        masks: Masks to choose from.
         scale: Factor of the logits, positive.
         block_rows: Query rows in a block.
     """
@@ -79,9 +79,9 @@ def block_list_attention(
     query: Float[Array, "batch tokens heads head_dim"],
     key: Float[Array, "batch tokens heads head_dim"],
     value: Float[Array, "batch tokens heads head_dim"],
-    *,
     counts: Int[Array, "batch heads q_blocks"],
     blocks: Int[Array, "batch heads q_blocks most"],
+    *,
     scale: float,
     block: int = 128,
 ) -> tuple[Float[Array, "batch tokens heads head_dim"], Float[Array, "batch heads tokens"]]:
@@ -286,7 +286,8 @@ def _window_bias(
     """
     row = window.first_row + index * window.block_rows
     row += jnp.arange(window.block_rows, dtype=jnp.int32)
-    in_band = jnp.arange(-_front(mask), window.num_keys, dtype=jnp.int32)
+    in_front = mask.text_tokens + mask.video_sink_tokens  # keys that every row keeps
+    in_band = jnp.arange(-in_front, window.num_keys, dtype=jnp.int32)
     place = window.first_key + index * window.key_step + in_band
     reach = jnp.where(in_band < 0, jnp.inf, mask.band_width - 0.5)
     if text_length is not None:
@@ -297,11 +298,6 @@ def _window_bias(
     row, place, reach = (4 * x.astype(dtype) for x in (row, place, reach))
     excess = jnp.minimum(reach[None] - jnp.abs(row[:, None] - place[None]), 0.0)
     return excess * jnp.finfo(dtype).max
-
-
-def _front(mask: BandMask) -> int:
-    """Keys before the band that every row keeps."""
-    return mask.text_tokens + mask.video_sink_tokens
 
 
 def _bias(keep: Bool[Array, "#rows keys"], dtype) -> Float[Array, "#rows keys"]:

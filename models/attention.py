@@ -1,5 +1,6 @@
 """The attention that a model is given: its signature, and a dense default."""
 
+import math
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -150,7 +151,8 @@ def cross_attention(
     """
     checks.check_arrays(query, key, value)
     checks.check_integers("key_length", key_length, query.shape[:1], "[batch]")
-    return kernels.dense_attention(query, key, value, key_value_seq_lengths=key_length)
+    scale = 1 / math.sqrt(query.shape[-1])
+    return kernels.dense_attention(query, key, value, key_value_seq_lengths=key_length, scale=scale)
 
 
 def frame_causal_attention(

@@ -138,15 +138,9 @@ def _sparse_attention(
             errors=jnp.zeros((batch, heads, 2), jnp.float32),
             density=jnp.ones((), jnp.float32),
         )
-        out, _ = attend_dense(
-            query,
-            key,
-            value,
-            layout=layout,
-            text_length=text_length,
-            implementation=_dense_implementation(implementation),
-        )
-        return out, info
+        video = {"layout": layout, "text_length": text_length}
+        kernel = None if implementation == "mosaic_gpu" else implementation  # cuDNN is faster
+        return attend_dense(query, key, value, implementation=kernel, **video)[0], info
     warn_of_lost_sparsity(layout, config)
     mask = sparse_mask(layout, config)
     implementation = kernels.pick_implementation(implementation, query.shape[-1], query.dtype)
@@ -215,6 +209,8 @@ def _attend_sparse(
     dense_layers: int,
     implementation: kernels.Implementation | None,
 ) -> Attend:
+    dense_kernel = None if implementation == "mosaic_gpu" else implementation  # cuDNN is faster
+
     def dense(query, key, value, **video):
         batch, _, heads, _ = query.shape
         info = SparseAttentionInfo(
@@ -222,9 +218,7 @@ def _attend_sparse(
             errors=jnp.full((batch, heads, 2), jnp.nan, jnp.float32),
             density=jnp.ones((), jnp.float32),
         )
-        kernel = _dense_implementation(implementation)
-        out, _ = attend_dense(query, key, value, implementation=kernel, **video)
-        return out, info
+        return attend_dense(query, key, value, implementation=dense_kernel, **video)[0], info
 
     def attend(query, key, value, *, layout, text_length, layer, step_state) -> Any:
         check_arguments(query, key, value, layout, text_length)
@@ -276,8 +270,3 @@ def _attend_sparse(
         )
 
     return attend
-
-
-def _dense_implementation(implementation: kernels.Implementation | None):
-    """The kernel of dense attention: "mosaic_gpu" asks for the sparse one, dense has a better."""
-    return None if implementation == "mosaic_gpu" else implementation
