@@ -1,4 +1,4 @@
-"""Checkpoints in and out: a pipeline folder in diffusers' layout to an orbax one, and back."""
+"""Convert pipelines in diffusers' layout into orbax checkpoints, load them, and export them."""
 
 if __name__ != "svg_jax.convert":
     raise ImportError(
@@ -74,7 +74,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: the rules need neither flax nor orbax."""
+    """Import a name when it is used: the rules need neither flax nor orbax."""
     for module, names in _HOME.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)

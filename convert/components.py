@@ -1,4 +1,4 @@
-"""What a pipeline folder is made of, and which of its components are ported."""
+"""Read what a pipeline folder is made of, and match its components to the ported models."""
 
 import json
 import re
@@ -13,51 +13,50 @@ from svg_jax.convert.formats.show import show, show_some
 from svg_jax.convert.tables.registry import BUFFERS, MODEL_CLASSES, PIPELINES
 from svg_jax.convert.tables.rules import Leaf, Rule, match_rules
 
-COPIED = ("scheduler", "tokenizer", "tokenizer_2", "image_processor")  # small, carried as they are
-# Keys of a config.json that tell which model it is of, and what its weights are stored in.
+COPIED = ("scheduler", "tokenizer", "tokenizer_2", "image_processor")  # small, copied as they are
+# Keys of a config.json that name its model and the dtype of its weights.
 _NAMES = frozenset({"_class_name", "_diffusers_version", "architectures", "model_type"})
 _NAMES |= {"dtype", "torch_dtype"}
-_LONGEST = 100  # characters of a component's or a class's name
+_LONGEST = 100  # characters of the name of a component or a class
 
 Stored = TypeVar("Stored")
 
 
 @dataclass(frozen=True)
 class PipelineIndex:
-    """What model_index.json says.
+    """The content of model_index.json.
 
     Attributes:
-        pipeline: The pipeline's class; None of a component without one.
-        classes: Class of each component that is there; null ones are left out.
+        pipeline: Class of the pipeline; None for a component alone.
+        classes: Class of each component that is not null, by name.
     """
 
     pipeline: str | None
     classes: Mapping[str, str]
 
     def text(self, **settings: Any) -> str:
-        """The model_index.json that says it, and a pipeline's settings."""
-        entries = {name: [_library(name, of), of] for name, of in self.classes.items()}
-        return json.dumps({"_class_name": self.pipeline, **settings, **entries}, indent=2) + "\n"
-
-
-def _library(component: str, class_name: str) -> str:
-    if class_name in MODEL_CLASSES:
-        return MODEL_CLASSES[class_name].library
-    return "diffusers" if component == "scheduler" else "transformers"
+        """Return the text of model_index.json, with these settings of the pipeline."""
+        values = {"_class_name": self.pipeline, **settings}
+        for name, class_name in self.classes.items():
+            library = "diffusers" if name == "scheduler" else "transformers"
+            if class_name in MODEL_CLASSES:
+                library = MODEL_CLASSES[class_name].library
+            values[name] = [library, class_name]
+        return json.dumps(values, indent=2) + "\n"
 
 
 def read_pipeline_index(folder: Path) -> PipelineIndex:
-    """Reads model_index.json.
+    """Read model_index.json.
 
     Raises:
-        ConversionError: If it is missing or damaged, or the pipeline is not one that is supported.
+        ConversionError: If it is missing or damaged, or the pipeline is not supported.
     """
     file = folder / "model_index.json"
     if not file.is_file():
         what = "holds no model_index.json" if folder.is_dir() else "is no folder"
         raise ConversionError(f"{folder}: {what}: give a pipeline's folder in diffusers' layout.")
     values = read_json(file)
-    pipeline = values.get("_class_name", "")  # null is what a component converted alone has
+    pipeline = values.get("_class_name", "")  # null for a component converted alone
     if pipeline not in (*PIPELINES, None):
         raise ConversionError(
             f"{file}: the pipeline is '{show(pipeline)}' and only {', '.join(PIPELINES)} are "
@@ -85,15 +84,15 @@ def read_pipeline_index(folder: Path) -> PipelineIndex:
 def select_components(
     index: PipelineIndex, components: Collection[str] | None, where: Path
 ) -> tuple[str, ...]:
-    """The components to convert, sorted.
+    """Return the names of the components to convert, sorted.
 
     Args:
-        index: What there is.
-        components: What was asked for; None asks for everything.
-        where: The source, for errors.
+        index: Components of the source.
+        components: Names of those that are asked for; None asks for all.
+        where: Path of the source, for errors.
 
     Raises:
-        ConversionError: If a component was asked for that is not there or not ported yet.
+        ConversionError: If one of them is missing or not ported yet.
     """
     there = sorted(index.classes.keys() - set(COPIED))
     ported = [name for name in there if index.classes[name] in MODEL_CLASSES]
@@ -114,43 +113,35 @@ def select_components(
 
 
 def named_class(config: Mapping[str, Any]) -> str | None:
-    """The class that a config.json is of: diffusers says it, transformers in a list."""
+    """Return the class that a config.json names: diffusers as a string, transformers in a list."""
     found = config.get("_class_name") or config.get("architectures")
     return str(found[0] if isinstance(found, list) else found) if found else None
 
 
 def passed_over(class_name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Name the keys of a config.json that say nothing about what the model computes."""
+    """List the keys of a config.json that do not affect what the model computes."""
     if class_name not in MODEL_CLASSES:
         return ()
     fields = MODEL_CLASSES[class_name].read_config(config).to_dict().keys()
     return tuple(sorted(config.keys() - fields - _NAMES))
 
 
-def component_leaves(
-    folder: Path, class_name: str, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[Leaf, ...]:
-    """Match a component's tensors to the leaves that its config.json asks for.
-
-    Raises:
-        ConversionError: If the config is not the model's, or the tensors do not fit it.
-    """
-    return match_component(folder, class_name, read_component_config(folder, class_name), shapes)
-
-
 def match_component(
     folder: Path, class_name: str, config: Any, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Leaf, ...]:
-    """Match a component's tensors to the leaves that its config asks for.
+    """Match the tensors that a model needs to the leaves that its config asks for.
 
-    Tensors that the model does not use are in no leaf.
+    Args:
+        folder: Folder of the component, for errors.
+        class_name: Class of the component.
+        config: Config of that class.
+        shapes: Shape of each tensor, by name.
 
     Raises:
         ConversionError: If the tensors do not fit the config.
     """
-    model = MODEL_CLASSES[class_name]
-    rules = model.rules(config)
-    used, _ = split_unused(shapes, rules, model.unused, folder)
+    rules, unused = MODEL_CLASSES[class_name].rules(config), MODEL_CLASSES[class_name].unused
+    used, _ = split_unused(shapes, rules, unused, folder)
     return match_rules(used, rules, where=str(folder))
 
 
@@ -160,24 +151,24 @@ def split_unused(
     unused: re.Pattern[str] | None,
     where: Path,
 ) -> tuple[dict[str, Stored], tuple[str, ...]]:
-    """Part tensors from those that nothing needs: the model's `unused`, and buffers of any model.
+    """Separate the tensors that a model needs from its unused ones and from buffers.
 
-    What a rule asks for is needed, whatever it is called.
+    A tensor that a rule asks for is needed, whatever its name.
 
     Args:
-        tensors: The tensors, or their shapes, by name.
-        rules: The model's table.
-        unused: Names that the model does without.
-        where: What is being read, for the error.
+        tensors: Tensors, or their shapes, by name.
+        rules: Table of the model.
+        unused: Pattern of the names that the model does not need.
+        where: Path that is being read, for the error.
 
     Returns:
-        The tensors that are left, and the names of the others.
+        The tensors that are needed, and the names of the others.
 
     Raises:
         ConversionError: If there are fewer tensors than layers.
     """
     layers = max(rule.layers or 0 for rule in rules)
-    if layers > len(tensors):  # else listing what is missing could take for ever
+    if layers > len(tensors):  # else listing what is missing could take forever
         raise ConversionError(
             f"{where}: the tensors do not fit the config: it has {layers} layers and there are "
             f"only {len(tensors)} tensors. Check that config.json belongs to these weights."
@@ -192,7 +183,7 @@ def split_unused(
 
 
 def rule_names(rules: Sequence[Rule], layers: int | None = None) -> Iterator[str]:
-    """Yield all names that rules ask for; of `layers` layers at most, if that is given."""
+    """Yield all names that rules ask for, of at most `layers` layers if that is given."""
     for rule in rules:
         count = rule.layers or 1
         for layer in range(count if layers is None else min(count, layers)):
@@ -200,7 +191,7 @@ def rule_names(rules: Sequence[Rule], layers: int | None = None) -> Iterator[str
 
 
 def read_component_config(folder: Path, class_name: str) -> Any:
-    """The config of a component, checked against its class.
+    """Read the config of a component and check it against its class.
 
     Raises:
         ConversionError: If config.json is missing, damaged, or not of this class.

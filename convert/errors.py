@@ -1,22 +1,23 @@
-"""What ends a conversion, or the use of what was converted."""
+"""Errors that end a conversion, or the use of a converted folder."""
 
 
 class ConversionError(ValueError):
-    """A checkpoint cannot be converted, or is not what it says: what, where, and what to do.
+    """A checkpoint cannot be converted or used. The message says what is wrong, where, what to do.
 
-    `exit_code` is what the command line ends with.
+    Attributes:
+        exit_code: Exit code of the command line.
     """
 
     exit_code = 2
 
 
 class RefusedError(ConversionError):
-    """The system does not let it be done: no room, no right, another run is at work."""
+    """The system refuses: the disk is full, permissions are missing, another run is at work."""
 
     exit_code = 3
 
 
 class DamageError(ConversionError):
-    """A converted folder does not hold what was converted."""
+    """A converted folder is not as it was converted."""
 
     exit_code = 4

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and only files."""
+"""Write files whole or not at all, and open only regular ones."""
 
 import errno
 import os
@@ -9,19 +9,19 @@ from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
-_PROBE = bytes(4096)  # a full disk still makes empty files
+_PROBE = bytes(4096)  # not empty, since even a full disk takes empty files
 
 
 @contextmanager
 def written_atomically(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` (same suffix) to write to, and rename it at the end.
+    """Give a temporary path beside `path`, with its suffix, and rename it to `path` at the end.
 
-    If the block fails or is interrupted, nothing is left and an older file stays as it was.
+    If the block fails or is interrupted, nothing is left, and an older file stays as it was.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
         IsADirectoryError: If `path` is a folder.
-        OSError: If it cannot be written; names `path`, not the temporary file.
+        OSError: If it cannot be written; the error names `path`, not the temporary file.
     """
     path = Path(path)
     _check_place(path)
@@ -29,7 +29,7 @@ def written_atomically(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:  # a full disk is found by a stream that knows no name
+    except OSError as error:  # of a full disk, which names no file
         if error.filename and temporary.name not in str(error.filename):
             raise
         reason = error.strerror or str(error)
@@ -39,13 +39,13 @@ def written_atomically(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Check that a file can be written, by doing so beside it: before the work, not after.
+    """Check before long work that a file can be written, by writing another one beside it.
 
     Raises:
-        FileNotFoundError: If there is no folder to write it into.
+        FileNotFoundError: If its folder does not exist.
         IsADirectoryError: If it is a folder itself.
-        ValueError: If it is a device or a pipe, or its name is none that a file can have.
-        OSError: If the system refuses: a right, a read-only or a full disk.
+        ValueError: If it is a device or a pipe, or no file can have its name.
+        OSError: If the system refuses: permissions, a read-only or a full disk.
     """
     path = Path(path)
     try:
@@ -70,18 +70,18 @@ def check_writable(path: str | Path) -> None:
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """Open a file for reading, if it is one: a pipe could wait and a device give for ever.
+    """Open a regular file for reading: a pipe could block, and a device never end.
 
     Raises:
-        ValueError: If it is a folder, a pipe or a device, or its name is none that a file can have.
-        OSError: If it is not there, or cannot be read.
+        ValueError: If it is a folder, a pipe or a device, or no file can have its name.
+        OSError: If it does not exist or cannot be read.
     """
     try:
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except ValueError as error:  # a zero byte
         raise ValueError(f"{str(path)!r} is no name of a file") from error
     except OSError as error:
-        # A socket cannot be opened, nor a device without its hardware.
+        # Sockets cannot be opened, and neither can devices without their hardware.
         with suppress(OSError):
             _check_regular(path, os.stat(path).st_mode)
         raise error
@@ -94,7 +94,7 @@ def open_regular(path: str | Path) -> BufferedReader:
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Remove the temporary files of processes that were killed while they wrote `path`."""
+    """Remove temporary files that were left by processes killed while they wrote `path`."""
     path = Path(path)
     name = re.compile(rf"\.{re.escape(path.stem)}\.(\d{{1,9}}){re.escape(path.suffix)}")
     for other in path.parent.iterdir():
@@ -121,7 +121,7 @@ def _check_place(path: Path) -> None:
 
 
 def _check_replaceable(path: Path) -> None:
-    """In a folder such as /tmp only its owner and a file's may replace the file."""
+    """Check the owners: in a folder such as /tmp, only a file's and the folder's may replace it."""
     folder = path.parent.stat()
     if not (folder.st_mode & stat.S_ISVTX and hasattr(os, "geteuid") and os.path.lexists(path)):
         return
@@ -142,6 +142,6 @@ def _is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # it belongs to another user
+        pass
     return True

@@ -1,4 +1,4 @@
-"""Paths as callers give them, made whole once: below the result nothing is normalised again."""
+"""Check and normalise paths from callers, once: code below takes them as they are."""
 
 import os
 from pathlib import Path
@@ -10,11 +10,10 @@ _LONGEST_NAME = 255  # bytes, of each part
 
 
 def usable_path(path: str | os.PathLike[str]) -> Path:
-    """Take a path as it is, but for `~`, which is the home.
+    """Check a path and replace `~` by the home folder.
 
     Raises:
-        ConversionError: If it is empty, or its bytes are not those of its text in UTF-8, which is
-            what tensorstore writes.
+        ConversionError: If it is empty, too long, or not encoded as UTF-8, which tensorstore needs.
     """
     text = os.fspath(path)
     try:
@@ -32,24 +31,24 @@ def usable_path(path: str | os.PathLike[str]) -> Path:
         raise ConversionError(f"{text!a:.100}…: is too long for a path.")
     try:
         return Path(text).expanduser()
-    except RuntimeError:  # no such user, so that it is a name like any other
+    except RuntimeError:  # no such user: "~name" is an ordinary name
         return Path(text)
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:
-    """Where a path leads: absolute, and without links and `..`, which mean what the kernel means.
+    """Make a path absolute and resolve links and `..`, as the kernel does.
 
     Raises:
-        ConversionError: See `usable_path`.
+        ConversionError: If it is no usable path; see `usable_path`.
     """
     return Path(os.path.realpath(usable_path(path)))
 
 
 def real_place(path: str | os.PathLike[str]) -> Path:
-    """Where something by this name is or will be: as `real_path`, but a link itself is the place.
+    """Make a path absolute like `real_path`, but do not follow it if it is a link itself.
 
     Raises:
-        ConversionError: See `usable_path`.
+        ConversionError: If it is no usable path; see `usable_path`.
     """
     named = usable_path(path)
     return real_path(named) if named.name in ("", "..") else real_path(named.parent) / named.name

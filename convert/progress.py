@@ -1,4 +1,4 @@
-"""How far long work has come, and what ends it early."""
+"""Progress of long work, and its early end."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,11 @@ Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is 
 
 
 class Terminated(KeyboardInterrupt):
-    """The process is told to end: what a conversion has finished is kept for the next run."""
+    """The process was told to end. A conversion keeps finished components for the next run."""
 
 
 def count_bytes(total: int, progress: Progress | None) -> Callable[[int, str], None]:
-    """Makes a function (bytes, what) that adds up the bytes and tells `progress`."""
+    """Make a function of (bytes, what) that adds up the bytes and calls `progress`."""
     done = 0
 
     def advance(nbytes: int, what: str) -> None:

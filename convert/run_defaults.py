@@ -1,7 +1,7 @@
-"""The file by which a model's folder may say how the model is best run: svg_jax.json.
+"""svg_jax.json: a model folder's own defaults for running the model.
 
-All of its keys are optional; what it leaves out is the family's own. It is carried over when the
-folder is converted or exported.
+All keys are optional; others keep the default of the family. The file is copied when the folder is
+converted or exported.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from svg_jax.convert.formats.json_file import read_json_if_any
 from svg_jax.convert.formats.values import Number, Rule, Shares, sentence_of, shown
 
 FILE = "svg_jax.json"
-_LONGEST = 300  # characters of what is wrong
+_LONGEST = 300  # characters of the problems in an error
 RULES: Mapping[str, Rule] = {
     "num_inference_steps": Number(1, 1000, whole=True),
     "guidance_scale": Number(0, 1000),
@@ -26,22 +26,22 @@ RULES: Mapping[str, Rule] = {
     "fps": Number(0.01, 1000),
     "enlarge": Number(1, 64, whole=True),
 }
-"""What the values of each key must be; those of a run's settings of the same name, too."""
+"""Rules for the values of each key, which are also those of the run settings of that name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunDefaults:
-    """What a model's folder says of a run; None where it says nothing.
+    """The content of svg_jax.json; None for keys that it leaves out.
 
     Attributes:
-        num_inference_steps: Denoising steps.
+        num_inference_steps: Number of denoising steps.
         guidance_scale: Strength of guidance.
-        guidance_interval: The first and the last share of the steps that guidance is paid for.
-        density: Kept share of attention.
-        dense_steps: Share of the steps, from the first on, that stay dense.
-        dense_layers: Share of the layers, from the first on, that stay dense.
+        guidance_interval: Start and end of the guided steps, as shares of all steps.
+        density: Share of attention that is computed.
+        dense_steps: Share of the steps, from the first, that stay dense.
+        dense_layers: Share of the layers, from the first, that stay dense.
         fps: Frames per second of the video.
-        enlarge: Pixels to show each pixel as, each way.
+        enlarge: Factor by which the video's width and height are enlarged.
     """
 
     num_inference_steps: int | None = None
@@ -53,54 +53,38 @@ class RunDefaults:
     fps: float | int | None = None
     enlarge: int | None = None
 
-    @classmethod
-    def from_dict(cls, entries: Mapping[str, Any]) -> "RunDefaults":
-        """Read the dict of svg_jax.json.
-
-        Raises:
-            ValueError: At unknown keys and at values without meaning; names all of them.
-        """
-        problems = []
-        if unknown := sorted(entries.keys() - RULES.keys()):
-            problems.append(f"there is no {shown(', '.join(unknown))}")
-        for key, rule in RULES.items():
-            if key in entries and (problem := rule.problem(entries[key])) is not None:
-                problems.append(f"{key} {problem}")
-        if problems:
-            raise ValueError(sentence_of(problems, _LONGEST))
-        values = dict(entries)
-        if "guidance_interval" in values:
-            start, end = values["guidance_interval"]
-            values["guidance_interval"] = start, end
-        return cls(**values)
-
     @property
     def sparsity(self) -> dict[str, float | int]:
-        """What it says of a `SparsityConfig`."""
+        """Fields of `SparsityConfig` that it gives."""
         return {} if self.density is None else {"density": self.density}
 
     @property
     def warmup(self) -> dict[str, float | int]:
-        """What it says of a `Warmup`."""
+        """Fields of `Warmup` that it gives."""
         fields = {"steps": self.dense_steps, "layers": self.dense_layers}
         return {name: value for name, value in fields.items() if value is not None}
 
     def given(self) -> dict[str, Any]:
-        """What it says, without what it leaves out."""
+        """Return the keys that are not left out, with their values."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if value is not None}
 
 
 def read_run_defaults(folder: Path) -> RunDefaults:
-    """The defaults of a model's folder, converted or not; none if it has no such file.
+    """Read the defaults of a model's folder, converted or not; empty ones if it has no such file.
 
     Raises:
-        ConversionError: If the file is damaged, or holds anything that has no meaning.
+        ConversionError: If the file is damaged, or has unknown keys or invalid values; names all.
     """
     file = folder / FILE
-    try:
-        return RunDefaults.from_dict(read_json_if_any(file))
-    except ConversionError:
-        raise
-    except ValueError as error:
-        raise ConversionError(f"{file}: {error}: correct it.") from error
+    values, problems = read_json_if_any(file), []
+    if unknown := sorted(values.keys() - RULES.keys()):
+        problems.append(f"there is no {shown(', '.join(unknown))}")
+    for key, rule in RULES.items():
+        if key in values and (problem := rule.problem(values[key])) is not None:
+            problems.append(f"{key} {problem}")
+    if problems:
+        raise ConversionError(f"{file}: {sentence_of(problems, _LONGEST)}: correct it.")
+    if "guidance_interval" in values:
+        values["guidance_interval"] = tuple(values["guidance_interval"])
+    return RunDefaults(**values)

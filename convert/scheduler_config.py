@@ -1,8 +1,8 @@
-"""What scheduler_config.json may say, and what of that can be sampled here.
+"""Rules for scheduler_config.json: which values are valid, and which can be sampled here.
 
-A value without meaning (a negative beta, a string for a number) is no scheduler's: neither is it
-converted nor loaded. A scheduler that is well-formed and not ported is converted as it is, for
-`export` gives it back, and refused where it is to be sampled.
+A config with invalid values (a negative beta, a string for a number) is neither converted nor
+loaded. A valid one that is not ported is copied, so that `export` can return it, and refused only
+for sampling.
 """
 
 from collections.abc import Collection, Mapping
@@ -32,9 +32,9 @@ class _Key:
     """A key of a scheduler's config.
 
     Attributes:
-        rule: The values that have a meaning.
-        default: diffusers' value where the key is left out.
-        only: The one value that is implemented; `_ANY` if all are, or none has an effect.
+        rule: Rule for valid values.
+        default: Value by diffusers if the key is left out.
+        only: Single value that is implemented; `_ANY` if all are, or the key has no effect.
     """
 
     rule: Rule
@@ -61,7 +61,7 @@ _COGVIDEOX_KEYS = {
     "prediction_type": _Key(Name(), "epsilon", only="v_prediction"),
     "timestep_spacing": _Key(Name(), "leading", only="trailing"),
     "steps_offset": _Key(_COUNT, 0, only=0),
-    # CogVideoX's samplers never read these.
+    # These have no effect.
     "clip_sample": _Key(Flag(), True),
     "clip_sample_range": _Key(_FREE, 1.0),
     "sample_max_value": _Key(_FREE, 1.0),
@@ -76,7 +76,7 @@ _KEYS: Mapping[str, Mapping[str, _Key]] = {
         "invert_sigmas": _OFF,
         "stochastic_sampling": _OFF,
         "shift_terminal": _NULL,
-        # Not read with the values above.
+        # These have no effect with the values above.
         "base_shift": _Key(Maybe(_FREE), 0.5),
         "max_shift": _Key(Maybe(_FREE), 1.15),
         "base_image_seq_len": _Key(Maybe(_COUNT), 256),
@@ -102,7 +102,7 @@ _KEYS: Mapping[str, Mapping[str, _Key]] = {
         "sigma_min": _NULL,
         "sigma_max": _NULL,
         "shift_terminal": _NULL,
-        # Not read with the values above.
+        # These have no effect with the values above.
         "beta_start": _Key(Number(0, 1), 0.0001),
         "beta_end": _Key(Number(0, 1), 0.02),
         "beta_schedule": _Key(Name(), "linear"),
@@ -118,13 +118,13 @@ _KEYS: Mapping[str, Mapping[str, _Key]] = {
 
 @dataclass(frozen=True)
 class SchedulerEntries:
-    """What scheduler_config.json says, checked.
+    """The checked content of scheduler_config.json.
 
     Attributes:
-        class_name: diffusers' class; None if the file names none.
-        values: The values of all of the class's keys.
-        malformed: What has no meaning in any scheduler.
-        unported: What has one and cannot be sampled here.
+        class_name: Class of diffusers; None if the file names none.
+        values: Values of all keys of the class.
+        malformed: Reasons why the config is invalid.
+        unported: Reasons why a valid config cannot be sampled here.
     """
 
     class_name: str | None
@@ -133,24 +133,24 @@ class SchedulerEntries:
     unported: tuple[str, ...]
 
     def check(self) -> None:
-        """ValueError, with all reasons, if it is malformed or cannot be sampled here."""
+        """Raise a ValueError with all reasons if it is invalid or cannot be sampled here."""
         if reasons := (*self.malformed, *self.unported):
             raise ValueError(f"scheduler_config.json {sentence_of(reasons, _LONGEST)}")
 
 
 def classes_of(pipeline: str | None) -> tuple[str, ...]:
-    """The schedulers that a pipeline's class can be sampled with here."""
+    """Return the classes of schedulers that a pipeline can be sampled with here."""
     return COGVIDEOX if (pipeline or "").startswith("CogVideoX") else FLOW
 
 
 def check_scheduler(entries: Mapping[str, Any], classes: Collection[str]) -> SchedulerEntries:
-    """Check what scheduler_config.json says.
+    """Check the content of scheduler_config.json.
 
     Args:
-        entries: The parsed file.
-        classes: The classes that the model can be sampled with.
+        entries: Content of the file.
+        classes: Classes of schedulers that the model can be sampled with.
     """
-    default = COGVIDEOX[0] if COGVIDEOX[0] in classes else None  # what diffusers takes there
+    default = COGVIDEOX[0] if COGVIDEOX[0] in classes else None  # as in diffusers
     name: Any = entries.get("_class_name", default)
     if name is not None and (problem := Name().problem(name)) is not None:
         return SchedulerEntries(None, {}, (f"_class_name {problem}",), ())
@@ -170,7 +170,7 @@ def check_scheduler(entries: Mapping[str, Any], classes: Collection[str]) -> Sch
 
 
 def _malformed(entries: Mapping[str, Any], keys: Mapping[str, _Key]) -> tuple[str, ...]:
-    """What has no meaning by a class's own keys."""
+    """List the invalid values of a class's own keys."""
     found = ((key, of.rule.problem(entries[key])) for key, of in keys.items() if key in entries)
     return tuple(f"sets {key}, which {problem}" for key, problem in found if problem is not None)
 
@@ -180,6 +180,6 @@ def _named(key: str) -> str:
 
 
 def field_problem(field: str, value: Any) -> str | None:
-    """What is wrong with a value of a key that is sampled with; None if nothing."""
+    """Return what is wrong with the value of a key that samplers read; None if nothing."""
     keys = {**_KEYS[FLOW[0]], **_COGVIDEOX_KEYS}
     return keys[field].rule.problem(value)

@@ -1,4 +1,4 @@
-"""What a user asks of a conversion, as one value."""
+"""Settings of a conversion, as one value."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -19,18 +19,19 @@ _LARGEST = float(np.finfo(np.float32).max)
 class LoraSource:
     """A LoRA to merge into the weights.
 
-    W becomes W + scale · alpha / rank · B A in float32, and then has its dtype again, as after
-    diffusers' `fuse_lora`.
+    W becomes W + scale · alpha / rank · B A, computed in float32 and cast back to W's dtype, as
+    diffusers' `fuse_lora` does.
 
     Attributes:
-        path: File of safetensors or torch.save, as any of the trainers in docs/lora.md writes it;
-            a folder with one; or the hub's "owner/name" or "owner/name/file.safetensors".
-        scale: Strength.
-        into: Component that the LoRA means by the transformer. Wan 2.2 has a "transformer_2", for
-            which diffusers has `load_into_transformer_2`.
+        path: File in the format of safetensors or torch.save, by any of the trainers in
+            docs/lora.md; a folder with one; or the hub's "owner/name" or
+            "owner/name/file.safetensors".
+        scale: Strength of the LoRA.
+        into: Component that receives the LoRA's layers of a "transformer", such as Wan 2.2's
+            "transformer_2"; diffusers has `load_into_transformer_2` for that.
 
     Raises:
-        ConversionError: If one of them is not what it must be.
+        ConversionError: If a value has the wrong type, or the scale is not finite.
     """
 
     path: str | Path
@@ -55,15 +56,15 @@ def list_loras(
     lora_scale: float | Sequence[float] = 1.0,
     lora_into: str | Sequence[str] = TRANSFORMER,
 ) -> tuple[LoraSource, ...]:
-    """Make a value of each LoRA from what stands in separate lists.
+    """Combine separate lists of paths, scales and components into a value per LoRA.
 
     Args:
-        lora: Path of a LoRA, or a list of them; None is none.
-        lora_scale: Strength of all, or one for each.
-        lora_into: Component that all of them are for, or one for each.
+        lora: Path of a LoRA, or a list of them; None means no LoRA.
+        lora_scale: Strength of all LoRAs, or one for each.
+        lora_into: Component of all LoRAs, or one for each; see `LoraSource`.
 
     Raises:
-        ConversionError: If the lists do not fit each other; see `LoraSource`.
+        ConversionError: If the lists differ in length, or a value is wrong; see `LoraSource`.
     """
     paths, scales, names = _listed(lora), _listed(lora_scale), _listed(lora_into)
     if not paths and (scales not in ([], [1.0]) or names not in ([], [TRANSFORMER])):
@@ -82,41 +83,42 @@ def list_loras(
 
 
 def _listed(given: Any) -> list[Any]:
-    """Make a list of one thing, or of a list, a tuple or an array of them; None is none."""
-    if isinstance(given, list | tuple | np.ndarray):
-        return list(np.atleast_1d(given)) if isinstance(given, np.ndarray) else list(given)
+    """Make a list of one value, or of a list, a tuple or an array; an empty one of None."""
+    if isinstance(given, np.ndarray):
+        given = list(np.atleast_1d(given))
+    if isinstance(given, list | tuple):
+        return list(given)
     return [] if given is None else [given]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionSettings:
-    """What to convert, how, and to where.
+    """What to convert, how, and where to.
 
     Attributes:
-        source: Folder with model_index.json; or one as Wan-AI released it; or a component's with
-            config.json, or a file of its weights with config.json beside it: the result then has
-            that component alone, under the name of its role ("transformer", "vae", …), and makes no
-            pipeline. Weights are safetensors, one file or shards, or those of an original release,
-            of which config.json only has to say what they do not tell.
-        destination: Folder to be made; None plans a conversion that cannot be written.
-        revision: Branch, tag or commit, where the source is an id of the hub, which
-            `hub.fetch_source` brings here.
-        components: Components to convert, e.g. ("transformer", "text_encoder"); the others are left
-            out and named in the manifest. None takes all and refuses those not ported yet.
-        dtype: float32, float16 or bfloat16 to cast weights to, but those that the model keeps in
-            float32 (Wan's time embedding, modulation and norms; T5's `wo` among float16). None
-            keeps what is stored, tensor by tensor: a component may mix dtypes, the layers of one
-            stacked weight may not.
-        variant: Set of weights to take where a component has several, e.g. "fp16" for
-            `diffusion_pytorch_model.fp16.safetensors`; a component without it gives its only set.
-        weights_key: Which weights are meant where a file holds several, such as a trainer's and
-            their moving average: the key that leads to them, or what stands before their names;
-            "ema", "state_dict.ema". An error names those that there are.
+        source: Folder of a pipeline with model_index.json, or as Wan-AI released it; or folder of a
+            component with config.json, or file of its weights with config.json beside it. A
+            component is converted alone, under the name of its role ("transformer", "vae", …).
+            Weights are safetensors, in one file or in shards, or those of an original release,
+            whose config.json only has to give what the tensors do not tell.
+        destination: Folder to write; None for a plan that is not to be written.
+        revision: Branch, tag or commit of a source that is an id of the hub.
+        components: Names of components to convert, e.g. ("transformer", "text_encoder"); the others
+            are left out and named in the manifest. None converts all and refuses those that are not
+            ported yet.
+        dtype: Dtype to cast weights to (float32, float16 or bfloat16), except those that the model
+            keeps in float32: Wan's time embedding, modulation and norms; T5's `wo` in float16. None
+            keeps each tensor's; the layers of one stacked weight then must not differ.
+        variant: Variant of the weights, e.g. "fp16" for
+            `diffusion_pytorch_model.fp16.safetensors`; components that lack it give the plain ones.
+        weights_key: Key or prefix of the weights to read where a file holds several sets, such as a
+            trainer's weights and their moving average: "ema", "state_dict.ema". An error lists the
+            keys that there are.
         loras: LoRAs to merge into the weights, in this order.
-        strict: Whether parts of a LoRA for layers that the model lacks (the image layers of one for
-            image to video, on text to video) are an error; otherwise they are skipped, and named in
-            the log and the manifest.
-        allow_nonfinite: Whether to take weights that are NaN or infinite, and to count them in the
+        strict: Whether parts of a LoRA whose layers the model lacks (image layers, if the model is
+            text to video) are an error; otherwise they are skipped, and named in the log and the
+            manifest.
+        allow_nonfinite: Whether to accept weights that are NaN or infinite, and count them in the
             manifest; otherwise they are an error.
         overwrite: Whether to replace a checkpoint folder that is at `destination`.
     """

@@ -1,9 +1,9 @@
-"""What is read: the folder of a pipeline, a release or a component, or one file of weights."""
+"""Open a source: the folder of a pipeline, a release or a component, or a file of weights."""
 
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,14 @@ _GIVE = (
 
 @dataclass(frozen=True)
 class ComponentWeights:
-    """What a component's files hold.
+    """The weights and the config of a component.
 
     Attributes:
-        tensors: Its tensors by the names that its class gives them.
-        others: Full names of tensors that are not the component's, or that it does without.
-        original: What they are if they are of an original release.
-        said: Its config.json; None if it has none.
-        config: Its config, of which an original release may tell a part; None of a class that is
-            not ported.
+        tensors: Tensors of the component, by the names that its class gives them.
+        others: Full names of tensors in the same files that it does not need.
+        original: Original release that the tensors are from, if they are.
+        said: The component's config.json, if there is one.
+        config: Config of the component; None if its class is not ported.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -61,14 +60,14 @@ class ComponentWeights:
 
 @dataclass(frozen=True)
 class Source:
-    """Where components are read from.
+    """What components are read from.
 
     Attributes:
-        path: The folder, or the file of weights.
-        index: What model_index.json says; or will say, if the source has none.
-        places: The folder or file that a component is in, if that is not the folder of its name.
-        texts: Files that the source lacks and the result has, by their path in it.
-        files: What was read of it.
+        path: Folder or file of weights.
+        index: Content of model_index.json, made up if the source has none.
+        places: Folder or file of each component that is not in the folder of its name.
+        texts: Texts of files that the source lacks and the converted folder has, by path in it.
+        files: Files that were read so far.
     """
 
     path: Path
@@ -79,20 +78,20 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What the source is called; a link to a file in the hub's cache has the better name."""
+        """Name of the folder or file; that of a link to a file, since the hub's cache hides it."""
         return self.path.resolve().name if self.path.is_dir() else self.path.absolute().name
 
     @cached_property
     def allowed(self) -> tuple[Path, ...]:
-        """Where links may lead."""
+        """Folders that links may lead to."""
         return _allowed(self.path)
 
     def folder(self, component: str) -> Path:
-        """Where a component's config.json is, and its weights but for a file of their own."""
+        """Return the folder of a component's config.json."""
         return folder_of(self._place(component))
 
     def weights_files(self, component: str, variant: str | None) -> list[Path]:
-        """See `reader.weights_files`."""
+        """List the files of weights that a component has; see `weights.weights_files`."""
         place = self._place(component)
         if place != folder_of(place):
             return [place] if variant is None else []
@@ -102,8 +101,7 @@ class Source:
         """Find a component's tensors, under the names that its class gives them.
 
         Raises:
-            ConversionError: If its place is empty; see `weights.read_weights`,
-                `releases.find_original` and `wrappers.choose`.
+            ConversionError: If they are missing or damaged, or do not fit config.json.
         """
         place, class_name = self._place(component), self.index.classes[component]
         if component in self.places and place != self.path:
@@ -124,7 +122,7 @@ class Source:
         stored = attach_scales(drop_layer_wrappers(stored))
         if class_name not in MODEL_CLASSES:
             return ComponentWeights(stored, (), None, said, None)
-        said = said or self.files.json(folder_of(place) / "config.json")  # which says what is wrong
+        said = said or self.files.json(folder_of(place) / "config.json")  # says that it is missing
         config = check_component_config(said, class_name)
         rules = MODEL_CLASSES[class_name].rules(config)
         ours = dict.fromkeys(rule_names(rules, layers=1), True).get
@@ -139,10 +137,10 @@ class Source:
         return ComponentWeights(tensors, others, None, said, config)
 
     def class_of(self, variant: str | None) -> str:
-        """Tell the class of a component alone: its tensors' if they are an original release's.
+        """Recognise the class of a component alone, by its tensors or its config.json.
 
         Raises:
-            ConversionError: If nothing tells it, or it is of a class that is not ported.
+            ConversionError: If neither tells, or the class is not ported.
         """
         folder = folder_of(self.path)
         if variant is None:
@@ -173,37 +171,36 @@ class Source:
     def _stored(
         self, place: Path, variant: str | None
     ) -> tuple[Mapping[str, StoredTensor], JsonFile | None]:
-        """The tensors in a component's files as they are there, and its config.json if any."""
+        """Read a component's tensors under the names in its files, and its config.json if any."""
         folder = folder_of(place)
         config = folder / "config.json"
         check_inside(config, (folder, *self.allowed))
         said = self.files.json(config) if os.path.lexists(config) else None
         allowed = self.allowed
-        if place == self.path == folder:  # a folder of one's own may have its large files elsewhere
+        if place == self.path == folder:  # a user may keep the large files elsewhere
             links = (file for file in folder.glob("*") if is_weights(file) and file.is_symlink())
             allowed = (*allowed, *(Path(os.path.realpath(file)).parent for file in links))
         return self.files.weights(place, allowed, variant), said
 
 
 def _allowed(path: Path) -> tuple[Path, ...]:
-    """Where links may lead: the hub's cache keeps the files of a snapshot in `blobs`."""
+    """List the folders that links may lead to: the hub's cache keeps a snapshot's in `blobs`."""
     folder = folder_of(path)
-    above = folder.resolve().parents[:2]  # of the snapshot, or of a component in it
+    above = folder.resolve().parents[:2]  # the path is a snapshot, or a component in one
     return (folder, *(at.parent / "blobs" for at in above if at.name == "snapshots"))
 
 
 def open_source(path: Path, variant: str | None = None, weights_key: str | None = None) -> Source:
-    """Recognise what a path leads to; a component alone gets the name of its class's role.
+    """Recognise what a path leads to. A component alone is named after the role of its class.
 
     Args:
-        path: A folder with model_index.json; or that of an original release; or one with
-            config.json and weights, or with weights of an original release that tell all of it; or
-            a file of such weights.
-        variant: See `convert_pipeline`.
-        weights_key: See `convert_pipeline`.
+        path: Folder with model_index.json, of an original release, or of a component; or a file of
+            a component's weights.
+        variant: Set of weights to read; see `ConversionSettings`.
+        weights_key: Key of the weights to read; see `ConversionSettings`.
 
     Raises:
-        ConversionError: If it is nothing of the kind, or of a class that is not ported.
+        ConversionError: If it is none of these, or of a class that is not ported.
     """
     files = SourceFiles(weights_key)
     if not path.is_dir():
@@ -212,7 +209,7 @@ def open_source(path: Path, variant: str | None = None, weights_key: str | None 
         return Source(path, read_pipeline_index(path), files=files)
     elif (repository := read_repository(path, files, _allowed(path))) is not None:
         return Source(path, repository.index, repository.places, repository.texts, files)
-    elif not _holds_component(path):
+    elif not any(file.name == "config.json" or is_weights(file) for file in path.glob("*")):
         raise ConversionError(
             f"{path}: holds no model_index.json, and neither config.json nor weights: {_GIVE}."
         )
@@ -220,8 +217,7 @@ def open_source(path: Path, variant: str | None = None, weights_key: str | None 
     class_name = unnamed.class_of(variant)
     role = MODEL_CLASSES[class_name].role
     index = PipelineIndex(None, {role: class_name})
-    texts = {"model_index.json": index.text()}
-    return replace(unnamed, index=index, places={role: path}, texts=texts)
+    return Source(path, index, {role: path}, {"model_index.json": index.text()}, files)
 
 
 def _check_file(file: Path, variant: str | None) -> None:
@@ -236,17 +232,13 @@ def _check_file(file: Path, variant: str | None) -> None:
         raise ConversionError(f"{file}: is a file, for which variant={variant!r} says nothing.")
 
 
-def _holds_component(folder: Path) -> bool:
-    return any(file.name == "config.json" or is_weights(file) for file in folder.glob("*"))
-
-
 def select_variants(
     source: Source, chosen: Collection[str], variant: str | None
 ) -> Mapping[str, str | None]:
-    """Each component's variant: as in diffusers, those that do not have it give what they have.
+    """Choose each component's variant: None for those that lack it, as in diffusers.
 
     Raises:
-        ConversionError: If none has it.
+        ConversionError: If all lack it.
     """
     if variant is not None and not variant.isalnum():
         raise ConversionError(f"variant={variant!r}: is no name of a variant, such as 'fp16'.")

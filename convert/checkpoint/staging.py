@@ -1,10 +1,9 @@
-"""A folder that appears whole or not at all.
+"""Write a folder that appears whole or not at all.
 
-Everything is written to a hidden sibling of the destination, `.NAME.partial`, and put in its place
-at the end: renamed, or exchanged with the folder that is overwritten, so that one of the two is
-there at every moment. A second run is kept out by a lock on `.NAME.partial.lock`, which the system
-drops with the process. A run that is killed leaves only these two; the next run for the same
-destination takes them over.
+Everything is written to a hidden sibling of the destination, `.NAME.partial`. At the end it is
+renamed, or exchanged with the folder that it overwrites, so that one of the two is always there. A
+lock on `.NAME.partial.lock`, which the system releases with the process, keeps other runs out. A
+killed run leaves only these two, and the next run for the same destination takes them over.
 """
 
 import contextlib
@@ -19,13 +18,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from svg_jax.convert.errors import ConversionError, RefusedError
-from svg_jax.convert.paths import real_place
 from svg_jax.convert.progress import Terminated
 
 _LOGGER = logging.getLogger(__name__)
-# What marks a folder as a checkpoint, so that `overwrite` cannot remove anything else.
+# Files that mark a folder as a checkpoint: `overwrite` removes no other folders.
 MARKS = ("manifest.json", "model_index.json")
-_NAMED = 8  # how many entries of a folder a line spells out
+_NAMED = 8  # entries of a folder that are named in a message
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 
@@ -33,16 +31,16 @@ def check_destination(destination: Path, source: Path, nbytes: int, overwrite: b
     """Refuse a destination before anything is written.
 
     Args:
-        destination: The folder to be made.
-        source: The folder that is read.
-        nbytes: How much will be written.
-        overwrite: Whether a checkpoint that is there may be replaced.
+        destination: Folder to write, by `real_place`.
+        source: Folder or file to read.
+        nbytes: Number of bytes to write.
+        overwrite: Whether a checkpoint at the destination may be replaced.
 
     Raises:
-        ConversionError: If the destination is there already, or lies in the source or around it.
+        ConversionError: If the destination exists and may not be replaced, or one of destination
+            and source lies inside the other.
         RefusedError: If the disk has too little room.
     """
-    destination = real_place(destination)
     here, there = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
     if here.is_relative_to(there) or there.is_relative_to(here):
         raise ConversionError(
@@ -69,17 +67,17 @@ def check_destination(destination: Path, source: Path, nbytes: int, overwrite: b
 
 
 def partial_folder(destination: Path) -> Path:
-    """Where a destination, a real place, is written before it is there."""
+    """Return the folder in which a destination is written until it is complete."""
     return destination.with_name(f".{destination.name}.partial")
 
 
 def replaced_folder(destination: Path) -> Path:
-    """Where an old folder is from when a new one has its place until it is removed."""
+    """Return the folder to which an old destination is moved before it is removed."""
     return destination.with_name(f".{destination.name}.replaced")
 
 
 def describe(folder: Path) -> str:
-    """Name what a folder holds, before it is deleted: its size, its files, its first entries."""
+    """Summarise a folder that is to be deleted: its size, number of files and first entries."""
     files, nbytes = _size_of(folder)
     names = sorted(path.name for path in folder.iterdir())
     more = "" if len(names) <= _NAMED else f" and {len(names) - _NAMED} more"
@@ -88,7 +86,7 @@ def describe(folder: Path) -> str:
 
 
 def _size_of(folder: Path) -> tuple[int, int]:
-    """Files and bytes of a folder that another process may be changing."""
+    """Count the files and bytes of a folder that another process may be changing."""
     files = size = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):
@@ -104,24 +102,22 @@ def staged_folder(
     """Give a folder to write into, which becomes `destination` if the block ends without an error.
 
     Args:
-        destination: The folder to be made.
-        overwrite: Whether to replace a folder that is there by then.
-        take_over: Whether a run goes on with what one that was ended had written, and leaves it if
-            it is ended itself (`Terminated`); otherwise the folder is empty, and goes.
+        destination: Folder to write, by `real_place`.
+        overwrite: Whether to replace a folder that is there at the end.
+        take_over: Whether to begin with what an ended run has written, and to keep it if this run
+            is ended, too (`Terminated`); otherwise the folder is empty, and removed after an error.
 
     Raises:
         ConversionError: If the destination's parent is no folder.
-        RefusedError: If the system refuses to write there: no room, no right, a read-only disk; or
-            another run is writing the same folder.
+        RefusedError: If the system refuses to write there, or another run is writing the folder.
     """
-    destination = real_place(destination)
     staging, replaced = partial_folder(destination), replaced_folder(destination)
     with contextlib.ExitStack() as held:
         try:
             destination.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(_locked(destination))
             staging.mkdir(exist_ok=True)
-            if staging.is_symlink():  # what it leads to is not ours to clear
+            if staging.is_symlink():  # its target must not be cleared
                 raise NotADirectoryError(errno.ENOTDIR, "is a link", str(staging))
         except (FileExistsError, NotADirectoryError) as error:
             raise ConversionError(
@@ -141,16 +137,16 @@ def staged_folder(
             yield staging
             _sync(staging)
             if not (overwrite and destination.exists()):
-                staging.rename(destination)  # refuses a folder that somebody else has put there
+                staging.rename(destination)  # fails if another process has put a folder there
             else:
-                keeps = False  # from here on the name may be the old folder's
+                keeps = False  # from here on, `staging` may be the old folder
                 _replace(destination, staging, replaced)
             _remove(replaced)
         except BaseException as error:
             if not (keeps and isinstance(error, Terminated)):
                 shutil.rmtree(staging, ignore_errors=True)
             with contextlib.suppress(OSError):
-                staging.rmdir()  # which is empty if nothing was finished
+                staging.rmdir()  # if it is empty, since nothing was finished
             if isinstance(error, OSError):
                 raise _cannot_write(destination, error) from error
             raise
@@ -158,8 +154,8 @@ def staged_folder(
 
 @contextlib.contextmanager
 def _locked(destination: Path) -> Iterator[None]:
-    """Keep other runs out that would make the same folder."""
-    # Not .NAME.lock, which whoever asks for a conversion may hold, as the cache does.
+    """Keep out other runs that would write the same folder."""
+    # Not .NAME.lock, which a caller may hold, as the cache does.
     lock = FileLock(destination.with_name(f"{partial_folder(destination).name}.lock"))
     try:
         lock.acquire(timeout=0)
@@ -171,13 +167,13 @@ def _locked(destination: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows removes no file that is open
+        with contextlib.suppress(OSError):  # Windows cannot remove an open file
             os.unlink(lock.lock_file)
         lock.release()
 
 
 def clear(folder: Path, keep: Collection[str] = ()) -> None:
-    """Empty a folder but for the entries named `keep`."""
+    """Empty a folder except for the entries named `keep`."""
     for path in folder.iterdir():
         if path.name in keep:
             continue
@@ -195,7 +191,7 @@ def _cannot_write(destination: Path, error: OSError) -> RefusedError:
 
 
 def _sync(folder: Path) -> None:
-    """Bring every file to the disk, so that a power cut after the rename finds them whole."""
+    """Sync every file to the disk, so that a power cut after the rename leaves them whole."""
     for path in (*folder.rglob("*"), folder):
         if path.is_file() or path.is_dir():
             handle = os.open(path, os.O_RDONLY)
@@ -206,10 +202,10 @@ def _sync(folder: Path) -> None:
 
 
 def _replace(destination: Path, new: Path, replaced: Path) -> None:
-    """Put a folder in another's place; the old one is then at `replaced`.
+    """Put a folder in the place of an old one, which is moved to `replaced`.
 
-    Where the system cannot exchange two names, there is a moment without a folder at `destination`:
-    a run that is killed in it leaves both, and `standing_folder` finds the old one.
+    Where the system cannot exchange two names, there is a moment without a folder at `destination`.
+    A run that is killed then leaves both, and `standing_folder` finds the old one.
     """
     if _exchange(new, destination):
         new.rename(replaced)
@@ -219,7 +215,7 @@ def _replace(destination: Path, new: Path, replaced: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where the system or the disk cannot."""
+    """Exchange two names in one step; return False where the system or the disk cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):  # not Linux
@@ -234,7 +230,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _remove(replaced: Path) -> None:
-    """Remove an old folder; what marks it goes first, so that no half of it is taken for whole."""
+    """Remove an old folder, its marks first, so that no half of it is taken for a whole one."""
     for mark in MARKS:
         with contextlib.suppress(OSError):
             (replaced / mark).unlink()
@@ -242,6 +238,6 @@ def _remove(replaced: Path) -> None:
 
 
 def standing_folder(folder: Path) -> Path:
-    """The folder, or the old one if a run was killed while it replaced it (see `_replace`)."""
+    """Return a folder, or its old version if a run was killed in `_replace`."""
     old = replaced_folder(folder)
     return old if not os.path.lexists(folder) and (old / MARKS[0]).is_file() else folder

@@ -1,1 +1,1 @@
-"""What a source is: a folder, a file or a hub id, and which tensors are its weights."""
+"""Find the files and the weights of a source: a folder, a file or an id of the hub."""

@@ -1,4 +1,4 @@
-"""A source's files, each of which is read once: whoever asks again gets what was read."""
+"""Read each file of a source once, and keep what was read."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,11 +12,10 @@ from svg_jax.convert.sources.weights import is_weights, read_file, read_weights
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """What was read of a source, and the state that each file was in before.
+    """The files of a source that were read, and their states before that.
 
     Attributes:
-        weights_key: What stands before the names of the weights that are meant, where there are
-            several.
+        weights_key: Key of the weights to read; see `ConversionSettings`.
     """
 
     weights_key: str | None = None
@@ -29,16 +28,7 @@ class SourceFiles:
     def weights(
         self, place: Path, allowed: Iterable[Path], variant: str | None
     ) -> Mapping[str, StoredTensor]:
-        """Find the tensors of a folder or file, by their names there.
-
-        Args:
-            place: The folder, or the file of weights.
-            allowed: See `read_weights`.
-            variant: See `read_weights`.
-
-        Raises:
-            ConversionError: See `read_weights` and `read_file`.
-        """
+        """Find the tensors of a component's folder or file; see `read_weights` and `read_file`."""
         if (place, variant) not in self._weights:
             self.states(folder_of(place))
             self._weights[place, variant] = (
@@ -49,18 +39,14 @@ class SourceFiles:
         return self._weights[place, variant]
 
     def json(self, file: Path) -> JsonFile:
-        """Read a file of JSON.
-
-        Raises:
-            ConversionError: See `read_json_file`.
-        """
+        """Read a JSON file; see `read_json_file`."""
         if file not in self._objects:
             self.states(file.parent)
             self._objects[file] = read_json_file(file)
         return self._objects[file]
 
     def states(self, folder: Path) -> Mapping[Path, FileState]:
-        """Tell the state that the files of a folder were in before the first was read."""
+        """Return the states that the files of a folder had before the first was read."""
         if folder not in self._states:
             files = (file for file in folder.glob("*") if file.exists())
             self._states[folder] = {file: file_state(file) for file in files}
@@ -68,5 +54,5 @@ class SourceFiles:
 
 
 def folder_of(place: Path) -> Path:
-    """Name the folder of a component, of which that or a file of weights is given."""
+    """Return the folder of a component, given that folder or a file of weights in it."""
     return place.parent if is_weights(place) and not place.is_dir() else place

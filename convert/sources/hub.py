@@ -1,6 +1,6 @@
-"""A pipeline on the Hugging Face hub to a folder on this machine: only the files that are needed.
+"""Download the needed files of a pipeline or a LoRA from the Hugging Face hub.
 
-`huggingface_hub` keeps them in its own cache, which also serves without a network.
+`huggingface_hub` keeps them in its own cache, which also works without a network.
 """
 
 import re
@@ -15,32 +15,32 @@ from svg_jax.convert.sources.weights import weights_files
 from svg_jax.convert.tables.registry import STEMS
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-LORA_STEMS = ("pytorch_lora_weights", "adapter_model")  # what diffusers and PEFT call the file
+LORA_STEMS = ("pytorch_lora_weights", "adapter_model")  # names by diffusers and PEFT
 _SHARD = "-?????-of-?????"
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a string has the form of a hub id, "owner/name"."""
+    """Return whether a string has the form of a hub id, "owner/name"."""
     return re.fullmatch(f"{_PART}/{_PART}", model) is not None
 
 
 def download_index(
     hub_id: str, *, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Path:
-    """Brings a pipeline's model_index.json into the hub's cache.
+    """Download a pipeline's model_index.json into the hub's cache.
 
     Args:
-        hub_id: "owner/name".
-        revision: A branch, tag or commit; None is the main branch.
-        cache_dir: In place of the hub's own cache ($HF_HUB_CACHE).
+        hub_id: Id of the repository, "owner/name".
+        revision: Branch, tag or commit; None is the main branch.
+        cache_dir: Folder to use in place of the hub's own cache ($HF_HUB_CACHE).
 
     Returns:
-        The snapshot's folder, named by its commit. Of the rest nothing needs to be there.
+        The folder of the snapshot, named after its commit. Other files may be missing in it.
 
     Raises:
         ValueError: If the hub has no such repository or revision, or it is no pipeline.
         PermissionError: If the repository's licence was not accepted.
-        ConnectionError: If the hub cannot be reached and the cache does not have it.
+        ConnectionError: If the hub cannot be reached and the cache lacks the file.
     """
     folder = _snapshot(hub_id, ["model_index.json", RUN_DEFAULTS], revision, cache_dir)
     if not (folder / "model_index.json").is_file():
@@ -56,22 +56,22 @@ def download_components(
     variant: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> None:
-    """Brings the rest of a pipeline to its model_index.json: what `convert_pipeline` reads.
+    """Download the other files of a pipeline that `convert_pipeline` reads.
 
     Args:
-        hub_id: "owner/name".
-        folder: What `download_index` returned.
-        components: See `convert_pipeline`.
-        variant: Which weights where a component has them, e.g. "fp16"; the plain ones elsewhere.
-        cache_dir: As with `download_index`.
+        hub_id: Id of the repository, "owner/name".
+        folder: Folder of the snapshot, by `download_index`.
+        components: Names of the components; see `ConversionSettings`.
+        variant: Variant of the weights, e.g. "fp16"; components that lack it give the plain ones.
+        cache_dir: Folder to use in place of the hub's own cache.
 
     Raises:
         ValueError: If the pipeline has components that are not ported, or no such variant.
-        OSError: See `download_index`.
+        OSError: If the hub cannot be reached or refuses; see `download_index`.
     """
     index = read_pipeline_index(folder)
     chosen = select_components(index, components, folder)
-    commit = folder.name  # whatever happens on the hub meanwhile
+    commit = folder.name  # of the index, whatever is pushed to the hub meanwhile
     patterns = [f"{name}/*" for name in COPIED if name in index.classes]
     patterns += [f"{name}/config.json" for name in chosen]
     patterns += [pattern for name in chosen for pattern in _weights(name, variant)]
@@ -86,14 +86,14 @@ def download_components(
 
 
 def fetch_source(settings: ConversionSettings) -> ConversionSettings:
-    """Find what is here by the source's name, or bring what the hub has into its cache.
+    """Download the source of a conversion if it is a hub id and no local path.
 
     Returns:
-        The settings with what was fetched as their source.
+        The settings, with the downloaded folder as their source.
 
     Raises:
-        ValueError: See `download_index` and `download_components`.
-        OSError: See `download_index`.
+        ValueError: If it cannot be converted; see `download_index` and `download_components`.
+        OSError: If the hub cannot be reached or refuses; see `download_index`.
     """
     name = str(settings.source)
     if Path(name).expanduser().exists() or not is_hub_id(name):
@@ -104,7 +104,7 @@ def fetch_source(settings: ConversionSettings) -> ConversionSettings:
 
 
 def is_hub_lora(path: str) -> bool:
-    """Whether a string has the form of a LoRA on the hub, "owner/name" or "owner/name/file"."""
+    """Return whether a string has the form "owner/name" or "owner/name/file"."""
     parts = path.split("/")
     if len(parts) == 2:
         return is_hub_id(path) and not _is_weights(path)
@@ -114,36 +114,35 @@ def is_hub_lora(path: str) -> bool:
     return is_hub_id("/".join(parts[:2])) and plain
 
 
-def download_lora(path: str, *, cache_dir: str | Path | None = None) -> Path:
-    """Bring a LoRA's file into the hub's cache, and PEFT's config if there is one beside it.
+def download_lora(path: str) -> Path:
+    """Download a LoRA's file, and PEFT's config if there is one beside it, into the hub's cache.
 
     Args:
-        path: "owner/name", whose only .safetensors file is meant, or one of a known name; or
-            "owner/name/file", the file perhaps in a folder.
-        cache_dir: Folder in place of the hub's own cache.
+        path: "owner/name/file"; or "owner/name" of a repository with a file of a known name, or
+            with a single .safetensors file.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        ValueError: If the hub has no such repository or file, or several and none of a known name.
-        OSError: See `download_index`.
+        ValueError: If the hub has no such repository or file, or the file is ambiguous.
+        OSError: If the hub cannot be reached or refuses; see `download_index`.
     """
     owner, name, *rest = path.split("/", 2)
     hub_id = f"{owner}/{name}"
     if rest:
         (file,) = rest
     else:
-        folder = _snapshot(hub_id, [f"{stem}.safetensors" for stem in LORA_STEMS], None, cache_dir)
-        found = [f"{stem}.safetensors" for stem in LORA_STEMS]
-        found = [name for name in found if (folder / name).is_file()]
+        known = [f"{stem}.safetensors" for stem in LORA_STEMS]
+        folder = _snapshot(hub_id, known)
+        found = [name for name in known if (folder / name).is_file()]
         found = found or [name for name in _list_files(hub_id, folder) if _is_weights(name)]
         if len(found) != 1:
             what = f"holds {', '.join(found[:5])}" if found else "holds no .safetensors file"
             raise ValueError(f"{hub_id}: {what}: give the file that is meant, {hub_id}/FILE.")
         (file,) = found
     config = str(PurePosixPath(file).with_name("adapter_config.json"))
-    local = _snapshot(hub_id, [file, config], None, cache_dir) / file
+    local = _snapshot(hub_id, [file, config]) / file
     if not local.is_file():
         raise ValueError(f"{hub_id}: has no file {file}: check its name.")
     return local
@@ -154,7 +153,7 @@ def _is_weights(name: str) -> bool:
 
 
 def _list_files(hub_id: str, folder: Path) -> list[str]:
-    """The files of a repository; without a network those that the cache has."""
+    """List the files of a repository; without a network, those in the cache."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -166,7 +165,7 @@ def _list_files(hub_id: str, folder: Path) -> list[str]:
 
 
 def _weights(component: str, variant: str | None) -> list[str]:
-    """Patterns of a component's files of weights; shards of variants are named in two ways."""
+    """Return patterns of a component's weights; there are two ways to name a variant's shards."""
     mark = "" if variant is None else f".{variant}"
     endings = {
         f"{mark}.safetensors",
@@ -178,9 +177,12 @@ def _weights(component: str, variant: str | None) -> list[str]:
 
 
 def _snapshot(
-    hub_id: str, patterns: Sequence[str], revision: str | None, cache_dir: str | Path | None
+    hub_id: str,
+    patterns: Sequence[str],
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Path:
-    import huggingface_hub  # slow, and only needed here
+    import huggingface_hub  # slow to import
     from huggingface_hub import errors
 
     try:

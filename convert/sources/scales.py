@@ -1,4 +1,4 @@
-"""The scales of float8 weights, which lie beside them as tensors of their own."""
+"""Attach the scales of float8 weights, which are stored as separate tensors."""
 
 import math
 from collections.abc import Mapping
@@ -8,16 +8,16 @@ from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.show import show
 from svg_jax.convert.formats.stored_tensor import FLOAT8, StoredTensor
 
-# ComfyUI and musubi-tuner; LightX2V and compressed-tensors; DeepSeek, whose "inv" multiplies too.
+# ComfyUI and musubi-tuner; LightX2V and compressed-tensors; DeepSeek, where "inv" multiplies, too.
 _SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def attach_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Give float8 weights the scales that lie beside them, which are then no tensors of their own.
+    """Attach to float8 weights their scales, which are then no longer listed themselves.
 
     Raises:
-        ConversionError: If a scale fits no blocks of its weight, or is no float.
+        ConversionError: If a scale does not fit equal blocks of its weight, or is no float.
     """
     tensors = dict(stored)
     for name in stored:
@@ -33,15 +33,14 @@ def attach_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
 
 
 def check_scales(tensors: Mapping[str, StoredTensor], prefix: str) -> None:
-    """Refuse a scale that `attach_scales` gave to no weight.
+    """Refuse a scale that `attach_scales` left, whose weight is missing or not float8.
 
     Args:
         tensors: All tensors.
-        prefix: What stands before the names of the weights that are meant. What others there are
-            with a scale may be in any dtype.
+        prefix: Prefix of the names of the weights to read; others may be of any dtype.
 
     Raises:
-        ConversionError: If there is one: what it scales is lacking, or no float8.
+        ConversionError: If there is one.
     """
     for name, scale in tensors.items():
         weight = f"{name.rpartition('.')[0]}.weight"

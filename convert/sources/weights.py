@@ -1,4 +1,4 @@
-"""The weights of one component: which of its files they are, and what is in these."""
+"""Find the weights of a component: choose among its files, and read their headers."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from svg_jax.convert.formats.stored_tensor import FLOAT8, StoredTensor
 from svg_jax.convert.formats.torch_file import read_dicts, read_torch_file
 from svg_jax.convert.tables.registry import STEMS
 
-# What diffusers and transformers call the weights, as safetensors and as a file of torch.save.
+# Names by diffusers and transformers of weights in safetensors and torch.save's format.
 _STEMS = tuple(STEMS.values())
 _TORCH_STEMS = ("diffusion_pytorch_model", "pytorch_model")
 _SAFETENSORS = (".safetensors", ".sft")
@@ -22,17 +22,17 @@ _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (*_SAFETENSORS, *_TORCH)
 _INDEX = re.compile(r"(?P<stem>.+)\.(?P<kind>safetensors|bin)\.index(?P<variant>\.\w+)?\.json")
 _HUNYUAN_BLOCK = re.compile(r"((?:\w+\.)*?)(?:double|single)_blocks\..+\.weight")
-# A part of several, or a variant: never meant where neither an index nor a variant is.
+# Shards and variants, which are not read without an index or a variant that asks for them.
 _NOT_ALONE = re.compile(rf".*-\d+-of-\d+\..*|({'|'.join({*_STEMS, *_TORCH_STEMS})})\.\w+\.\w+")
 
 
 def is_weights(file: Path) -> bool:
-    """Return whether a file's name is that of weights: its suffix, in any case."""
+    """Return whether a file's suffix, in any case, is that of weights."""
     return file.suffix.lower() in SUFFIXES
 
 
 def is_torch(file: Path) -> bool:
-    """Return whether a file's name is that of one of torch.save."""
+    """Return whether a file's suffix, in any case, is one for torch.save's format."""
     return file.suffix.lower() in _TORCH
 
 
@@ -40,14 +40,14 @@ def read_file(file: Path, weights_key: str | None = None) -> Mapping[str, Stored
     """Find and check the tensors of one file of weights.
 
     Args:
-        file: The file.
-        weights_key: See `convert_pipeline`.
+        file: File to read.
+        weights_key: Key of the weights to read; see `ConversionSettings`.
 
     Returns:
-        The tensors by their names, before which the keys stand that lead to them.
+        The tensors by name, prefixed with the keys that lead to them.
 
     Raises:
-        ConversionError: See `read_header` and `read_torch_file`.
+        ConversionError: If the file cannot be read; see `read_header` and `read_torch_file`.
     """
     if not is_torch(file):
         return read_header(file).tensors
@@ -60,10 +60,10 @@ def read_file(file: Path, weights_key: str | None = None) -> Mapping[str, Stored
 
 
 def _scales_beside(file: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The scales of HunyuanVideo's float8 release, which are in a file of their own.
+    """Read the scales of HunyuanVideo's float8 release, which are in a separate file.
 
-    So hyvideo/modules/fp8_optimization.py of Tencent-Hunyuan/HunyuanVideo reads them: by the names
-    of the modules.
+    They are named after modules, as in hyvideo/modules/fp8_optimization.py of
+    Tencent-Hunyuan/HunyuanVideo.
     """
     named = filter(None, map(_HUNYUAN_BLOCK.match, tensors))
     prefixes = {found[1] for found in named if tensors[found[0]].dtype in FLOAT8.values()}
@@ -89,18 +89,17 @@ def read_weights(
     variant: str | None = None,
     weights_key: str | None = None,
 ) -> Mapping[str, StoredTensor]:
-    """Find and check the tensors of one component: one file, or shards listed by an index.
+    """Find and check the tensors of a component: of one file, or of shards listed by an index.
 
     Args:
-        folder: The component's folder.
-        allowed: Folders, besides `folder`, that symbolic links may lead to (the hub's cache keeps
-            the files in a `blobs` folder of its own).
-        variant: Which of several sets of weights, e.g. "fp16"; None is the one without a name.
-        weights_key: See `convert_pipeline`.
+        folder: Folder of the component.
+        allowed: Other folders that symbolic links may lead to, such as `blobs` in the hub's cache.
+        variant: Variant of the weights, e.g. "fp16"; None is the one without a name.
+        weights_key: Key of the weights to read; see `ConversionSettings`.
 
     Raises:
-        ConversionError: If there are no weights, or more than one set of them; if shards and index
-            do not fit each other exactly; or a file lies outside the folder.
+        ConversionError: If there are no weights or several sets of them, shards and index do not
+            fit exactly, or a file lies outside the folder.
     """
     present = weights_files(folder, variant)
     if len(present) > 1:
@@ -124,10 +123,10 @@ def read_weights(
 
 
 def weights_files(folder: Path, variant: str | None) -> list[Path]:
-    """Return the file of weights, or the index of shards, that a component has of a variant.
+    """List the files of weights, or indices of shards, that a component has of a variant.
 
-    Files named as diffusers and transformers do it come first, safetensors before those of
-    torch.save; without one, any other file of weights is meant. More than one is one too many.
+    Names by diffusers and transformers come first, safetensors before torch.save's format; only
+    without these, other names. A component must have exactly one.
     """
     if found := named_files(folder, variant):
         return found
@@ -142,7 +141,7 @@ def weights_files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def named_files(folder: Path, variant: str | None) -> list[Path]:
-    """Return those of `weights_files` that are named as diffusers and transformers do it."""
+    """List the `weights_files` that have a name by diffusers or transformers."""
     named = "" if variant is None else f".{variant}"
     for stems, kind in ((_STEMS, "safetensors"), (_TORCH_STEMS, "bin")):
         endings = (f"{named}.{kind}", f".{kind}.index{named}.json")
@@ -190,9 +189,9 @@ def _read_shards(
 
 
 def _check_shards(index: Path, listed: Mapping[str, object], roots: Collection[Path]) -> None:
-    """Refuse shards outside of the index's folder, and those in it that it does not list."""
+    """Refuse listed shards outside the folder of the index, and unlisted ones in it."""
     folder, parts = index.parent, _INDEX.fullmatch(index.name)
-    assert parts is not None  # `weights_files` made the name
+    assert parts is not None  # it is a name by `weights_files`
     for shard in sorted(listed):
         if shard != Path(shard).name or shard in ("", ".."):
             raise ConversionError(
@@ -200,7 +199,7 @@ def _check_shards(index: Path, listed: Mapping[str, object], roots: Collection[P
                 "again."
             )
         check_inside(folder / shard, roots, named_by=index)
-    # Both of diffusers' ways to name the shards of a variant.
+    # diffusers has two ways to name the shards of a variant.
     stem, kind, variant = (re.escape(part or "") for part in parts.groups())
     pattern = rf"{stem}({variant}-\d+-of-\d+|-\d+-of-\d+{variant})\.{kind}"
     there = {path.name for path in folder.iterdir() if re.fullmatch(pattern, path.name)}

@@ -133,7 +133,7 @@ def test_a_folder_says_how_its_model_is_run(source, tmp_path):
     (source / "svg_jax.json").write_text(json.dumps(DEFAULTS))
     convert_pipeline(source, tmp_path / "out")
     pipe: Any = from_pretrained(tmp_path / "out")
-    assert pipe.defaults == RunDefaults.from_dict(DEFAULTS)
+    assert pipe.defaults == RunDefaults(**DEFAULTS | {"guidance_interval": (0, 0.4)})
     assert (pipe.default_steps, pipe.default_fps, pipe.defaults.enlarge) == (3, 12, 2)
     sparsity, warmup = pipe.default_sparsity()
     assert (sparsity.density, warmup.steps) == (0.5, 0.4)

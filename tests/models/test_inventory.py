@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from svg_jax.convert.components import component_leaves, split_unused
+from svg_jax.convert.components import match_component, split_unused
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.convert.tables.rules import Rule, match_rules
@@ -145,14 +145,14 @@ def test_an_encoders_tensors_may_be_stored_under_any_of_its_prefixes(name):
 
 
 def test_tensors_that_the_released_class_ignores_are_in_no_leaf(tmp_path):
-    class_name, config, shapes = read("wan2.1-i2v-14b-transformer")
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    leaves = component_leaves(tmp_path, class_name, shapes)
+    class_name, values, shapes = read("wan2.1-i2v-14b-transformer")
+    config = MODEL_CLASSES[class_name].read_config(values)
+    leaves = match_component(tmp_path, class_name, config, shapes)
     ignored = {f"blocks.{layer}.attn2.norm_added_q.weight": (5120,) for layer in range(40)}
-    assert component_leaves(tmp_path, class_name, shapes | ignored) == leaves
+    assert match_component(tmp_path, class_name, config, shapes | ignored) == leaves
     other = {"blocks.0.attn1.norm_added_q.weight": (5120,)}
     with pytest.raises(ConversionError, match="1 unexpected"):
-        component_leaves(tmp_path, class_name, shapes | other)
+        match_component(tmp_path, class_name, config, shapes | other)
 
 
 ENCODER_INPUTS = {
