@@ -15,11 +15,11 @@ from svg_jax.convert.checkpoint.folder import ConvertedFolder, open_folder
 from svg_jax.convert.checkpoint.manifest import NAME, LoraRecord
 from svg_jax.convert.checkpoint.staging import standing_folder
 from svg_jax.convert.checkpoint.tensors import open_tensors
-from svg_jax.convert.components import COPIED, PipelineIndex, passed_over, split_unused
+from svg_jax.convert.components import COPIED, passed_over, split_unused
 from svg_jax.convert.formats.json_file import read_json
 from svg_jax.convert.formats.stored_tensor import DTYPES, StoredTensor, read_tensor
 from svg_jax.convert.paths import real_path, usable_path
-from svg_jax.convert.progress import Progress, count_bytes
+from svg_jax.convert.progress import Advance, Progress, count_bytes
 from svg_jax.convert.source import Source, open_source, select_variants
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 
@@ -28,15 +28,7 @@ _PIECE = 1 << 22  # elements that are taken at once
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of the finite elements of a tensor; None if it has none.
-
-    Attributes:
-        minimum: Smallest element.
-        maximum: Largest element.
-        mean: Mean of the elements.
-        std: Standard deviation of the elements.
-        nonfinite: Number of the other elements: NaN and infinities.
-    """
+    """Statistics of a tensor's finite elements (None if there are none); number of the others."""
 
     minimum: float | None
     maximum: float | None
@@ -47,24 +39,12 @@ class Statistics:
 
 @dataclass(frozen=True)
 class TensorContents:
-    """One tensor.
-
-    Attributes:
-        name: Name in diffusers' layout.
-        shape: Shape.
-        dtype: Dtype as stored.
-        statistics: Statistics of the elements, if they were asked for.
-    """
+    """A tensor as stored, by its name in diffusers' layout; with statistics if asked for."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     statistics: Statistics | None = None
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -95,14 +75,14 @@ class ComponentContents:
     @property
     def parameters(self) -> int:
         """Number of elements of all tensors."""
-        return sum(tensor.size for tensor in self.tensors)
+        return sum(self.dtypes.values())
 
     @property
     def dtypes(self) -> dict[str, int]:
         """Number of elements of each dtype, the most frequent first."""
         sizes: Counter[str] = Counter()
         for tensor in self.tensors:
-            sizes[tensor.dtype] += tensor.size
+            sizes[tensor.dtype] += math.prod(tensor.shape)
         return dict(sizes.most_common())
 
     @property
@@ -160,8 +140,7 @@ def read_contents(
     converted = os.path.lexists(standing_folder(real_path(source)) / NAME)
     if converted:
         folder = open_folder(source)
-        index = PipelineIndex(folder.pipeline, folder.classes)
-        skipped, loras = folder.manifest.skipped, folder.manifest.loras
+        index, skipped, loras = folder.index, folder.manifest.skipped, folder.manifest.loras
         parts = list(_converted_parts(folder))
     else:
         opened = open_source(source, variant, weights_key)
@@ -184,17 +163,12 @@ def read_contents(
 
 def _converted_parts(folder: ConvertedFolder) -> Iterator[_Part]:
     for name, tensors in open_tensors(folder).items():
-        class_name = folder.classes[name]
+        class_name = folder.index.classes[name]
         config = read_json(folder.path / name / "config.json")
         found = [tensors[name] for name in sorted(tensors)]
         shown = (TensorContents(of.name, of.record.shape, of.record.stored_dtype) for of in found)
-        component = ComponentContents(
-            name=name,
-            class_name=class_name,
-            config=config,
-            tensors=tuple(shown),
-            passed_over=passed_over(class_name, config),
-        )
+        unread = passed_over(class_name, config)
+        component = ComponentContents(name, class_name, config, tuple(shown), passed_over=unread)
         yield component, [tensor.read for tensor in found]
 
 
@@ -202,34 +176,26 @@ def _stored_parts(source: Source, variant: str | None) -> Iterator[_Part]:
     names = sorted(source.index.classes.keys() - {*COPIED})
     for name, chosen in select_variants(source, names, variant).items():
         weights, class_name = source.read(name, chosen), source.index.classes[name]
-        tensors, unused, original = weights.tensors, weights.others, weights.original
-        model, folder = MODEL_CLASSES.get(class_name), source.folder(name)
-        if original is None and model is not None:
+        tensors, spare, model = weights.tensors, (), MODEL_CLASSES.get(class_name)
+        if model is not None:
             rules = model.rules(weights.config)
-            tensors, spare = split_unused(tensors, rules, model.unused, folder)
-            unused = tuple(sorted((*unused, *spare)))
-        if original is None:
-            config = source.files.json(folder / "config.json").values
-        else:
-            config = original.config
+            tensors, spare = split_unused(tensors, rules, model.unused, source.folder(name))
         found = sorted(tensors.items())
         component = ComponentContents(
             name=name,
             class_name=class_name,
-            config=config,
+            config=weights.values,
             tensors=tuple(TensorContents(key, of.shape, of.dtype.name) for key, of in found),
-            release=None if original is None else original.release,
-            unused=unused,
+            release=weights.release,
+            unused=tuple(sorted((*weights.others, *spare))),
             casts={} if model is None else _casts(tensors.values()),
-            passed_over=passed_over(class_name, config),
+            passed_over=passed_over(class_name, weights.values),
         )
         yield component, [partial(read_tensor, tensor) for _, tensor in found]
 
 
 def _measure(
-    component: ComponentContents,
-    reads: Iterable[Callable[[], np.ndarray]],
-    advance: Callable[[int, str], None],
+    component: ComponentContents, reads: Iterable[Callable[[], np.ndarray]], advance: Advance
 ) -> ComponentContents:
     measured = []
     for tensor, read in zip(component.tensors, reads, strict=True):
@@ -251,7 +217,8 @@ def tensor_statistics(array: np.ndarray) -> Statistics:
     """Measure an array of any float dtype, in float64."""
     count, mean, squares, nonfinite = 0, 0.0, 0.0, 0
     low, high = math.inf, -math.inf
-    for piece in _pieces(array):
+    for start in range(0, array.size, _PIECE):
+        piece = array.reshape(-1)[start : start + _PIECE].astype(np.float64)
         finite = piece[np.isfinite(piece)]
         nonfinite += piece.size - finite.size
         if not finite.size:
@@ -265,9 +232,3 @@ def tensor_statistics(array: np.ndarray) -> Statistics:
     if not count:
         return Statistics(None, None, None, None, nonfinite)
     return Statistics(low, high, mean, math.sqrt(squares / count), nonfinite)
-
-
-def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
-    flat = array.reshape(-1)
-    for start in range(0, flat.size, _PIECE):
-        yield flat[start : start + _PIECE].astype(np.float64)

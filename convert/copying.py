@@ -28,6 +28,7 @@ from svg_jax.convert.formats.stored_tensor import (
 )
 from svg_jax.convert.lora.change import Change, add_changes
 from svg_jax.convert.plan import ComponentPlan
+from svg_jax.convert.progress import Advance
 
 _MOST_WORKERS = 8  # more do not read a disk faster
 _SYNCED_BYTES = 2**20  # files of at least this size are synced as soon as they are written
@@ -56,7 +57,7 @@ def copy_weights(
     folder: Path,
     *,
     allow_nonfinite: bool,
-    advance: Callable[[int, str], None],
+    advance: Advance,
 ) -> tuple[dict[str, TensorRecord], dict[Path, str], dict[str, str]]:
     """Write the orbax checkpoint of a component.
 
@@ -78,6 +79,10 @@ def copy_weights(
     places = _places(component)
     stopped, memory = threading.Event(), threading.Lock()
     synced: list[Future[None]] = []
+
+    def position(name: str) -> tuple[str, int]:
+        stored = component.tensors[name]
+        return str(stored.file), (stored.parts[0] if stored.parts else stored).start
 
     def copy(name: str) -> TensorRecord:
         stored, place = component.tensors[name], places[name]
@@ -107,7 +112,7 @@ def copy_weights(
         try:
             digests: dict[Path, Future[str]] = {}
             copies: dict[str, Future[TensorRecord]] = {}
-            for name in sorted(places, key=lambda name: _position(component.tensors[name])):
+            for name in sorted(places, key=position):
                 file = component.tensors[name].file
                 if file not in digests:  # near its tensors' copies, so that the disk reads it once
                     digests[file] = pool.submit(_source_digest, file)
@@ -148,10 +153,6 @@ def _places(component: ComponentPlan) -> dict[str, _Place]:
             for name in names:
                 places[name] = _Place(files, layer * nbytes, nbytes, name == names[0])
     return places
-
-
-def _position(stored: StoredTensor) -> tuple[str, int]:
-    return str(stored.file), (stored.parts[0] if stored.parts else stored).start
 
 
 def _source_digest(file: Path) -> str:
@@ -219,7 +220,13 @@ def _copy_tensor(
     nonfinite = 0
 
     def write_cast(piece: np.ndarray, nonfinite: int) -> None:
-        cast = _cast(piece, dtype, stored, nonfinite)
+        with np.errstate(over="ignore"):
+            cast = piece.astype(dtype)
+        if count_nonfinite(cast) > nonfinite:
+            raise ConversionError(
+                f"{stored.file}: {stored.name} has values that {dtype.name} cannot hold: choose "
+                "another dtype."
+            )
         written.update(cast.view(np.uint8).data)
         write(cast)
 
@@ -250,17 +257,6 @@ def _copy_tensor(
         stored_sha256=(read if is_kept else written).hexdigest(),
         nonfinite=nonfinite,
     )
-
-
-def _cast(piece: np.ndarray, dtype: np.dtype, stored: StoredTensor, nonfinite: int) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        cast = piece.astype(dtype)
-    if count_nonfinite(cast) > nonfinite:
-        raise ConversionError(
-            f"{stored.file}: {stored.name} has values that {dtype.name} cannot hold: choose "
-            "another dtype."
-        )
-    return cast
 
 
 def _check_tied(component: ComponentPlan, records: Mapping[str, TensorRecord]) -> None:

@@ -36,19 +36,11 @@ def usable_path(path: str | os.PathLike[str]) -> Path:
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:
-    """Make a path absolute and resolve links and `..`, as the kernel does.
-
-    Raises:
-        ConversionError: If it is no usable path; see `usable_path`.
-    """
+    """Check a path (see `usable_path`), make it absolute, and resolve links and `..` in it."""
     return Path(os.path.realpath(usable_path(path)))
 
 
 def real_place(path: str | os.PathLike[str]) -> Path:
-    """Make a path absolute like `real_path`, but do not follow it if it is a link itself.
-
-    Raises:
-        ConversionError: If it is no usable path; see `usable_path`.
-    """
+    """Make a path absolute like `real_path`, but do not follow it if it is a link itself."""
     named = usable_path(path)
     return real_path(named) if named.name in ("", "..") else real_path(named.parent) / named.name

@@ -3,32 +3,26 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from svg_jax.convert.checkpoint.manifest import (
-    NAME,
-    Manifest,
-    library_versions,
-    read_manifest,
-    write_manifest,
-)
+from svg_jax.convert.checkpoint.manifest import NAME, Manifest, read_manifest, write_manifest
 from svg_jax.convert.checkpoint.staging import clear, partial_folder, staged_folder
 from svg_jax.convert.copying import copy_weights
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.checked_files import find_changed
 from svg_jax.convert.formats.digests import file_digest
-from svg_jax.convert.paths import real_place
-from svg_jax.convert.plan import ComponentPlan, ConversionPlan, make_plan
-from svg_jax.convert.progress import Progress, Terminated, count_bytes
-from svg_jax.convert.settings import ConversionSettings, list_loras
+from svg_jax.convert.plan import ComponentPlan, ConversionPlan, plan_conversion
+from svg_jax.convert.progress import Advance, Progress, Terminated, count_bytes
 from svg_jax.convert.tables.lora_names import TRANSFORMER
+from svg_jax.convert.versions import package_versions
 
 _LOGGER = logging.getLogger(__name__)
 # Manifest of an unfinished folder. What it lists is complete, so that a later run can rely on it.
 PARTIAL = "manifest.partial.json"
+_VERSIONS_OF = ("svg-jax", "jax", "flax", "orbax-checkpoint", "tensorstore", "numpy")
 
 
 def convert_pipeline(
@@ -68,9 +62,8 @@ def convert_pipeline(
             where, and what to do. The destination is then as it was before.
         RefusedError: If the disk, its permissions or another run for this destination prevent it.
     """
-    loras = list_loras(lora, lora_scale, lora_into)
-    made = ConversionSettings(source=source, destination=destination, loras=loras, **settings)
-    write_plan(make_plan(made), progress)
+    loras = {"lora": lora, "lora_scale": lora_scale, "lora_into": lora_into}
+    write_plan(plan_conversion(source, destination=destination, **loras, **settings), progress)
 
 
 def write_plan(plan: ConversionPlan, progress: Progress | None = None) -> None:
@@ -87,7 +80,7 @@ def write_plan(plan: ConversionPlan, progress: Progress | None = None) -> None:
     settings = plan.settings
     if settings.destination is None:
         raise ConversionError(f"{plan.source.path}: destination=None: must be the folder to make.")
-    destination = real_place(settings.destination)
+    destination = Path(settings.destination)
     advance = count_bytes(plan.nbytes, progress)
     try:
         with staged_folder(destination, overwrite=settings.overwrite, take_over=True) as staging:
@@ -103,7 +96,7 @@ def write_plan(plan: ConversionPlan, progress: Progress | None = None) -> None:
         raise
 
 
-def _write(plan: ConversionPlan, staging: Path, advance: Callable[[int, str], None]) -> None:
+def _write(plan: ConversionPlan, staging: Path, advance: Advance) -> None:
     allow_nonfinite = plan.settings.allow_nonfinite
     manifest = _resume(plan, staging)
     try:
@@ -141,7 +134,7 @@ def _resume(plan: ConversionPlan, staging: Path) -> Manifest:
         sources={},
         files={},
         weights={},
-        versions=library_versions(),
+        versions=package_versions(_VERSIONS_OF),
         loras=tuple(part.record() for part in plan.loras),
     )
     try:
@@ -208,7 +201,7 @@ def _write_component(
     staging: Path,
     manifest: Manifest,
     allow_nonfinite: bool,
-    advance: Callable[[int, str], None],
+    advance: Advance,
 ) -> Manifest:
     name, config = component.name, staging / component.name / "config.json"
     config.parent.mkdir()

@@ -99,7 +99,7 @@ class ConversionPlan:
     """What a conversion reads and writes.
 
     Attributes:
-        settings: Settings that were asked for.
+        settings: Settings that were asked for; their destination is a real place.
         source: Source to read.
         components: Components to convert, sorted by name.
         files: Files to copy as they are, by their path in the destination.
@@ -184,7 +184,7 @@ def make_plan(settings: ConversionSettings) -> ConversionPlan:
     leaves = {part.name: part.leaves for part in plans}
     loras = read_loras(settings.loras, leaves, strict=settings.strict)
     plan = ConversionPlan(
-        settings=settings,
+        settings=replace(settings, destination=destination),
         source=opened,
         components=tuple(replace(part, changes=changes_of(loras, part.name)) for part in plans),
         files=_small_files(opened),
@@ -245,12 +245,9 @@ def _plan_component(
 ) -> ComponentPlan:
     folder, class_name = source.folder(name), source.index.classes[name]
     weights = source.read(name, variant)
-    tensors, original, said = weights.tensors, weights.original, weights.said
-    if original is not None:
-        leaves = original.leaves
-    else:
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        leaves = match_component(folder, class_name, weights.config, shapes)
+    tensors, said = weights.tensors, weights.said
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    leaves = match_component(folder, class_name, weights.config, shapes)
     used = {name for leaf in leaves for names in leaf.names for name in names}
     read = {folder / "config.json", *source.weights_files(name, variant)}
     read |= {file for name in used for file in tensors[name].files}
@@ -270,15 +267,13 @@ def _plan_component(
 
 
 def _config_text(weights: ComponentWeights, cast: np.dtype | None) -> str:
-    if weights.original is not None:
-        values, text = weights.original.config, None
-    else:
-        assert weights.said is not None  # else it would be of an original release
-        values, text = weights.said.values, weights.said.content.decode("utf-8")
+    values = dict(weights.values)
     named = [key for key in ("dtype", "torch_dtype") if key in values]
     if cast is not None and named:
-        values, text = {**values, **dict.fromkeys(named, cast.name)}, None
-    return text or json.dumps(values, indent=2) + "\n"
+        values |= dict.fromkeys(named, cast.name)
+    elif weights.said is not None and weights.release is None:
+        return weights.said.content.decode("utf-8")
+    return json.dumps(values, indent=2) + "\n"
 
 
 def _leaf_dtypes(

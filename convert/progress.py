@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 
-Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
+Progress = Callable[[int, int, str], None]  # of (bytes done, bytes in all, what is being done)
+Advance = Callable[[int, str], None]  # of (bytes just done, what is being done)
 
 
 class Terminated(KeyboardInterrupt):
     """The process was told to end. A conversion keeps finished components for the next run."""
 
 
-def count_bytes(total: int, progress: Progress | None) -> Callable[[int, str], None]:
-    """Make a function of (bytes, what) that adds up the bytes and calls `progress`."""
+def count_bytes(total: int, progress: Progress | None) -> Advance:
+    """Make a function that adds up bytes and calls `progress`."""
     done = 0
 
     def advance(nbytes: int, what: str) -> None:

@@ -165,7 +165,8 @@ def check_scheduler(entries: Mapping[str, Any], classes: Collection[str]) -> Sch
             unported.append(f"sets {key} to {shown(values[key])}; only {of.only!r} is implemented")
     known = {key for key in entries if key in keys or key.startswith("_")}
     if unknown := sorted(entries.keys() - known):
-        unported.append(f"has unknown keys: {', '.join(map(_named, unknown))}")
+        named = (key if Name().problem(key) is None else shown(key) for key in unknown)
+        unported.append(f"has unknown keys: {', '.join(named)}")
     return SchedulerEntries(name, values, malformed, tuple(unported))
 
 
@@ -173,10 +174,6 @@ def _malformed(entries: Mapping[str, Any], keys: Mapping[str, _Key]) -> tuple[st
     """List the invalid values of a class's own keys."""
     found = ((key, of.rule.problem(entries[key])) for key, of in keys.items() if key in entries)
     return tuple(f"sets {key}, which {problem}" for key, problem in found if problem is not None)
-
-
-def _named(key: str) -> str:
-    return key if Name().problem(key) is None else shown(key)
 
 
 def field_problem(field: str, value: Any) -> str | None:

@@ -29,9 +29,9 @@ from svg_jax.convert.formats.wrappers import (
 )
 from svg_jax.convert.releases.recognise import OriginalComponent, identify
 from svg_jax.convert.releases.wan_repository import read_repository
-from svg_jax.convert.sources.files import SourceFiles, folder_of
+from svg_jax.convert.sources.files import SourceFiles
 from svg_jax.convert.sources.scales import attach_scales, check_scales
-from svg_jax.convert.sources.weights import SUFFIXES, is_weights, weights_files
+from svg_jax.convert.sources.weights import SUFFIXES, folder_of, is_weights, weights_files
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 
 _GIVE = (
@@ -46,16 +46,18 @@ class ComponentWeights:
     Attributes:
         tensors: Tensors of the component, by the names that its class gives them.
         others: Full names of tensors in the same files that it does not need.
-        original: Original release that the tensors are from, if they are.
         said: The component's config.json, if there is one.
-        config: Config of the component; None if its class is not ported.
+        values: Values of config.json, which the tensors of an original release complete.
+        config: Config made of these; None if the component's class is not ported.
+        release: Name of the original release that the tensors are from, if they are.
     """
 
     tensors: Mapping[str, StoredTensor]
     others: tuple[str, ...]
-    original: OriginalComponent | None
     said: JsonFile | None
-    config: Any
+    values: Mapping[str, Any]
+    config: Any = None
+    release: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,15 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Name of the folder or file; that of a link to a file, since the hub's cache hides it."""
+        """Name of the folder or file; that of a link to a file, whose target may have a hash."""
         return self.path.resolve().name if self.path.is_dir() else self.path.absolute().name
 
     @cached_property
     def allowed(self) -> tuple[Path, ...]:
-        """Folders that links may lead to."""
-        return _allowed(self.path)
+        """Folders that links may lead to: the hub's cache keeps a snapshot's files in `blobs`."""
+        folder = folder_of(self.path)
+        above = folder.resolve().parents[:2]  # the path is a snapshot, or a component in one
+        return (folder, *(at.parent / "blobs" for at in above if at.name == "snapshots"))
 
     def folder(self, component: str) -> Path:
         """Return the folder of a component's config.json."""
@@ -92,10 +96,7 @@ class Source:
 
     def weights_files(self, component: str, variant: str | None) -> list[Path]:
         """List the files of weights that a component has; see `weights.weights_files`."""
-        place = self._place(component)
-        if place != folder_of(place):
-            return [place] if variant is None else []
-        return weights_files(place, variant)
+        return weights_files(self._place(component), variant)
 
     def read(self, component: str, variant: str | None) -> ComponentWeights:
         """Find a component's tensors, under the names that its class gives them.
@@ -111,18 +112,14 @@ class Source:
                     "out with components=… (--components)."
                 )
             check_inside(place, self.allowed)
-        stored, said = self._stored(place, variant)
-        weights_key = self.files.weights_key
-        if variant is None:
-            values = {} if said is None else said.values
-            original = identify(stored, place, class_name, values, weights_key)
-            if original is not None:
-                config = MODEL_CLASSES[class_name].read_config(original.config)
-                return ComponentWeights(original.tensors, original.unused, original, said, config)
-        stored = attach_scales(drop_layer_wrappers(stored))
-        if class_name not in MODEL_CLASSES:
-            return ComponentWeights(stored, (), None, said, None)
+        stored, said, of = self._find(place, class_name, variant)
+        if of is not None:
+            config = MODEL_CLASSES[class_name].read_config(of.config)
+            return ComponentWeights(of.tensors, of.unused, said, of.config, config, of.release)
+        stored, weights_key = attach_scales(drop_layer_wrappers(stored)), self.files.weights_key
         said = said or self.files.json(folder_of(place) / "config.json")  # says that it is missing
+        if class_name not in MODEL_CLASSES:
+            return ComponentWeights(stored, (), said, said.values)
         config = check_component_config(said, class_name)
         rules = MODEL_CLASSES[class_name].rules(config)
         ours = dict.fromkeys(rule_names(rules, layers=1), True).get
@@ -134,7 +131,7 @@ class Source:
         prefix = choose(prefixes, weights_key, place) if prefixes else ""
         check_scales(stored, prefix)
         tensors, others = unwrap(stored, prefix, prefixes)
-        return ComponentWeights(tensors, others, None, said, config)
+        return ComponentWeights(tensors, others, said, said.values, config)
 
     def class_of(self, variant: str | None) -> str:
         """Recognise the class of a component alone, by its tensors or its config.json.
@@ -142,14 +139,10 @@ class Source:
         Raises:
             ConversionError: If neither tells, or the class is not ported.
         """
-        folder = folder_of(self.path)
-        if variant is None:
-            stored, said = self._stored(self.path, variant)
-            values = {} if said is None else said.values
-            original = identify(stored, self.path, None, values, self.files.weights_key)
-            if original is not None:
-                return original.class_name
-        file = folder / "config.json"
+        original = None if variant is not None else self._find(self.path, None, None)[2]
+        if original is not None:
+            return original.class_name
+        file = folder_of(self.path) / "config.json"
         if not os.path.lexists(file):
             raise ConversionError(
                 f"{self.path}: its tensors are of no original release that is known, so that "
@@ -168,10 +161,10 @@ class Source:
     def _place(self, component: str) -> Path:
         return self.places.get(component, self.path / component)
 
-    def _stored(
-        self, place: Path, variant: str | None
-    ) -> tuple[Mapping[str, StoredTensor], JsonFile | None]:
-        """Read a component's tensors under the names in its files, and its config.json if any."""
+    def _find(
+        self, place: Path, class_name: str | None, variant: str | None
+    ) -> tuple[Mapping[str, StoredTensor], JsonFile | None, OriginalComponent | None]:
+        """Find a component's tensors, its config.json, and what it is in an original release."""
         folder = folder_of(place)
         config = folder / "config.json"
         check_inside(config, (folder, *self.allowed))
@@ -180,14 +173,11 @@ class Source:
         if place == self.path == folder:  # a user may keep the large files elsewhere
             links = (file for file in folder.glob("*") if is_weights(file) and file.is_symlink())
             allowed = (*allowed, *(Path(os.path.realpath(file)).parent for file in links))
-        return self.files.weights(place, allowed, variant), said
-
-
-def _allowed(path: Path) -> tuple[Path, ...]:
-    """List the folders that links may lead to: the hub's cache keeps a snapshot's in `blobs`."""
-    folder = folder_of(path)
-    above = folder.resolve().parents[:2]  # the path is a snapshot, or a component in one
-    return (folder, *(at.parent / "blobs" for at in above if at.name == "snapshots"))
+        stored = self.files.weights(place, allowed, variant)
+        if variant is not None:
+            return stored, said, None
+        values = {} if said is None else said.values
+        return stored, said, identify(stored, place, class_name, values, self.files.weights_key)
 
 
 def open_source(path: Path, variant: str | None = None, weights_key: str | None = None) -> Source:
@@ -203,17 +193,17 @@ def open_source(path: Path, variant: str | None = None, weights_key: str | None 
         ConversionError: If it is none of these, or of a class that is not ported.
     """
     files = SourceFiles(weights_key)
+    unnamed = Source(path, PipelineIndex(None, {}), files=files)
     if not path.is_dir():
         _check_file(path, variant)
     elif os.path.lexists(path / "model_index.json"):
         return Source(path, read_pipeline_index(path), files=files)
-    elif (repository := read_repository(path, files, _allowed(path))) is not None:
+    elif (repository := read_repository(path, files, unnamed.allowed)) is not None:
         return Source(path, repository.index, repository.places, repository.texts, files)
     elif not any(file.name == "config.json" or is_weights(file) for file in path.glob("*")):
         raise ConversionError(
             f"{path}: holds no model_index.json, and neither config.json nor weights: {_GIVE}."
         )
-    unnamed = Source(path, PipelineIndex(None, {}), files=files)
     class_name = unnamed.class_of(variant)
     role = MODEL_CLASSES[class_name].role
     index = PipelineIndex(None, {role: class_name})

@@ -3,7 +3,7 @@
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from svg_jax.convert.checkpoint.tensors import ConvertedTensor, open_tensors
 from svg_jax.convert.formats.json_file import read_json
 from svg_jax.convert.formats.stored_tensor import DTYPES
 from svg_jax.convert.paths import real_place
-from svg_jax.convert.progress import Progress, count_bytes
+from svg_jax.convert.progress import Advance, Progress, count_bytes
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 
 SHARD_BYTES = 5 * 10**9  # the default of transformers
@@ -67,13 +67,9 @@ def export_pipeline(
 
 
 def _write_weights(
-    folder: Path,
-    stem: str,
-    tensors: Mapping[str, ConvertedTensor],
-    shard_bytes: int,
-    advance: Callable[[int, str], None],
+    folder: Path, stem: str, tensors: Mapping[str, ConvertedTensor], limit: int, advance: Advance
 ) -> None:
-    shards = list(_shards(tensors, shard_bytes))
+    shards = list(_shards(tensors, limit))
     files = {}
     for number, names in enumerate(shards, start=1):
         part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from svg_jax.convert.checkpoint.orbax_writer import LeafFiles, open_leaves, unre
 from svg_jax.convert.checkpoint.staging import standing_folder
 from svg_jax.convert.components import (
     COPIED,
+    PipelineIndex,
     match_component,
     read_component_config,
     read_pipeline_index,
@@ -35,14 +36,12 @@ class ConvertedFolder:
     Attributes:
         path: Real path of the folder.
         manifest: Manifest of the folder.
-        pipeline: Class of the pipeline; None for a component converted alone.
-        classes: Class of each component that model_index.json names, even if it was left out.
+        index: Content of model_index.json, which also names components that were left out.
     """
 
     path: Path
     manifest: Manifest
-    pipeline: str | None
-    classes: Mapping[str, str]
+    index: PipelineIndex
 
 
 def open_folder(path: str | Path) -> ConvertedFolder:
@@ -77,7 +76,7 @@ def open_folder(path: str | Path) -> ConvertedFolder:
                 f"{folder}: model_index.json names no class for the converted {name} that is "
                 "known: convert the source again."
             )
-    return ConvertedFolder(folder, manifest, index.pipeline, index.classes)
+    return ConvertedFolder(folder, manifest, index)
 
 
 def _small_files(folder: Path, parts: Iterable[str]) -> Iterator[str]:
@@ -146,7 +145,7 @@ def open_weights(
     """
     records, where = folder.manifest.components[component], folder.path / component
     shapes = {name: record.shape for name, record in records.items()}
-    class_name = folder.classes[component]
+    class_name = folder.index.classes[component]
     try:
         config = read_component_config(where, class_name)
         leaves = match_component(where, class_name, config, shapes)

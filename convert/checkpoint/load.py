@@ -4,10 +4,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorstore as ts
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -65,7 +63,7 @@ def load_component(
         RefusedError: If the system does not let it be read.
     """
     opened = open_folder(folder)
-    class_name, there = opened.classes.get(name), sorted(opened.manifest.components)
+    class_name, there = opened.index.classes.get(name), sorted(opened.manifest.components)
     if class_name is None or name not in there or class_name not in classes:
         raise ConversionError(
             f"{opened.path}: holds no {name} of class {' or '.join(classes)} (it holds "
@@ -80,7 +78,12 @@ def load_component(
     # other reads running into its closed event loop. The largest comes first: there are two copies
     # of it while its axes are permuted.
     for path in sorted(stored, key=lambda path: -stored[path].size):
-        param = _read(opened.path / name / WEIGHTS, path, stored[path])
+        # Read in the order on disk; the device permutes the axes.
+        order = stored[path].chunk_layout.inner_order or ()
+        with readable(opened.path / name / WEIGHTS, path):
+            param = jnp.asarray(stored[path].transpose(order).read().result())
+        if list(order) != sorted(order):
+            param = jnp.transpose(param, np.argsort(order).tolist())
         params[path] = param if param_dtype is None else param.astype(dtypes[path])
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(params))
     return nnx.merge(graph, state)
@@ -118,7 +121,7 @@ def load_transformer(
     param_dtype: DTypeLike | None = None,
     residual_dtype: DTypeLike | None = None,
 ) -> Transformer:
-    """Load the transformer of a converted folder of any family.
+    """Load the transformer of a converted folder of any family, by `load_component`.
 
     Args:
         folder: Converted folder.
@@ -126,9 +129,6 @@ def load_transformer(
         dtype: Dtype of the matrix products.
         param_dtype: Dtype to cast the parameters to; None keeps each as it is stored.
         residual_dtype: Dtype of the residual stream; None is `dtype`.
-
-    Raises:
-        ConversionError: If the folder is no complete converted one, or lacks the component.
     """
     return load_component(
         folder,
@@ -143,15 +143,12 @@ def load_transformer(
 def load_text_encoder(
     folder: str | Path, *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike | None = None
 ) -> T5Encoder:
-    """Load the T5 or UMT5 encoder of a converted folder.
+    """Load the T5 or UMT5 encoder of a converted folder, by `load_component`.
 
     Args:
         folder: Converted folder.
         dtype: Dtype of the matrix products; float16 is refused, since T5 overflows in it.
         param_dtype: Dtype to cast the parameters to; None keeps each as it is stored.
-
-    Raises:
-        ConversionError: If the folder is no complete converted one, or lacks the component.
     """
     return load_component(
         folder, "text_encoder", dtype=dtype, param_dtype=param_dtype, classes=_T5_CLASSES
@@ -161,24 +158,13 @@ def load_text_encoder(
 def load_vae(
     folder: str | Path, *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike | None = None
 ) -> VAE:
-    """Load the video autoencoder of a converted folder of any family.
+    """Load the video autoencoder of a converted folder of any family, by `load_component`.
 
     Args:
         folder: Converted folder.
         dtype: Dtype of the matrix products.
         param_dtype: Dtype to cast the parameters to; None keeps each as it is stored.
-
-    Raises:
-        ConversionError: If the folder is no complete converted one, or lacks the component.
     """
     return load_component(
         folder, "vae", dtype=dtype, param_dtype=param_dtype, classes=classes_of("vae")
     )
-
-
-def _read(weights: Path, path: tuple[str, ...], leaf: ts.TensorStore) -> jax.Array:
-    """Read a leaf in the order on disk, and permute its axes on the device."""
-    order = leaf.chunk_layout.inner_order or ()
-    with readable(weights, path):
-        read = jnp.asarray(leaf.transpose(order).read().result())
-    return jnp.transpose(read, np.argsort(order).tolist()) if list(order) != sorted(order) else read

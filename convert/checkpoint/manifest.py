@@ -18,13 +18,11 @@ from svg_jax.convert.formats.json_file import read_json_file
 from svg_jax.convert.formats.show import show
 from svg_jax.convert.formats.stored_tensor import DTYPES
 from svg_jax.convert.tables.rules import RULES_VERSION
-from svg_jax.convert.versions import package_versions
 
 FORMAT_VERSION = 3
 NAME = "manifest.json"
 SMALL_BYTES = 100 * 2**20  # no file outside `weights` comes near it
 _OWN_DIGEST = "sha256"  # key of the digest of everything else in the manifest
-_VERSIONS_OF = ("svg-jax", "jax", "flax", "orbax-checkpoint", "tensorstore", "numpy")
 
 
 @dataclass(frozen=True)
@@ -117,27 +115,12 @@ class Manifest:
         return sum(record.stored_nbytes for record in records)
 
     def add(
-        self,
-        component: str,
-        records: Mapping[str, TensorRecord],
-        *,
-        sources: Mapping[str, str],
-        files: Mapping[str, str],
-        weights: Mapping[str, str],
+        self, component: str, records: Mapping[str, TensorRecord], **digests: Mapping[str, str]
     ) -> "Manifest":
-        """Return a manifest with one more component; see the attributes."""
-        return dataclasses.replace(
-            self,
-            components={**self.components, component: records},
-            sources={**self.sources, **sources},
-            files={**self.files, **files},
-            weights={**self.weights, **weights},
-        )
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that a conversion depends on."""
-    return package_versions(_VERSIONS_OF)
+        """Add a component: its records, and its digests in `sources`, `files` and `weights`."""
+        tables = {name: {**getattr(self, name), **more} for name, more in digests.items()}
+        components = {**self.components, component: records}
+        return dataclasses.replace(self, components=components, **tables)
 
 
 def _signed(values: Mapping[str, Any]) -> str:
@@ -168,15 +151,13 @@ def read_manifest(folder: Path, name: str = NAME) -> Manifest:
             )
         if not folder.is_dir():
             raise ConversionError(f"{folder}: is no folder.")
-        if (folder / "model_index.json").is_file():
-            raise ConversionError(
-                f"{folder}: is a pipeline folder that was not converted: run `svg-jax convert` on "
-                "it."
-            )
-        raise ConversionError(
-            f"{folder}: is no converted pipeline (it has no {NAME}): convert it again if a "
-            "conversion was cut off."
+        what = (
+            f"no converted pipeline (it has no {NAME}): convert it again if a conversion was cut "
         )
+        what += "off."
+        if (folder / "model_index.json").is_file():
+            what = "a pipeline folder that was not converted: run `svg-jax convert` on it."
+        raise ConversionError(f"{folder}: is {what}")
     try:
         said = read_json_file(file)
     except ConversionError as error:
@@ -208,16 +189,18 @@ def read_manifest(folder: Path, name: str = NAME) -> Manifest:
         )
         body |= {"components": components, "skipped": tuple(body["skipped"]), "loras": loras}
         manifest = Manifest(**body)
-        _check_types(manifest)
-        _check_names(manifest)
+        _check(manifest)
         return manifest
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = show(repr(error))
         raise DamageError(f"{file}: is damaged ({reason}): convert the source again.") from error
 
 
-def _check_types(manifest: Manifest) -> None:
-    """Refuse values of wrong types: a valid digest does not prove who wrote the manifest."""
+def _check(manifest: Manifest) -> None:
+    """Refuse wrong types, unknown dtypes, and names that, as paths, lead out of the folder.
+
+    A valid digest does not prove who wrote the manifest.
+    """
     for name in ("sources", "files", "weights", "versions"):
         table = getattr(manifest, name)
         if not isinstance(table, dict) or not all(isinstance(text, str) for text in table.values()):
@@ -230,15 +213,9 @@ def _check_types(manifest: Manifest) -> None:
                 type(number) is int and number >= 0 for number in numbers
             ):
                 raise TypeError(f"{name} has no shape, no digest or no count")
-
-
-def _check_names(manifest: Manifest) -> None:
-    """Refuse unknown dtypes, and names that lead out of the folder, since they become paths."""
+            if np.dtype(record.stored_dtype) not in DTYPES.values():
+                raise ValueError(f"{name} is {record.stored_dtype}")
     for name in (*manifest.components, *manifest.files, *manifest.weights):
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
             raise ValueError(f"{name} leads out of the folder")
-    for tensors in manifest.components.values():
-        for name, record in tensors.items():
-            if np.dtype(record.stored_dtype) not in DTYPES.values():
-                raise ValueError(f"{name} is {record.stored_dtype}")

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,12 @@ _ZARR = {
     "node_type": "array",
     "fill_value": 0.0,
     "chunk_key_encoding": {"name": "default"},
+}
+_TREE = {
+    "use_ocdbt": False,
+    "use_zarr3": True,
+    "store_array_data_equal_to_fill_value": True,
+    "custom_metadata": None,
 }
 _CHECKPOINT = {
     "item_handlers": (
@@ -145,18 +151,6 @@ def create_checkpoint(folder: Path, leaves: Mapping[tuple[str, ...], LeafFiles])
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("xb") as stream:
                 os.truncate(stream.fileno(), leaf.chunk_nbytes)
-    times = {"init_timestamp_nsecs": begun, "commit_timestamp_nsecs": time.time_ns()}
-    texts = {
-        "_METADATA": json.dumps(_tree_metadata(leaves)),
-        "_CHECKPOINT_METADATA": json.dumps(_CHECKPOINT | times),
-        "commit_success.txt": f"Checkpoint commit was successful to {folder.name}",
-    }
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-
-
-def _tree_metadata(leaves: Iterable[tuple[str, ...]]) -> dict[str, Any]:
-    """Return orbax's metadata of a tree of nested dictionaries whose leaves are arrays."""
     tree = {
         str(path): {
             "key_metadata": [{"key": key, "key_type": _DICTIONARY_KEY} for key in path],
@@ -164,13 +158,14 @@ def _tree_metadata(leaves: Iterable[tuple[str, ...]]) -> dict[str, Any]:
         }
         for path in sorted(leaves)
     }
-    return {
-        "tree_metadata": tree,
-        "use_ocdbt": False,
-        "use_zarr3": True,
-        "store_array_data_equal_to_fill_value": True,
-        "custom_metadata": None,
+    times = {"init_timestamp_nsecs": begun, "commit_timestamp_nsecs": time.time_ns()}
+    texts = {
+        "_METADATA": json.dumps({"tree_metadata": tree} | _TREE),
+        "_CHECKPOINT_METADATA": json.dumps(_CHECKPOINT | times),
+        "commit_success.txt": f"Checkpoint commit was successful to {folder.name}",
     }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def checkpoint_nbytes(leaves: Mapping[tuple[str, ...], LeafFiles]) -> int:

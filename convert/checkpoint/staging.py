@@ -18,12 +18,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from svg_jax.convert.errors import ConversionError, RefusedError
+from svg_jax.convert.formats.show import show_some
 from svg_jax.convert.progress import Terminated
 
 _LOGGER = logging.getLogger(__name__)
 # Files that mark a folder as a checkpoint: `overwrite` removes no other folders.
 MARKS = ("manifest.json", "model_index.json")
-_NAMED = 8  # entries of a folder that are named in a message
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 
@@ -79,10 +79,8 @@ def replaced_folder(destination: Path) -> Path:
 def describe(folder: Path) -> str:
     """Summarise a folder that is to be deleted: its size, number of files and first entries."""
     files, nbytes = _size_of(folder)
-    names = sorted(path.name for path in folder.iterdir())
-    more = "" if len(names) <= _NAMED else f" and {len(names) - _NAMED} more"
-    named = ", ".join(f"{name:.40}" for name in names[:_NAMED])
-    return f"{folder} ({nbytes / 1e9:.2f} GB in {files} files: {named}{more})"
+    named = show_some(sorted(path.name for path in folder.iterdir()), 8, 40)
+    return f"{folder} ({nbytes / 1e9:.2f} GB in {files} files: {named})"
 
 
 def _size_of(folder: Path) -> tuple[int, int]:

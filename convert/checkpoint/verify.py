@@ -9,10 +9,9 @@ from svg_jax.convert.checkpoint.staging import standing_folder
 from svg_jax.convert.checkpoint.tensors import open_tensors
 from svg_jax.convert.errors import DamageError
 from svg_jax.convert.formats.digests import file_digest
+from svg_jax.convert.formats.show import show_some
 from svg_jax.convert.paths import real_path
 from svg_jax.convert.progress import Progress, count_bytes
-
-_NAMED = 3  # how many files an error spells out
 
 
 def verify_pipeline(source: str | Path, *, progress: Progress | None = None) -> Manifest:
@@ -75,6 +74,4 @@ def verify_pipeline(source: str | Path, *, progress: Progress | None = None) -> 
 def _list(names: Sequence[str]) -> str:
     if len(names) == 1:
         return f"{names[0]} is"
-    shown = [f"{name:.80}" for name in names[:_NAMED]]
-    more = "" if len(names) <= _NAMED else f" and {len(names) - _NAMED} more"
-    return f"{len(names)} files ({', '.join(shown)}{more}) are"
+    return f"{len(names)} files ({show_some(names, 3, 80)}) are"

@@ -7,7 +7,7 @@ from pathlib import Path
 from svg_jax.convert.formats.checked_files import FileState, file_state
 from svg_jax.convert.formats.json_file import JsonFile, read_json_file
 from svg_jax.convert.formats.stored_tensor import StoredTensor
-from svg_jax.convert.sources.weights import is_weights, read_file, read_weights
+from svg_jax.convert.sources.weights import folder_of, read_weights
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,11 @@ class SourceFiles:
     def weights(
         self, place: Path, allowed: Iterable[Path], variant: str | None
     ) -> Mapping[str, StoredTensor]:
-        """Find the tensors of a component's folder or file; see `read_weights` and `read_file`."""
+        """Find the tensors of a component; see `read_weights`."""
         if (place, variant) not in self._weights:
             self.states(folder_of(place))
-            self._weights[place, variant] = (
-                read_weights(place, allowed, variant, self.weights_key)
-                if place == folder_of(place)
-                else read_file(place, self.weights_key)
-            )
+            found = read_weights(place, allowed, variant, self.weights_key)
+            self._weights[place, variant] = found
         return self._weights[place, variant]
 
     def json(self, file: Path) -> JsonFile:
@@ -51,8 +48,3 @@ class SourceFiles:
             files = (file for file in folder.glob("*") if file.exists())
             self._states[folder] = {file: file_state(file) for file in files}
         return self._states[folder]
-
-
-def folder_of(place: Path) -> Path:
-    """Return the folder of a component, given that folder or a file of weights in it."""
-    return place.parent if is_weights(place) and not place.is_dir() else place

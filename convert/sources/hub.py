@@ -107,7 +107,7 @@ def is_hub_lora(path: str) -> bool:
     """Return whether a string has the form "owner/name" or "owner/name/file"."""
     parts = path.split("/")
     if len(parts) == 2:
-        return is_hub_id(path) and not _is_weights(path)
+        return is_hub_id(path) and not path.lower().endswith(".safetensors")
     plain = all(
         part not in ("", ".", "..") and not re.search(r"[*?\[\]\\]", part) for part in parts
     )
@@ -136,7 +136,9 @@ def download_lora(path: str) -> Path:
         known = [f"{stem}.safetensors" for stem in LORA_STEMS]
         folder = _snapshot(hub_id, known)
         found = [name for name in known if (folder / name).is_file()]
-        found = found or [name for name in _list_files(hub_id, folder) if _is_weights(name)]
+        if not found:
+            listed = _list_files(hub_id, folder)
+            found = [name for name in listed if name.lower().endswith(".safetensors")]
         if len(found) != 1:
             what = f"holds {', '.join(found[:5])}" if found else "holds no .safetensors file"
             raise ValueError(f"{hub_id}: {what}: give the file that is meant, {hub_id}/FILE.")
@@ -146,10 +148,6 @@ def download_lora(path: str) -> Path:
     if not local.is_file():
         raise ValueError(f"{hub_id}: has no file {file}: check its name.")
     return local
-
-
-def _is_weights(name: str) -> bool:
-    return name.lower().endswith(".safetensors")
 
 
 def _list_files(hub_id: str, folder: Path) -> list[str]:

@@ -36,6 +36,11 @@ def is_torch(file: Path) -> bool:
     return file.suffix.lower() in _TORCH
 
 
+def folder_of(place: Path) -> Path:
+    """Return the folder of a component, given that folder or a file of weights in it."""
+    return place.parent if is_weights(place) and not place.is_dir() else place
+
+
 def read_file(file: Path, weights_key: str | None = None) -> Mapping[str, StoredTensor]:
     """Find and check the tensors of one file of weights.
 
@@ -84,7 +89,7 @@ def _scales_beside(file: Path, tensors: Mapping[str, StoredTensor]) -> dict[str,
 
 
 def read_weights(
-    folder: Path,
+    place: Path,
     allowed: Iterable[Path] = (),
     variant: str | None = None,
     weights_key: str | None = None,
@@ -92,7 +97,7 @@ def read_weights(
     """Find and check the tensors of a component: of one file, or of shards listed by an index.
 
     Args:
-        folder: Folder of the component.
+        place: Folder of the component, or its file of weights.
         allowed: Other folders that symbolic links may lead to, such as `blobs` in the hub's cache.
         variant: Variant of the weights, e.g. "fp16"; None is the one without a name.
         weights_key: Key of the weights to read; see `ConversionSettings`.
@@ -101,41 +106,43 @@ def read_weights(
         ConversionError: If there are no weights or several sets of them, shards and index do not
             fit exactly, or a file lies outside the folder.
     """
-    present = weights_files(folder, variant)
+    if folder_of(place) != place:
+        return read_file(place, weights_key)
+    present = weights_files(place, variant)
     if len(present) > 1:
         names = [path.name for path in present]
-        listed = " and ".join(names) if len(named_files(folder, variant)) > 1 else show_some(names)
-        raise ConversionError(f"{folder}: holds {listed}: remove the ones that are not meant.")
+        listed = " and ".join(names) if len(named_files(place, variant)) > 1 else show_some(names)
+        raise ConversionError(f"{place}: holds {listed}: remove the ones that are not meant.")
     if not present:
         named = "" if variant is None else f".{variant}"
-        others = sorted(path.name for path in folder.glob("*") if path.suffix != ".json")
+        others = sorted(path.name for path in place.glob("*") if path.suffix != ".json")
         raise ConversionError(
-            f"{folder}: holds no {_STEMS[0]}{named}.safetensors or {_STEMS[1]}{named}.safetensors, "
+            f"{place}: holds no {_STEMS[0]}{named}.safetensors or {_STEMS[1]}{named}.safetensors, "
             f"nor an index of shards (found: {show_some(others) or 'nothing'}): fetch the "
             "weights, or choose the variant that is there."
         )
     (weights,) = present
-    roots = (folder, *allowed)
+    roots = (place, *allowed)
     check_inside(weights, roots)
     if is_weights(weights):
         return read_file(weights, weights_key)
     return _read_shards(weights, roots, weights_key)
 
 
-def weights_files(folder: Path, variant: str | None) -> list[Path]:
+def weights_files(place: Path, variant: str | None) -> list[Path]:
     """List the files of weights, or indices of shards, that a component has of a variant.
 
     Names by diffusers and transformers come first, safetensors before torch.save's format; only
     without these, other names. A component must have exactly one.
     """
-    if found := named_files(folder, variant):
+    if folder_of(place) != place:
+        return [place] if variant is None else []
+    if found := named_files(place, variant):
         return found
-    if variant is not None or not folder.is_dir():
+    if variant is not None or not place.is_dir():
         return []
     others = sorted(
-        file
-        for file in folder.iterdir()
-        if is_weights(file) and not _NOT_ALONE.fullmatch(file.name)
+        file for file in place.iterdir() if is_weights(file) and not _NOT_ALONE.fullmatch(file.name)
     )
     return [file for file in others if file.suffix.lower() in _SAFETENSORS] or others
 

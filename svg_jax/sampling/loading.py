@@ -88,11 +88,11 @@ def from_pretrained(
     # Whatever else is wrong, say first that it is no whole converted folder.
     opened = open_folder(folder)
     _refuse_what_does_not_run(opened.path)
-    assert opened.pipeline is not None
+    assert opened.index.pipeline is not None
     check_components(opened, opened.manifest.components, verify=verify, progress=progress)
     if dtype is None:
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    pipeline = _LOAD[PIPELINES[opened.pipeline]](_Source(opened, jnp.dtype(dtype)))
+    pipeline = _LOAD[PIPELINES[opened.index.pipeline]](_Source(opened, jnp.dtype(dtype)))
     return replace(
         pipeline,
         weights=weights_digest(opened.manifest),
@@ -120,7 +120,7 @@ class _Source:
     @property
     def classes(self) -> Mapping[str, str]:
         """Class of each component that model_index.json names, there or not."""
-        return self.opened.classes
+        return self.opened.index.classes
 
     def lazy(self, name: str, dtype: Any = None) -> Lazy[Any] | None:
         """A component, or None if the checkpoint was converted without it."""
@@ -146,7 +146,7 @@ class _Source:
     def scheduler(self) -> SchedulerConfig:
         """What scheduler_config.json says."""
         entries = read_json(self.folder / scheduler_config.FILE)
-        classes = scheduler_config.classes_of(self.opened.pipeline)
+        classes = scheduler_config.classes_of(self.opened.index.pipeline)
         return SchedulerConfig.from_dict(entries, classes)
 
 
