@@ -10,6 +10,7 @@ from svg_jax.kernels.attention import (
     block_list_attention,
     block_sparse_attention,
     pick_implementation,
+    sparse_attention_pays,
 )
 from svg_jax.kernels.block_mask import BandMask, BlockMap, block_map, kept_pairs
 from svg_jax.kernels.dense import dense_attention
@@ -29,5 +30,6 @@ __all__ = [
     "on_each_device",
     "pick_implementation",
     "sampled_attention",
+    "sparse_attention_pays",
     "transpose_tokens",
 ]

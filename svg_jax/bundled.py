@@ -1,4 +1,4 @@
-"""The model that comes with the package, which is called "tiny" wherever a model is named."""
+"""The model that comes with the package, by the name "tiny"."""
 
 import logging
 from importlib.resources import files
@@ -10,9 +10,9 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def bundled_or(model: str | Path) -> str | Path:
-    """Turn "tiny" into the bundled model's folder; give back all else.
+    """Turn "tiny" into the bundled model's folder; return everything else unchanged.
 
-    A folder of that name in the working directory is what was meant: it wins, and a line says so.
+    A folder of that name in the working directory goes first, which is logged.
 
     Args:
         model: Name, path or hub id of a model.

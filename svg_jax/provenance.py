@@ -1,4 +1,4 @@
-"""What a figure or a run was made with: versions, device, date and command."""
+"""The circumstances of a figure or a run: versions, device, date and command."""
 
 import contextlib
 import datetime
@@ -17,7 +17,7 @@ _OF_A_RUN = ("svg-jax", "jax", "jaxlib")
 
 
 def versions() -> dict[str, str]:
-    """Give the versions of Python and of what computes."""
+    """Read the versions of Python and of the packages that compute."""
     return {"python": platform.python_version(), **package_versions(_PACKAGES)}
 
 
@@ -27,7 +27,7 @@ def device_name() -> str:
     if device.platform != "cpu":
         return device.device_kind
     model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux alone has it
+    with contextlib.suppress(OSError):  # only Linux has it
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -35,15 +35,15 @@ def device_name() -> str:
 
 
 def run_environment() -> dict[str, str]:
-    """Give what may change a run's bits beside its settings: versions and the kind of device."""
+    """Collect what may change a run's bits beside its settings: versions and kind of device."""
     return package_versions(_OF_A_RUN) | {"device": jax.devices()[0].device_kind}
 
 
 def provenance_of(script: str) -> dict[str, Any]:
-    """Say when, how, where and with what a figure was measured.
+    """Collect date, command, device and versions of a measurement.
 
     Args:
-        script: Path of the script that runs, from the top of the tree.
+        script: Path of the running script, from the top of the tree.
     """
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

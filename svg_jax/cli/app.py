@@ -22,7 +22,7 @@ from svg_jax.cli.generated import KINDS, OF_WARMUP, SPARSITY, WARMUP, parameters
 from svg_jax.cli.options import Given, parameter, with_options
 from svg_jax.cli.signals import ended_by_signals
 from svg_jax.sampling.settings import RunSettings
-from svg_jax.sampling.settings.run import ATTENTION, OUTPUT, PROMPT, SAVING
+from svg_jax.sampling.settings.fields import ATTENTION, OUTPUT, PROMPT, SAVING
 
 app = typer.Typer(
     help="Sparse VideoGen in JAX: video diffusion transformers with sparse attention.",
@@ -92,9 +92,13 @@ def generate(
         ),
     ] = None,
     attention: Annotated[
-        Literal["dense", "svg"],
-        typer.Option(help="Dense attention, or Sparse VideoGen.", rich_help_panel=ATTENTION),
-    ] = "svg",
+        Literal["dense", "svg"] | None,
+        typer.Option(
+            help="Dense attention, or Sparse VideoGen; default: svg, but dense where no option of "
+            "sparse attention is given and dense is faster on the GPU.",
+            rich_help_panel=ATTENTION,
+        ),
+    ] = None,
     labels_out: Annotated[
         Path | None,
         typer.Option(
@@ -119,7 +123,8 @@ def generate(
         model,
         output,
         given,
-        sparsity=sparsity if attention == "svg" else None,
+        attention=attention,
+        sparsity=sparsity,
         warmup=_warmup(warmup),
         prompts=prompts,
         labels_out=labels_out,

@@ -18,9 +18,8 @@ from svg_jax.convert.formats.values import Choice, Flag, Number, Shares
 from svg_jax.sampling.cogvideox.settings import CogVideoXSettings
 from svg_jax.sampling.hunyuan_video.settings import HunyuanVideoSettings
 from svg_jax.sampling.settings import PlaybackSettings, Setting, settings_of
-from svg_jax.sampling.settings.fields import defaults_of, help_of, is_file, option_of
+from svg_jax.sampling.settings.fields import ATTENTION, defaults_of, help_of, is_file, option_of
 from svg_jax.sampling.settings.rules import FilePath
-from svg_jax.sampling.settings.run import ATTENTION
 from svg_jax.sampling.wan.settings import WanSettings
 
 FAMILIES: tuple[type, ...] = (CogVideoXSettings, HunyuanVideoSettings, WanSettings)

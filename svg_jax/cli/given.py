@@ -1,7 +1,7 @@
 """From the options of a command to a model and the settings of its run."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -10,6 +10,7 @@ from svg_jax.cli.console import bytes_bar, say
 from svg_jax.cli.generated import every_setting, flag_of
 from svg_jax.cli.options import Given
 from svg_jax.config import SparsityConfig, Warmup
+from svg_jax.kernels import sparse_attention_pays
 from svg_jax.media.images import with_images_read
 from svg_jax.sampling import VideoPipeline, from_pretrained
 from svg_jax.sampling.cache import cache_folder
@@ -79,6 +80,18 @@ def shown_at(pipeline: VideoPipeline, shown: PlaybackSettings) -> tuple[float, i
 def size_of(pipeline: VideoPipeline, settings: RunSettings) -> tuple[int, int, int]:
     """Count the frames, rows and columns of the video that settings give."""
     return pipeline.video_size(settings.num_frames, settings.height, settings.width)
+
+
+def faster_attention(pipeline: VideoPipeline) -> Literal["dense", "svg"]:
+    """Choose sparse attention unless dense is faster on this device, which is printed."""
+    transformer = pipeline.transformer
+    if sparse_attention_pays(transformer.config.attention_head_dim, transformer.dtype):
+        return "svg"
+    say(
+        f"dense attention: on {jax.devices()[0].device_kind} it is faster than sparse attention, "
+        "whose fast kernel is made for H100 and H200; --attention svg runs it all the same"
+    )
+    return "dense"
 
 
 def with_sparsity(

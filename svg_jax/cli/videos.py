@@ -5,7 +5,7 @@ import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from svg_jax.bundled import FOLDER, NAME
 from svg_jax.cli.console import bytes_bar, print_parts, say, steps_bar
 from svg_jax.cli.given import (
     checked,
+    faster_attention,
     inputs_of,
     load_model,
     read_given,
@@ -60,7 +61,8 @@ def generate(
     output: Path,
     given: Given,
     *,
-    sparsity: Given | None,
+    attention: Literal["dense", "svg"] | None,
+    sparsity: Given,
     warmup: Given,
     prompts: Path | None,
     labels_out: Path | None,
@@ -71,7 +73,8 @@ def generate(
         model: Given arguments of `from_pretrained`.
         output: File, folder or pattern to write.
         given: Given settings, with files in place of arrays and images.
-        sparsity: Given fields of a SparsityConfig; None for dense attention.
+        attention: Name of the attention; None chooses, unless sparse attention has options.
+        sparsity: Given fields of a SparsityConfig.
         warmup: Given fields of a Warmup.
         prompts: File with a prompt on each line, in place of a prompt.
         labels_out: File for labels, errors and densities.
@@ -85,7 +88,7 @@ def generate(
         outputs = dict(zip(paths, given["prompt"], strict=True))
     wants_latents = next(iter(outputs)).suffix.lower() == ".npz"
     _check_written(outputs, labels_out, inputs_of(model, given) | {"--prompts": prompts})
-    if labels_out is not None and sparsity is None:
+    if labels_out is not None and attention == "dense":
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
     given = read_given(given)
     videos = len(given.get("prompt_embeds", "1"))
@@ -94,12 +97,14 @@ def generate(
             f"prompt_embeds are of {videos} videos, and {output.name} holds one: give those of one "
             "prompt, or write latents (.npz)"
         )
-    given, shown = checked(given, sparsity or {}, warmup)
+    given, shown = checked(given, sparsity, warmup)
     pipeline = load_model(model)
+    if attention is None and not (sparsity or warmup or labels_out):
+        attention = faster_attention(pipeline)
     fps, enlarge = shown_at(pipeline, shown)
     settings = pipeline.settings(**given, state_file=state_path(next(iter(outputs))))
     _check_size(pipeline, settings, outputs, fps=fps, enlarge=enlarge)
-    if sparsity is not None:
+    if attention != "dense":
         settings = with_sparsity(pipeline, settings, sparsity, warmup)
     if labels_out is not None:
         _check_labels(settings)

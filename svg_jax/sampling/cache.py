@@ -1,4 +1,4 @@
-"""A model in any form to a converted folder; what is not converted yet is so once, into a cache.
+"""From a model in any form to a converted folder; conversions are made once, into a cache.
 
 The cache has a folder for each state of each source. Any of them may be deleted while no pipeline
 of it is in use, and so may a conversion's source in the hub's cache.
@@ -39,19 +39,19 @@ def converted_folder(
     check: Callable[[Path], None],
     progress: Progress | None = None,
 ) -> Path:
-    """The converted folder of a model, which is downloaded and converted if it has to be.
+    """Find the converted folder of a model, which is downloaded and converted if need be.
 
     Args:
-        model: A converted folder, one in diffusers' layout, a hub id, or "tiny".
-        revision: Revision of a hub id: a branch, tag or commit.
-        variant: Which weights where a component has them, e.g. "fp16".
-        cache_dir: Keeps downloads and, in `svg-jax`, what was converted, in place of the hub's
-            cache and of $SVG_JAX_CACHE, which is ~/.cache/svg-jax if it is not set.
-        check: Called with the folder of model_index.json before anything large is done.
+        model: See `from_pretrained`.
+        revision: See `from_pretrained`.
+        variant: See `from_pretrained`.
+        cache_dir: See `from_pretrained`.
+        check: Function that is called with the folder of model_index.json before anything large is
+            done.
         progress: See `convert_pipeline`.
 
     Raises:
-        ValueError: If it is nothing of the kind, cannot be converted, or an argument does not fit.
+        ValueError: If it is no model, cannot be converted, or an argument does not fit.
         OSError: If the hub or the disk refuses.
     """
     model = bundled_or(model)
@@ -93,7 +93,7 @@ def _convert_once(
     progress: Progress | None,
     fetch: Callable[[], None] | None,
 ) -> None:
-    """Fetch and convert; of several processes one does, and the others wait for it."""
+    """Fetch and convert in one process, for which others that want the same wait."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -116,7 +116,7 @@ def _convert_once(
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """What is kept between runs: in `cache_dir`, $SVG_JAX_CACHE, or the user's cache."""
+    """Choose the folder of what is kept between runs: `cache_dir`, $SVG_JAX_CACHE or ~/.cache."""
     if cache_dir is not None:
         return real_path(cache_dir) / "svg-jax"
     if named := os.environ.get("SVG_JAX_CACHE"):
@@ -125,7 +125,7 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 
 def _commit(source: Path) -> tuple[str, str] | None:
-    """Repository and commit of a snapshot in the hub's cache: its files never change."""
+    """Read repository and commit of a snapshot in the hub's cache, whose files never change."""
     snapshots = source.parent
     repository = snapshots.parent.name
     if snapshots.name != "snapshots" or not repository.startswith("models--"):
@@ -140,9 +140,9 @@ def _name(source: Path) -> str:
 
 
 def _fingerprint(source: Path, variant: str | None) -> str:
-    """A name for the state that a source is in.
+    """Digest the state of a source.
 
-    A commit says it all; another folder is known by its path, its small files' contents, and its
+    A commit determines it; that of another folder is its path, its small files' contents, and its
     large files' sizes and times.
     """
     source = source.resolve()

@@ -1,4 +1,4 @@
-"""What a model is told beside latents and timestep, and what it predicts of that, guided or not."""
+"""The inputs of a model beside latents and timestep, and its prediction, guided or not."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,18 +19,18 @@ class Conditions:
     """Arrays that stay the same from step to step; a pytree.
 
     Attributes:
-        call: Static: calls a family's model on hidden states and timesteps, and by keyword on
-            `text`, `image_features`, `number`, `attend` and `step_state`.
+        call: Function that calls a family's model on hidden states and timesteps, and by keyword
+            on `text`, `image_features`, `number`, `attend` and `step_state`; static.
         text: Features of the prompts: a pytree of arrays [batch, ...].
-        negative_text: Those that guidance leads away from, of the same shapes; None if no step is
+        negative_text: Features of the negative prompts, of the same shapes; None if no step is
             guided.
         number: Float32 scalar that the model takes for each entry, or None.
         first_frame: Latents of an image in front of those that are denoised, [batch, channels, 1,
             height, width]; or None.
-        channels: Arrays of the latents' shape but for the channels, which are appended to theirs;
-            or None.
-        image_features: A pytree of arrays [batch, ...], the same for both prompts; or None.
-        channel_axis: Static: which axis of the latents is that of channels.
+        channels: Channels that are appended to those of the latents, or None.
+        image_features: Features of an image for both prompts, a pytree of arrays [batch, ...]; or
+            None.
+        channel_axis: Axis of the latents' channels, static.
     """
 
     call: Callable[..., tuple[Array, Any]] = field(metadata={"static": True})
@@ -56,10 +56,10 @@ def predict(
     """Predict the velocity of latents, by classifier-free guidance under a scale.
 
     Args:
-        model: The transformer.
-        latents: Where the run stands, float32.
+        model: Transformer.
+        latents: Latents before the step, float32.
         timestep: Timestep of all videos, a scalar.
-        conditions: What the model is told beside them.
+        conditions: Other inputs of the model.
         scale: Guidance scale, under which the model sees entries [negative, positive]; None runs it
             on the prompts alone.
         attend: Attention of every layer.

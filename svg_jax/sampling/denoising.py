@@ -5,7 +5,6 @@ as a traced value, which leaves two executables per shape and guidance mode: den
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,41 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from svg_jax.attention import SparseAttentionInfo, StepState, attend_dense
-from svg_jax.config import share_of
 from svg_jax.models import Attend
 from svg_jax.sampling.conditions import Conditions, predict
 from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.records import StepRecord
 from svg_jax.sampling.schedules.noise import step_noise
 from svg_jax.sampling.schedules.steps import SamplerState, take_step
-
-
-def guidance_scales(
-    timesteps: np.ndarray,
-    guidance_scale: float | int,
-    *,
-    interval: tuple[float | int, float | int] = (0.0, 1.0),
-    use_dynamic_cfg: bool = False,
-) -> Float[np.ndarray, " steps"]:
-    """Compute the guidance scale of every step, float64; 1 means that the step is not guided.
-
-    Args:
-        timesteps: Timesteps of the schedule.
-        guidance_scale: Strength of guidance as in diffusers; 1 or less turns it off.
-        interval: Shares of the steps between which steps are guided: (0, 0.3) is the first 30 %.
-        use_dynamic_cfg: Whether the scale follows diffusers' formula, which compares the timestep
-            (0 to 999) with the number of steps.
-    """
-    start, end = interval
-    num_steps = len(timesteps)
-    scales = np.full(num_steps, max(float(guidance_scale), 1.0))
-    if use_dynamic_cfg and guidance_scale > 1:
-        for step, timestep in enumerate(timesteps.tolist()):
-            # In Python's float64: in float32 the cosine of these large angles is noise.
-            angle = math.pi * ((num_steps - timestep) / num_steps) ** 5.0
-            scales[step] = 1 + guidance_scale * ((1 - math.cos(angle)) / 2)
-    scales[: share_of(start, num_steps)] = scales[share_of(end, num_steps) :] = 1.0
-    return scales
 
 
 def denoise(

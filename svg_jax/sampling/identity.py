@@ -1,7 +1,7 @@
-"""By what a run is known again: its settings, weights, versions and device, as JSON.
+"""The identity of a run as JSON: its settings, weights, versions and device.
 
-A setting belongs to it by the effect that its field declares. One of effect "bits" makes another
-run; one of effect "rounding" makes the same run, rounded otherwise; "none" is left out.
+The effect that a field declares decides: another value of effect "bits" makes another run; of
+effect "rounding" it makes the same run, rounded otherwise; "none" is left out.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def identity_of(settings: RunSettings) -> dict[str, Any]:
-    """Collect the settings that a run's latents depend on, those at their defaults left out.
+    """Collect the settings that a run's latents depend on, without those at their defaults.
 
     A field that a later version adds thus changes no identity where it is not used.
     """
@@ -44,11 +44,11 @@ def identity_of(settings: RunSettings) -> dict[str, Any]:
 
 
 def make_fingerprint(**told: Any) -> dict[str, Any]:
-    """Tell all that determines a run's outcome, as JSON has it: versions and device are added.
+    """Turn what determines a run's outcome into JSON's types, with versions and device.
 
     Args:
-        **told: Numbers, strings, lists of these and dataclasses; arrays and images are told by
-            their digests.
+        **told: Numbers, strings, lists of these and dataclasses; arrays and images become their
+            digests.
     """
     return _plain(told) | run_environment()
 
@@ -61,22 +61,22 @@ def check_same_run(
     allow_rounding: bool = False,
     kind: type[RunSettings] = RunSettings,
 ) -> None:
-    """Check that two fingerprints are of one run; what is missing has its field's default.
+    """Check that two fingerprints are of one run; a missing field has its default.
 
     Args:
-        path: File that is named in errors.
+        path: Path of the file, for errors.
         saved: Fingerprint in the file.
-        current: Fingerprint of what is asked for now.
-        allow_rounding: Whether a difference in rounding alone, of versions of JAX or of the device
-            say, is told but no error.
-        kind: Class of the settings, which says what effect each has.
+        current: Fingerprint of the run that is asked for.
+        allow_rounding: Whether to log a difference in rounding alone (versions of JAX, the device)
+            instead of raising.
+        kind: Class of the settings, whose fields have the effects.
 
     Raises:
-        ValueError: If they differ; says in what.
+        ValueError: If they differ; names the differences.
     """
     defaults = {name: _plain(value) for name, value in defaults_of(kind).items()}
     before, now = {**defaults, **saved}, {**defaults, **current}
-    # In the order of the settings, and what is none behind them.
+    # In the order of the settings, followed by the rest.
     names = [name for name in {**defaults, **saved, **current} if before.get(name) != now.get(name)]
     if not names:
         return
@@ -107,7 +107,7 @@ def check_same_run(
 
 
 def weights_digest(manifest: Manifest) -> str:
-    """Tell the weights and settings of a converted folder, without reading the weights."""
+    """Digest the weights and settings of a converted folder, without reading the weights."""
     stored = {
         component: {name: tensor.stored_sha256 for name, tensor in tensors.items()}
         for component, tensors in manifest.components.items()
@@ -139,7 +139,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_default(value: Any, default: Any) -> bool:
-    """Tell whether a setting is as if it had not been given; arrays never are."""
+    """Tell whether a setting equals its default; arrays never do."""
     return value is default or (isinstance(value, int | float | str) and value == default)
 
 

@@ -1,4 +1,4 @@
-"""The shape of latents for a size in pixels, what a run begins with, and the pixels at its end."""
+"""Latents: their shape for a size in pixels, the initial ones, and the pixels of the last."""
 
 from typing import Any, NamedTuple
 
@@ -15,11 +15,11 @@ _SIZE_OF_1_5 = (768, 1360)
 
 
 class Compression(NamedTuple):
-    """What a VAE makes of a video.
+    """Factors by which a VAE compresses a video.
 
     Attributes:
-        frames: Frames to a latent frame, the first of which is of one frame.
-        pixels: Pixels to a latent, each way.
+        frames: Number of frames in a latent frame; the first latent frame has one.
+        pixels: Number of pixels in a latent, each way.
     """
 
     frames: int
@@ -38,20 +38,23 @@ def latent_shape(
     height: int | None = None,
     width: int | None = None,
 ) -> tuple[tuple[int, int, int, int], int]:
-    """Shape (frames, channels, height, width) of the latents of a video, and its padding frames.
+    """Compute the shape (frames, channels, height, width) of CogVideoX's latents of a video.
 
     Any number of frames has latents, as in diffusers. 1.5 joins pairs of latent frames into tokens:
     an odd number of them is padded with leading noise, which is dropped at the end.
 
     Args:
-        config: The transformer's config.
-        compression: What the VAE makes of a video.
-        num_frames: Frames in pixel space; None is what the checkpoint was trained at, as below.
-        height: Height in pixels.
-        width: Width in pixels.
+        config: Config of the transformer.
+        compression: Compression by the VAE.
+        num_frames: Number of frames; None is that of training.
+        height: Height in pixels; None is that of training.
+        width: Width in pixels; None is that of training.
+
+    Returns:
+        The shape, and the number of padding frames in it.
 
     Raises:
-        SettingError: On sizes that the model cannot take; says which it can.
+        SettingError: On sizes that the model cannot take; names those that it can.
     """
     num_frames, height, width = video_size(config, compression, num_frames, height, width)
     rows, columns = latent_size(height, width, compression, config.patch_size)
@@ -67,7 +70,7 @@ def video_size(
     height: int | None,
     width: int | None,
 ) -> tuple[int, int, int]:
-    """Frames, height and width of a CogVideoX video in pixels, with what it was trained at."""
+    """Fill in the frames, height and width that a CogVideoX was trained at."""
     scale = compression.pixels
     default = (config.sample_height * scale, config.sample_width * scale)
     if config.patch_size_t is not None and compression != NO_VAE:
@@ -80,7 +83,7 @@ def video_size(
 
 
 def decoded_frames(latent_frames: int, compression: Compression) -> int:
-    """Frames that CogVideoX's VAE makes: an even number of latent frames has no single first."""
+    """Count the frames that CogVideoX's VAE decodes: an even number has no single first one."""
     if latent_frames % 2 == 0:
         return latent_frames * compression.frames
     return (latent_frames - 1) * compression.frames + 1
@@ -89,17 +92,17 @@ def decoded_frames(latent_frames: int, compression: Compression) -> int:
 def latent_grid(
     num_frames: int, height: int, width: int, *, compression: Compression, patch_size: int
 ) -> tuple[int, int, int]:
-    """Latent frames, rows and columns of a video of whole latent frames.
+    """Compute the latent frames, rows and columns of a video of whole latent frames.
 
     Args:
-        num_frames: Frames in pixel space.
+        num_frames: Number of frames.
         height: Height in pixels.
         width: Width in pixels.
-        compression: What the VAE makes of a video.
-        patch_size: Latents to a token, each way.
+        compression: Compression by the VAE.
+        patch_size: Number of latents in a token, each way.
 
     Raises:
-        SettingError: On sizes that the model cannot take; says which it can.
+        SettingError: On sizes that the model cannot take; names those that it can.
     """
     if (num_frames - 1) % compression.frames:
         raise SettingError(
@@ -112,7 +115,7 @@ def latent_grid(
 def latent_size(
     height: int, width: int, compression: Compression, patch_size: int
 ) -> tuple[int, int]:
-    """Latent rows and columns of a video; see `latent_grid`."""
+    """Compute the latent rows and columns of a video; see `latent_grid`."""
     multiple = compression.pixels * patch_size
     for name, pixels in (("height", height), ("width", width)):
         if pixels < 1 or pixels % multiple:
@@ -123,10 +126,10 @@ def latent_size(
 def starting_latents(
     latents: Array | np.ndarray | None, shape: tuple[int, ...], seed: int
 ) -> Float[Array, "..."]:
-    """Initial noise: what was given, or the seed's; float32.
+    """Take the initial noise that was given, or draw it; float32.
 
     Raises:
-        SettingError: On given noise of another shape.
+        SettingError: If given noise has another shape.
     """
     if latents is None:
         return jnp.asarray(initial_noise(seed, shape))
@@ -135,7 +138,7 @@ def starting_latents(
 
 
 def check_shape(field: str, array: Any, *shapes: tuple[int, ...]) -> None:
-    """SettingError unless a given array is of the first of some shapes, or of another."""
+    """Raise SettingError unless an array, if there is one, has one of some shapes."""
     if array is not None and array.shape not in shapes:
         raise SettingError(field, f"must have the shape {shapes[0]}: got {array.shape}")
 
@@ -143,7 +146,7 @@ def check_shape(field: str, array: Any, *shapes: tuple[int, ...]) -> None:
 def place_image(
     image_latents: Float[Array | np.ndarray, "batch 1 channels height width"], num_frames: int
 ) -> Float[Array, "batch frames channels height width"]:
-    """The image's latent frame at the start of a video, and zeros behind it.
+    """Put an image's latent frame at the start of a video, and zeros behind it.
 
     With 1.5 it stands, as in diffusers, in the padding frame if there is one.
     """
@@ -154,11 +157,11 @@ def place_image(
 def to_frames(
     video: Float[Array | np.ndarray, "batch 3 frames height width"],
 ) -> Float[np.ndarray, "batch frames height width 3"]:
-    """A video from −1 to 1 as pixels in 0…1, float32."""
+    """Turn a video from −1 to 1 into pixels in 0…1, float32."""
     video = np.moveaxis(np.asarray(video, np.float32), 1, -1)
     return np.clip(video / 2 + np.float32(0.5), 0, 1)
 
 
 def is_480p(height: int, width: int) -> bool:
-    """Whether a video is nearer to 480 × 832 pixels than to 720 × 1280, by their number."""
+    """Tell whether a video has a number of pixels nearer to 480 × 832 than to 720 × 1280."""
     return 2 * height * width < 480 * 832 + 720 * 1280

@@ -1,4 +1,4 @@
-"""A model to a pipeline that can be called."""
+"""From a model in any form to a pipeline that can be called."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -46,31 +46,32 @@ def from_pretrained(
 ) -> VideoPipeline:
     """Load a video model, onto the default device.
 
-    What `svg-jax convert` made is used as it is. A folder in diffusers' layout, or one from the
-    hub, is converted first: once, bit for bit, into a cache.
+    A folder that `svg-jax convert` made is used as it is. A folder in diffusers' layout or one from
+    the hub is converted first: once, bit for bit, into a cache.
 
     Args:
-        model: A converted folder, a folder in diffusers' layout, a hub id ("owner/name"), or "tiny"
-            for the bundled model. A folder of that name goes before the hub and "tiny".
+        model: Converted folder, folder in diffusers' layout, hub id ("owner/name"), or "tiny" for
+            the bundled model. A folder of that name goes before the hub and "tiny".
         dtype: Dtype of the matrix products; parameters stay as they are stored. Default: bfloat16
             on an accelerator, float32 on a CPU.
         revision: Branch, tag or commit of a hub id. Default: main.
-        variant: Weights to take where a component has them, e.g. "fp16"; elsewhere the plain ones.
+        variant: Variant of the weights where a component has it, e.g. "fp16"; else the plain ones.
         cache_dir: Folder for downloads and, in its folder `svg-jax`, for conversions. Default: the
             hub's own cache for the former, $SVG_JAX_CACHE (~/.cache/svg-jax) for the latter.
         verify: Whether to read all weights first and to compare them with the manifest, as
-            `svg-jax verify` does. Otherwise all other files are compared, and the names, kinds,
-            sizes and layout of the weights.
-        progress: Called with (bytes done, bytes in all, component) by a conversion and by `verify`.
-        **others: Anything else is refused; an argument of diffusers with what takes its place.
+            `svg-jax verify` does. Otherwise only the names, kinds, sizes and layout of the weights
+            are compared, and all other files.
+        progress: Function that a conversion and `verify` call with (bytes done, bytes in all,
+            component).
+        **others: Other arguments are refused; for diffusers' the error names the replacement.
 
     Returns:
         The pipeline of the checkpoint's family. Each component is loaded where it is used and freed
-            behind: text encoder and transformer are never there together.
+        afterwards: text encoder and transformer are never in memory together.
 
     Raises:
-        TypeError: If it is given another argument.
-        ValueError: If there is no such model, or of a kind that does not run.
+        TypeError: On other arguments.
+        ValueError: If there is no such model, or it is of a kind that does not run.
         DamageError: If a converted folder does not hold what was converted; it is a ValueError.
         OSError: If a file cannot be read or written, the hub cannot be reached, or it denies access
             (`PermissionError`: a gated model).
@@ -85,7 +86,7 @@ def from_pretrained(
         check=_refuse_what_does_not_run,
         progress=progress,
     )
-    # Whatever else is wrong, say first that it is no whole converted folder.
+    # A folder that is not whole is refused before anything else that is wrong with it.
     opened = open_folder(folder)
     _refuse_what_does_not_run(opened.path)
     assert opened.index.pipeline is not None
@@ -94,19 +95,17 @@ def from_pretrained(
         dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     pipeline = _LOAD[PIPELINES[opened.index.pipeline]](_Source(opened, jnp.dtype(dtype)))
     return replace(
-        pipeline,
-        weights=weights_digest(opened.manifest),
-        defaults=read_run_defaults(opened.path),
+        pipeline, weights=weights_digest(opened.manifest), defaults=read_run_defaults(opened.path)
     )
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A converted folder, and how it is loaded.
+    """A converted folder, and the dtype to load it in.
 
     Attributes:
-        opened: The folder.
-        dtype: Dtype of the matrix products, where a family does not ask for another.
+        opened: Opened folder.
+        dtype: Dtype of the matrix products, where a family needs no other.
     """
 
     opened: ConvertedFolder
@@ -114,7 +113,7 @@ class _Source:
 
     @property
     def folder(self) -> Path:
-        """Where its files are."""
+        """Path of the folder."""
         return self.opened.path
 
     @property
@@ -123,7 +122,7 @@ class _Source:
         return self.opened.index.classes
 
     def lazy(self, name: str, dtype: Any = None) -> Lazy[Any] | None:
-        """A component, or None if the checkpoint was converted without it."""
+        """Make a component that is loaded later; None if it was left out by the conversion."""
         if name not in self.opened.manifest.components:
             return None
         dtype = self.dtype if dtype is None else dtype
@@ -131,7 +130,7 @@ class _Source:
         return Lazy(config, dtype, partial(load_component, self.folder, name, dtype=dtype))
 
     def shared(self) -> dict[str, Any]:
-        """What every family has: a transformer, and an encoder of prompts with its tokenizer."""
+        """Make what every family has: transformer, encoder of prompts and its tokenizer."""
         transformer, text_encoder = (self.lazy(name) for name in ("transformer", "text_encoder"))
         if transformer is None:
             raise ValueError(
@@ -144,7 +143,7 @@ class _Source:
         }
 
     def scheduler(self) -> SchedulerConfig:
-        """What scheduler_config.json says."""
+        """Read scheduler_config.json."""
         entries = read_json(self.folder / scheduler_config.FILE)
         classes = scheduler_config.classes_of(self.opened.index.pipeline)
         return SchedulerConfig.from_dict(entries, classes)
@@ -188,7 +187,7 @@ def _load_cogvideox(source: _Source) -> CogVideoXPipeline:
 
 
 def _load_wan(source: _Source) -> WanPipeline:
-    # As diffusers advises: small, and worth float32.
+    # Small, and diffusers advises float32 for them.
     image_encoder, vae = (
         source.lazy(name, jnp.dtype(jnp.float32)) for name in ("image_encoder", "vae")
     )

@@ -1,4 +1,4 @@
-"""Sizes that no memory holds, told before the work."""
+"""The memory that a run needs at least, checked before the work."""
 
 import math
 import os
@@ -22,17 +22,20 @@ def check_memory(
     guided: bool,
     video: tuple[int, int, int] | None,
 ) -> None:
-    """SettingError if a run needs more memory than there is.
+    """Check that a run's memory can be there.
 
-    Counts only what is there for certain at one time, no weights and no scratch: what passes may
-    still be too large, and what fits always passes.
+    Counts only what is certainly needed at one time, without weights and scratch: what fits always
+    passes, and what passes may still be too large.
 
     Args:
-        transformer: The denoiser, loaded or not.
-        layout: Where video and text stand in the transformer's sequence.
+        transformer: Denoiser, loaded or not.
+        layout: Layout of the transformer's sequence.
         latents: Shape of the latents, the batch first.
         guided: Whether a step runs the model on two entries for each video.
         video: Frames, height and width in pixels; None if latents are not decoded.
+
+    Raises:
+        SettingError: If there is less memory than that.
     """
     config, dtype = transformer.config, transformer.dtype
     width = config.num_attention_heads * config.attention_head_dim
@@ -60,7 +63,7 @@ def _device_bytes() -> int | None:
 
 
 def _host_bytes() -> int | None:
-    """Bytes of memory that this process may have; None if the system does not say."""
+    """Count the bytes of memory that this process may use; None if the system does not tell."""
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):

@@ -14,31 +14,17 @@ from jaxtyping import Array
 from svg_jax.config import PAPER_PRESETS, Preset, SparsityConfig, Warmup
 from svg_jax.convert.formats.values import shown
 from svg_jax.convert.run_defaults import RunDefaults
-from svg_jax.masks import sparse_mask
 from svg_jax.models import Tiling, VideoLayout
 from svg_jax.sampling.components import Component, component_names, in_memory
-from svg_jax.sampling.denoising import denoise, guidance_scales
+from svg_jax.sampling.denoising import denoise
 from svg_jax.sampling.identity import identity_of, make_fingerprint
-from svg_jax.sampling.latents import RELEASED, Compression, starting_latents, to_frames
+from svg_jax.sampling.latents import RELEASED, Compression, to_frames
 from svg_jax.sampling.memory import check_memory
-from svg_jax.sampling.prepared_run import PreparedRun, RunPlan, attends_of, labels_of_steps
+from svg_jax.sampling.prepared_run import PreparedRun, RunPlan, plan_run
 from svg_jax.sampling.records import SamplingInfo, StepRecord, VideoOutput
-from svg_jax.sampling.run_state import (
-    RunFile,
-    damaged,
-    open_run_file,
-    saved_fingerprint,
-    saving,
-)
+from svg_jax.sampling.run_state import RunFile, damaged, open_run_file, saved_fingerprint, saving
 from svg_jax.sampling.schedules.config import SchedulerConfig
-from svg_jax.sampling.schedules.tables import make_schedule
-from svg_jax.sampling.settings import (
-    FlowSettings,
-    RunSettings,
-    SettingError,
-    settings_of,
-    with_values,
-)
+from svg_jax.sampling.settings import RunSettings, SettingError, settings_of, with_values
 from svg_jax.sampling.settings.run import OutputType, draw_seed, few_steps_note
 
 _LOGGER = logging.getLogger(__name__)
@@ -248,12 +234,6 @@ class VideoPipeline(ABC, Generic[Settings]):
         )
 
     @property
-    def default_steps(self) -> int:
-        """Number of denoising steps where settings leave it out."""
-        own = self.defaults.num_inference_steps
-        return self.authors_settings["num_inference_steps"] if own is None else own
-
-    @property
     def default_fps(self) -> float:
         """Frames per second of a video where settings leave them out."""
         return float(self.frame_rate if self.defaults.fps is None else self.defaults.fps)
@@ -319,61 +299,34 @@ class VideoPipeline(ABC, Generic[Settings]):
         Args:
             settings: Settings of the run, all filled in.
             guidance_scale: Strength of classifier-free guidance, which families name differently.
-            use_dynamic_cfg: See `svg_jax.sampling.denoising.guidance_scales`.
+            use_dynamic_cfg: See `guidance_scales`.
 
         Raises:
             ValueError: On what does not fit the checkpoint, or does not fit into memory.
         """
-        num_steps, seed = settings.num_inference_steps, settings.seed
         num_frames, height, width = settings.num_frames, settings.height, settings.width
-        assert num_steps is not None
-        assert seed is not None
-        assert guidance_scale is not None
-        assert settings.guidance_interval is not None
-        assert num_frames is not None
-        assert height is not None
-        assert width is not None
-        scheduler = self.scheduler
-        if isinstance(settings, FlowSettings) and settings.flow_shift is not None:
-            scheduler = dataclasses.replace(scheduler, shift=float(settings.flow_shift))
-        schedule = make_schedule(scheduler, num_steps, settings.scheduler)
-        scales = guidance_scales(
-            schedule.timesteps,
-            guidance_scale,
-            interval=settings.guidance_interval,
-            use_dynamic_cfg=use_dynamic_cfg,
-        )
-        config = self.transformer.config
-        frame_shape, padding_frames = self.latent_shape(num_frames, height, width)
-        shape = (settings.num_videos, *frame_shape)
         tokens = settings.max_sequence_length
         if settings.prompt_embeds is not None:
             tokens = settings.prompt_embeds.shape[1]
+        assert num_frames is not None
+        assert height is not None
+        assert width is not None
         assert tokens is not None
-        layout = self.layout(frame_shape, tokens)
-        check_memory(
-            self.transformer,
-            layout,
-            shape,
-            guided=bool((scales != 1).any()),
-            video=self.video_size(num_frames, height, width) if self.makes_frames else None,
-        )
-        if settings.sparsity is not None:  # a density that leaves nothing is refused
-            sparse_mask(layout, settings.sparsity)
-        return RunPlan(
-            schedule=schedule,
-            scales=tuple(scales.tolist()),
-            sparsity=settings.sparsity,
-            attends=attends_of(settings, config.num_attention_layers, num_steps),
-            labels=labels_of_steps(
-                settings.labels, config, num_steps=num_steps, batch=settings.num_videos
-            ),
-            noise=starting_latents(settings.latents, shape, seed),
-            seed=seed,
-            text_tokens=tokens,
-            layout=layout,
+        latents, padding_frames = self.latent_shape(num_frames, height, width)
+        plan = plan_run(
+            settings,
+            self.transformer.config,
+            self.scheduler,
+            scale=guidance_scale,
+            use_dynamic_cfg=use_dynamic_cfg,
+            latents=latents,
             padding_frames=padding_frames,
+            text_tokens=tokens,
+            layout=self.layout(latents, tokens),
         )
+        video = self.video_size(num_frames, height, width) if self.makes_frames else None
+        check_memory(self.transformer, plan.layout, plan.shape, guided=plan.is_guided, video=video)
+        return plan
 
     def denoise(
         self,
@@ -414,11 +367,7 @@ class VideoPipeline(ABC, Generic[Settings]):
         save_run = nullcontext() if file is None else saving(file)
         with save_run as save, in_memory(self.transformer) as transformer:
             run, records = denoise(
-                transformer,
-                run,
-                steps=steps,
-                save=save,
-                callback_on_step_end=callback_on_step_end,
+                transformer, run, steps=steps, save=save, callback_on_step_end=callback_on_step_end
             )
         return run, done + records
 

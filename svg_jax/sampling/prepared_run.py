@@ -1,6 +1,7 @@
 """What the steps of a run need: what is planned of it, and the run as one pytree."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,14 +11,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from svg_jax.attention import attend_dense, attend_sparse
-from svg_jax.config import SparsityConfig, Warmup, dense_step_count
-from svg_jax.masks import warn_of_lost_sparsity
+from svg_jax.config import Warmup, dense_step_count, share_of
+from svg_jax.masks import sparse_mask, warn_of_lost_sparsity
 from svg_jax.models import Attend, VideoLayout
 from svg_jax.sampling.conditions import Conditions
+from svg_jax.sampling.latents import check_shape, starting_latents
+from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.sampling.schedules.noise import seed_key, seed_of, step_noise
 from svg_jax.sampling.schedules.steps import SamplerState, initial_state
-from svg_jax.sampling.schedules.tables import Schedule
-from svg_jax.sampling.settings import RunSettings, SettingError
+from svg_jax.sampling.schedules.tables import Schedule, make_schedule
+from svg_jax.sampling.settings import FlowSettings, RunSettings, SettingError
 
 
 @jax.tree_util.register_dataclass
@@ -81,36 +84,45 @@ class PreparedRun:
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class RunPlan:
-    """What follows from a run's settings before anything is loaded or encoded.
+    """What follows from a run's settings and configs, before anything is loaded.
 
     Attributes:
+        settings: Settings of the run, all filled in.
         schedule: See `PreparedRun`.
         scales: See `PreparedRun`.
-        sparsity: Settings of sparse attention, or None.
         attends: See `PreparedRun`.
         labels: See `PreparedRun`.
-        noise: Initial latents, float32, the batch first.
-        seed: Seed of all other random numbers.
+        shape: Shape of the latents, the batch first.
+        padding_frames: See `PreparedRun`.
         text_tokens: Number of tokens of each prompt.
         layout: Layout of the sequence with so many text tokens.
-        padding_frames: See `PreparedRun`.
     """
 
+    settings: RunSettings
     schedule: Schedule
     scales: tuple[float, ...]
-    sparsity: SparsityConfig | None
     attends: tuple[Attend, ...]
     labels: Bool[np.ndarray, "..."] | None
-    noise: Float[Array, "..."]
-    seed: int
+    shape: tuple[int, ...]
+    padding_frames: int
     text_tokens: int
     layout: VideoLayout
-    padding_frames: int
 
     @property
     def is_guided(self) -> bool:
         """Whether any step is guided."""
         return any(scale != 1 for scale in self.scales)
+
+    @property
+    def seed(self) -> int:
+        """Seed of all random numbers."""
+        assert self.settings.seed is not None
+        return self.settings.seed
+
+    @cached_property
+    def noise(self) -> Float[Array, "..."]:
+        """Initial latents, float32: those of the settings, or drawn."""
+        return starting_latents(self.settings.latents, self.shape, self.seed)
 
     def run(
         self,
@@ -132,8 +144,8 @@ class RunPlan:
             ValueError: If the density is too small for the text.
         """
         layout = layout or self.layout
-        if self.sparsity is not None:
-            warn_of_lost_sparsity(layout, self.sparsity)
+        if self.settings.sparsity is not None:
+            warn_of_lost_sparsity(layout, self.settings.sparsity)
         return PreparedRun(
             schedule=self.schedule,
             state=initial_state(self.schedule.sampler, self.noise if noise is None else noise),
@@ -146,6 +158,63 @@ class RunPlan:
             sampler_noise=sampler_noise,
             labels=self.labels,
         )
+
+
+def plan_run(
+    settings: RunSettings,
+    config: Any,
+    scheduler: SchedulerConfig,
+    *,
+    scale: float | int | None,
+    use_dynamic_cfg: bool,
+    latents: tuple[int, ...],
+    padding_frames: int,
+    text_tokens: int,
+    layout: VideoLayout,
+) -> RunPlan:
+    """Plan a run.
+
+    Args:
+        settings: Settings of the run, all filled in.
+        config: Config of the transformer.
+        scheduler: Config of the sampler.
+        scale: Strength of classifier-free guidance.
+        use_dynamic_cfg: See `guidance_scales`.
+        latents: Shape of a video's latents.
+        padding_frames: See `PreparedRun`.
+        text_tokens: Number of tokens of each prompt.
+        layout: Layout of the sequence with so many text tokens.
+
+    Raises:
+        ValueError: On what does not fit the checkpoint.
+    """
+    num_steps, shape = settings.num_inference_steps, (settings.num_videos, *latents)
+    assert num_steps is not None
+    assert scale is not None
+    assert settings.guidance_interval is not None
+    if isinstance(settings, FlowSettings) and settings.flow_shift is not None:
+        scheduler = dataclasses.replace(scheduler, shift=float(settings.flow_shift))
+    schedule = make_schedule(scheduler, num_steps, settings.scheduler)
+    scales = guidance_scales(
+        schedule.timesteps,
+        scale,
+        interval=settings.guidance_interval,
+        use_dynamic_cfg=use_dynamic_cfg,
+    )
+    check_shape("latents", settings.latents, shape)
+    if settings.sparsity is not None:  # a density that leaves nothing is refused
+        sparse_mask(layout, settings.sparsity)
+    return RunPlan(
+        settings=settings,
+        schedule=schedule,
+        scales=tuple(scales.tolist()),
+        attends=attends_of(settings, config.num_attention_layers, num_steps),
+        labels=labels_of_steps(settings.labels, config, num_steps=num_steps, batch=shape[0]),
+        shape=shape,
+        padding_frames=padding_frames,
+        text_tokens=text_tokens,
+        layout=layout,
+    )
 
 
 def attends_of(settings: RunSettings, num_layers: int, num_steps: int) -> tuple[Attend, ...]:
@@ -200,3 +269,31 @@ def labels_of_steps(
             "labels", f"are of {layers} layers and {heads} heads: got {labels.shape}"
         )
     return np.broadcast_to(labels, (num_steps, *labels.shape[-3:]))
+
+
+def guidance_scales(
+    timesteps: np.ndarray,
+    guidance_scale: float | int,
+    *,
+    interval: tuple[float | int, float | int] = (0.0, 1.0),
+    use_dynamic_cfg: bool = False,
+) -> Float[np.ndarray, " steps"]:
+    """Compute the guidance scale of every step, float64; 1 means that the step is not guided.
+
+    Args:
+        timesteps: Timesteps of the schedule.
+        guidance_scale: Strength of guidance as in diffusers; 1 or less turns it off.
+        interval: Shares of the steps between which steps are guided: (0, 0.3) is the first 30 %.
+        use_dynamic_cfg: Whether the scale follows diffusers' formula, which compares the timestep
+            (0 to 999) with the number of steps.
+    """
+    start, end = interval
+    num_steps = len(timesteps)
+    scales = np.full(num_steps, max(float(guidance_scale), 1.0))
+    if use_dynamic_cfg and guidance_scale > 1:
+        for step, timestep in enumerate(timesteps.tolist()):
+            # In Python's float64: in float32 the cosine of these large angles is noise.
+            angle = math.pi * ((num_steps - timestep) / num_steps) ** 5.0
+            scales[step] = 1 + guidance_scale * ((1 - math.cos(angle)) / 2)
+    scales[: share_of(start, num_steps)] = scales[share_of(end, num_steps) :] = 1.0
+    return scales

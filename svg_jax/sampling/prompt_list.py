@@ -1,7 +1,7 @@
-"""The videos of one prompt or of a list of them, each as a file, and how a killed run goes on.
+"""The videos of one prompt or of a list of prompts, each in a file of its own.
 
-Beside an output `cat.mp4` stand `.cat.mp4.state` while it is made (see `run_state`) and,
-of a list of prompts, `.cat.mp4.json` from then on: by what settings it was made, and its digest.
+Beside an output `cat.mp4` stands `.cat.mp4.state` while it is made (see `run_state`) and, for a
+list of prompts, `.cat.mp4.json` afterwards: the settings that it was made by, and its digest.
 """
 
 import dataclasses
@@ -36,13 +36,13 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class VideoJob:
-    """One video to make.
+    """A video to make.
 
     Attributes:
-        settings: What it is made by.
-        output: The file to write.
-        fingerprint: What tells this run, and what is written of it, from others.
-        file: The state to go on from and to save.
+        settings: Settings of its run.
+        output: Path of the file to write.
+        fingerprint: Identity of the run and of the written file.
+        file: State to continue from and to save.
     """
 
     settings: RunSettings
@@ -52,7 +52,7 @@ class VideoJob:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read one prompt a line, in UTF-8; blank lines and those that begin with # are skipped.
+    """Read one prompt a line, in UTF-8; skip blank lines and those that begin with #.
 
     Raises:
         OSError: If the file cannot be read.
@@ -75,7 +75,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def output_paths(output: Path, count: int) -> list[Path]:
-    """The file of each prompt: of a pattern such as out/{index:03d}.gif, or 000.mp4 in a folder.
+    """Name the file of each prompt by a pattern such as out/{index:03d}.gif, or in a folder.
 
     Raises:
         ValueError: If the output is neither, or the pattern gives two prompts one name.
@@ -96,7 +96,7 @@ def output_paths(output: Path, count: int) -> list[Path]:
 
 
 def _is_pattern(text: str) -> bool:
-    """Whether the only fields of a format are {index}, of at most 99 digits."""
+    """Tell whether the only fields of a format are {index}, of at most 99 digits."""
     try:
         fields = [part[1:] for part in string.Formatter().parse(text) if part[1] is not None]
     except ValueError:
@@ -114,20 +114,19 @@ def plan_videos(
     *,
     written_as: Mapping[str, Any] | None,
 ) -> list[VideoJob]:
-    """Tell what is left to do, in order; nothing is touched yet.
+    """List the videos that are left to make, in order.
 
     Args:
-        pipeline: What generates.
-        prompts: Prompt of each video by the file that it is to be written to; None where embeddings
-            were given.
-        settings: What all videos are made by, but for the prompt; each is saved beside its output.
-        written_as: Settings of the files themselves (frames per second, say); outputs that were
-            made by the same settings are then left out. None makes an output in any case.
+        pipeline: Pipeline that generates.
+        prompts: Prompt of each video by its output; None where embeddings were given.
+        settings: Settings of all videos but for the prompt; each is saved beside its output.
+        written_as: Settings of the files themselves, such as frames per second: outputs that were
+            made by the same settings are left out. None makes every output.
 
     Raises:
         FileExistsError: If work would be lost: a state that is not to be resumed or, where
             `written_as` is given, an output of unknown origin.
-        ValueError: If a state, or such an output, is of other settings; or as `open_run_file`.
+        ValueError: If a state or an output is of other settings; see also `open_run_file`.
     """
     jobs = []
     for output, prompt in prompts.items():
@@ -160,16 +159,16 @@ def generate_videos(
 ) -> None:
     """Make the planned videos.
 
-    The weights of a stage are freed before the next one loads, and are loaded once for up to
-    16 prompts. Of several, a video is decoded while the transformer waits in memory if there is
-    room for both, else at the end.
+    The weights of a stage are loaded once for up to 16 prompts, and freed before the next stage
+    loads. Each of several videos is decoded while the transformer stays in memory if there is room
+    for both, else at the end.
 
     Args:
-        pipeline: What generates.
-        jobs: What `plan_videos` gave.
-        write: Writes what the pipeline made to a file.
-        keep_record: Leave behind by what settings each output was made.
-        callback_on_step_end: Called with the record of each step that is computed.
+        pipeline: Pipeline that generates.
+        jobs: Jobs from `plan_videos`.
+        write: Function that writes an outcome to a file.
+        keep_record: Whether to write the settings of each output beside it.
+        callback_on_step_end: Function that is called with the record of each computed step.
     """
 
     def finish(decoder: VideoPipeline, job: VideoJob, run: PreparedRun, info: SamplingInfo) -> None:
@@ -227,7 +226,7 @@ def _moved(run: PreparedRun, move: Callable[[Any], Any]) -> PreparedRun:
 
 
 def _fits(call: Callable[[], None]) -> bool:
-    """Calls, and says whether the device had the memory for it."""
+    """Call a function, and tell whether the device had the memory for it."""
     try:
         call()
     except RuntimeError as error:
@@ -238,7 +237,7 @@ def _fits(call: Callable[[], None]) -> bool:
 
 
 def state_path(output: Path) -> Path:
-    """Where the run's state is saved while an output is made."""
+    """Name the file of a run's state, beside its output."""
     return output.with_name(f".{output.name}.state")
 
 
@@ -253,7 +252,7 @@ def _write_record(job: VideoJob) -> None:
 
 
 def _is_done(output: Path, fingerprint: Mapping[str, Any], settings: RunSettings) -> bool:
-    """Whether an output is there, whole and by these settings; ValueError if by others."""
+    """Tell whether an output is there, whole and by these settings; refuse one by others."""
     file = _record_path(output)
     if not (output.exists() and file.exists()):
         return False

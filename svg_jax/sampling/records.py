@@ -1,4 +1,4 @@
-"""What a run leaves behind beside its video: times, and what sparse attention found out."""
+"""The records of a run: times, and the findings of sparse attention."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from svg_jax.convert.files import written_atomically
 
 @dataclass(frozen=True, eq=False)
 class StepRecord:
-    """One denoising step.
+    """Record of a denoising step.
 
     Attributes:
-        step: Its index in the whole schedule.
-        timestep: The schedule's timestep.
-        guidance_scale: 1 where guidance was not paid for.
+        step: Index of the step in the whole schedule.
+        timestep: Timestep of the schedule.
+        guidance_scale: Guidance scale; 1 where the step was not guided.
         seconds: Wall time. The first step of a kind may have compiled its executable.
-        first_of_kind: Whether it was the first of its kind (dense or sparse, guided or not).
-        profile: What sparse attention found out, in numpy's arrays; None in a dense step.
+        first_of_kind: Whether the step was the first of its kind (dense or sparse, guided or not).
+        profile: Findings of sparse attention, as numpy's arrays; None in a dense step.
     """
 
     step: int
@@ -35,11 +35,11 @@ class StepRecord:
 
 @dataclass(frozen=True, eq=False)
 class SamplingInfo:
-    """What happened in a run.
+    """Records of a run.
 
     Attributes:
         steps: Records of all steps, in order.
-        seed: The run's seed; None before the run is decoded.
+        seed: Seed of the run; None before the run is decoded.
     """
 
     steps: tuple[StepRecord, ...]
@@ -51,7 +51,7 @@ class SamplingInfo:
 
     @property
     def profiles(self) -> tuple[SparseAttentionInfo, ...]:
-        """Those of the sparse steps."""
+        """Findings of the sparse steps."""
         return tuple(step.profile for step in self.steps if step.profile is not None)
 
     @property
@@ -67,9 +67,9 @@ class SamplingInfo:
         return 1 - np.mean([profile.labels.mean(axis=(1, 2)) for profile in self.profiles], axis=0)
 
     def save(self, path: str | Path) -> None:
-        """Writes an .npz of what the sparse steps found out.
+        """Write the findings of the sparse steps as .npz.
 
-        Its arrays: `steps` and `timesteps` [n], `labels` bool [n, layers, entries, heads] (True =
+        Arrays: `steps` and `timesteps` [n], `labels` bool [n, layers, entries, heads] (True =
         temporal), `errors` [n, layers, entries, heads, 2] and `density` [n, layers]. Where only
         some of these steps were guided, entries of the negative prompt have errors NaN and labels
         False in the others.
@@ -95,13 +95,13 @@ class SamplingInfo:
 
 @dataclass(frozen=True, eq=False)
 class VideoOutput:
-    """What a pipeline returns.
+    """Outcome of a pipeline's call.
 
     Attributes:
         frames: Pixels, float32 in 0…1 or uint8; None where latents were asked for, or where the
             checkpoint was converted without its VAE.
-        latents: Float32 in the transformer's order, without padding frames.
-        info: What happened on the way.
+        latents: Latents, float32 in the transformer's order, without padding frames.
+        info: Records of the run.
     """
 
     frames: (
@@ -125,6 +125,6 @@ def _widen(array: Array | np.ndarray, entries: int, fill: float | bool) -> np.nd
 
 
 def median_seconds(steps: Sequence[StepRecord]) -> float:
-    """Median wall time of a step, those left out that may have compiled, if others remain."""
+    """Compute the median wall time of the steps that did not compile; of all if all may have."""
     seconds = [step.seconds for step in steps if not step.first_of_kind]
     return float(np.median(seconds or [step.seconds for step in steps]))

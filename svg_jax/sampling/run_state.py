@@ -1,11 +1,11 @@
-"""A run's state on disk: a run that was killed goes on where it was, bit for bit.
+"""A run's state on disk, from which a run that was killed continues bit for bit.
 
-A state file is an .npz as numpy reads it: the arrays of the sampler's state and of what its steps
-found out, and `header`, which is JSON: the run's fingerprint and the rest of the steps' records.
+A state file is an .npz as numpy reads it: the arrays of the sampler's state and of its steps'
+findings, and `header`, which is JSON: the run's fingerprint and the rest of the steps' records.
 The archive's comment, the last bytes of the file, is the sha256 of all bytes before it.
 
-What follows from the settings (schedule, guidance, noise, encoded prompts) is not stored. It is
-made again: the encoders take a minute or less, the steps an hour.
+What follows from the settings (schedule, guidance, noise, encoded prompts) is not stored but made
+again: the encoders take a minute or less, the steps an hour.
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ _PROFILE = tuple(field.name for field in dataclasses.fields(SparseAttentionInfo)
 
 @dataclass(frozen=True, eq=False)
 class SavedRun:
-    """What a state file holds.
+    """Content of a state file.
 
     Attributes:
-        path: The file.
+        path: Path of the file.
         arrays: Arrays of the sampler's state, by their place in it.
         records: Records of the steps that are done.
     """
@@ -57,7 +57,7 @@ class SavedRun:
         """Give the saved state the structure of another one of the same run.
 
         Raises:
-            ValueError: If its arrays are others, or of other shapes or dtypes.
+            ValueError: If names, shapes or dtypes of its arrays differ.
         """
         leaves, structure = _named_leaves(state), jax.tree.structure(state)
         if _kinds(self.arrays) != _kinds(leaves):
@@ -67,13 +67,13 @@ class SavedRun:
 
 @dataclass(frozen=True, eq=False)
 class RunFile:
-    """Where a run's state is kept, and what was found there.
+    """The file of a run's state, and what was found there.
 
     Attributes:
-        path: The file.
+        path: Path of the file.
         fingerprint: Fingerprint of the run.
-        save_every: Steps from one save to the next; 0 saves nothing.
-        saved: What is to be gone on from; None starts at the first step.
+        save_every: Number of steps from one save to the next; 0 saves nothing.
+        saved: Saved run to continue; None starts at the first step.
     """
 
     path: Path
@@ -83,11 +83,11 @@ class RunFile:
 
     @property
     def records(self) -> tuple[StepRecord, ...]:
-        """Of the steps that were done when the file was opened."""
+        """Records of the steps that were done when the file was opened."""
         return () if self.saved is None else self.saved.records
 
     def remove(self) -> None:
-        """For when the outcome is safe elsewhere."""
+        """Remove the file, when the outcome is safe elsewhere."""
         self.path.unlink(missing_ok=True)
 
 
@@ -100,20 +100,20 @@ def open_run_file(
     allow_rounding: bool = False,
     kind: type[RunSettings] = RunSettings,
 ) -> RunFile:
-    """Look at a state file before the work: whether there is one, and of which run.
+    """Read a state file before the work, if there is one.
 
     Args:
-        path: The file; there may be none yet.
-        fingerprint: Fingerprint of the run that is to be saved there or gone on with.
-        save_every: Steps from one save to the next; 0 saves nothing.
-        resume: Go on from what is there, or start if there is nothing.
-        allow_rounding: Whether to go on with a run that was rounded otherwise.
-        kind: Class of the run's settings, which says what effect each has.
+        path: Path of the file; there may be none yet.
+        fingerprint: Fingerprint of the run that is to be saved there or continued.
+        save_every: Number of steps from one save to the next; 0 saves nothing.
+        resume: Whether to continue the run in the file, if there is one.
+        allow_rounding: Whether to continue a run that was rounded otherwise.
+        kind: Class of the run's settings, whose fields have the effects.
 
     Raises:
-        FileExistsError: If there is a state that is not to be gone on from: it would be lost.
+        FileExistsError: If there is a state and `resume` is not set: it would be lost.
         FileNotFoundError: If the folder does not exist.
-        ValueError: If the state is another run's, or damaged; or at a negative number of steps.
+        ValueError: If the state is another run's or damaged, or `save_every` is negative.
     """
     path = Path(path)
     if save_every < 0:
@@ -133,11 +133,11 @@ def open_run_file(
 
 @contextmanager
 def saving(file: RunFile) -> Iterator[Callable[[SamplerState, StepRecord], None]]:
-    """Give what is to be called after each step, and save the run now and then.
+    """Give the function to call after each step, which saves the run every so many steps.
 
-    The copy from the device is started behind the step, and awaited and written by another thread.
-    The loop waits for a save only if the one before is still being written. Whatever ends the run,
-    its last state is saved. A save that fails is a warning: the run may well outlive a full disk.
+    The copy from the device starts after the step; another thread waits for it and writes it. The
+    loop waits for a save only if the one before is still being written. Whatever ends the run, its
+    last state is saved. A save that fails is a warning: the run may outlive a full disk.
     """
     records, unsaved = list(file.records), 0
     latest: SamplerState | None = None
@@ -220,14 +220,14 @@ def load_run(
     """Read a state file.
 
     Args:
-        path: The file.
-        fingerprint: Fingerprint of the run that is to be gone on with.
+        path: Path of the file.
+        fingerprint: Fingerprint of the run that is to be continued.
         allow_rounding: See `open_run_file`.
         kind: See `open_run_file`.
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is damaged, or another run's; says what differs.
+        ValueError: If it is damaged, or another run's; names the differences.
     """
     arrays, header = _read_file(path)
     check_same_run(
@@ -257,7 +257,7 @@ def _read_record(values: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> St
 
 
 def saved_fingerprint(path: str | Path) -> Fingerprint:
-    """Read the fingerprint in a state file; none if there is no file. Errors as of `load_run`."""
+    """Read the fingerprint in a state file; empty if there is no file. Errors: see `load_run`."""
     path = Path(path)
     return _read_file(path)[1]["fingerprint"] if path.exists() else {}
 
@@ -285,7 +285,7 @@ def _read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def damaged(path: Path) -> ValueError:
-    """Make the error of a file that `save_run` did not write so."""
+    """Make the error for a file that `save_run` did not write."""
     return ValueError(f"{path} is damaged or no run's state: remove it to start anew")
 
 
@@ -295,5 +295,5 @@ def _named_leaves(state: SamplerState | None) -> dict[str, Any]:
 
 
 def _kinds(arrays: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Shape and dtype of each array."""
+    """Give shape and dtype of each array."""
     return {name: (array.shape, array.dtype) for name, array in arrays.items()}

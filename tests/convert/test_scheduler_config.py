@@ -135,7 +135,11 @@ def test_a_folder_says_how_its_model_is_run(source, tmp_path):
     pipe: Any = from_pretrained(tmp_path / "out")
     interval: Any = (0, 0.4)
     assert pipe.defaults == RunDefaults(**DEFAULTS | {"guidance_interval": interval})
-    assert (pipe.default_steps, pipe.default_fps, pipe.defaults.enlarge) == (3, 12, 2)
+    assert (pipe.settings("a").num_inference_steps, pipe.default_fps, pipe.defaults.enlarge) == (
+        3,
+        12,
+        2,
+    )
     sparsity, warmup = pipe.default_sparsity()
     assert (sparsity.density, warmup.steps) == (0.5, 0.4)
     settings = pipe.settings("a")

@@ -1,6 +1,7 @@
 """Every implementation of the kernels' contract against a float64 reference."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from svg_jax.kernels import (
     block_sparse_attention,
     dense_attention,
     sampled_attention,
+    sparse_attention_pays,
 )
 from svg_jax.kernels.cudnn import cudnn_attention
 
@@ -29,6 +31,29 @@ CASES = {
     "text alone": (BandMask(19, 1, text_tokens=19), 32, [19, 7]),
     "text and sink": (BandMask(400, 60, text_start=0, text_tokens=30, sink_tokens=75), 32, [30, 1]),
 }
+
+
+# Compute capability of the fake GPU, head_dim, dtype, and whether sparse attention is faster.
+DEVICES = [
+    ("cpu", "", 128, jnp.bfloat16, True),
+    ("tpu", "", 128, jnp.bfloat16, True),
+    ("gpu", "9.0", 128, jnp.bfloat16, True),
+    ("gpu", "9.0", 96, jnp.bfloat16, False),  # which the Hopper kernel does not take
+    ("gpu", "9.0", 128, jnp.float32, True),  # which cuDNN does not take either
+    ("gpu", "8.0", 128, jnp.bfloat16, False),
+    ("gpu", "12.0", 64, jnp.float16, False),
+    ("gpu", "8.0", 64, jnp.float32, True),
+]
+
+
+@pytest.mark.parametrize(("backend", "capability", "head_dim", "dtype", "pays"), DEVICES)
+def test_sparse_attention_pays_unless_cudnn_is_faster(
+    backend, capability, head_dim, dtype, pays, monkeypatch
+):
+    device = SimpleNamespace(compute_capability=capability, device_kind="a device")
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert sparse_attention_pays(head_dim, dtype) == pays
 
 
 def random_qkv(tokens, head_dim, seed=0, batch=2, heads=2):

@@ -81,7 +81,7 @@ class CogVideoXPipeline(VideoPipeline[CogVideoXSettings]):
         settings = self.completed(settings)
         scale, is_dynamic = settings.guidance_scale, settings.use_dynamic_cfg
         plan = self.plan(settings, guidance_scale=scale, use_dynamic_cfg=is_dynamic)
-        config, shape = self.transformer.config, plan.noise.shape
+        config, shape = self.transformer.config, plan.shape
         made = self.video_size(settings.num_frames)[0]
         if self.has_vae and made != settings.num_frames:
             _LOGGER.warning(

@@ -16,11 +16,7 @@ from svg_jax.media.images import as_frame, images_of_each
 from svg_jax.models import HunyuanVideoTransformer, HunyuanVideoVAE, VideoLayout
 from svg_jax.sampling.components import Component, in_memory
 from svg_jax.sampling.conditions import Conditions
-from svg_jax.sampling.hunyuan_video.conditions import (
-    call_model,
-    embedded_guidance,
-    image_channels,
-)
+from svg_jax.sampling.hunyuan_video.conditions import call_model, embedded_guidance, image_channels
 from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders, Texts, negative_texts
 from svg_jax.sampling.hunyuan_video.settings import HunyuanVideoSettings
 from svg_jax.sampling.latents import check_shape, is_480p, latent_grid
@@ -78,7 +74,7 @@ class HunyuanVideoPipeline(VideoPipeline[HunyuanVideoSettings]):
         guidance = embedded_guidance(
             settings.guidance_scale, self.transformer.dtype, takes_one=config.guidance_embeds
         )
-        self._check_image(settings, plan.noise.shape)
+        self._check_image(settings, plan.shape)
         parts = self._all_texts(settings, guided=plan.is_guided)
         noise, first_frame, channels = plan.noise, None, None
         if config.image_condition_type is not None:
@@ -99,7 +95,7 @@ class HunyuanVideoPipeline(VideoPipeline[HunyuanVideoSettings]):
             channels=channels,
         )
         # Features of an image count as text: their number is known once prompts are encoded.
-        layout = self.layout(plan.noise.shape[1:], text.embeds.shape[1])
+        layout = self.layout(plan.shape[1:], text.embeds.shape[1])
         return plan.run(conditions, noise=noise, layout=layout)
 
     def latent_shape(

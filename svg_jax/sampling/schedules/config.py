@@ -1,4 +1,4 @@
-"""A checkpoint's sampler: what scheduler_config.json says, read here alone."""
+"""A checkpoint's sampler: the content of scheduler_config.json."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -17,21 +17,21 @@ _SHIFTS: Mapping[str, str] = dict(zip(FLOW, ("shift", "flow_shift"), strict=True
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """What scheduler_config.json says; field names are diffusers'.
+    """Content of scheduler_config.json; field names are diffusers'.
 
     Attributes:
-        sampler: The checkpoint's own sampler; "ddim" and "dpm" can stand for each other, and so can
-            "euler" and "unipc".
+        sampler: Name of the checkpoint's own sampler; "ddim" and "dpm" can replace each other, and
+            so can "euler" and "unipc".
         num_train_timesteps: Length of the training schedule; 1000 for flow matching.
         beta_start: First beta of the "scaled_linear" schedule (diffusion).
         beta_end: Last beta (diffusion).
-        snr_shift_scale: Divides the signal-to-noise ratio (diffusion): 3 for CogVideoX-2b, 1 for
+        snr_shift_scale: Divisor of the signal-to-noise ratio (diffusion): 3 for CogVideoX-2b, 1 for
             the others.
         rescale_betas_zero_snr: Whether the last timestep is pure noise (diffusion).
         set_alpha_to_one: Whether a step past timestep 0 ends at the clean video, else at ᾱ_0
             (diffusion).
-        shift: Moves the steps of flow matching towards noise: σ → shift·σ / (1 + (shift − 1)·σ). 7
-            for HunyuanVideo; 5 for Wan at 720p, 3 at 480p.
+        shift: Shift of the steps of flow matching towards noise: σ → shift·σ / (1 + (shift − 1)·σ).
+            7 for HunyuanVideo; 5 for Wan at 720p, 3 at 480p.
     """
 
     sampler: SamplerName = "ddim"
@@ -57,11 +57,11 @@ class SchedulerConfig:
         """Read the dict of scheduler_config.json.
 
         Args:
-            entries: The parsed file.
-            classes: diffusers' classes that the model can be sampled with.
+            entries: Parsed file.
+            classes: Classes of diffusers that the model can be sampled with.
 
         Raises:
-            ValueError: At values without meaning, and what is not implemented; says all of it.
+            ValueError: On values without meaning and on what is not implemented; names them all.
         """
         found = check_scheduler(entries, classes)
         found.check()
@@ -79,5 +79,5 @@ class SchedulerConfig:
 
     @property
     def samplers(self) -> tuple[SamplerName, ...]:
-        """The samplers that the checkpoint can be sampled with."""
+        """Names of the samplers that the checkpoint can be sampled with."""
         return DIFFUSION if self.sampler in DIFFUSION else FLOW_MATCHING

@@ -11,7 +11,7 @@ from svg_jax.sampling.schedules.steps import StepCoefficients
 
 
 def alphas_cumprod(config: SchedulerConfig) -> np.ndarray:
-    """ᾱ of every training timestep, float64 [num_train_timesteps].
+    """Compute ᾱ of every training timestep, float64 [num_train_timesteps].
 
     The SNR shift comes before the rescaling to zero terminal SNR (arXiv 2305.08891, algorithm 1).
     """
@@ -27,7 +27,7 @@ def alphas_cumprod(config: SchedulerConfig) -> np.ndarray:
 
 
 def _timesteps(config: SchedulerConfig, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps with "trailing" spacing, and those that their steps lead to (negative: clean)."""
+    """Space timesteps "trailing"; also those that their steps lead to (negative: clean)."""
     total = config.num_train_timesteps
     # numpy's arange returns an entry too many where total / num_steps rounds down (61 steps, say).
     timesteps = np.round(np.arange(total, 0, -total / num_steps))[:num_steps].astype(np.int64) - 1

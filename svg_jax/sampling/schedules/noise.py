@@ -1,4 +1,4 @@
-"""The random numbers of a run, each from a stream of its own.
+"""The random numbers of a run; each kind has a stream of its own.
 
 Noise is drawn on the host, and the rows that profiling samples from a PRNG key on the device.
 """
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def initial_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal float32 noise, drawn on the host: `Generator(Philox(seed))`, in C order.
+    """Draw standard normal float32 noise on the host: `Generator(Philox(seed))`, in C order.
 
     The same seed gives the same noise on every device, and the first video of a batch does not
     depend on how many others there are.
@@ -18,28 +18,28 @@ def initial_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def step_noise(seed: int, step: int, shape: tuple[int, ...]) -> np.ndarray:
-    """DPM's noise of a step, from a stream of its own, so that a run can start at any step."""
+    """Draw DPM's noise of a step from its own stream, so that a run can start at any step."""
     stream = np.random.SeedSequence(seed, spawn_key=(step,))
     return np.random.Generator(np.random.Philox(stream)).standard_normal(shape, dtype=np.float32)
 
 
 def image_noise_of(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The noise that an image's latents are drawn with, from a stream of its own."""
+    """Draw the noise of an image's latents, from a stream of its own."""
     stream = np.random.SeedSequence(seed, spawn_key=(0, 0))  # the steps' keys are of one number
     return np.random.Generator(np.random.Philox(stream)).standard_normal(shape, dtype=np.float32)
 
 
 def seed_key(seed: int) -> jax.Array:
-    """The PRNG key of a run, from whose folds the query rows of each step are sampled.
+    """Make the PRNG key of a run, from which the query rows of each step are sampled.
 
-    Made of both halves of a seed of up to 64 bits, by one algorithm: neither jax_enable_x64 nor
-    jax_default_prng_impl changes what a seed gives.
+    It holds both halves of a seed of up to 64 bits, and names its algorithm: neither jax_enable_x64
+    nor jax_default_prng_impl changes what a seed gives.
     """
     halves = np.array([seed >> 32, seed], dtype=object) & 0xFFFFFFFF
     return jax.random.wrap_key_data(jnp.asarray(halves.astype(np.uint32)), impl="threefry2x32")
 
 
 def seed_of(key: jax.Array) -> int:
-    """The seed that a run's key was made of."""
+    """Read the seed that a run's key was made of."""
     high, low = np.asarray(jax.random.key_data(key)).tolist()
     return (high << 32) | low

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from svg_jax.sampling.settings.run import SamplerName
 
-_ESTIMATES = {"ddim": 0, "dpm": 1, "euler": 2, "unipc": 2}  # that a sampler remembers
+_ESTIMATES = {"ddim": 0, "dpm": 1, "euler": 2, "unipc": 2}  # that a sampler keeps
 
 
 class StepCoefficients(NamedTuple):
@@ -24,18 +24,18 @@ class StepCoefficients(NamedTuple):
     next_earlier·x0_before + noise·ε.
 
     Attributes:
-        timestep: What the model is told.
-        alpha: Share of the latents in the estimate; None is 1.
-        sigma: Share of the velocity in it.
-        keep: Share of the latents in the corrected ones; None corrects nothing.
-        last: Share of those of the step before, as corrected.
-        now: Share of the estimate.
-        earlier: Share of the step before's.
-        earliest: Share of that of the one before that.
-        next_latents: Share of the corrected latents in the next ones.
-        next_now: Share of the estimate.
-        next_earlier: Share of the step before's.
-        noise: Share of standard normal noise.
+        timestep: Timestep that the model takes.
+        alpha: Factor of the latents in the estimate; None is 1.
+        sigma: Factor of the velocity in the estimate.
+        keep: Factor of the latents in the corrected ones; None corrects nothing.
+        last: Factor of the last step's corrected latents in the corrected ones.
+        now: Factor of the estimate in the corrected ones.
+        earlier: Factor of the last step's estimate in the corrected ones.
+        earliest: Factor of the estimate before that in the corrected ones.
+        next_latents: Factor of the corrected latents in the next ones.
+        next_now: Factor of the estimate in the next ones.
+        next_earlier: Factor of the last step's estimate in the next ones.
+        noise: Factor of standard normal noise in the next ones.
     """
 
     timestep: Any
@@ -53,13 +53,13 @@ class StepCoefficients(NamedTuple):
 
 
 class SamplerState(NamedTuple):
-    """What one step hands to the next: float32 arrays of one shape.
+    """State that one step hands to the next: float32 arrays of one shape.
 
     Attributes:
-        latents: Where the run stands.
-        last: The latents before, as corrected; None with samplers that correct nothing.
+        latents: Latents after the step.
+        last: Latents before the step, as corrected; None with samplers that correct nothing.
         denoised: Estimates of the clean latents, the last step's first: as many as the sampler
-            looks back.
+            needs.
     """
 
     latents: Any
@@ -68,11 +68,11 @@ class SamplerState(NamedTuple):
 
 
 def initial_state(sampler: SamplerName, latents: Float[Array, "*shape"]) -> SamplerState:
-    """Start from initial noise.
+    """Make the state before the first step.
 
     Args:
-        sampler: Name of the sampler, which says what is remembered.
-        latents: The noise.
+        sampler: Name of the sampler, on which the kept estimates depend.
+        latents: Initial noise.
     """
     zeros, count = jnp.zeros_like(latents), _ESTIMATES[sampler]
     return SamplerState(latents, zeros if count == 2 else None, (zeros,) * count)
@@ -88,8 +88,8 @@ def take_step(
 
     Args:
         state: State before the step.
-        velocity: The model's prediction, float32, of the latents' shape.
-        coefficients: The step's numbers as float32 scalars.
+        velocity: Prediction of the model, float32, of the latents' shape.
+        coefficients: Numbers of the step as float32 scalars.
         noise: Standard normal noise for a sampler that adds some; else None.
     """
     c, latents = coefficients, state.latents

@@ -28,9 +28,9 @@ class Schedule:
     """All steps of a run, noise first.
 
     Attributes:
-        sampler: The sampler that the numbers are for.
-        coefficients: Float64 arrays [num_steps]; timesteps are what the model is told, int64
-            (diffusion) or float32 (flow matching; whole numbers with UniPC).
+        sampler: Name of the sampler that the numbers are for.
+        coefficients: Float64 arrays [num_steps]; timesteps are int64 (diffusion) or float32 (flow
+            matching; whole numbers with UniPC).
     """
 
     sampler: SamplerName = field(metadata={"static": True})
@@ -38,7 +38,7 @@ class Schedule:
 
     @property
     def timesteps(self) -> np.ndarray:
-        """The timesteps, [num_steps], falling."""
+        """Timesteps [num_steps], falling."""
         return self.coefficients.timestep
 
     @property
@@ -52,7 +52,7 @@ class Schedule:
         return len(self.timesteps)
 
     def step(self, index: int) -> StepCoefficients:
-        """The numbers of one step as float32 scalars, ready for jit; whole timesteps as int32."""
+        """Take the numbers of a step as float32 scalars for jit; whole timesteps as int32."""
         timestep, *others = self.coefficients
         kind = np.int32 if timestep.dtype.kind == "i" else np.float32
         values = (None if column is None else np.float32(column[index]) for column in others)
@@ -65,9 +65,9 @@ def make_schedule(
     """Make the schedule of a checkpoint.
 
     Args:
-        config: What scheduler_config.json says.
+        config: Content of scheduler_config.json.
         num_steps: Number of steps.
-        sampler: The sampler to take in place of the checkpoint's own.
+        sampler: Name of a sampler in place of the checkpoint's own.
 
     Raises:
         SettingError: At a sampler that the checkpoint is not made for, and at a number of steps

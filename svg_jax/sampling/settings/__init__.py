@@ -8,12 +8,7 @@ from svg_jax.sampling.settings.fields import (
     setting,
     settings_of,
 )
-from svg_jax.sampling.settings.run import (
-    FlowSettings,
-    PlaybackSettings,
-    RunSettings,
-    with_values,
-)
+from svg_jax.sampling.settings.run import FlowSettings, PlaybackSettings, RunSettings, with_values
 
 __all__ = [
     "FlowSettings",

@@ -1,9 +1,10 @@
-"""What a field of the settings says of itself: once, for the check, the help and the identity."""
+"""What a field of the settings states about itself, for the check, the help and the identity."""
 
 import dataclasses
 import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from svg_jax.convert.formats.values import Shares
@@ -13,6 +14,8 @@ from svg_jax.sampling.settings.rules import ArrayOf, Images, Rule
 Effect = Literal["bits", "rounding", "none"]
 Kind = TypeVar("Kind", bound=type)
 _KEY = "setting"
+PROMPT, VIDEO, SAMPLING, ATTENTION = "Prompt", "Video", "Sampling", "Attention"
+OUTPUT, SAVING = "Output", "Saved runs"
 
 
 class SettingError(ValueError):
@@ -44,19 +47,18 @@ class UnknownSettingError(SettingError, TypeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a field says of itself beside its name, type and default.
+    """What a field states about itself beside its name, type and default.
 
     Attributes:
-        rule: What its values must be.
-        meaning: What it is, as a sentence without its full stop; for who passes it from Python and
-            for who gives the option.
-        unit: What its number counts; empty where the meaning says it.
-        otherwise: What None stands for; empty where it is nothing.
+        rule: Rule that its values must meet.
+        meaning: Meaning of the field, as a sentence without full stop, for Python and for the
+            command line.
+        unit: Unit of its number; empty where the meaning states it.
+        otherwise: Value that None stands for; empty where there is none.
         optional: Whether None may be given.
         panel: Group of options that it belongs to.
-        effect: What another value changes of the latents: bits, their rounding alone, or none.
-        option: Option that gives it; empty is its name with dashes, None is not on the command
-            line.
+        effect: Effect of another value on the latents: other bits, other rounding alone, or none.
+        option: Option on the command line; empty is the field's name with dashes, None is none.
     """
 
     rule: Rule
@@ -69,67 +71,48 @@ class Setting:
     option: str | None = ""
 
 
-def setting(
-    default: Any,
-    rule: Rule,
-    *,
-    meaning: str,
-    panel: str,
-    effect: Effect,
-    unit: str = "",
-    otherwise: str = "",
-    optional: bool | None = None,
-    option: str | None = "",
-) -> Any:
+def setting(default: Any, rule: Rule, *, optional: bool | None = None, **told: Any) -> Any:
     """Make a field of a dataclass of settings.
 
     Args:
-        default: The field's default.
+        default: Default of the field.
         rule: See `Setting`.
-        meaning: See `Setting`.
-        panel: See `Setting`.
-        effect: See `Setting`.
-        unit: See `Setting`.
-        otherwise: See `Setting`.
         optional: Whether None may be given. Default: whether it is the default.
-        option: See `Setting`.
+        **told: Other attributes of `Setting`.
     """
-    return dataclasses.field(
-        default=default,
-        metadata={
-            _KEY: Setting(
-                rule=rule,
-                meaning=meaning,
-                unit=unit,
-                otherwise=otherwise,
-                optional=default is None if optional is None else optional,
-                panel=panel,
-                effect=effect,
-                option=option,
-            )
-        },
-    )
+    optional = default is None if optional is None else optional
+    made = Setting(rule=rule, optional=optional, **told)
+    return dataclasses.field(default=default, metadata={_KEY: made})
+
+
+# Functions that make the fields of a group; a field may state another effect.
+of_prompt = partial(setting, panel=PROMPT, effect="bits")
+of_video = partial(setting, panel=VIDEO, effect="bits")
+of_sampling = partial(setting, panel=SAMPLING, effect="bits")
+of_attention = partial(setting, panel=ATTENTION, effect="bits")
+of_output = partial(setting, panel=OUTPUT, effect="none")
+of_saving = partial(setting, panel=SAVING, effect="none")
 
 
 def settings_of(*kinds: type) -> dict[str, Setting]:
-    """Collect what the fields of some dataclasses of settings say, by their names."""
+    """Collect the `Setting` of each field of some dataclasses of settings."""
     return {
         field.name: field.metadata[_KEY] for kind in kinds for field in dataclasses.fields(kind)
     }
 
 
 def defaults_of(kind: type) -> dict[str, Any]:
-    """Collect the defaults of a dataclass of settings, by its fields."""
+    """Collect the default of each field of a dataclass of settings."""
     return {field.name: field.default for field in dataclasses.fields(kind)}
 
 
 def option_of(name: str, setting: Setting) -> str | None:
-    """Name the option of a field, as `--num-frames` of `num_frames`; None if it has none."""
+    """Name the option of a field, such as `--num-frames` for `num_frames`; None if it has none."""
     return "--" + name.replace("_", "-") if setting.option == "" else setting.option
 
 
 def help_of(setting: Setting, default: Any) -> str:
-    """Say what a field is, in what unit, and what it is unless it is given."""
+    """Describe a field with its unit and default."""
     text = setting.meaning + (f", in {setting.unit}" if setting.unit else "")
     if setting.otherwise:
         return f"{text}; default: {setting.otherwise}."
@@ -140,7 +123,7 @@ def help_of(setting: Setting, default: Any) -> str:
 
 
 def documented(kind: Kind) -> Kind:
-    """Put what the fields say of themselves into the docstring of a dataclass of settings."""
+    """Add the descriptions of the fields to the docstring of a dataclass of settings."""
     defaults, lines = defaults_of(kind), []
     for name, setting in settings_of(kind).items():
         axes = (

@@ -1,8 +1,7 @@
-"""A run as a value: all that a pipeline is asked for, checked whole when the value is made.
+"""A run as a value: everything that a pipeline is asked for, checked when the value is made.
 
-It knows nothing of a model; what a checkpoint asks for beyond it (sizes, the shapes of arrays, what
-memory holds) is checked where the checkpoint is known, in `prepare`. What a family adds stands
-beside its pipeline.
+The value does not depend on a model: what depends on the checkpoint (sizes, shapes of arrays,
+memory) is checked in `prepare`. The settings that a family adds stand beside its pipeline.
 """
 
 import copy
@@ -20,17 +19,15 @@ from svg_jax.sampling.settings.fields import (
     SettingError,
     defaults_of,
     documented,
-    setting,
+    of_attention,
+    of_output,
+    of_prompt,
+    of_sampling,
+    of_saving,
+    of_video,
     settings_of,
 )
-from svg_jax.sampling.settings.rules import (
-    ArrayOf,
-    FilePath,
-    Images,
-    Kind,
-    Prompts,
-    is_hashable,
-)
+from svg_jax.sampling.settings.rules import ArrayOf, FilePath, Images, Kind, Prompts, is_hashable
 
 Settings = TypeVar("Settings")
 OutputType = Literal["np", "uint8", "latent"]
@@ -48,252 +45,172 @@ _SIZE = Number(1, 2**63 - 1, whole=True)  # a float holds products of them, in b
 _LATENTS = ArrayOf(("batch", "channels or frames", "frames or channels", "height", "width"))
 _FEATURES = ArrayOf(("batch", "text_tokens", "features"))
 
-PROMPT, VIDEO, SAMPLING, ATTENTION = "Prompt", "Video", "Sampling", "Attention"
-OUTPUT, SAVING = "Output", "Saved runs"
-
 
 @documented
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class RunSettings:
-    """What a run of any family is asked for; None is the model's own where it has one."""
+    """Settings of a run of any family; None is the model's own where it has one."""
 
     samplers: ClassVar[tuple[str, ...]]  # names of the family's own
 
-    prompt: str | Sequence[str] | None = setting(
-        None,
-        Prompts(),
-        meaning="Text of what the video shows; in Python also a list of texts",
-        panel=PROMPT,
-        effect="bits",
+    prompt: str | Sequence[str] | None = of_prompt(
+        None, Prompts(), meaning="Text of what the video shows; in Python also a list of texts"
     )
-    negative_prompt: str | Sequence[str] | None = setting(
+    negative_prompt: str | Sequence[str] | None = of_prompt(
         None,
         Prompts(),
         meaning="Text of what guidance leads away from: one for all prompts, or one for each",
-        panel=PROMPT,
-        effect="bits",
     )
-    prompt_embeds: AnyArray | None = setting(
+    prompt_embeds: AnyArray | None = of_prompt(
         None,
         _FEATURES,
         meaning="Text features in place of a prompt; a file is .npy, or .npz with prompt_embeds "
         "[1, tokens, features] and, for guidance, negative_prompt_embeds; HunyuanVideo needs "
         "pooled_prompt_embeds and prompt_attention_mask beside each",
-        panel=PROMPT,
-        effect="bits",
     )
-    negative_prompt_embeds: AnyArray | None = setting(
-        None,
-        _FEATURES,
-        meaning="Text features of the negative prompt",
-        panel=PROMPT,
-        effect="bits",
-        option=None,
+    negative_prompt_embeds: AnyArray | None = of_prompt(
+        None, _FEATURES, meaning="Text features of the negative prompt", option=None
     )
-    max_sequence_length: int | None = setting(
+    max_sequence_length: int | None = of_prompt(
         None,
         Number(1, 8192, whole=True),
         meaning="Number of text tokens, padding included",
         otherwise="as trained",
-        panel=PROMPT,
-        effect="bits",
     )
-    image: AnyImage | None = setting(
+    image: AnyImage | None = of_prompt(
         None,
         Images(),
         meaning="Image that the video begins with, for image-to-video models: one for all prompts, "
         "or one for each; it is stretched to the video's size",
-        panel=PROMPT,
-        effect="bits",
     )
-    image_latents: AnyArray | None = setting(
+    image_latents: AnyArray | None = of_prompt(
         None,
         _LATENTS,
         meaning="Latents of the first frame, scaled as the model expects them, in place of an "
         "image; a file is .npy or .npz",
-        panel=PROMPT,
-        effect="bits",
     )
-    height: int | None = setting(
-        None,
-        _SIZE,
-        meaning="Height of the video",
-        unit="pixels",
-        otherwise="as trained",
-        panel=VIDEO,
-        effect="bits",
+    height: int | None = of_video(
+        None, _SIZE, meaning="Height of the video", unit="pixels", otherwise="as trained"
     )
-    width: int | None = setting(
-        None,
-        _SIZE,
-        meaning="Width of the video",
-        unit="pixels",
-        otherwise="as trained",
-        panel=VIDEO,
-        effect="bits",
+    width: int | None = of_video(
+        None, _SIZE, meaning="Width of the video", unit="pixels", otherwise="as trained"
     )
-    num_frames: int | None = setting(
+    num_frames: int | None = of_video(
         None,
         _SIZE,
         meaning="Number of frames; what the model does not make as it is, is rounded up or refused",
         otherwise="as trained",
-        panel=VIDEO,
-        effect="bits",
     )
-    num_videos_per_prompt: int = setting(
-        1,
-        _SIZE,
-        meaning="Number of videos of each prompt, from noise of their own",
-        panel=VIDEO,
-        effect="bits",
-        option=None,
+    num_videos_per_prompt: int = of_video(
+        1, _SIZE, meaning="Number of videos of each prompt, from noise of their own", option=None
     )
-    num_inference_steps: int | None = setting(
+    num_inference_steps: int | None = of_sampling(
         None,
         Number(1, whole=True),
         meaning="Number of denoising steps",
         otherwise="the model's",
-        panel=SAMPLING,
-        effect="bits",
         option="--steps",
     )
-    guidance_scale: float | int | None = setting(
+    guidance_scale: float | int | None = of_sampling(
         None,
         RULES["guidance_scale"],
         meaning="Strength of guidance; 1 or less turns it off, and halves the work (HunyuanVideo "
         "was distilled to take it as an input, which costs nothing)",
         otherwise="the model's",
-        panel=SAMPLING,
-        effect="bits",
     )
-    guidance_interval: tuple[float | int, float | int] | None = setting(
+    guidance_interval: tuple[float | int, float | int] | None = of_sampling(
         None,
         RULES["guidance_interval"],
         meaning="Shares of the steps between which guidance is computed: 0 and 0.3 are the first "
         "30 %",
         otherwise="the model's, or all steps",
-        panel=SAMPLING,
-        effect="bits",
     )
-    scheduler: SamplerName | None = setting(
+    scheduler: SamplerName | None = of_sampling(
         None,
         Choice(get_args(SamplerName)),
         meaning="Sampler: ddim or dpm for CogVideoX, euler or unipc for the others",
         otherwise="the checkpoint's own",
-        panel=SAMPLING,
-        effect="bits",
     )
-    seed: int | None = setting(
+    seed: int | None = of_sampling(
         0,
         Number(0, _SEEDS - 1, whole=True),
         meaning="Seed of the noise, 0 to 2^64 - 1: the same one gives the same noise anywhere",
         optional=True,  # None draws one, which the outcome's info has
-        panel=SAMPLING,
-        effect="bits",
     )
-    latents: AnyArray | None = setting(
+    latents: AnyArray | None = of_sampling(
         None,
         _LATENTS,
         meaning="Initial noise in place of the seed's, padding frames included; a file is .npy or "
         ".npz",
-        panel=SAMPLING,
-        effect="bits",
     )
-    sparsity: SparsityConfig | None = setting(
+    sparsity: SparsityConfig | None = of_attention(
         None,
         Kind(lambda value: isinstance(value, SparsityConfig), "a SparsityConfig"),
         meaning="Settings of Sparse VideoGen; None is dense attention",
-        panel=ATTENTION,
-        effect="bits",
         option=None,
     )
-    warmup: Warmup | None = setting(
+    warmup: Warmup | None = of_attention(
         None,
         Kind(lambda value: isinstance(value, Warmup), "a Warmup"),
         meaning="Steps and layers that stay dense under sparsity; None is Warmup()",
-        panel=ATTENTION,
-        effect="bits",
         option=None,
     )
-    attend: Callable[..., Any] | None = setting(
+    attend: Callable[..., Any] | None = of_attention(
         None,
         Kind(lambda value: callable(value) and is_hashable(value), "a callable"),
         meaning="Attention of one's own in place of either, in all steps and layers "
         "(see svg_jax.Attend); each callable is compiled once",
-        panel=ATTENTION,
         effect="none",  # nothing tells one callable from another: attend_id does
         option=None,
     )
-    attend_id: str | None = setting(
+    attend_id: str | None = of_attention(
         None,
         Kind(lambda value: isinstance(value, str) and value != "", "a string"),
         meaning="Name by which a saved run knows its attend again",
-        panel=ATTENTION,
-        effect="bits",
         option=None,
     )
-    labels: AnyArray | None = setting(
+    labels: AnyArray | None = of_attention(
         None,
         ArrayOf(("layers", "entries", "heads"), ("bool",), also=(4,)),
         meaning="Labels to use in place of profiling, True = temporal; with an axis of steps "
         "before the others, or for all of them",
-        panel=ATTENTION,
-        effect="bits",
         option=None,
     )
-    output_type: OutputType = setting(
+    output_type: OutputType = of_output(
         "np",
         Choice(get_args(OutputType)),
         meaning="Form of the outcome: np for frames in 0 to 1, uint8, or latent for latents alone",
-        panel=OUTPUT,
-        effect="none",
         option=None,
     )
-    vae_tiling: bool = setting(
+    vae_tiling: bool = of_output(
         False,
         Flag(),
+        # No effect on latents, which a saved run has: it may be decoded otherwise.
         meaning="Decode by the released tiles: less memory, and not quite the same frames",
-        panel=OUTPUT,
-        effect="none",  # on the latents, which a saved run has: one may be decoded otherwise
     )
-    callback_on_step_end: Callable[..., Any] | None = setting(
+    callback_on_step_end: Callable[..., Any] | None = of_output(
         None,
         Kind(callable, "a callable"),
         meaning="Function that is called with the record of each step that this call computes",
-        panel=OUTPUT,
-        effect="none",
         option=None,
     )
-    state_file: str | Path | None = setting(
-        None,
-        FilePath(),
-        meaning="File to save the run's state in; None saves nothing",
-        panel=SAVING,
-        effect="none",
-        option=None,
+    state_file: str | Path | None = of_saving(
+        None, FilePath(), meaning="File to save the run's state in; None saves nothing", option=None
     )
-    save_every: int = setting(
+    save_every: int = of_saving(
         5,
         Number(0, whole=True),
         meaning="Number of steps from one save of the run's state to the next (for an output, in "
         ".OUTPUT.state beside it); 0: never",
-        panel=SAVING,
-        effect="none",
     )
-    resume: bool = setting(
-        False,
-        Flag(),
-        meaning="Go on from the saved state; start anew if there is none",
-        panel=SAVING,
-        effect="none",
+    resume: bool = of_saving(
+        False, Flag(), meaning="Go on from the saved state; start anew if there is none"
     )
-    allow_rounding: bool = setting(
+    allow_rounding: bool = of_saving(
         False,
         Flag(),
         meaning="Go on also where the saved run's versions, device or dtype were others: from "
         "there its steps are rounded otherwise",
-        panel=SAVING,
-        effect="none",
     )
 
     def __post_init__(self) -> None:
@@ -344,41 +261,32 @@ class RunSettings:
 @documented
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class FlowSettings(RunSettings):
-    """What a run of a flow-matching family is asked for."""
+    """Settings of a run of a flow-matching family."""
 
     samplers: ClassVar[tuple[str, ...]] = FLOW_MATCHING
 
-    flow_shift: float | int | None = setting(
+    flow_shift: float | int | None = of_sampling(
         None,
         Number(0.01, 1000),
         meaning="Shift of the noise levels (HunyuanVideo, Wan): the greater, the more steps at "
         "much noise",
         otherwise="the checkpoint's own",
-        panel=SAMPLING,
-        effect="bits",
     )
 
 
 @documented
 @dataclass(frozen=True, kw_only=True)
 class PlaybackSettings:
-    """How a video that was made is written to a file."""
+    """Settings of a video's file."""
 
-    fps: float | int | None = setting(
-        None,
-        RULES["fps"],
-        meaning="Frames per second of the video",
-        otherwise="as trained",
-        panel=OUTPUT,
-        effect="none",
+    fps: float | int | None = of_output(
+        None, RULES["fps"], meaning="Frames per second of the video", otherwise="as trained"
     )
-    enlarge: int | None = setting(
+    enlarge: int | None = of_output(
         None,
         RULES["enlarge"],
         meaning="Factor by which the shown video is larger, each way",
         otherwise="the model's, or 1",
-        panel=OUTPUT,
-        effect="none",
     )
 
     def __post_init__(self) -> None:
@@ -396,7 +304,7 @@ def with_values(settings: Settings, **values: Any) -> Settings:
 
 
 def few_steps_note(warmup: Warmup, num_inference_steps: int) -> str | None:
-    """How many steps of a short run are dense, for a line; None of a run that is not short."""
+    """Say how many steps of a short run are dense; None for a run that is not short."""
     if num_inference_steps >= _FEW_STEPS:
         return None
     dense = dense_step_count(warmup, num_inference_steps)
@@ -404,5 +312,5 @@ def few_steps_note(warmup: Warmup, num_inference_steps: int) -> str | None:
 
 
 def draw_seed() -> int:
-    """Draw a seed for who wants any: it is told and recorded, so that the run can be repeated."""
+    """Draw a seed; it is logged and recorded, so that the run can be repeated."""
     return secrets.randbelow(2**32)

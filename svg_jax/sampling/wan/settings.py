@@ -1,30 +1,24 @@
-"""What a run of Wan is asked for beside what all flow-matching runs are."""
+"""Settings that Wan adds to those of all flow-matching runs."""
 
 from dataclasses import dataclass
 
-from svg_jax.sampling.settings.fields import documented, setting
+from svg_jax.sampling.settings.fields import documented, of_prompt
 from svg_jax.sampling.settings.rules import ArrayOf, Images
-from svg_jax.sampling.settings.run import PROMPT, AnyArray, AnyImage, FlowSettings
+from svg_jax.sampling.settings.run import AnyArray, AnyImage, FlowSettings
 
 
 @documented
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class WanSettings(FlowSettings):
-    """What a run of Wan is asked for."""
+    """Settings of a run of Wan."""
 
-    last_image: AnyImage | None = setting(
-        None,
-        Images(),
-        meaning="Image that the video ends with, for Wan's FLF2V models",
-        panel=PROMPT,
-        effect="bits",
+    last_image: AnyImage | None = of_prompt(
+        None, Images(), meaning="Image that the video ends with, for Wan's FLF2V models"
     )
-    image_embeds: AnyArray | None = setting(
+    image_embeds: AnyArray | None = of_prompt(
         None,
         ArrayOf(("batch", "image_tokens", "features")),
         meaning="CLIP's features of the images in place of theirs (FLF2V: of both, one behind the "
         "other)",
-        panel=PROMPT,
-        effect="bits",
         option=None,
     )

@@ -154,3 +154,27 @@ def test_what_no_run_can_be_names_its_option(run, tmp_path, command, arguments, 
     result = run(command, "--model", "tiny", "--prompt", PROMPT, *output, *arguments)
     assert (result.code, list(tmp_path.iterdir())) == (2, [])
     assert sentence in result.err
+
+
+@pytest.mark.parametrize(
+    ("pays", "options", "is_sparse"),
+    [
+        (False, [], False),
+        (False, ["--attention", "svg"], True),
+        (False, ["--density", "0.5"], True),
+        (False, ["--dense-steps", "0.5"], True),
+        (True, [], True),
+        (True, ["--attention", "dense"], False),
+    ],
+)
+def test_attention_is_dense_where_sparse_does_not_pay_unless_it_is_asked_for(
+    pays, options, is_sparse, run, monkeypatch
+):
+    made = []
+    monkeypatch.setattr("svg_jax.cli.given.sparse_attention_pays", lambda *_: pays)
+    monkeypatch.setattr(videos, "_generate", lambda pipeline, jobs, *_, **__: made.extend(jobs))
+    result = run("generate", "--model", "tiny", "--prompt", PROMPT, "-o", "a.gif", *options)
+    assert result.code == 0, result.err
+    assert [job.settings.sparsity is not None for job in made] == [is_sparse]
+    said = "it is faster than sparse attention" in result.out + result.err
+    assert said == (not pays and not options)

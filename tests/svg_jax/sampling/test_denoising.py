@@ -14,8 +14,13 @@ from svg_jax.config import SparsityConfig, Warmup
 from svg_jax.models import VideoLayout
 from svg_jax.sampling.cogvideox.settings import CogVideoXSettings
 from svg_jax.sampling.conditions import Conditions
-from svg_jax.sampling.denoising import denoise, guidance_scales
-from svg_jax.sampling.prepared_run import PreparedRun, attends_of, labels_of_steps
+from svg_jax.sampling.denoising import denoise
+from svg_jax.sampling.prepared_run import (
+    PreparedRun,
+    attends_of,
+    guidance_scales,
+    labels_of_steps,
+)
 from svg_jax.sampling.records import SamplingInfo, median_seconds
 from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.sampling.schedules.noise import initial_noise, seed_key
