@@ -82,6 +82,7 @@ def run(python, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_attention_needs_no_extra(bare_python):
     python, _ = bare_python
     ran = run(python, "-W", "error", "-c", ATTEND)

@@ -60,6 +60,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("docs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUNNING)
 def test_blocks_run_in_their_order(page, cache, run, monkeypatch, capsys):
     monkeypatch.setenv("SVG_JAX_CACHE", str(cache))

@@ -27,6 +27,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", FAMILIES)
 def test_each_argument_of_a_call_works_or_names_what_takes_its_place(pipeline):
     known = settings_of(FAMILIES[pipeline])
