@@ -79,7 +79,7 @@ def new_entry(
     failures: dict[str, str],
     baseline: str | None = DENSE,
 ) -> Entry:
-    """What was measured and how, and its times."""
+    """Collect what was measured and how, and its times."""
     rows = {name: time_row(seconds, name, baseline) for name in seconds if name != "copy"}
     return {
         "measured": provenance_of("benchmarks/attention.py"),
@@ -119,7 +119,7 @@ def shortfall(name: str, entry: Entry) -> str | None:
 
 
 def case_entries(run: Run, name: str) -> dict[str, Entry]:
-    """Times of all rows of a case, and what they are to be compared with."""
+    """Time all rows of a case, with what they are to be compared with."""
     case = run.fit(CASES[name])
     functions, failures = runnable(case_functions(run, case))
     seconds = run.measure(functions)
@@ -148,7 +148,7 @@ def case_entries(run: Run, name: str) -> dict[str, Entry]:
 
 
 def portable_entries(run: Run, name: str) -> dict[str, Entry]:
-    """The portable kernel on the same GPU, and how far the other kernel's output is from its."""
+    """Time the portable kernel on the same GPU, and compare the kernels' outputs."""
     case = run.fit(CASES[name])
     mask = sparse_mask(case.layout, case.config)
     arrays = random_arrays(case.shape)[:3]
@@ -172,7 +172,7 @@ def portable_entries(run: Run, name: str) -> dict[str, Entry]:
 
 
 def density_entries(run: Run, name: str) -> dict[str, Entry]:
-    """The kernel's time by density, and the least-squares line through it."""
+    """Time the kernel by density, and fit a line by least squares."""
     case = run.fit(CASES[name])
     arrays = random_arrays(case.shape)[:3]
     swept = {}
@@ -213,7 +213,7 @@ def fitted_line(blocks: list[float], milliseconds: list[float]) -> Entry:
 
 
 def length_entries(run: Run, _: str) -> dict[str, Entry]:
-    """The kernel's time a block by length, for each series of heads; all lengths take turns."""
+    """Time the kernel a block by length, for each series of heads; all lengths take turns."""
     cases = {
         (frames, heads): run.fit(Case(VideoLayout(frames, 3600), LENGTH_CONFIG, heads, heads))
         for series in LENGTHS.values()

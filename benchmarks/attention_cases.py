@@ -29,7 +29,7 @@ class Case:
 
     Attributes:
         layout: Frames and text.
-        config: As in the paper.
+        config: Sparsity of the paper.
         heads: Heads measured by default.
         all_heads: Heads of the model.
         least_rate: Least rate of the sparse kernel that `--check` lets pass, in kept blocks a
@@ -110,7 +110,7 @@ class Run:
     all_heads: bool
 
     def fit(self, case: Case) -> Case:
-        """The case with the heads and, for a dry run, the size asked for."""
+        """Give the case the heads and, for a dry run, the size asked for."""
         if self.all_heads:
             case = dataclasses.replace(case, heads=case.all_heads)
         if not self.tiny:
@@ -121,7 +121,7 @@ class Run:
         return dataclasses.replace(case, layout=small, heads=2)
 
     def measure(self, functions: Functions, rounds: int | None = None, **options: Any) -> Seconds:
-        """Times in turns, in seconds."""
+        """Time all in turns, in seconds."""
         options |= {"least_seconds": 0.0 if self.tiny else LEAST_SECONDS, "ahead": DENSE}
         return interleaved_seconds(functions, rounds or self.rounds, **options)
 
@@ -133,7 +133,7 @@ class Run:
 
 @partial(jax.jit, static_argnums=0)
 def random_arrays(shape: tuple[int, ...]):
-    """Queries, keys, values and an output, on the device."""
+    """Make queries, keys, values and an output, on the device."""
     rngs = jax.random.split(jax.random.key(0), 4)
     return tuple(jax.random.normal(rng, shape, jnp.bfloat16) for rng in rngs)
 
@@ -145,7 +145,7 @@ def pad_to_eights(*arrays: Array) -> tuple[Array, ...]:
 
 
 def dense_call(run: Run, query, key, value) -> Callable[[], Any]:
-    """The baseline."""
+    """Make a call of the baseline."""
     dense = jax.jit(partial(jax.nn.dot_product_attention, implementation=run.dense))
     return partial(dense, query, key, value)
 
@@ -153,7 +153,7 @@ def dense_call(run: Run, query, key, value) -> Callable[[], Any]:
 def kernel_call(
     run: Run, mask: BandMask, query, key, value, text_length=None, implementation: Any = None
 ) -> Callable[[], Any]:
-    """The sparse kernel alone."""
+    """Make a call of the sparse kernel alone."""
     chosen = implementation or run.implementation
 
     @jax.jit

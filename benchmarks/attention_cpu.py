@@ -57,7 +57,7 @@ def attention_functions(
 
 
 def forward_functions(heads: int, head_dim: int, layers: int) -> dict[str, Callable[[], Any]]:
-    """A dense and a sparse forward of a transformer of the demo's size, random weights."""
+    """Make a dense and a sparse forward of a transformer of the demo's size, random weights."""
     config = CogVideoXConfig(
         num_attention_heads=heads,
         attention_head_dim=head_dim,

@@ -26,7 +26,7 @@ from svg_jax.sampling import CogVideoXPipeline
 
 
 def main() -> int:
-    """Runs all checks."""
+    """Run all checks."""
     parser = argparse.ArgumentParser(description="Checks a checkpoint against its goldens.")
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder

@@ -23,7 +23,7 @@ FILES = ("convert/test_resume.py", "convert/formats/test_hostile.py")
 
 
 def main() -> int:
-    """Runs the tests and writes what they took; 1 if one failed."""
+    """Run the tests and write what they took; 1 if one failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help="file to put the figures into")
     args = parser.parse_args()

@@ -84,7 +84,7 @@ print(json.dumps({"seconds": round(time.perf_counter() - start, 1),
 
 
 def write_component(folder: Path, class_name: str, config: dict, rules: tuple[Rule, ...]) -> dict:
-    """Writes one shard a layer; returns the sizes."""
+    """Write one shard a layer, and give the sizes."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     shards = [[rule for rule in rules if not rule.stacked]]
@@ -106,7 +106,7 @@ def write_component(folder: Path, class_name: str, config: dict, rules: tuple[Ru
 
 
 def write_source(folder: Path, model: str, layers: Mapping[str, int]) -> dict:
-    """Writes a pipeline folder; returns the sizes of its components."""
+    """Write a pipeline folder, and give the sizes of its components."""
     folder.mkdir(parents=True)
     index: dict[str, Any] = {"_class_name": PIPELINES[model]}
     sizes = {}
@@ -121,7 +121,7 @@ def write_source(folder: Path, model: str, layers: Mapping[str, int]) -> dict:
 
 
 def run_step(step: str, *paths: Path) -> dict[str, Any]:
-    """Runs one step in a process of its own, which has no children."""
+    """Run one step in a process of its own, which has no children."""
     command = [sys.executable, "-c", STEP, step, *map(str, paths)]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(result.stdout)

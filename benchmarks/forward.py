@@ -111,7 +111,7 @@ CASES = {
 
 
 def random_weights(module: Any) -> Any:
-    """A state of small random numbers, made on the device leaf by leaf; gains are near 1."""
+    """Make a state of small random numbers on the device, leaf by leaf; gains are near 1."""
     leaves, tree = jax.tree.flatten_with_path(nnx.state(module))
 
     @partial(jax.jit, static_argnums=(1, 2, 3))
@@ -146,7 +146,7 @@ def large_float32(program: str, elements: int) -> list[str]:
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """Times, compiles and weighs a dense and a sparse forward."""
+    """Compile, time and weigh a dense and a sparse forward."""
     config = case.config(json.loads((INVENTORIES / f"{case.inventory}.json").read_text())["config"])
     module = nnx.eval_shape(
         lambda: case.make(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))

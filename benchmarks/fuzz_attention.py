@@ -97,7 +97,7 @@ class Case:
 
 
 def draw_case(shape: Shape, rng: np.random.Generator) -> Case:
-    """Data of a random spread: from nearly uniform weights to nearly one key a row."""
+    """Draw data of a random spread: from nearly uniform weights to nearly one key a row."""
     spread = rng.choice([0.1, 1.0, 1.5, 3.0])
     size = (3, shape.batch, shape.tokens, shape.heads, shape.head_dim)
     qkv = (spread * rng.standard_normal(size, np.float32)).astype(DTYPES[shape.dtype])
@@ -144,7 +144,7 @@ def references(qkv: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def ratio_of_errors(out: np.ndarray, exact: np.ndarray, rounded: np.ndarray) -> float:
-    """The largest error in units of the rounded reference's; float32's own where that is 0."""
+    """Give the largest error in units of the rounded reference's; float32's own where that is 0."""
     floor = 1e-6 * np.abs(exact).max()
     allowed = np.abs(rounded - exact).max() + floor
     error = np.abs(out.astype(np.float64) - exact).max()
@@ -154,7 +154,7 @@ def ratio_of_errors(out: np.ndarray, exact: np.ndarray, rounded: np.ndarray) -> 
 def judge(
     case: Case, out: np.ndarray, lse: np.ndarray, same: bool, cudnn: np.ndarray | None
 ) -> dict[str, Any]:
-    """What is to be said of one case; `faults` is empty if all is well."""
+    """Describe one case; `faults` is empty if all is well."""
     exact, rounded, expected_lse = references(case.qkv, case.keep)
     ratio = ratio_of_errors(out, exact, rounded)
     empty = np.isneginf(expected_lse)

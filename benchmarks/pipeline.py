@@ -65,7 +65,7 @@ STEPS = 50  # of the schedule; only those around the end of the dense warm-up ru
 
 
 def module_of(make: Callable[..., Any], inventory: str, class_name: str, dtype: Any) -> Any:
-    """A released model with random weights on the device."""
+    """Make a released model with random weights on the device."""
     values = json.loads((INVENTORIES / f"{inventory}.json").read_text())["config"]
     config = MODEL_CLASSES[class_name].read_config(values)
     module = nnx.eval_shape(lambda: make(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
@@ -98,7 +98,7 @@ def encode_text(
     masked: bool = False,
     **options: int,
 ) -> Row:
-    """A prompt and a negative one through a text encoder, in bfloat16."""
+    """Time a prompt and a negative one through a text encoder, in bfloat16."""
     encoder = module_of(make, inventory, class_name, BFLOAT16)
     ids = jax.random.randint(jax.random.key(1), (2, tokens), 3, 1000)
     inputs = (ids, jnp.ones_like(ids)) if masked else (ids,)
@@ -116,7 +116,7 @@ def encode_image() -> Row:
 def encode_video(
     make: Callable[..., Any], inventory: str, class_name: str, dtype: Any, shape: tuple[int, ...]
 ) -> Row:
-    """A video, or an image, to the mean of its latents, as a whole."""
+    """Time the encoding of a video, or an image, as a whole to the mean of its latents."""
     vae = module_of(make, inventory, class_name, dtype)
     video = jax.random.uniform(jax.random.key(1), (1, 3, *shape), dtype, -1, 1)
     return {"input": list(video.shape), **timed(lambda: vae.encode(video).mean, repeats=2)}
@@ -209,7 +209,7 @@ def run_steps(
 
 
 def loop_overhead(steps: Callable[..., Any]) -> Row:
-    """What the host adds to four compiled steps that are each saved, from one profiler trace."""
+    """Tell from a profiler's trace what the host adds to four compiled steps that are saved."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = options.host_tracer_level = 0  # they slow the host down
     with tempfile.TemporaryDirectory() as folder:
@@ -311,7 +311,7 @@ ROWS: Mapping[str, Callable[[], Row]] = {
 
 
 def measure(name: str) -> Row:
-    """A row, in a process that has measured no other."""
+    """Measure a row in a process that has measured no other."""
     row = ROWS[name]()
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     return {**row, "GiB, in use at most": round(peak / BYTES, 2)}

@@ -27,7 +27,7 @@ Entries = dict[str, dict[str, Any]]
 
 
 def draw_cases(axes: Any, cases: Entries) -> None:
-    """A bar of dense attention and one of a whole step for each case."""
+    """Draw a bar of dense attention and one of a whole step for each case."""
     width = 0.38
     for place, entry in enumerate(cases.values()):
         rows = entry["rows"]
@@ -79,7 +79,7 @@ def draw_density(axes: Any, sweeps: Entries) -> None:
 
 
 def draw(document: dict[str, Entries], path: Path) -> None:
-    """The figure of both."""
+    """Draw the figure of both."""
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(11, 4.2), width_ratios=(1.5, 1), layout="constrained"
     )

@@ -34,7 +34,7 @@ from svg_jax.provenance import provenance_of
 
 
 def target_of(shape: tuple[int, ...], dtype: np.dtype, mesh: jax.sharding.Mesh):
-    """A leaf cut in four along its last axis that can be: so no device has whole chunks."""
+    """Cut a leaf in four along its last axis that can be: so no device has whole chunks."""
     spec: list[str | None] = [None] * len(shape)
     for axis in reversed(range(len(shape))):
         if shape[axis] % 4 == 0:
@@ -45,7 +45,7 @@ def target_of(shape: tuple[int, ...], dtype: np.dtype, mesh: jax.sharding.Mesh):
 
 
 def main() -> int:
-    """Restores, compares and prints; 1 if a tensor differs."""
+    """Restore, compare and print; 1 if a tensor differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="converted folder")
     parser.add_argument("--leaf", help="one leaf of the transformer, e.g. blocks.ffn_out.kernel")

@@ -65,7 +65,7 @@ Videos = dict[str, np.ndarray]  # by method, float32 [videos, frames, 3, height,
 
 
 def load_pipeline(folder: Path) -> CogVideoXPipeline:
-    """A small pipeline in diffusers' layout, converted in memory, its weights float32."""
+    """Convert a small pipeline in diffusers' layout in memory, its weights float32."""
 
     def component(name: str, stem: str, config: Any, rules: Any, module: Any) -> Any:
         config = config.from_dict(json.loads((folder / name / "config.json").read_text()))

@@ -60,7 +60,7 @@ def export_tiny(
     """Write the whole pipeline folder; a model card that lies there stays.
 
     Args:
-        parameters: Of the transformer and the text encoder, as in `TrainState`.
+        parameters: Parameters of the transformer and the text encoder, as in `TrainState`.
         folder: Where to.
         transformer: Its config.
         text_encoder: Its config.

@@ -33,7 +33,7 @@ PHOTOGRAPHS = (
 
 
 def package_file(package: str, path: str) -> Path:
-    """The path of a data file inside an installed package."""
+    """Find a data file inside an installed package."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{package} is needed for {path}: pip install {package}")

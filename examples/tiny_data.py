@@ -91,7 +91,7 @@ def load_assets(path: Path = ASSETS) -> Assets:
 
 
 def caption(attributes: np.ndarray) -> str:
-    """The caption of one video's four attributes."""
+    """Caption a video by its four attributes."""
     digit, colour, motion, place = (
         answers[int(index)] for answers, index in zip(QUESTIONS.values(), attributes, strict=True)
     )

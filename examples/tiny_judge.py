@@ -97,8 +97,8 @@ def train_judge(
     """Train a judge until the time is over or `max_steps` are done.
 
     Args:
-        rng: Of its initial weights, its videos and their noise.
-        assets: Of the generator.
+        rng: Key of its initial weights, its videos and their noise.
+        assets: Photographs and digits of the generator.
         seconds: Time to train for, compilation not counted.
         batch: Videos a step.
         max_steps: The learning rate falls to nothing by then (or by the end of the time).

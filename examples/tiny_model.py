@@ -93,14 +93,14 @@ SCHEDULER = {
 
 
 def make_transformer(rngs: nnx.Rngs, config: dict[str, Any], dtype: Dtype) -> CogVideoXTransformer:
-    """A transformer to train: float32 parameters and residual stream, the rest in `dtype`."""
+    """Make a transformer to train: float32 parameters and residual stream, the rest in `dtype`."""
     return CogVideoXTransformer(
         CogVideoXConfig.from_dict(config), dtype=dtype, residual_dtype=jnp.float32, rngs=rngs
     )
 
 
 def make_text_encoder(rngs: nnx.Rngs, config: dict[str, Any], dtype: Dtype) -> T5Encoder:
-    """A text encoder to train along with the transformer."""
+    """Make a text encoder to train along with the transformer."""
     return T5Encoder(T5Config.from_dict(config), dtype=dtype, rngs=rngs)
 
 

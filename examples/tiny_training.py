@@ -70,7 +70,7 @@ class Batch(NamedTuple):
     Attributes:
         noisy: The videos, noised.
         velocity: What is to be predicted.
-        digit: As in tiny_data.Videos.
+        digit: Index of the digit, as in tiny_data.Videos.
         timestep: How noisy each one is.
         tokens: Captions.
         frames: Which frames of the videos these are; None: all.
@@ -114,7 +114,7 @@ class TinyTrainer:
             self._initial[name] = nnx.to_pure_dict(state)
 
     def initial_state(self, parameters: Parameters | None = None) -> TrainState:
-        """These parameters (None: fresh ones), the optimizer's zeros."""
+        """Begin with these parameters (None: fresh ones) and the optimizer's zeros."""
         # A copy, since `train` consumes its state.
         start = self._initial if parameters is None else parameters
         copied: Parameters = jax.tree.map(jnp.array, start)
@@ -122,7 +122,7 @@ class TinyTrainer:
         return TrainState(jnp.int32(0), copied, average, self.optimizer.init(copied))
 
     def networks(self, parameters: Parameters) -> dict[str, Any]:
-        """The transformer and the text encoder with these parameters."""
+        """Make the transformer and the text encoder with these parameters."""
         return {name: nnx.merge(graph, parameters[name]) for name, graph in self.graphs.items()}
 
     def draw_batch(
@@ -218,7 +218,7 @@ def draw_timesteps(rng: PRNGKeyArray, batch: int, *, coarse: bool) -> Int[Array,
 
 
 def draw_frames(rng: PRNGKeyArray) -> Int[Array, " frames"]:
-    """Some frames of a video: every other one, or neighbours."""
+    """Draw some frames of a video: every other one, or neighbours."""
     stride_rng, first_rng = jax.random.split(rng)
     stride = jnp.where(jax.random.bernoulli(stride_rng), NUM_FRAMES // COARSE_FRAMES, 1)
     last_first = NUM_FRAMES - 1 - (COARSE_FRAMES - 1) * stride
@@ -227,7 +227,7 @@ def draw_frames(rng: PRNGKeyArray) -> Int[Array, " frames"]:
 
 
 def frame_rotation(transformer: CogVideoXTransformer, frames: Int[Array, " frames"]) -> Rotation:
-    """The rotary embedding of some frames, each at its place in the whole video."""
+    """Make the rotary embedding of some frames, each at its place in the whole video."""
     _, patch_height, patch_width = transformer.config.patch_shape
     grid = (NUM_FRAMES, HEIGHT // patch_height, WIDTH // patch_width)
     whole = transformer.rotation(grid, CAPTION_TOKENS)

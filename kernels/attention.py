@@ -122,7 +122,7 @@ def block_sparse_attention(  # pyright: ignore[reportInconsistentOverload]
 def pick_implementation(
     implementation: Implementation | None, head_dim: int, dtype: DTypeLike
 ) -> Implementation:
-    """The implementation of block-sparse attention that runs such queries on the default device.
+    """Pick the implementation that runs such queries on the default device.
 
     Raises:
         ValueError: If the one that is asked for cannot run here.

@@ -31,7 +31,7 @@ def lists_of_heads(
     num_tokens: int,
     block_kv: int,
 ) -> Lists:
-    """Lists that somebody chose for each head, one map a head, made fit for a kernel.
+    """Make a user's lists for each head, one map a head, fit for a kernel.
 
     A partial last block is to be tested, so it goes to the front. A row without blocks gets one
     that lies behind all keys, so that every list has a first one.
@@ -58,7 +58,7 @@ def lists_of_heads(
 def lists_of_masks(
     masks: tuple[BandMask, ...], block_q: int, block_kv: int, padded_text: bool
 ) -> tuple[Lists, np.ndarray]:
-    """The masks' block maps as lists, tested blocks first; and the cost of each query block."""
+    """List the masks' block maps, tested blocks first, and give the cost of each query block."""
     maps = [block_map(mask, block_q, block_kv, padded_text=padded_text) for mask in masks]
     most = max(each.indices.shape[1] for each in maps)
     blocks = []

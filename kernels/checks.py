@@ -102,7 +102,7 @@ def check_key(name: str, key: Any) -> None:
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
-    """The scale, or 1/sqrt(head_dim) for None; ValueError unless it is positive and finite."""
+    """Give the scale, 1/sqrt(head_dim) for None; ValueError unless positive and finite."""
     if scale is None:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)):

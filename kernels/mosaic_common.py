@@ -78,7 +78,7 @@ def full(shape: tuple[int, ...], value: float, layout: Any, interpret: Any) -> j
 
 
 def positions(shape: tuple[int, ...], axis: int, interpret: Any) -> jax.Array:
-    """Number the rows or columns of an accumulator."""
+    """Give each element of an accumulator its row's or column's number."""
     layout = None if interpret is not None else plgpu.Layout.WGMMA
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
 
@@ -116,7 +116,7 @@ class Ring(NamedTuple):
     tiles: Any
 
     def slot(self, n: Any) -> Any:
-        """Number of the tile that the n-th block goes to."""
+        """Give the number of the tile that the n-th block goes to."""
         return lax.rem(n, self.tiles.shape[0])
 
 

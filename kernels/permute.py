@@ -87,7 +87,7 @@ def _gathered(arrays, of_head, matrix: tuple[int, int, int, int]):
 def _words(
     x: Shaped[Array, "batch tokens heads head_dim"],
 ) -> Shaped[Array, "batch tokens heads _"]:
-    """The same memory in words of 32 bits, of which a thread reads four: 16 bytes at once."""
+    """View the memory in words of 32 bits, of which a thread reads four: 16 bytes at once."""
     if x.dtype.itemsize != 2 or x.shape[-1] % 2:
         return x
     return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 2), jnp.uint32)
@@ -96,7 +96,7 @@ def _words(
 def _sources(
     of_head, matrix: tuple[int, int, int, int], tokens: int
 ) -> Int[Array, "batch results heads"]:
-    """Number of the token that each token of the results is."""
+    """Give the number of the token that each token of the results is."""
     start, rows, columns, num_tokens = matrix
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     place = token - start

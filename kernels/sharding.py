@@ -78,7 +78,7 @@ def over_heads(body: Callable, arguments: Any, heads_at_once: int) -> Any:
 
 
 def vary_like(x: Shaped[Array, "..."], like: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """The same array, typed as differing between devices where another does, inside `shard_map`.
+    """Type an array as differing between devices where another does, inside `shard_map`.
 
     A loop's carry that starts from a constant needs it, and what Pallas returns.
     """

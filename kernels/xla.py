@@ -328,7 +328,7 @@ def _softmax(query, keys: _Keys, scale: float):
 
 
 def _normalised(out, row_max, row_sum):
-    """The output and the log-sum-exp of sums of weights; 0 and -inf of a row that has no key."""
+    """Finish sums of weights: the output and the log-sum-exp; 0 and -inf of a row without keys."""
     some = row_sum > 0
     row_sum = jnp.where(some, row_sum, 1.0)
     return out / row_sum, jnp.where(some, row_max + jnp.log(row_sum), -jnp.inf)[:, 0]

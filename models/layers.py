@@ -66,7 +66,7 @@ class FeedForward(nnx.Module):
         self.output = nnx.Linear(hidden_features, out_features or features, **kinds)
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch out_features"]:
-        """Applies the layer to every token."""
+        """Apply the layer to every token."""
         return self.output(self.activation(self.input(x)))
 
 
@@ -92,7 +92,7 @@ class GatedFeedForward(nnx.Module):
         self.output = linear(hidden_features, features, **kinds)
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        """Applies the layer to every token."""
+        """Apply the layer to every token."""
         return self.output(self.activation(self.gate(x)) * self.input(x))
 
 

@@ -214,7 +214,7 @@ def _bias_table(config: T5Config, **kinds: Unpack[Kinds]) -> nnx.Embed:
 
 
 def distance_buckets(num_tokens: int, num_buckets: int, max_distance: int) -> np.ndarray:
-    """Number the bucket of the distance from each query to each key, int32 [tokens, tokens].
+    """Compute the bucket of the distance from each query to each key, int32 [tokens, tokens].
 
     Half of the buckets are for keys behind the query. In each half, half of the buckets hold one
     distance each and the others grow geometrically up to `max_distance`.

@@ -251,7 +251,7 @@ def _attend_sparse(
             return dense_of(query, key, value)
 
         def alike(out, info):
-            """The same, of one type in dense layers and in sparse ones, inside `shard_map` too."""
+            """Give dense layers and sparse ones results of one type, inside `shard_map` too."""
             return out, SparseAttentionInfo(
                 labels=vary_like(info.labels, query),
                 errors=vary_like(info.errors, query),

@@ -95,12 +95,12 @@ def _check_share(name: str, share: Any, *, above_zero: bool = False) -> None:
 
 
 def _shown(value: object) -> str:
-    """A value in an error, cut where it is long."""
+    """Show a value in an error, cut where it is long."""
     return f"{value!r:.60}"
 
 
 def share_of(share: float | int, count: int) -> int:
-    """The first `share` of `count` things, rounded down as the official code does.
+    """Count the first `share` of `count` things, rounded down as the official code does.
 
     The small term keeps .3·10 = 2.999… from losing a step that the user asked for.
     """
@@ -108,7 +108,7 @@ def share_of(share: float | int, count: int) -> int:
 
 
 def dense_step_count(warmup: Warmup, num_inference_steps: int) -> int:
-    """Sampling steps that run dense before the first sparse one (the paper's warm-up).
+    """Count the steps that run dense before the first sparse one (the paper's warm-up).
 
     A warm-up that is asked for is at least one step: in a run of few steps the first ones, which
     settle what the video shows, would else be sparse without a word.
@@ -119,7 +119,7 @@ def dense_step_count(warmup: Warmup, num_inference_steps: int) -> int:
 
 
 def dense_layer_count(warmup: Warmup, num_layers: int) -> int:
-    """Layers that run dense in every step."""
+    """Count the layers that run dense in every step."""
     return share_of(warmup.layers, num_layers)
 
 

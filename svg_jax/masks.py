@@ -59,7 +59,7 @@ def text_share_of(layout: VideoLayout) -> float:
 
 
 def sparse_mask(layout: VideoLayout, config: SparsityConfig) -> BandMask:
-    """The mask that all heads share, once the temporal heads' tokens are laid out token-major.
+    """Make the mask that all heads share once temporal heads' tokens are token-major.
 
     Raises:
         ValueError: The density is too small for the text (see `band_width`).

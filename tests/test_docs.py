@@ -180,3 +180,16 @@ def test_the_site_builds_without_warnings(tmp_path):
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert (tmp_path / "api/attention/index.html").stat().st_size > 10_000
+
+
+def test_arguments_are_described_by_nouns():
+    """Ruff's D401 has functions begin with a verb; nothing has arguments begin with a subject."""
+    pattern = re.compile(r"^ +\*{0,2}\w+: (?:Of |Likewise|As `).*$", re.MULTILINE)
+    files = [
+        path
+        for folder in ("svg_jax", "models", "kernels", "convert", "benchmarks", "examples", "docs")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    assert len(files) > 150
+    assert {path: lines for path in files if (lines := pattern.findall(path.read_text()))} == {}
+    assert pattern.search("    Args:\n        dtype: Of matrix products.\n")

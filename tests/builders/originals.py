@@ -127,7 +127,7 @@ def as_released(state, places) -> dict[str, torch.Tensor]:
 
     Args:
         state: The tensors by diffusers' names.
-        places: Of each, what `origins` says: a share of the rows that it has in the release.
+        places: What `origins` says of each: a share of the rows that it has in the release.
     """
     pieces: dict[str, list] = {}
     for new, tensor in state.items():

@@ -15,7 +15,7 @@ def both_of_each(tmp_path_factory, write_checkpoint) -> Any:
     """A function that makes both pipelines of a variant and the converted folder, once.
 
     Args:
-        tmp_path_factory: Of pytest.
+        tmp_path_factory: The fixture of pytest.
         write_checkpoint: Writes a variant's checkpoint into a folder, and gives diffusers'
             pipeline of it.
     """

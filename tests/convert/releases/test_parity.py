@@ -32,12 +32,12 @@ class Case:
         reference: diffusers' class.
         values: Its config.
         ours: The class here.
-        places: As `originals.origins`, of this component; empty if the release has its names.
+        places: What `originals.origins` gives for it; empty if the release has its names.
         given: What the release's tensors do not tell of a config that is not the release's.
         file: The file's name, and the tree that the tensors lie in, if they do.
-        prefix: Of the names in the file.
+        prefix: Prefix of the names in the file.
         others: Tensors that the release has and no model.
-        family: Of a transformer; None of an autoencoder.
+        family: Family of a transformer; None for an autoencoder.
         sizes: What the family makes inputs of, or a video's frames, height and width.
     """
 
