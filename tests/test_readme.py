@@ -74,18 +74,35 @@ def row(first: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("model", "run", "case"),
+    ("model", "run", "case", "hub_name"),
     [
-        ("CogVideoX 1.5-5b", "CogVideoX 1.5, 768 × 1360, 81 frames", "CogVideoX-1.5, 12 heads"),
-        ("HunyuanVideo", "HunyuanVideo, 720p, 129 frames", "HunyuanVideo 720p, 6 heads"),
-        ("Wan 2.1 14B", "Wan 2.1 14B, 720p, 81 frames", "Wan 720p, 8 heads"),
-        ("Wan 2.1 1.3B", "Wan 2.1 1.3B, 480p, 81 frames", None),
+        (
+            "CogVideoX 1.5-5b",
+            "CogVideoX 1.5, 768 × 1360, 81 frames",
+            "CogVideoX-1.5, 12 heads",
+            "CogVideoX1.5-5B",
+        ),
+        (
+            "HunyuanVideo",
+            "HunyuanVideo, 720p, 129 frames",
+            "HunyuanVideo 720p, 6 heads",
+            "HunyuanVideo",
+        ),
+        (
+            "Wan 2.1 14B",
+            "Wan 2.1 14B, 720p, 81 frames",
+            "Wan 720p, 8 heads",
+            "Wan2.1-T2V-14B-Diffusers",
+        ),
+        ("Wan 2.1 1.3B", "Wan 2.1 1.3B, 480p, 81 frames", None, "Wan2.1-T2V-1.3B-Diffusers"),
     ],
 )
-def test_its_figures_are_those_of_the_committed_results(model, run, case):
+def test_its_figures_are_those_of_the_committed_results(model, run, case, hub_name):
     projected = project_runs.rounded(project_runs.RUNS[run])
     minutes, dense, memory, _ = projected
     assert row(model)[-2:] == [str(minutes), str(memory)]
+    table = (ROOT / "docs/running.md").read_text()
+    assert re.search(rf"--model \S*{hub_name} [^|]*\| {minutes} \| {memory} \|", table)
     if case is None:  # the first real video
         assert f"takes about {minutes} minutes" in README
         return
