@@ -90,7 +90,9 @@ def check(masks, head_dim, *, tiling, mask_of_head=None, lengths=None, heads=1):
 
 
 # Bands a little wider than a block of 128 keys leave some blocks whole and cut through others.
-@pytest.mark.parametrize(("overlap", "lengths"), [(True, [7]), (False, [0])])
+@pytest.mark.parametrize(
+    ("overlap", "lengths"), [(True, [7]), pytest.param(False, [0], marks=pytest.mark.slow)]
+)
 def test_padded_text_may_hold_nan(overlap, lengths):
     mask = BandMask(256, 140, text_start=216, text_tokens=40)
     check((mask,), 32, lengths=lengths, tiling=Tiling(overlap=overlap))
@@ -101,6 +103,7 @@ def test_each_head_runs_its_own_mask():
     check(masks, 64, mask_of_head=[[1, 0, 1]], heads=3, tiling=Tiling(overlap=False))
 
 
+@pytest.mark.slow
 def test_a_ring_of_two_tiles_goes_round_over_four_blocks_of_keys():
     check((BandMask(256, 150, sink_tokens=90),), 128, tiling=Tiling(block_kv=64))
 
@@ -117,6 +120,7 @@ def test_one_token():
     check((BandMask(1, 1),), 64, tiling=mosaic.TILINGS[64])
 
 
+@pytest.mark.slow
 def test_text_lengths_beyond_the_text_mean_none_and_all_of_it():
     mask = BandMask(128, 20, text_start=98, text_tokens=30)
     check((mask,), 64, lengths=[-3, 99], tiling=Tiling(overlap=False))

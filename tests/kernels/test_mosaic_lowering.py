@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from sizes import slow_but
 
 from svg_jax.kernels import BandMask, mosaic_sampled_rows
 from svg_jax.kernels import mosaic_attention as mosaic
@@ -40,9 +41,9 @@ def lower(masks, padded, batch, heads, head_dim, dtype):
     assert_lowers(attend, x, x, x, of_head, lengths)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", slow_but([jnp.bfloat16], [jnp.bfloat16, jnp.float16]))
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
-@pytest.mark.parametrize("case", SMALL)
+@pytest.mark.parametrize("case", slow_but(["text last and padded", "several"], SMALL))
 def test_every_mask_lowers_for_every_head_dim_and_dtype(case, head_dim, dtype):
     masks, padded = SMALL[case]
     lower(masks, padded, 2, 3, head_dim, dtype)
@@ -69,8 +70,8 @@ def test_block_lists_lower(head_dim, tokens):
     assert_lowers(attend, x, x, x, counts, blocks)
 
 
-@pytest.mark.parametrize("case", [*SMALL, *FULL])
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("case", slow_but(["several", *FULL], [*SMALL, *FULL]))
+@pytest.mark.parametrize("head_dim", slow_but([64, 128], [32, 64, 128]))
 def test_sampled_rows_lower(case, head_dim):
     masks, padded = SMALL[case] if case in SMALL else FULL[case][:2]
     masks, tokens = (masks * 3)[:3], masks[0].num_tokens

@@ -13,6 +13,7 @@ import torch
 import wan_family
 from flax import nnx
 from parity import TOLERANCE, ExactSinusoids, bfloat16_errors, randomised, relative_error
+from sizes import slow_but
 from transformer_family import as_array, layers_of, our_velocity, recorded_calls
 
 from svg_jax.convert import convert_state, restore_state
@@ -22,12 +23,24 @@ HUNYUAN_VIDEO = hunyuan_video_family.FAMILY
 FAMILIES = {"CogVideoX": COGVIDEOX, "Wan": WAN, "HunyuanVideo": HUNYUAN_VIDEO}
 
 
-def cases(**chosen):
-    """Parameters of family and case: those named of each, or all."""
+# One of each shape that a family's modules take; the others repeat them at another size.
+QUICK = {
+    "CogVideoX": {"pixels", "2b", "5b", "1.5-5b-I2V"},
+    "Wan": {"T2V", "FLF2V", "TI2V by frame"},
+    "HunyuanVideo": {"T2V", "I2V, token_replace", "I2V, latent_concat"},
+}
+
+
+def cases(quick=QUICK, **chosen):
+    """Parameters of family and case: those named of each, or all; slow but the quick ones."""
     return pytest.mark.parametrize(
         ("family", "case"),
         [
-            pytest.param(family, case, id=f"{name}, {case}")
+            pytest.param(
+                *(family, case),
+                id=f"{name}, {case}",
+                marks=() if case in quick.get(name, ()) else pytest.mark.slow,
+            )
             for name, family in FAMILIES.items()
             for case in chosen.get(name, () if chosen else family.cases)
         ],
@@ -52,7 +65,9 @@ def test_it_equals_diffusers(family, case):
     assert error < TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["T2V", "T2V, one text token", "I2V, token_replace"])
+@pytest.mark.parametrize(
+    "case", slow_but(["T2V"], ["T2V", "T2V, one text token", "I2V, token_replace"])
+)
 def test_at_the_released_guidance_hunyuan_video_equals_diffusers(case):
     # PyTorch's exponential of float32 has a wrong last bit in 2 of 128 frequencies, worth 2e-4 of
     # an angle at 6016: as much as the tolerance in the result.
@@ -68,6 +83,7 @@ def test_at_the_released_guidance_hunyuan_video_equals_diffusers(case):
 
 
 @cases(
+    {"CogVideoX": {"5b"}, "Wan": {"2.1 I2V"}, "HunyuanVideo": {"I2V, token_replace"}},
     CogVideoX=["5b"],
     Wan=["T2V", "2.1 I2V", "TI2V"],
     HunyuanVideo=[
@@ -118,6 +134,7 @@ def test_hunyuan_videos_refiner_and_each_of_its_layers_alone_equal_diffusers():
 
 
 @cases(
+    {"CogVideoX": {"1.5-5b-I2V"}, "Wan": {"FLF2V"}, "HunyuanVideo": {"I2V, latent_concat"}},
     CogVideoX=["2b", "5b", "1.5-5b-I2V"],
     Wan=["T2V", "FLF2V", "TI2V"],
     HunyuanVideo=["T2V", "I2V, token_replace", "I2V, latent_concat"],

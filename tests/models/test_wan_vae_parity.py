@@ -82,7 +82,14 @@ def reference_encode(reference, video):
 
 
 @pytest.mark.parametrize(
-    ("name", "frames"), [("2.1", 1), ("2.1", 4), ("2.2", 1), ("2.2", 4), ("other", 3)]
+    ("name", "frames"),
+    [
+        pytest.param("2.1", 1, marks=pytest.mark.slow),
+        ("2.1", 4),
+        ("2.2", 1),
+        pytest.param("2.2", 4, marks=pytest.mark.slow),
+        ("other", 3),
+    ],
 )
 def test_decoding_equals_diffusers(name, frames):
     reference, vae = pair(name)
@@ -141,7 +148,9 @@ def test_tiles_equal_those_of_diffusers(name, size, tiles):
     assert error < TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "way"), [("2.1", "encode"), ("2.2", "decode")])
+@pytest.mark.parametrize(
+    ("name", "way"), [pytest.param("2.1", "encode", marks=pytest.mark.slow), ("2.2", "decode")]
+)
 def test_in_bfloat16_it_is_as_near_to_float32_as_diffusers(name, way):
     def make_inputs(seed):
         x = (

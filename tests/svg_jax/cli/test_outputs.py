@@ -149,7 +149,7 @@ def test_labels_that_no_step_finds_are_told_before_the_work(run):
 def test_what_a_format_cannot_hold_is_told_before_the_steps(
     command, arguments, sentence, run, monkeypatch
 ):
-    monkeypatch.setattr("svg_jax.sampling.pipeline.make_schedule", no_step)
+    monkeypatch.setattr("svg_jax.sampling.prepared_run.make_schedule", no_step)
     code, _, error = run(command, *arguments)
     assert (code, sentence in error) == (2, True), error
     assert os.listdir() == []

@@ -1,5 +1,6 @@
 """The pipelines of all families: against diffusers' own, sparse, refusing, on the command line."""
 
+from functools import partial
 from typing import Any
 
 import cogvideox_pipelines
@@ -26,9 +27,10 @@ def _full_precision():
         yield
 
 
-VIDEOS: list[tuple[str, str, dict[str, Any]]] = [
+again = partial(pytest.param, marks=pytest.mark.slow)  # of a variant that has another case
+VIDEOS: list[Any] = [
     ("CogVideoX", "5b, VAE", {**cogvideox_pipelines.features(), "guidance_scale": 1.0}),
-    ("HunyuanVideo", "T2V", {"prompt": "a cat surfing", "guidance_scale": 6.0}),
+    again("HunyuanVideo", "T2V", {"prompt": "a cat surfing", "guidance_scale": 6.0}),
     (
         "HunyuanVideo",
         "T2V",
@@ -39,7 +41,7 @@ VIDEOS: list[tuple[str, str, dict[str, Any]]] = [
             "guidance_scale": 1.5,
         },
     ),
-    ("HunyuanVideo", "replace", {"prompt": "a dog", "guidance_scale": 6.0}),
+    again("HunyuanVideo", "replace", {"prompt": "a dog", "guidance_scale": 6.0}),
     (
         "HunyuanVideo",
         "replace",
@@ -51,16 +53,20 @@ VIDEOS: list[tuple[str, str, dict[str, Any]]] = [
         },
     ),
     ("HunyuanVideo", "concat", {"prompt": "a dog", "guidance_scale": 1.0}),
-    (
+    again(
         "HunyuanVideo",
         "concat",
         {"prompt": "a dog", "negative_prompt": "", "true_cfg_scale": 2.0},
     ),
     ("Wan", "T2V", {"prompt": PROMPTS, "negative_prompt": ["ugly", "worst quality"]}),
-    ("Wan", "T2V", {"prompt_embeds": embeds(2, 7), "negative_prompt_embeds": embeds(2, 7, seed=3)}),
-    ("Wan", "T2V", {"prompt": PROMPTS, "guidance_scale": 1.0, "max_sequence_length": 6}),
+    again(
+        "Wan",
+        "T2V",
+        {"prompt_embeds": embeds(2, 7), "negative_prompt_embeds": embeds(2, 7, seed=3)},
+    ),
+    again("Wan", "T2V", {"prompt": PROMPTS, "guidance_scale": 1.0, "max_sequence_length": 6}),
     ("Wan", "I2V", {"prompt": PROMPTS[0], "negative_prompt": "ugly"}),
-    ("Wan", "I2V", {"prompt_embeds": embeds(2), "guidance_scale": 1.0}),
+    again("Wan", "I2V", {"prompt_embeds": embeds(2), "guidance_scale": 1.0}),
     ("Wan", "FLF2V", {"prompt": PROMPTS, "last_image": picture(8, 66, 40)}),
 ]
 

@@ -12,7 +12,6 @@ from parity import TOLERANCE, randomised, relative_error
 from tiny_configs import COGVIDEOX
 from tiny_pipelines import both_of_each, picture
 
-from svg_jax import cli
 from svg_jax.convert import convert_pipeline
 from svg_jax.sampling import from_pretrained
 from svg_jax.sampling.components import Lazy
@@ -200,16 +199,13 @@ def test_an_image_needs_the_vae(make, tmp_path):
     assert ours(image_latents=NOISE, **text, **CALL).frames is None
 
 
-def test_the_command_line_makes_a_video_of_an_image(make, tmp_path, monkeypatch, capsys):
+def test_the_command_line_makes_a_video_of_an_image(make, run, tmp_path):
     _, _, folder = make("1.5")
-    monkeypatch.chdir(tmp_path)
     picture(mode="RGBA").save("image.png")
     np.savez("text.npz", prompt_embeds=normal(2, 1, 8, 16))
     size = [f"--{name.replace('_', '-')}={value}" for name, value in SIZE.items()]
-    command = ["svg-jax", "generate", f"--model={folder}", "--prompt-embeds=text.npz", *size]
+    command = ["generate", f"--model={folder}", "--prompt-embeds=text.npz", *size]
     command += ["--image=image.png", "--steps=2", "--guidance-scale=1", "--density=0.6"]
-    monkeypatch.setattr("sys.argv", [*command, "--sampled-rows=4", "--output=video.mp4"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code, capsys.readouterr().err
+    result = run(*command, "--sampled-rows=4", "--output=video.mp4")
+    assert result.code == 0, result.err
     assert (tmp_path / "video.mp4").stat().st_size > 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cogvideox_pipelines import CALL, MODEL_1_5, SCHEDULER, features, noise
 from diffusers.schedulers import scheduling_dpm_cogvideox as dpm_module
+from sizes import slow_but
 from tiny_configs import COGVIDEOX_2B
 
 from svg_jax.config import PAPER_PRESETS, SparsityConfig, Warmup
@@ -21,11 +22,11 @@ LATENTS = {"2b": (3, 4, 8, 8), "5b": (3, 4, 8, 8), "1.5": (4, 4, 8, 12), "1.5-I2
 NUM_STEPS = 5
 
 
-@pytest.fixture(params=LATENTS)
-def checkpoint(request, pipelines):
+@pytest.fixture
+def checkpoint(variant, pipelines):
     """A variant's name, diffusers' transformer, and our pipeline of the same weights."""
-    theirs, ours, _ = pipelines["CogVideoX"](request.param)
-    return request.param, theirs.transformer, ours
+    theirs, ours, _ = pipelines["CogVideoX"](variant)
+    return variant, theirs.transformer, ours
 
 
 @pytest.fixture
@@ -113,13 +114,25 @@ def sample_with_diffusers(
     ).frames.numpy()
 
 
+UNGUIDED, GUIDED = {"guidance_scale": 1.0}, {"guidance_scale": 6.0}
+DYNAMIC = GUIDED | {"use_dynamic_cfg": True}
+
+
 @pytest.mark.parametrize(
-    ("sampler", "options"),
-    [
-        ("ddim", {"guidance_scale": 6.0}),
-        ("dpm", {"guidance_scale": 6.0, "use_dynamic_cfg": True}),
-        ("ddim", {"guidance_scale": 1.0}),
-    ],
+    ("variant", "sampler", "options"),
+    slow_but(
+        [
+            ("2b", "ddim", GUIDED),
+            ("5b", "dpm", DYNAMIC),
+            ("1.5", "ddim", UNGUIDED),
+            ("1.5-I2V", "dpm", DYNAMIC),
+        ],
+        [
+            (variant, *run)
+            for variant in LATENTS
+            for run in (("ddim", GUIDED), ("dpm", DYNAMIC), ("ddim", UNGUIDED))
+        ],
+    ),
 )
 def test_latents_are_those_of_diffusers(checkpoint, sampler, options, monkeypatch):
     variant, transformer, pipeline = checkpoint
@@ -266,7 +279,7 @@ def test_arguments_that_do_not_fit(pipeline, arguments, message):
         pipeline(**arguments)
 
 
-@pytest.mark.parametrize("checkpoint", ["1.5-I2V"], indirect=True)
+@pytest.mark.parametrize("variant", ["1.5-I2V"])
 def test_image_to_video_needs_an_image(checkpoint):
     variant, _, pipeline = checkpoint
     arrays = inputs(variant)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sizes import slow_but
 
 from svg_jax.convert.scheduler_config import COGVIDEOX
 from svg_jax.sampling.schedules.config import SchedulerConfig
@@ -89,7 +90,7 @@ def test_golden(case):
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm"])
 @pytest.mark.parametrize("snr_shift_scale", [1.0, 3.0])
-@pytest.mark.parametrize("num_steps", [1, 4, 7, 20, 30, 50])
+@pytest.mark.parametrize("num_steps", slow_but([1, 7, 50], [1, 4, 7, 20, 30, 50]))
 def test_a_whole_run_is_diffusers(sampler, snr_shift_scale, num_steps, monkeypatch):
     config = SchedulerConfig(snr_shift_scale=snr_shift_scale)
     schedule = make_schedule(config, num_steps, sampler)
