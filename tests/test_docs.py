@@ -142,7 +142,7 @@ def test_commands_are_ones_that_there_are(page, words):
 
 
 def test_options_that_there_are_not_would_be_noticed():
-    for words in (["verify", "wan", "--no-such-option"], ["convert", "--dtype", "int3"]):
+    for words in (["verify", "wan", "--no-such-option"], ["convert", "--cast", "int3"]):
         with pytest.raises(Exception, match=r"--no-such-option|int3"):
             parse(["svg-jax", *words])
 

@@ -19,22 +19,23 @@ from svg_jax.cli.checkpoint_commands import CHECKPOINT_COMMANDS
 from svg_jax.cli.console import forgiving_streams, say, tell, tell_lines
 from svg_jax.cli.errors import ExitCode, failure_of
 from svg_jax.cli.generated import KINDS, OF_WARMUP, SPARSITY, WARMUP, parameters_of
-from svg_jax.cli.options import Given, parameter, with_options
+from svg_jax.cli.options import Given, JsonFile, parameter, with_options
 from svg_jax.cli.signals import ended_by_signals
 from svg_jax.sampling.settings import RunSettings
 from svg_jax.sampling.settings.fields import ATTENTION, OUTPUT, PROMPT, SAVING
 
 app = typer.Typer(
-    help="Sparse VideoGen in JAX: video diffusion transformers with sparse attention.",
+    help="Sparse VideoGen in JAX: video diffusion transformers with sparse attention.\n\n"
+    "Example: svg-jax demo",
     epilog="Exit codes: 0 done; 1 values that are not finite; 2 wrong usage or bad input; 3 the "
     "system refuses (disk, rights, memory, another run, a missing package); 4 damaged folder; "
     "70 internal error; 130 Ctrl-C.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_COMPLETION = "_SVG_JAX_COMPLETE"  # of click's protocol, set by the script that typer installs
 _MODEL = "Model"
 _of_model = partial(parameter, panel=_MODEL)
 MODEL = (
@@ -60,16 +61,16 @@ VideoPath = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help="Name of the videos to write, OUTPUT.mp4 and OUTPUT.gif.",
+        help="Video to write, the two side by side: .mp4, .gif or .png; a name without suffix "
+        "writes both .mp4 and .gif.",
         rich_help_panel=OUTPUT,
     ),
 ]
 
-for command in CHECKPOINT_COMMANDS:
-    app.command()(command)
+_video_command = app.command(rich_help_panel="Videos")
 
 
-@app.command()
+@_video_command
 @with_options(model=MODEL, sparsity=SPARSITY, warmup=WARMUP, given=parameters_of(*KINDS))
 def generate(
     model: Given,
@@ -106,6 +107,7 @@ def generate(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    json_file: JsonFile = None,
     *,
     sparsity: Given,
     warmup: Given,
@@ -128,15 +130,19 @@ def generate(
         warmup=_warmup(warmup),
         prompts=prompts,
         labels_out=labels_out,
+        json_file=json_file,
     )
 
 
-@app.command()
+@_video_command
 @with_options(
     model=MODEL,
     sparsity=SPARSITY,
     warmup=WARMUP,
-    given=parameters_of(*KINDS, where=lambda name, setting: setting.panel != SAVING),
+    given=parameters_of(
+        *KINDS,
+        where=lambda name, setting: setting.panel != SAVING and name != "num_videos_per_prompt",
+    ),
 )
 def compare(
     model: Given,
@@ -148,12 +154,7 @@ def compare(
             rich_help_panel=ATTENTION,
         ),
     ] = "svg",
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", help="File to write the figures to as JSON, too.", rich_help_panel=OUTPUT
-        ),
-    ] = None,
+    json_file: JsonFile = None,
     *,
     sparsity: Given,
     warmup: Given,
@@ -161,11 +162,14 @@ def compare(
 ) -> None:
     """Generate a video with dense and with sparse attention, and compare the two.
 
+    Both begin with the same noise. PSNR and SSIM tell how much sparsity changes the dense video,
+    not how good either video is.
+
     Example: svg-jax compare --model tiny --prompt "a blue five standing still over the stars"
     """
-    from svg_jax.cli import videos
+    from svg_jax.cli import comparisons
 
-    videos.compare(
+    comparisons.compare(
         model,
         output,
         given,
@@ -176,7 +180,7 @@ def compare(
     )
 
 
-@app.command()
+@_video_command
 @with_options(
     sparsity=SPARSITY[:1],  # the density alone
     given=parameters_of(
@@ -207,9 +211,13 @@ def demo(
 
     Example: svg-jax demo --density 0.2 --steps 30
     """
-    from svg_jax.cli import videos
+    from svg_jax.cli import comparisons
 
-    videos.demo({"prompt": prompt, **given}, sparsity=sparsity, output=output, source=source)
+    comparisons.demo({"prompt": prompt, **given}, sparsity=sparsity, output=output, source=source)
+
+
+for command in CHECKPOINT_COMMANDS:
+    app.command(rich_help_panel="Checkpoints")(command)
 
 
 def _warmup(given: Given) -> dict[str, Any]:
@@ -245,6 +253,8 @@ def _global_options(
 def main() -> None:
     """Run the command line; an error becomes one sentence and an exit code (see `errors.py`)."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if _COMPLETION in os.environ:  # the shell asks what could come next
+        typer.main.get_command(app)(prog_name="svg-jax")
     with forgiving_streams():
         code = _run(arguments, debug=len(arguments) < len(sys.argv) - 1)
     if code == ExitCode.INTERRUPTED:

@@ -6,12 +6,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from svg_jax.cli.options import Given, argument, parameter, with_options
+from svg_jax.cli.options import Given, JsonFile, argument, parameter, with_options
+from svg_jax.sampling.settings.fields import OUTPUT
 
 _WRITING = "Destination"
 _of_source = partial(parameter, panel="Source")
 _of_lora = partial(parameter, panel="LoRA")
 _of_destination = partial(parameter, panel=_WRITING)
+_OVERWRITE = _of_destination("overwrite", bool, "Replace the checkpoint at the destination.")
 _VARIANT = _of_source("variant", str, "Variant of the weights where there are several, e.g. fp16.")
 _WEIGHTS_KEY = _of_source(
     "weights_key", str, "Key of the weights to take where a file holds several, e.g. ema."
@@ -51,9 +53,10 @@ _CONVERSION = (
         "dtype",
         Literal["float32", "bfloat16", "float16"],
         "Dtype to cast weights to, except those that the model keeps in float32; default: no cast.",
+        option="--cast",
     ),
     _of_destination("allow_nonfinite", bool, "Convert NaN and infinities, too, and count them."),
-    _of_destination("overwrite", bool, "Replace the checkpoint at the destination."),
+    _OVERWRITE,
 )
 
 
@@ -77,9 +80,12 @@ def convert(
     checkpoints.convert(given, dry_run=dry_run)
 
 
+@with_options(given=(_OVERWRITE,))
 def export(
     source: Annotated[Path, typer.Argument(help="Converted folder.")],
     destination: Annotated[Path, typer.Argument(help="Folder to make.")],
+    *,
+    given: Given,
 ) -> None:
     """Write a converted checkpoint back in diffusers' layout, bit for bit.
 
@@ -87,7 +93,7 @@ def export(
     """
     from svg_jax.cli import checkpoints
 
-    checkpoints.export(source, destination)
+    checkpoints.export(source, destination, **given)
 
 
 def verify(
@@ -112,10 +118,12 @@ def inspect(
     stats: Annotated[
         bool,
         typer.Option(
-            "--stats", help="Read every tensor for its min, max, mean, std and non-finite count."
+            "--stats",
+            help="Read every tensor for its min, max, mean, std and non-finite count.",
+            rich_help_panel=OUTPUT,
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Show what a checkpoint holds: components, configs, parameters, dtypes, merged LoRAs.
 
@@ -123,7 +131,7 @@ def inspect(
     """
     from svg_jax.cli import checkpoints
 
-    checkpoints.inspect_source(source, statistics=stats, as_json=as_json, **reading)
+    checkpoints.inspect_source(source, statistics=stats, json_file=json_file, **reading)
 
 
 CHECKPOINT_COMMANDS = (convert, export, verify, inspect)

@@ -1,12 +1,12 @@
 """Work of the commands for checkpoints."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from svg_jax.bundled import bundled_or
 from svg_jax.cli.console import bytes_bar, check_printed, print_parts, say
 from svg_jax.cli.options import Given
+from svg_jax.cli.outputs import STANDARD_OUTPUT, check_outputs, json_report
 from svg_jax.cli.tables import contents_tables, contents_values, plan_tables
 from svg_jax.convert import (
     ConversionSettings,
@@ -47,10 +47,11 @@ def _settings_of(given: Given) -> ConversionSettings:
     return ConversionSettings(**settings, loras=list_loras(lists.pop("lora", None), **lists))
 
 
-def export(source: Path, destination: Path) -> None:
+def export(source: Path, destination: Path, *, overwrite: bool = False) -> None:
     """Write a converted folder back in diffusers' layout, under a progress bar."""
     with bytes_bar() as progress:
-        export_pipeline(Path(bundled_or(source)), destination, progress=progress)
+        folder = Path(bundled_or(source))
+        export_pipeline(folder, destination, overwrite=overwrite, progress=progress)
     say(f"wrote {destination}")
 
 
@@ -67,12 +68,14 @@ def inspect_source(
     source: Path,
     *,
     statistics: bool,
-    as_json: bool,
+    json_file: Path | None = None,
     variant: str | None = None,
     weights_key: str | None = None,
 ) -> None:
-    """Print the contents of a folder or file."""
+    """Print the contents of a folder or file as tables, or as JSON; or write the JSON, too."""
     source = Path(bundled_or(source))
+    if json_file is not None:
+        check_outputs([("--json", json_file)], {"source": source})
     with bytes_bar() as progress:
         contents = read_contents(
             source,
@@ -81,8 +84,9 @@ def inspect_source(
             weights_key=weights_key,
             progress=progress,
         )
-    if as_json:
-        print(json.dumps(contents_values(contents), indent=1))
-    else:
+    if json_file is not None:
+        with json_report(json_file) as write:
+            write(contents_values(contents))
+    if json_file != STANDARD_OUTPUT:
         print_parts(*contents_tables(contents))
     check_printed()

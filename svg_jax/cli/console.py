@@ -8,17 +8,21 @@ reader left) is dropped.
 import errno
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
+
+from svg_jax.stages import Stopwatch
 
 if TYPE_CHECKING:  # imported where it is used: it would slow `svg-jax --help` down
     from rich.progress import Progress
     from rich.table import Table
 
 LONGEST_SENTENCE = 500  # characters, with the program's name
-_LONGEST_WAIT = 60.0  # seconds from one line about steps to the next
+_LONGEST_WAIT = 60.0  # seconds from one line about steps or bytes to the next
+_SOON = 2.0  # seconds from the begin of a stage to a line about it
 _NAME = "svg-jax: "
 
 
@@ -164,7 +168,7 @@ def _bar(*columns: str) -> "Iterator[Progress]":
     from rich.console import Console
 
     console = Console(stderr=True)
-    text = rich_progress.TextColumn("{task.description:10}", markup=False)
+    text = rich_progress.TextColumn("{task.description:18}", markup=False)
     bars = [getattr(rich_progress, name)() for name in ("BarColumn", *columns, "TimeElapsedColumn")]
     hidden = not console.is_terminal
     with rich_progress.Progress(text, *bars, console=console, disable=hidden) as progress:
@@ -172,35 +176,39 @@ def _bar(*columns: str) -> "Iterator[Progress]":
 
 
 @contextmanager
-def steps_bar(total: int) -> Iterator[Any]:
-    """Show denoising steps: as a bar on a terminal, otherwise as a line from time to time.
+def steps_bar(total: int, watch: Stopwatch) -> Iterator[Callable[[str], None]]:
+    """Show denoising steps, and the stages around them.
+
+    On a terminal this is a bar. Otherwise it is a line from time to time, and a line for each kind
+    of stage that takes more than two seconds.
 
     Args:
         total: Number of steps of all runs together.
+        watch: Stopwatch that tells the stages.
 
     Yields:
         Function to call after each step, with the name of the step's kind.
     """
     with _bar("MofNCompleteColumn") as progress:
-        task = progress.add_task("compiling", total=total)
-        start = last = time.monotonic()
-        done, wait = 0, 5.0
+        task, is_due, done = progress.add_task("", total=total), _pacer(), 0
 
         def advance(what: str) -> None:
-            nonlocal done, last, wait
+            nonlocal done
             done += 1
-            progress.update(task, advance=1, description=what)
-            now = time.monotonic()
-            if progress.disable and done < total and now - last >= wait:
-                say(f"{what}: step {done} of {total}, {now - start:.0f} s")
-                last, wait = now, min(2 * wait, _LONGEST_WAIT)
+            progress.update(task, advance=1)
+            if progress.disable and done < total and (seconds := is_due()):
+                say(f"{what}: step {done} of {total}, {seconds:.0f} s")
 
+        def describe(doing: str) -> None:
+            progress.update(task, description=doing)
+
+        watch.show = _announcer() if progress.disable else describe
         yield advance
 
 
 @contextmanager
-def bytes_bar(*, visible: bool = True) -> Iterator[Any]:
-    """Show bytes as a bar.
+def bytes_bar(*, visible: bool = True) -> Iterator[Callable[[int, int, str], None]]:
+    """Show bytes: on a terminal as a bar, otherwise as a line from time to time.
 
     Args:
         visible: Whether to show the bar before the first bytes are done.
@@ -209,7 +217,47 @@ def bytes_bar(*, visible: bool = True) -> Iterator[Any]:
         Function to call with the bytes done, the bytes in all, and the component's name.
     """
     with _bar("DownloadColumn", "TransferSpeedColumn") as progress:
-        task = progress.add_task("checking", total=None, visible=visible)
-        yield lambda done, total, what: progress.update(
-            task, completed=done, total=total, description=printable(what), visible=True
-        )
+        task, is_due = progress.add_task("checking", total=None, visible=visible), _pacer()
+
+        def show(done: int, total: int, what: str) -> None:
+            text = printable(what)
+            progress.update(task, completed=done, total=total, description=text, visible=True)
+            if progress.disable and done < total and (seconds := is_due()):
+                say(f"{what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {seconds:.0f} s")
+
+        yield show
+
+
+def _pacer() -> Callable[[], float | None]:
+    """Make a function that gives the seconds so far if a line about them is due, else None."""
+    start = last = time.monotonic()
+    wait = 5.0
+
+    def is_due() -> float | None:
+        nonlocal last, wait
+        now = time.monotonic()
+        if now - last < wait:
+            return None
+        last, wait = now, min(2 * wait, _LONGEST_WAIT)
+        return now - start
+
+    return is_due
+
+
+def _announcer() -> Callable[[str], None]:
+    """Make a function that prints what is being done after two seconds of it, each thing once."""
+    timer, told = threading.Timer(0, say), set()
+
+    def announce(doing: str) -> None:
+        told.add(doing)
+        say(doing)
+
+    def show(doing: str) -> None:
+        nonlocal timer
+        timer.cancel()
+        if doing and doing not in told:
+            timer = threading.Timer(_SOON, announce, [doing])
+            timer.daemon = True
+            timer.start()
+
+    return show

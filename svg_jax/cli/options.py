@@ -3,12 +3,23 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from svg_jax.sampling.settings.fields import OUTPUT
+
 Command = Callable[..., None]
 Given = Mapping[str, Any]  # values of the options of a group that were given
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        help="File to write the figures to as JSON; - is standard output, which then gets no more.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 
 def parameter(
@@ -21,13 +32,13 @@ def parameter(
         kind: Type of the value.
         help: Description of the option.
         panel: Group of options that the help shows it in.
-        option: Name of the option, or of two, as in "--on/--off". Default: the parameter's, with
-            dashes.
+        option: Names of the option: "--output -o", or "--on/--off" for a switch. Default: the
+            parameter's, with dashes.
         required: Whether the option must be given. Otherwise the parameter defaults to None, or to
             False for a switch that has no second name.
     """
     option = option or "--" + name.replace("_", "-")
-    info = typer.Option(option, help=help, rich_help_panel=panel, show_default=False)
+    info = typer.Option(*option.split(), help=help, rich_help_panel=panel, show_default=False)
     if required:
         return _parameter(name, kind, info, inspect.Parameter.empty)
     is_switch = kind is bool and "/" not in option

@@ -1,10 +1,45 @@
-"""Checks of the files that a command will write, before any work."""
+"""The files that a command writes: checked before any work; the figures of --json."""
 
+import contextlib
+import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from svg_jax.convert.files import check_writable
+from svg_jax.cli.console import check_printed
+from svg_jax.convert.files import check_writable, written_atomically
+
+STANDARD_OUTPUT = Path("-")
+
+
+@contextlib.contextmanager
+def json_report(path: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Take a command's figures for --json.
+
+    Args:
+        path: File to write; `-` for standard output, where all other output of the block then goes
+            to standard error; None drops the figures.
+
+    Yields:
+        Function to call with the figures, which may not contain NaN or infinity.
+    """
+
+    def write(values: Mapping[str, Any]) -> None:
+        text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+        if path == STANDARD_OUTPUT:
+            stdout.write(text)
+        elif path is not None:
+            with written_atomically(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
+    stdout = sys.stdout
+    elsewhere = path == STANDARD_OUTPUT
+    with contextlib.redirect_stdout(sys.stderr) if elsewhere else contextlib.nullcontext():
+        yield write
+    if elsewhere:
+        check_printed()
 
 
 def check_outputs(
@@ -26,6 +61,8 @@ def check_outputs(
     read = {name: Path(path) for name, path in given.items() if os.path.exists(path)}
     taken: dict[tuple[int | str, ...], str] = {}
     for name, path in outputs:
+        if name == "--json" and path == STANDARD_OUTPUT:
+            continue
         check_writable(path)
         identity = _identity(path)
         if identity in taken:

@@ -10,6 +10,7 @@ from svg_jax.cli.console import add_row, printable
 from svg_jax.convert.contents import ComponentContents, Contents
 from svg_jax.convert.formats.show import show_some
 from svg_jax.convert.plan import ConversionPlan
+from svg_jax.stages import Stopwatch
 
 if TYPE_CHECKING:  # checkpoints are shown without sampling, which takes a while to import
     from svg_jax.evaluation.report import ComparisonReport
@@ -118,12 +119,33 @@ def plan_tables(plan: ConversionPlan) -> Iterator[Table | str]:
 def comparison_table(report: "ComparisonReport") -> Table:
     """Tabulate the figures of a comparison."""
     title = printable(f"{report.prompt} (seed {report.seed})")
-    table = Table(title=title, show_header=False)
+    meaning = "PSNR and SSIM compare with the dense video of the same noise, not with a true one."
+    table = Table(title=title, show_header=False, caption=None if report.psnr is None else meaning)
     table.add_column(style="bold")
     table.add_column()
     for row in _rows_of(report):
         add_row(table, *row)
     return table
+
+
+def stages_table(watch: Stopwatch) -> Table:
+    """Tabulate where the time of a command went and, if the device tells, its memory."""
+    memory = ["peak device memory"] if watch.peak_bytes else []
+    table = _table("where the time went", "seconds", *memory)
+    for name, seconds in watch.seconds.items():
+        peak = watch.peak_bytes.get(name)
+        add_row(table, name, f"{seconds:.2f}", *([f"{peak / 2**30:.2f} GiB"] if peak else []))
+    add_row(table, "total", f"{watch.total:.2f}")
+    return table
+
+
+def stages_values(watch: Stopwatch) -> dict[str, Any]:
+    """Collect where the time and memory of a command went as values for JSON."""
+    return {
+        "stage_seconds": dict(watch.seconds),
+        "total_seconds": watch.total,
+        "stage_peak_bytes": dict(watch.peak_bytes),
+    }
 
 
 def _rows_of(report: "ComparisonReport") -> list[tuple[str, str]]:

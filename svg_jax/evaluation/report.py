@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from svg_jax.convert.files import written_atomically
 
@@ -60,12 +61,16 @@ class ComparisonReport:
         """Ratio of the time of a dense step to that of a sparse one."""
         return self.dense_seconds / self.sparse_seconds
 
-    def to_json(self) -> str:
-        """Encode all attributes and the speed-up; an infinite PSNR (equal videos) is null."""
+    def values(self) -> dict[str, Any]:
+        """Collect all attributes and the speed-up for JSON; an infinite PSNR becomes None."""
         values = dataclasses.asdict(self) | {"speed_up": self.speed_up}
-        if values["psnr"] == float("inf"):
+        if values["psnr"] == float("inf"):  # of equal videos
             values["psnr"] = None
-        return json.dumps(values, indent=2, allow_nan=False) + "\n"
+        return values
+
+    def to_json(self) -> str:
+        """Encode `values` as JSON."""
+        return json.dumps(self.values(), indent=2, allow_nan=False) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write the JSON to a file, whole or not at all."""

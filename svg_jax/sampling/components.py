@@ -13,6 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from svg_jax.stages import stage
+
 Module = TypeVar("Module", bound=nnx.Module)
 
 
@@ -41,7 +43,11 @@ Component = Module | Lazy[Module]
 @contextmanager
 def in_memory(component: Component[Module]) -> Iterator[Module]:
     """Give the module of a component, which is loaded for the block if it has to be."""
-    yield component.load() if isinstance(component, Lazy) else component
+    if isinstance(component, Lazy):
+        what = type(component.config).__name__.removesuffix("Config")
+        with stage("loading", f"loading {what}"):
+            component = component.load()
+    yield component
 
 
 def loading_once(pipeline: Any) -> Any:

@@ -23,6 +23,7 @@ from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.records import StepRecord
 from svg_jax.sampling.schedules.noise import step_noise
 from svg_jax.sampling.schedules.steps import SamplerState, take_step
+from svg_jax.stages import COMPILING, stage
 
 
 def denoise(
@@ -59,17 +60,20 @@ def denoise(
         for step in steps:
             started = time.perf_counter()
             kind = run.kind_of(step)
-            inputs = _inputs_of(run, step) if upcoming is None else upcoming
-            arguments = (weights, state, *inputs)
-            after, info, is_finite = denoise_step(graphdef, kind[0], *arguments)
-            # The host saves the step before, and readies the next, while the device is at this one.
-            if save is not None and unsaved is not None:
-                save(*unsaved)
-                unsaved = None
-            upcoming = _inputs_of(run, step + 1) if step + 1 in steps else None
-            if not isinstance(info, SparseAttentionInfo):
-                info = None
-            info, is_finite = jax.device_get((info, is_finite))
+            name = "dense steps" if kind[0] is attend_dense else "sparse steps"
+            with stage(name, "denoising" if kind in seen else COMPILING):
+                inputs = _inputs_of(run, step) if upcoming is None else upcoming
+                arguments = (weights, state, *inputs)
+                after, info, is_finite = denoise_step(graphdef, kind[0], *arguments)
+                # The host saves the step before, and readies the next, while the device is at this
+                # one.
+                if save is not None and unsaved is not None:
+                    save(*unsaved)
+                    unsaved = None
+                upcoming = _inputs_of(run, step + 1) if step + 1 in steps else None
+                if not isinstance(info, SparseAttentionInfo):
+                    info = None
+                info, is_finite = jax.device_get((info, is_finite))
             if not is_finite:
                 place = f"step {step} of {schedule.num_steps} (timestep {schedule.timesteps[step]})"
                 raise FloatingPointError(_diagnose(place, graphdef, kind[0], *arguments))

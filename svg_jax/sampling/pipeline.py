@@ -26,6 +26,7 @@ from svg_jax.sampling.run_state import RunFile, damaged, open_run_file, saved_fi
 from svg_jax.sampling.schedules.config import SchedulerConfig
 from svg_jax.sampling.settings import RunSettings, SettingError, settings_of, with_values
 from svg_jax.sampling.settings.run import OutputType, draw_seed, few_steps_note
+from svg_jax.stages import stage
 
 _LOGGER = logging.getLogger(__name__)
 _NO_DEFAULTS = RunDefaults()
@@ -371,6 +372,7 @@ class VideoPipeline(ABC, Generic[Settings]):
             )
         return run, done + records
 
+    @stage("decoding")
     def decode(
         self,
         run: PreparedRun,

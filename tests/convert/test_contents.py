@@ -73,7 +73,7 @@ def test_the_table_of_tensors_follows(folders, printed_by):
 
 
 def test_json_has_the_same(folders, printed_by):
-    values = json.loads(printed_by("inspect", folders / "converted", "--stats", "--json"))
+    values = json.loads(printed_by("inspect", folders / "converted", "--stats", "--json", "-"))
     assert (values["pipeline"], values["converted"]) == ("CogVideoXPipeline", True)
     encoder, transformer = values["components"]
     assert encoder["config"] == TEXT_ENCODER
@@ -124,7 +124,7 @@ def test_statistics_of_nothing():
 
 def test_dry_run_says_what_would_be_written(folders, printed_by, tmp_path):
     printed = printed_by(
-        "convert", folders / "source", tmp_path / "out", "--dry-run", "--dtype=float32"
+        "convert", folders / "source", tmp_path / "out", "--dry-run", "--cast=float32"
     )
     assert list(tmp_path.iterdir()) == []
     header, *rows, total = (" ".join(line.split()) for line in printed.splitlines())
@@ -187,7 +187,7 @@ def test_merged_loras_are_shown(tmp_path, printed_by):
         f"merged: a.safetensors at 0.8 into transformer (a.safetensors sha256 {digests[0]})",
         f"merged: b.safetensors at 1 into transformer (b.safetensors sha256 {digests[1]})",
     ]
-    values = json.loads(printed_by("inspect", tmp_path / "out", "--json"))
+    values = json.loads(printed_by("inspect", tmp_path / "out", "--json", "-"))
     assert values["loras"] == [
         {"source": name, "scale": scale, "files": {name: sha}, "into": "transformer", "skipped": []}
         for name, scale, sha in zip(

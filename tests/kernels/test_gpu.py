@@ -25,7 +25,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from svg_jax import SparsityConfig, VideoLayout, sparse_attention
-from svg_jax.cli import videos
+from svg_jax.cli import comparisons
 from svg_jax.kernels import BandMask, block_list_attention, block_sparse_attention
 from svg_jax.kernels import mosaic_attention as mosaic
 from svg_jax.models.attention import dense_attention as model_attention
@@ -487,7 +487,7 @@ def test_what_it_cannot_run_is_refused_in_a_sentence():
 def test_the_demo_uses_the_kernel_by_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     prompt = {"prompt": "a red three moving left over the flower"}
-    videos.demo(prompt, sparsity={}, output=Path("demo"), source=None)
+    comparisons.demo(prompt, sparsity={}, output=Path("demo"), source=None)
     assert "mosaic_gpu in bfloat16" in capsys.readouterr().out
     assert {path.suffix for path in tmp_path.iterdir()} == {".mp4", ".gif"}
 

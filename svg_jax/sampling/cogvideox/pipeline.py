@@ -32,6 +32,7 @@ from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.prompt_features import take_prompts
 from svg_jax.sampling.schedules.tables import Schedule
 from svg_jax.sampling.settings import RunSettings, SettingError
+from svg_jax.stages import stage
 from svg_jax.text.tokenizer import PromptTokenizer
 
 _LOGGER = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class CogVideoXPipeline(VideoPipeline[CogVideoXSettings]):
             "max_sequence_length": config.max_text_seq_length,
         }
 
+    @stage("encoding")
     def prepare(self, settings: CogVideoXSettings) -> PreparedRun:
         """See `VideoPipeline.prepare`."""
         settings = self.completed(settings)

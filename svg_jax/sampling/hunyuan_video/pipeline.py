@@ -26,6 +26,7 @@ from svg_jax.sampling.prompt_features import list_of_prompts, repeat_each
 from svg_jax.sampling.records import SamplingInfo
 from svg_jax.sampling.settings import RunSettings, SettingError
 from svg_jax.sampling.settings.run import OutputType
+from svg_jax.stages import stage
 
 _FRAMES, _HEIGHT, _WIDTH = 129, 720, 1280
 _TEXT_TOKENS = 256
@@ -65,6 +66,7 @@ class HunyuanVideoPipeline(VideoPipeline[HunyuanVideoSettings]):
             "max_sequence_length": _TEXT_TOKENS,
         }
 
+    @stage("encoding")
     def prepare(self, settings: HunyuanVideoSettings) -> PreparedRun:
         """See `VideoPipeline.prepare`."""
         settings = self.completed(settings)

@@ -102,7 +102,10 @@ class RunSettings:
         otherwise="as trained",
     )
     num_videos_per_prompt: int = of_video(
-        1, _SIZE, meaning="Number of videos of each prompt, from noise of their own", option=None
+        1,
+        _SIZE,
+        meaning="Number of videos of each prompt, each from noise of its own",
+        option="--num-videos",
     )
     num_inference_steps: int | None = of_sampling(
         None,

@@ -22,6 +22,7 @@ from svg_jax.sampling.prompt_features import take_prompts
 from svg_jax.sampling.settings import RunSettings, SettingError
 from svg_jax.sampling.wan.image_conditions import encode_first_frames
 from svg_jax.sampling.wan.settings import WanSettings
+from svg_jax.stages import stage
 from svg_jax.text.prompts import wan_tokens
 from svg_jax.text.tokenizer import PromptTokenizer
 
@@ -72,6 +73,7 @@ class WanPipeline(VideoPipeline[WanSettings]):
             "max_sequence_length": _TEXT_TOKENS,
         }
 
+    @stage("encoding")
     def prepare(self, settings: WanSettings) -> PreparedRun:
         """See `VideoPipeline.prepare`."""
         settings = self.completed(settings)

@@ -148,7 +148,7 @@ def test_where_weights_are_there_twice_whoever_converts_is_asked_by_name(tmp_pat
     same(planned(file, weights_key=other), plain(tmp_path, trained))
     with pytest.raises(ConversionError, match=r"no weights under weights_key='raw', but under"):
         plan_conversion(file, weights_key="raw")
-    checkpoints.inspect_source(file, statistics=True, variant=None, weights_key="ema", as_json=True)
+    checkpoints.inspect_source(file, statistics=True, weights_key="ema", json_file=Path("-"))
     (part,) = json.loads(capsys.readouterr().out)["components"]
     (found,) = (of for of in part["tensors"] if of["name"] == "shared.weight")
     assert found["statistics"]["maximum"] == averaged["token_embedding.weight"].max()

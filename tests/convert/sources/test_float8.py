@@ -147,9 +147,7 @@ def test_a_float8_component_converts_is_verified_and_exported(tmp_path, capsys, 
     cast = load_file(tmp_path / "cast_back" / ENCODER_FILE)
     np.testing.assert_array_equal(cast[scaled].astype(np.float32), product.bfloat16().float())
 
-    checkpoints.inspect_source(
-        source, statistics=False, variant=None, weights_key=None, as_json=False
-    )
+    checkpoints.inspect_source(source, statistics=False, variant=None, weights_key=None)
     printed = " ".join(capsys.readouterr().out.split())
     assert "float8_e4m3fn" in printed
     assert "scaled_fp8" in printed

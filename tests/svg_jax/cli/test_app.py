@@ -15,7 +15,7 @@ from tiny_checkpoint import PROMPT, QUICK, is_one_sentence, write_checkpoint
 from typer.testing import CliRunner
 
 from svg_jax import cli
-from svg_jax.cli import videos
+from svg_jax.cli import comparisons, videos
 from svg_jax.cli.app import app
 from svg_jax.config import SparsityConfig, Warmup
 from svg_jax.media.video import save_video
@@ -34,6 +34,8 @@ def model_with_vae(tmp_path_factory):
 def test_convert_and_export_are_inverse(run, source, tmp_path):
     assert run("convert", source, "out").code == 0
     assert run("export", "out", "back").code == 0
+    assert "(--overwrite)" in run("export", "out", "back").err
+    assert run("export", "out", "back", "--overwrite").code == 0
     for name in ("transformer", "text_encoder"):
         before = {
             k: v for f in (source / name).glob("*.safetensors") for k, v in load_file(f).items()
@@ -59,7 +61,7 @@ def test_verify_tells_a_sound_folder_from_a_harmed_one(run, model, tmp_path):
 
 
 def test_convert_only_some_components_in_another_dtype(run, source):
-    result = run("convert", source, "out", "--components", "transformer", "--dtype", "bfloat16")
+    result = run("convert", source, "out", "--components", "transformer", "--cast", "bfloat16")
     assert result.code == 0
     assert sorted(json.loads(Path("out/manifest.json").read_text())["components"]) == [
         "transformer"
@@ -71,6 +73,26 @@ def test_generate_writes_a_video(run, model, suffix, tmp_path):
     result = run("generate", "--model", model, *PROMPT, *QUICK, "-o", f"a.{suffix}")
     assert (result.code, result.err) == (0, "")
     assert [path.name for path in tmp_path.iterdir()] == [f"a.{suffix}"]
+
+
+def test_several_videos_of_a_prompt_are_files_of_their_own(run, model):
+    call = ["generate", "--model", model, *PROMPT, *QUICK, "--num-videos", "2"]
+    result = run(*call, "-o", "a.png", "--json", "r.json")
+    assert (result.code, result.err) == (0, "")
+    assert sorted(path.name for path in Path().iterdir()) == ["a-0.png", "a-1.png", "r.json"]
+    assert Path("a-0.png").read_bytes() != Path("a-1.png").read_bytes()
+    report = json.loads(Path("r.json").read_text())
+    (made,) = report["videos"]
+    assert (made["files"], made["seed"]) == (["a-0.png", "a-1.png"], 0)
+    assert {"dense steps", "sparse steps", "writing"} < report["stage_seconds"].keys()
+    assert "\nwriting " in result.out
+    result = run(*call, "-o", "b.npz", "--json", "-")
+    assert json.loads(result.out)["videos"][0]["files"] == ["b.npz"]
+    with np.load("b.npz") as file:
+        assert file["latents"].shape == (2, 4, 3, 12, 16)
+    result = run(*call, "-o", "r-{index}.png", "--prompts", "r.json")
+    assert (result.code, is_one_sentence(result.err)) == (2, True)
+    assert "--num-videos" in result.err
 
 
 def test_what_is_cut_off_a_prompt_is_said_once(run, model):
@@ -258,7 +280,8 @@ def test_the_bundled_model_knows_the_words_of_the_demo():
 @pytest.mark.parametrize("command", ["generate", "compare"])
 def test_every_field_of_sparsity_and_warm_up_is_an_option(command, monkeypatch):
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(videos, command, lambda *_, **given: seen.update(given))
+    module = videos if command == "generate" else comparisons
+    monkeypatch.setattr(module, command, lambda *_, **given: seen.update(given))
     words = [
         "--density",
         "0.5",

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_checkpoint import PROMPT, QUICK
+from tiny_checkpoint import PROMPT, QUICK, is_one_sentence
 
 
 def test_compare_reports_and_writes_both_videos(run, model, tmp_path):
@@ -22,8 +22,13 @@ def test_compare_reports_and_writes_both_videos(run, model, tmp_path):
     assert 0 < report["ssim"] <= 1
     assert len(report["spatial_share"]) == 2
     assert report["speed_up"] == pytest.approx(report["dense_seconds"] / report["sparse_seconds"])
-    for figure in ("PSNR", "SSIM", "spatial heads", "a red cat"):
+    for figure in ("PSNR", "SSIM", "spatial heads", "a red cat", "not with a true one"):
         assert figure in result.out
+    stages = ["loading", "encoding", "dense steps", "sparse steps", "writing"]
+    assert set(stages) < report["stage_seconds"].keys()
+    assert sum(report["stage_seconds"].values()) <= report["total_seconds"]
+    for stage in stages:
+        assert f"\n{stage} " in result.out
 
 
 def test_compare_at_density_one_finds_no_difference(run, model):
@@ -34,10 +39,21 @@ def test_compare_at_density_one_finds_no_difference(run, model):
     assert report["psnr"] is None or report["psnr"] > 80
 
 
-def test_compare_with_one_kind_of_head(run, model):
-    options = ["--pattern", "temporal", "--json", "r.json"]
-    assert run("compare", "--model", model, *PROMPT, *QUICK, *options).code == 0
-    assert json.loads(Path("r.json").read_text())["spatial_share"] == [0, 0]
+def test_compare_with_one_kind_of_head_prints_figures_and_writes_the_named_file(run, model):
+    options = ["--pattern", "temporal", "--json", "-", "-o", "a.mp4"]
+    result = run("compare", "--model", model, *PROMPT, *QUICK, *options)
+    assert result.code == 0
+    report = json.loads(result.out)
+    assert report["spatial_share"] == [0, 0]
+    assert "PSNR" in result.err
+    assert [path.name for path in Path().iterdir()] == ["a.mp4"]
+
+
+def test_a_density_that_is_not_reached_is_told(run, model):
+    options = ["--density", "0.5", "--band-multiple", "32", "-o", "a.gif"]
+    result = run("compare", "--model", model, *PROMPT, *QUICK, *options)
+    assert (result.code, is_one_sentence(result.err)) == (0, True), result.err
+    assert "of the density 0.5 that was asked only 0.356 is computed" in result.err
 
 
 def test_demo_leaves_two_videos(run, source, tmp_path):

@@ -264,7 +264,7 @@ def test_a_finished_run_is_done_though_nobody_can_be_told(run, monkeypatch, name
 def test_only_what_a_command_is_called_for_must_be_printed(run, monkeypatch):
     with full_disk() as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        result = run("inspect", "tiny", "--json")
+        result = run("inspect", "tiny", "--json", "-")
     assert result.code == 3
     assert result.err == "svg-jax: standard output: No space left on device\n"
     with reader_gone() as stream:

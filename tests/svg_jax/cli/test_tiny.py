@@ -11,7 +11,8 @@ import pytest
 
 import svg_jax
 from svg_jax.bundled import FOLDER, bundled_or
-from svg_jax.cli import console, videos
+from svg_jax.cli import comparisons, console, videos
+from svg_jax.stages import Stopwatch
 
 PROMPT = "a red three moving left over the flower"
 FEW_FRAMES = ["--num-frames", "2"]
@@ -71,8 +72,7 @@ def test_generate_takes_what_is_given_before_what_its_folder_says(run):
     assert "(the model's own but for --density)" in result.out
     with PIL.Image.open("a.png") as sheet:
         assert sheet.size == (2 * 64 * 2, 48 * 2)
-    last = result.out.splitlines()[-1]
-    assert last.startswith("sparse attention by xla in float32, on ")
+    assert "\nsparse attention by xla in float32, on " in result.out
 
     pipe = svg_jax.from_pretrained("tiny")
     video = pipe(
@@ -89,18 +89,19 @@ def test_generate_takes_what_is_given_before_what_its_folder_says(run):
         np.testing.assert_array_equal(np.asarray(sheet)[::2, ::2], shown)
 
     result = run(*words, "-o", "a.png", "--attention", "dense", "--dtype", "bfloat16")
-    assert result.out.splitlines()[-1].startswith("dense attention in bfloat16, on ")
+    assert "\ndense attention in bfloat16, on " in result.out
 
 
 def test_demo_takes_density_and_steps_and_ends_with_what_to_try(run, monkeypatch, tmp_path):
     seen = []
-    before = videos._compare
+    before = comparisons._compare
 
-    def compare(pipeline, settings, pattern):
+    def compare(pipeline, settings, *arguments, **options):
         seen.append(settings)
-        return before(pipeline, dataclasses.replace(settings, num_frames=2), pattern)
+        settings = dataclasses.replace(settings, num_frames=2)
+        return before(pipeline, settings, *arguments, **options)
 
-    monkeypatch.setattr(videos, "_compare", compare)
+    monkeypatch.setattr(comparisons, "_compare", compare)
     result = run("demo", "--density", "0.4", "--steps", "3", "--seed", "5")
     assert (result.code, result.err) == (0, "")
     (settings,) = seen
@@ -117,7 +118,7 @@ def test_a_run_without_a_terminal_prints_a_line_now_and_then(monkeypatch, capsys
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setenv("FORCE_COLOR" if is_terminal else "NO_COLOR", "1")
-    with console.steps_bar(50) as advance:
+    with console.steps_bar(50, Stopwatch()) as advance:
         for _ in range(50):
             clock.now += 4
             advance("denoising")
@@ -128,7 +129,7 @@ def test_a_run_without_a_terminal_prints_a_line_now_and_then(monkeypatch, capsys
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--density", "nan"], ["--seed", "-1"]])
 def test_demo_checks_what_is_given_before_it_converts(run, monkeypatch, arguments):
-    monkeypatch.setattr(videos, "convert_pipeline", lambda *_, **__: pytest.fail("converted"))
+    monkeypatch.setattr(comparisons, "convert_pipeline", lambda *_, **__: pytest.fail("converted"))
     result = run("demo", *arguments)
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith(f"svg-jax: {arguments[0]} ")
@@ -172,7 +173,7 @@ def test_attention_is_dense_where_sparse_does_not_pay_unless_it_is_asked_for(
 ):
     made = []
     monkeypatch.setattr("svg_jax.cli.given.sparse_attention_pays", lambda *_: pays)
-    monkeypatch.setattr(videos, "_generate", lambda pipeline, jobs, *_, **__: made.extend(jobs))
+    monkeypatch.setattr(videos, "_generate", lambda _, jobs, *__, **___: made.extend(jobs) or {})
     result = run("generate", "--model", "tiny", "--prompt", PROMPT, "-o", "a.gif", *options)
     assert result.code == 0, result.err
     assert [job.settings.sparsity is not None for job in made] == [is_sparse]
