@@ -104,7 +104,7 @@ def commands(draw, kind):
     return [word for option in [*words, refused] for word in option], field
 
 
-@pytest.mark.parametrize("examples", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [40, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_options_in_range_are_taken_and_all_else_refused_by_flag(
     name, examples, run, monkeypatch, tmp_path
