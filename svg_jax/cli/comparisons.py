@@ -172,5 +172,5 @@ def _paths_of(output: Path) -> list[Path]:
     if output.suffix.lower() in SUFFIXES:
         return [output]
     if output.name in ("", ".."):
-        raise ValueError(f"output is the name of a video: got {str(output)!r}")
+        raise ValueError(f"output must name a video: got {str(output)!r}")
     return [output.with_name(output.name + suffix) for suffix in (".mp4", ".gif")]

@@ -45,6 +45,8 @@ from svg_jax.sampling.records import median_seconds
 from svg_jax.sampling.settings import RunSettings
 from svg_jax.stages import Stopwatch, stage, stopwatch
 
+_MOST_VIDEOS = 1000  # of a run, each of which is a file; no device holds that many
+
 
 def generate(
     model: Given,
@@ -86,6 +88,14 @@ def generate(
     if labels_out is not None and attention == "dense":
         raise ValueError("--labels-out needs --attention svg: dense attention has no labels")
     given, shown = checked(read_given(given), sparsity, warmup)
+    videos = len(given.get("prompt_embeds", "1")) * given.get("num_videos_per_prompt", 1)
+    if videos > _MOST_VIDEOS:
+        raise ValueError(
+            f"num_videos_per_prompt gives a batch of {videos} videos: ask for at most "
+            f"{_MOST_VIDEOS}"
+        )
+    if videos > 1:
+        _check_written(_files_of(output, videos), labels_out, json_file, inputs)
     with json_report(json_file) as report, stopwatch() as watch:
         with stage("loading"):
             pipeline = load_model(model)
@@ -94,9 +104,6 @@ def generate(
         fps, factor = shown_at(pipeline, shown)
         settings = pipeline.settings(**given, state_file=state_path(next(iter(outputs))))
         _check_size(pipeline, settings, outputs, fps=fps, enlarge=factor)
-        if prompts is None and settings.num_videos > 1:
-            files = _files_of(output, settings.num_videos)
-            _check_written(files, labels_out, json_file, inputs)
         if attention != "dense":
             settings = with_sparsity(pipeline, settings, sparsity, warmup)
         if labels_out is not None:

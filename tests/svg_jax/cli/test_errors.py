@@ -22,7 +22,7 @@ from rich.table import Table
 
 import svg_jax
 from svg_jax.bundled import bundled_or
-from svg_jax.cli import checkpoints, console, videos
+from svg_jax.cli import checkpoints, comparisons, console, videos
 from svg_jax.cli.errors import ExitCode, failure_of
 from svg_jax.convert import DamageError, RefusedError
 
@@ -40,7 +40,8 @@ SENTENCE = re.compile(r"svg-jax: [^\n]*\n")
 
 def inject(monkeypatch, command, fail):
     """Let a command call `fail` in place of doing its work."""
-    home = videos if command in ("generate", "compare", "demo") else checkpoints
+    homes = {"generate": videos, "compare": comparisons, "demo": comparisons}
+    home = homes.get(command, checkpoints)
     name = "inspect_source" if command == "inspect" else command
     monkeypatch.setattr(home, name, lambda *arguments, **options: fail())
     return COMMANDS[command]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import svg_jax
-from svg_jax.cli import videos
+from svg_jax.cli import comparisons, videos
 from svg_jax.cli.errors import failure_of
 from svg_jax.cli.outputs import check_outputs
 from svg_jax.convert.files import check_writable, open_regular
@@ -48,8 +48,9 @@ def no_work(monkeypatch):
     def refuse(*_arguments, **_options):
         raise AssertionError("a model was loaded")
 
-    for name in ("from_pretrained", "convert_pipeline"):
-        monkeypatch.setattr(videos, name, refuse)
+    monkeypatch.setattr(videos, "load_model", refuse)
+    for name in ("load_model", "from_pretrained", "convert_pipeline"):
+        monkeypatch.setattr(comparisons, name, refuse)
 
 
 def no_step(*_arguments):
@@ -73,9 +74,10 @@ def read_only_folder(tmp_path):
         ("compare", ["-o", "a", "--json", "folder.npz"], 2, "there is a folder of that name"),
         ("demo", ["-o", "folder"], 2, "there is a folder of that name"),
         ("demo", ["-o", "none/a"], 2, "there is no folder none"),
-        ("compare", ["-o", "."], 2, "the beginning of two files' names"),
-        ("compare", ["-o", "folder.npz/.."], 2, "the beginning of two files' names"),
-        ("generate", ["-o", "a.gif", "--prompt-embeds", "two.npy"], 2, "--prompt-embeds are of 2"),
+        ("compare", ["-o", "."], 2, "--output must name a video"),
+        ("compare", ["-o", "folder.npz/.."], 2, "--output must name a video"),
+        ("generate", ["-o", "many.gif", "--num-videos", "2"], 2, "there is a folder of that name"),
+        ("generate", ["-o", "a.gif", "--num-videos", "1001"], 2, "--num-videos gives a batch of"),
         ("generate", ["-o", "~/.a.npz", "--model", "~"], 2, "there is no folder ~"),
         ("generate", ["-o", "HOME/a.npz", "--model", "~"], 2, "is in the folder HOME that is read"),
         ("generate", ["-o", "null.npz"], 2, "null.npz is no file but a device or a pipe"),
@@ -104,13 +106,12 @@ def test_every_command_finds_it_before_the_work(
 ):
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    np.save("two.npy", np.ones((2, 16, 64), np.float32))
     places = {
         "HOME": str(tmp_path / "home"),
         "RO": str(read_only_folder(tmp_path)),
         "MODEL": str(model),
     }
-    for name in ("folder.npz", "folder.mp4"):
+    for name in ("folder.npz", "folder.mp4", "many-1.gif"):
         Path(name).mkdir()
     Path("null.npz").symlink_to("/dev/null")
     os.mkfifo("pipe.gif")
