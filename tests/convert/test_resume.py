@@ -161,7 +161,7 @@ def kill_at_a_random_moment(source: Path, destination: Path, most: float) -> int
     return process.returncode
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(25, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_folder_is_absent_or_whole(source, tmp_path, kills):
     start = time.perf_counter()
     convert_pipeline(source, tmp_path / "expected")

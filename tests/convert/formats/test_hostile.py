@@ -335,7 +335,7 @@ class TestFuzz:
         self.check(sharded, tmp_path, data)
 
     @pytest.mark.slow
-    @settings(quick, max_examples=10_000)
+    @settings(quick, max_examples=3000)
     @given(data=st.data())
     def test_many(self, sharded, tmp_path, data):
         self.check(sharded, tmp_path, data)
