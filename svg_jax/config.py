@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from svg_jax.convert.formats.values import is_number
+from svg_jax.convert.formats.values import is_number, shown
 
 _MOVED = {"dense_steps": "steps", "dense_layers": "layers"}  # from SparsityConfig to Warmup
 
@@ -38,7 +38,7 @@ class SparsityConfig:
         """Refuse what has become a `Warmup`, in the new words."""
         if moved := {_MOVED[name]: value for name, value in fields.items() if name in _MOVED}:
             names = " and ".join(name for name in fields if name in _MOVED)
-            shares = ", ".join(f"{name}={_shown(value)}" for name, value in moved.items())
+            shares = ", ".join(f"{name}={shown(value)}" for name, value in moved.items())
             is_or_are = "is no field" if len(moved) == 1 else "are no fields"
             raise TypeError(f"{names} {is_or_are} of SparsityConfig: pass warmup=Warmup({shares})")
         return super().__new__(cls)
@@ -48,10 +48,11 @@ class SparsityConfig:
         for name in ("sampled_rows", "band_multiple"):
             count = getattr(self, name)
             if not is_number(count, whole=True) or count < 1:
-                raise ValueError(f"{name} is a whole number, at least 1: got {_shown(count)}")
+                raise ValueError(f"{name} is a whole number, at least 1: got {shown(count)}")
         if not isinstance(self.first_frame_sink, (bool, type(None))):
-            shown = _shown(self.first_frame_sink)
-            raise ValueError(f"first_frame_sink is True, False or None: got {shown}")
+            raise ValueError(
+                f"first_frame_sink is True, False or None: got {shown(self.first_frame_sink)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,9 @@ class Preset(NamedTuple):
 def _check_share(name: str, share: Any, *, above_zero: bool = False) -> None:
     least = "over 0, to" if above_zero else "from 0 to"
     if not is_number(share):
-        raise ValueError(f"{name} is a number {least} 1: got {_shown(share)}")
+        raise ValueError(f"{name} is a number {least} 1: got {shown(share)}")
     if not 0 <= share <= 1 or (above_zero and share == 0):
-        raise ValueError(f"{name} is a share {least} 1: got {_shown(share)}")
-
-
-def _shown(value: object) -> str:
-    """Show a value in an error, cut where it is long."""
-    return f"{value!r:.60}"
+        raise ValueError(f"{name} is a share {least} 1: got {shown(share)}")
 
 
 def share_of(share: float | int, count: int) -> int:

@@ -7,7 +7,6 @@ rule is one clause that says what is wrong.
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 from svg_jax.convert.formats.show import show
@@ -80,11 +79,11 @@ class Shares:
 
     def problem(self, value: Any) -> str | None:
         """Say what is wrong with a value; None if nothing is."""
-        try:
-            ends = [] if isinstance(value, str | bytes) else list(value)
+        try:  # an iterator has no length: it would be empty when it is read again
+            ends = list(value) if len(value) == 2 and not isinstance(value, str | bytes) else []
         except TypeError:
             ends = []
-        if len(ends) == 2 and all(map(is_number, ends)) and 0 <= ends[0] <= ends[1] <= 1:
+        if ends and all(map(is_number, ends)) and 0 <= ends[0] <= ends[1] <= 1:
             return None
         return f"is two shares of the steps, of 0 to 1 in order: got {shown(value)}"
 
@@ -146,8 +145,14 @@ def sentence_of(problems: Sequence[str], limit: int) -> str:
 
 
 def is_number(value: Any, *, whole: bool = False) -> bool:
-    """Tell whether a value is a number of Python or numpy: no bool, array or string."""
-    return isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    """Tell whether a value is a number of Python or numpy that JSON can hold: no bool or array."""
+    if isinstance(value, int if whole else int | float):
+        return not isinstance(value, bool)
+    import numpy as np  # not above: `svg-jax --help` reads the rules
+
+    if isinstance(value, np.timedelta64 | np.longdouble):
+        return False
+    return isinstance(value, np.integer if whole else np.integer | np.floating)
 
 
 def shown(value: Any) -> str:

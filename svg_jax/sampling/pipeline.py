@@ -350,7 +350,8 @@ class VideoPipeline(ABC, Generic[Settings]):
             The run after the last step, and a record of each.
 
         Raises:
-            ValueError: If both steps and a file are given, or the file does not fit.
+            ValueError: If both steps and a file are given, the file does not fit, or the run does
+                not have these steps in a row.
             FloatingPointError: If latents are not finite after a step; names the step and layer.
         """
         done: tuple[StepRecord, ...] = ()
@@ -363,6 +364,9 @@ class VideoPipeline(ABC, Generic[Settings]):
                 if len(done) > run.schedule.num_steps:
                     raise damaged(file.path)
             steps = range(len(done), run.schedule.num_steps)
+        every = range(run.schedule.num_steps)
+        if steps and (steps.step != 1 or steps[0] not in every or steps[-1] not in every):
+            raise ValueError(f"steps must be consecutive, within {every}: got {steps}")
         if steps is not None and not steps:  # nothing to load the transformer for
             return run, done
         save_run = nullcontext() if file is None else saving(file)

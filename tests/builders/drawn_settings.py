@@ -4,6 +4,7 @@ Nothing here names a field of which the rule says enough: one that is added is d
 """
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,8 @@ def _outside(rule: Any) -> Any:
                 beyond |= st.integers(min_value=int(rule.maximum) + 1) | st.just(10**400)
             parts = [1.5] if rule.whole else []
             odd = ["", "6", True, float("inf"), -float("inf"), [6], np.array(6), *parts]
+            # Numbers, too, but none that JSON holds, as a saved run must.
+            odd += [Fraction(1), np.longdouble(1), np.timedelta64(1, "s")]
             return beyond | st.sampled_from(odd)
         case Flag():
             return st.sampled_from([0, 1, "yes", "", [True]])
@@ -115,7 +118,8 @@ def _outside(rule: Any) -> Any:
             return TEXT.filter(lambda text: text not in rule.names) | st.integers()
         case Shares():
             ends = st.lists(st.floats(), max_size=4)
-            return ends.filter(lambda e: len(e) != 2 or not 0 <= e[0] <= e[1] <= 1)
+            ends = ends.filter(lambda e: len(e) != 2 or not 0 <= e[0] <= e[1] <= 1)
+            return ends | st.just([0, 0.5]).map(iter)
         case Prompts():
             return st.integers() | st.sampled_from([[], ["a", 3], "\ud800"])
         case ArrayOf():

@@ -225,6 +225,14 @@ def test_what_cannot_be_saved_is_said_before_the_work(path, save_every, message,
         open_run_file(tmp_path / path, {}, save_every=save_every, resume=False)
 
 
+@pytest.mark.parametrize("steps", [range(1, 99), range(-1, 1), range(0, 2, 2), range(1, -1, -1)])
+def test_steps_are_a_runs_own_and_in_a_row(steps):
+    pipeline, arguments = pipeline_of("CogVideoX, DPM")
+    run = pipeline.prepare(pipeline.settings(**arguments))
+    with pytest.raises(ValueError, match=r"steps must be consecutive, within range\(0, \d+\): got"):
+        pipeline.denoise(run, steps=steps)
+
+
 def test_a_saved_run_is_not_told_which_steps_to_run(tmp_path):
     pipeline, arguments = pipeline_of("Wan, UniPC")
     del arguments["sparsity"], arguments["warmup"]
