@@ -52,11 +52,11 @@ from attention_cases import (
     random_arrays,
     relative_rate,
 )
+from measured import provenance_of
 from timing import Seconds, runnable, spread, time_row, write_entry
 
 from svg_jax import SparsityConfig, VideoLayout
 from svg_jax.masks import realised_density, sparse_mask
-from svg_jax.provenance import provenance_of
 
 RATE, STEP_IS_FAST = "kernel's rate to cuDNN's", "meets it"
 PORTABLE, PORTABLE_CASE, PORTABLE_ROUNDS = "portable kernel", "Wan 480p", 5

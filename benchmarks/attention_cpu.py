@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from measured import provenance_of
 from timing import Seconds, interleaved_seconds, time_row
 
 from svg_jax import kernels
@@ -26,7 +27,6 @@ from svg_jax.config import SparsityConfig
 from svg_jax.kernels import xla
 from svg_jax.masks import realised_density, sparse_mask
 from svg_jax.models import CogVideoXConfig, CogVideoXTransformer, VideoLayout
-from svg_jax.provenance import provenance_of
 
 DENSE_ROWS = (64, 128, 256, 512)
 CONFIG = SparsityConfig(density=0.25)

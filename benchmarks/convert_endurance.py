@@ -14,9 +14,8 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
+from measured import provenance_of
 from timing import write_entry
-
-from svg_jax.provenance import provenance_of
 
 TESTS = Path(__file__).parents[1] / "tests"
 FILES = ("convert/test_resume.py", "convert/formats/test_hostile.py")

@@ -25,12 +25,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from measured import provenance_of
 from safetensors.numpy import save_file
 
 from svg_jax.convert.tables.registry import MODEL_CLASSES
 from svg_jax.convert.tables.rules import LAYER, Rule
 from svg_jax.convert.versions import package_versions
-from svg_jax.provenance import provenance_of
 
 # Per model, each component's class and what its config says beside the number of layers.
 MODELS: Mapping[str, dict[str, tuple[str, dict[str, Any]]]] = {

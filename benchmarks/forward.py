@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from measured import provenance_of
 from timing import interleaved_seconds, time_row, write_entry
 
 from svg_jax import PAPER_PRESETS, VideoLayout
@@ -35,7 +36,6 @@ from svg_jax.models import (
     WanConfig,
     WanTransformer,
 )
-from svg_jax.provenance import provenance_of
 
 INVENTORIES = Path(__file__).parents[1] / "inventories"
 BYTES = 2**30

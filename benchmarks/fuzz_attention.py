@@ -29,9 +29,10 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from measured import provenance_of
 
 from svg_jax.kernels import BandMask, block_sparse_attention, dense_attention
-from svg_jax.provenance import device_name, provenance_of, versions
+from svg_jax.provenance import device_name, versions
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 LARGEST_RATIO = 2.0

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from forward import BYTES, INVENTORIES, random_weights
+from measured import provenance_of
 from timing import write_entry
 
 from svg_jax import PAPER_PRESETS
@@ -45,7 +46,6 @@ from svg_jax.models import (
     WanVAE,
 )
 from svg_jax.models.vae_tiling import Tiling
-from svg_jax.provenance import provenance_of
 from svg_jax.sampling import (
     CogVideoXPipeline,
     HunyuanVideoPipeline,
@@ -58,6 +58,7 @@ from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders
 from svg_jax.sampling.latents import to_frames
 from svg_jax.sampling.run_state import open_run_file, saving
 from svg_jax.sampling.schedules.config import SchedulerConfig
+from svg_jax.sampling.settings import FlowSettings
 
 Row = dict[str, Any]
 BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
@@ -213,7 +214,9 @@ def loop_overhead(steps: Callable[..., Any]) -> Row:
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = options.host_tracer_level = 0  # they slow the host down
     with tempfile.TemporaryDirectory() as folder:
-        file = open_run_file(Path(folder) / "state", {}, save_every=1, resume=False)
+        file = open_run_file(
+            FlowSettings(prompt="a cat", state_file=Path(folder) / "state", save_every=1), {}
+        )
         with saving(file) as save:
             steps(save=save)  # imports and threads of the first save
         with saving(file) as save, jax.profiler.trace(folder, profiler_options=options):

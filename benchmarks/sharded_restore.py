@@ -25,12 +25,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.nnx import traversals
 from jax.sharding import NamedSharding, PartitionSpec
+from measured import provenance_of
 from timing import write_entry
 
 from svg_jax.convert.checkpoint.folder import open_folder
 from svg_jax.convert.checkpoint.tensors import open_tensors
 from svg_jax.convert.formats.digests import array_digest
-from svg_jax.provenance import provenance_of
 
 
 def target_of(shape: tuple[int, ...], dtype: np.dtype, mesh: jax.sharding.Mesh):

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from measured import provenance_of
 from PIL import Image, ImageDraw
 from safetensors.numpy import load_file
 
@@ -35,7 +36,6 @@ from svg_jax.convert.tables.rules import convert_state
 from svg_jax.media.metrics import psnr, ssim
 from svg_jax.models.cogvideox import CogVideoXConfig, CogVideoXTransformer
 from svg_jax.models.t5 import T5Config, T5Encoder
-from svg_jax.provenance import provenance_of
 from svg_jax.sampling.cogvideox.pipeline import CogVideoXPipeline
 from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.records import SamplingInfo

@@ -53,11 +53,7 @@ class _Place:
 
 
 def copy_weights(
-    component: ComponentPlan,
-    folder: Path,
-    *,
-    allow_nonfinite: bool,
-    advance: Advance,
+    component: ComponentPlan, folder: Path, *, allow_nonfinite: bool, advance: Advance
 ) -> tuple[dict[str, TensorRecord], dict[Path, str], dict[str, str]]:
     """Write the orbax checkpoint of a component.
 

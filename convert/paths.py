@@ -35,6 +35,11 @@ def usable_path(path: str | os.PathLike[str]) -> Path:
         return Path(text)
 
 
+def name_of(path: Path) -> str:
+    """Name a folder or file; a link to a file has a better name than its target, perhaps a hash."""
+    return path.resolve().name if path.is_dir() else path.absolute().name
+
+
 def real_path(path: str | os.PathLike[str]) -> Path:
     """Check a path (see `usable_path`), make it absolute, and resolve links and `..` in it."""
     return Path(os.path.realpath(usable_path(path)))

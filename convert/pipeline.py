@@ -14,6 +14,7 @@ from svg_jax.convert.copying import copy_weights
 from svg_jax.convert.errors import ConversionError
 from svg_jax.convert.formats.checked_files import find_changed
 from svg_jax.convert.formats.digests import file_digest
+from svg_jax.convert.paths import name_of
 from svg_jax.convert.plan import ComponentPlan, ConversionPlan, plan_conversion
 from svg_jax.convert.progress import Advance, Progress, Terminated, count_bytes
 from svg_jax.convert.tables.lora_names import TRANSFORMER
@@ -125,7 +126,7 @@ def _resume(plan: ConversionPlan, staging: Path) -> Manifest:
         The manifest of what is kept.
     """
     manifest = Manifest(
-        source=plan.source.name,
+        source=name_of(plan.source.path),
         pipeline=plan.source.index.pipeline,
         dtype=None if plan.dtype is None else plan.dtype.name,
         variant=plan.settings.variant,

@@ -78,11 +78,6 @@ class Source:
     texts: Mapping[str, str] = field(default_factory=dict)
     files: SourceFiles = field(default_factory=SourceFiles)
 
-    @property
-    def name(self) -> str:
-        """Name of the folder or file; that of a link to a file, whose target may have a hash."""
-        return self.path.resolve().name if self.path.is_dir() else self.path.absolute().name
-
     @cached_property
     def allowed(self) -> tuple[Path, ...]:
         """Folders that links may lead to: the hub's cache keeps a snapshot's files in `blobs`."""
@@ -199,7 +194,7 @@ def open_source(path: Path, variant: str | None = None, weights_key: str | None 
     elif os.path.lexists(path / "model_index.json"):
         return Source(path, read_pipeline_index(path), files=files)
     elif (repository := read_repository(path, files, unnamed.allowed)) is not None:
-        return Source(path, repository.index, repository.places, repository.texts, files)
+        return Source(path, *repository, files)
     elif not any(file.name == "config.json" or is_weights(file) for file in path.glob("*")):
         raise ConversionError(
             f"{path}: holds no model_index.json, and neither config.json nor weights: {_GIVE}."

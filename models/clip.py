@@ -142,10 +142,7 @@ class CLIPVisionEncoder(nnx.Module):
         self.output_norm = layer_norm(width, eps, **kinds)
 
     def __call__(
-        self,
-        pixel_values: Float[Array, "batch channels height width"],
-        *,
-        hidden_state: int = -1,
+        self, pixel_values: Float[Array, "batch channels height width"], *, hidden_state: int = -1
     ) -> Float[Array, "batch tokens features"]:
         """Encode.
 

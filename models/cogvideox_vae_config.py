@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from svg_jax.models.config import ModelConfig, implemented
+from svg_jax.models.config import ModelConfig, check_blocks, implemented
 from svg_jax.models.vae_tiling import Tiling
 
 _DOWN, _UP = "CogVideoXDownBlock3D", "CogVideoXUpBlock3D"
@@ -63,25 +63,13 @@ class CogVideoXVAEConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         blocks = len(self.block_out_channels)
-        for name, only in (("down_block_types", _DOWN), ("up_block_types", _UP)):
-            if getattr(self, name) != (only,) * blocks:
-                raise ValueError(
-                    f"{name} must be {only!r} for each of the {blocks} block_out_channels, not "
-                    f"{getattr(self, name)}."
-                )
-        if any(features % self.norm_num_groups for features in self.block_out_channels):
-            raise ValueError(
-                f"block_out_channels={self.block_out_channels} must be multiples of "
-                f"norm_num_groups={self.norm_num_groups}."
-            )
+        check_blocks(self, down_block_types=_DOWN, up_block_types=_UP)
         ratios = [2**level for level in range(blocks)]
         if self.temporal_compression_ratio not in ratios:
             raise ValueError(
                 f"temporal_compression_ratio={self.temporal_compression_ratio} must be one of "
                 f"{ratios}: each of {blocks} blocks but one can halve the frames."
             )
-        if self.scaling_factor == 0:
-            raise ValueError("scaling_factor must not be 0: latents are divided by it.")
 
     @property
     def spatial_compression_ratio(self) -> int:

@@ -98,6 +98,31 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
 
+def check_blocks(config: Any, **block_types: str) -> None:
+    """Check what the configs of diffusers' VAEs have in common.
+
+    Args:
+        config: Config of a VAE.
+        **block_types: Only kind of block for each field that lists them.
+
+    Raises:
+        ValueError: On a list of other blocks, or numbers that do not fit.
+    """
+    widths, groups = config.block_out_channels, config.norm_num_groups
+    for name, only in block_types.items():
+        if getattr(config, name) != (only,) * len(widths):
+            raise ValueError(
+                f"{name} must be {only!r} for each of the {len(widths)} block_out_channels, not "
+                f"{getattr(config, name)}."
+            )
+    if any(features % groups for features in widths):
+        raise ValueError(
+            f"block_out_channels={widths} must be multiples of norm_num_groups={groups}."
+        )
+    if config.scaling_factor == 0:
+        raise ValueError("scaling_factor must not be 0: latents are divided by it.")
+
+
 def read_config(
     config: type[Config],
     values: Mapping[str, Any],

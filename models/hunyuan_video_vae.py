@@ -14,12 +14,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from svg_jax.models.hunyuan_video_vae_config import HunyuanVideoVAEConfig
-from svg_jax.models.hunyuan_video_vae_layers import (
-    Block,
-    CausalConv,
-    MiddleBlock,
-    Upsample,
-)
+from svg_jax.models.hunyuan_video_vae_layers import Block, CausalConv, MiddleBlock, Upsample
 from svg_jax.models.inputs import check_channels
 from svg_jax.models.layers import Kinds, group_norm, silu
 from svg_jax.models.vae import Frames, Posterior, compiled

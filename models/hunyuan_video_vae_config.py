@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from svg_jax.models.config import ModelConfig, implemented
+from svg_jax.models.config import ModelConfig, check_blocks, implemented
 
 _DOWN, _UP = "HunyuanVideoDownBlock3D", "HunyuanVideoUpBlock3D"
 
@@ -46,24 +46,12 @@ class HunyuanVideoVAEConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         blocks = len(self.block_out_channels)
-        for name, only in (("down_block_types", _DOWN), ("up_block_types", _UP)):
-            if getattr(self, name) != (only,) * blocks:
-                raise ValueError(
-                    f"{name} must be {only!r} for each of the {blocks} block_out_channels, not "
-                    f"{getattr(self, name)}."
-                )
+        check_blocks(self, down_block_types=_DOWN, up_block_types=_UP)
         if blocks < 3:
             raise ValueError(
                 f"block_out_channels={self.block_out_channels} must be three or more: three blocks "
                 "halve rows and columns."
             )
-        if any(features % self.norm_num_groups for features in self.block_out_channels):
-            raise ValueError(
-                f"block_out_channels={self.block_out_channels} must be multiples of "
-                f"norm_num_groups={self.norm_num_groups}."
-            )
-        if self.scaling_factor == 0:
-            raise ValueError("scaling_factor must not be 0: latents are divided by it.")
 
     @property
     def factors(self) -> tuple[tuple[int, int, int] | None, ...]:

@@ -307,10 +307,7 @@ class WanTransformer(nnx.Module):
         of_tokens = times.shape[1] == layout.num_tokens
         rows = times.reshape(-1, layout.tokens_per_frame) if of_tokens else times
         embedding, conditioning = jax.lax.map(embed, rows)
-        return (
-            embedding.reshape(*times.shape, -1),
-            conditioning.reshape(*times.shape, 6, -1),
-        )
+        return embedding.reshape(*times.shape, -1), conditioning.reshape(*times.shape, 6, -1)
 
 
 def _by_head(x: Array, num_heads: int) -> Array:

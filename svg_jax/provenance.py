@@ -1,12 +1,9 @@
-"""The circumstances of a figure or a run: versions, device, date and command."""
+"""The circumstances of a figure or a run: versions and device."""
 
 import contextlib
-import datetime
 import os
 import platform
-import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -37,17 +34,3 @@ def device_name() -> str:
 def run_environment() -> dict[str, str]:
     """Collect what may change a run's bits beside its settings: versions and kind of device."""
     return package_versions(_OF_A_RUN) | {"device": jax.devices()[0].device_kind}
-
-
-def provenance_of(script: str) -> dict[str, Any]:
-    """Collect date, command, device and versions of a measurement.
-
-    Args:
-        script: Path of the running script, from the top of the tree.
-    """
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python", script, *sys.argv[1:]]),
-        "device": device_name(),
-        "versions": versions(),
-    }

@@ -77,7 +77,7 @@ class _Member:
     crc32: int | None
 
 
-def read_torch_file(file: Path, weights_key: str | None = None) -> dict[str, StoredTensor]:
+def read_torch_file(file: Path) -> dict[str, StoredTensor]:
     """Find and check the tensors of a file of torch.save; `stored_tensor.read_tensor` reads each.
 
     The tensors are the values of the dict in the file, or of a dict in it that keys of
@@ -85,14 +85,13 @@ def read_torch_file(file: Path, weights_key: str | None = None) -> dict[str, Sto
 
     Args:
         file: File of torch.save.
-        weights_key: See `convert_pipeline`.
 
     Raises:
         ConversionError: If the file is damaged or not written by torch.save; or the dict holds
             anything but tensors; or there are several dicts.
     """
-    dicts = read_dicts(file, weights_key)
-    prefix = choose([f"{keys}." if keys else "" for keys in dicts], weights_key, file)
+    dicts = read_dicts(file)
+    prefix = choose([f"{keys}." if keys else "" for keys in dicts], None, file)
     return dicts[prefix.removesuffix(".")]
 
 

@@ -20,7 +20,7 @@ from svg_jax.convert.lora.files import find_lora, read_lora_file
 from svg_jax.convert.lora.merge import group_changes
 from svg_jax.convert.lora.sort import sort_tensors
 from svg_jax.convert.lora.targets import ModuleNames, changeable_shapes, module_names
-from svg_jax.convert.paths import usable_path
+from svg_jax.convert.paths import name_of, usable_path
 from svg_jax.convert.settings import LoraSource
 from svg_jax.convert.tables.lora_names import PEFT, TRANSFORMER
 from svg_jax.convert.tables.rules import Leaf
@@ -136,11 +136,6 @@ def _read_lora(source: LoraSource, components: Mapping[str, ModuleNames], *, str
     files = (file,) if config is None or config.where == file else (file, config.where)
     given = usable_path(path)
     place = given if given.exists() else file
-    name = str(path) if place == file != given else _name(given)
+    name = str(path) if place == file != given else name_of(given)
     states = {part: states[part] for part in files}
     return Lora(source, place, name, states, changes, tuple(sorted(found.absent)))
-
-
-def _name(path: Path) -> str:
-    """Name a path; a link to a file in the hub's cache has a better name than that file."""
-    return path.resolve().name if path.is_dir() else path.absolute().name

@@ -10,7 +10,6 @@ scripts/convert_wan_to_diffusers.py.
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,24 +49,9 @@ _IMAGE_PROCESSOR: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Repository:
-    """A release's folder, read as a pipeline.
-
-    Attributes:
-        index: Contents of diffusers' model_index.json.
-        places: Folder or file of each component, whether it exists or not.
-        texts: Contents of the files that only diffusers' release has, by their paths there.
-    """
-
-    index: PipelineIndex
-    places: Mapping[str, Path]
-    texts: Mapping[str, str]
-
-
 def read_repository(
     folder: Path, files: SourceFiles, allowed: Iterable[Path] = ()
-) -> Repository | None:
+) -> tuple[PipelineIndex, dict[str, Path], dict[str, str]] | None:
     """Recognise a release of Wan by the names of its files, and its task by the transformer.
 
     Args:
@@ -76,7 +60,9 @@ def read_repository(
         allowed: See `weights.read_weights`.
 
     Returns:
-        The pipeline; None if fewer than two of its parts are there, since one is a component alone.
+        Contents of diffusers' model_index.json, the folder or file of each component, whether it
+        exists or not, and the contents of the files that only diffusers' release has, by their
+        paths there; None if fewer than two parts are there, since one is a component alone.
 
     Raises:
         ConversionError: If the transformer is missing or damaged.
@@ -122,7 +108,7 @@ def read_repository(
     index = PipelineIndex(pipeline, dict(sorted(classes.items())))
     texts = {name: json.dumps(values, indent=2) + "\n" for name, values in settings_files.items()}
     texts["model_index.json"] = index.text(**settings)
-    return Repository(index, {**parts, **transformers}, texts)
+    return index, {**parts, **transformers}, texts
 
 
 def _is_of_image(tensors: Mapping[str, StoredTensor]) -> bool:

@@ -96,9 +96,7 @@ def export(
     checkpoints.export(source, destination, **given)
 
 
-def verify(
-    folder: Annotated[Path, typer.Argument(help="Converted folder.")],
-) -> None:
+def verify(folder: Annotated[Path, typer.Argument(help="Converted folder.")]) -> None:
     """Read a whole converted checkpoint, and compare every bit with its manifest.
 
     Example: svg-jax verify wan

@@ -119,10 +119,7 @@ def _compare(
     total = 2 * num_steps - dense_step_count(warmup, num_steps)
     with steps_bar(total, watch) as advance:
         comparison = compare_attention(
-            pipeline,
-            settings,
-            pattern=pattern,
-            callback_on_step_end=lambda part, _: advance(part),
+            pipeline, settings, pattern=pattern, callback_on_step_end=lambda part, _: advance(part)
         )
         with stage("writing"):
             _write(comparison, paths, fps=fps, factor=factor)

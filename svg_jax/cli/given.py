@@ -95,10 +95,7 @@ def faster_attention(pipeline: VideoPipeline) -> Literal["dense", "svg"]:
 
 
 def with_sparsity(
-    pipeline: VideoPipeline,
-    settings: RunSettings,
-    given_sparsity: Given,
-    given_warmup: Given,
+    pipeline: VideoPipeline, settings: RunSettings, given_sparsity: Given, given_warmup: Given
 ) -> RunSettings:
     """Add the given sparsity and warm-up, completed by the model's or paper's; print both."""
     size = settings.height, settings.width

@@ -153,10 +153,7 @@ def _rows_of(report: "ComparisonReport") -> list[tuple[str, str]]:
     steps = f"{report.num_inference_steps}, the first {report.dense_steps} dense in both"
     if report.guided_steps:
         steps += f", the first {report.guided_steps} guided"
-    rows = [
-        ("latents", size),
-        ("steps", steps),
-    ]
+    rows = [("latents", size), ("steps", steps)]
     if report.density is not None:
         asked = report.requested_density
         asked = "" if asked is None else f" ({asked:g} asked)"

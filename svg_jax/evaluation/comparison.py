@@ -16,7 +16,6 @@ from svg_jax.media.metrics import SSIM_WINDOW, psnr, ssim
 from svg_jax.provenance import device_name, versions
 from svg_jax.sampling.components import in_memory
 from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline
-from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.records import SamplingInfo, StepRecord, median_seconds
 from svg_jax.sampling.settings import RunSettings, SettingError, with_values
 
@@ -101,11 +100,15 @@ def compare(
     report = ComparisonReport(
         prompt=settings.prompt if isinstance(settings.prompt, str) else "(given embeddings)",
         pattern=pattern if attend is None else getattr(attend, "__name__", type(attend).__name__),
+        seed=start.seed,
+        num_inference_steps=num_steps,
         dense_steps=dense_steps,
+        guided_steps=sum(scale != 1 for scale in start.scales),
+        latents=start.state.latents.shape[1:],
+        num_tokens=start.layout.num_tokens,
         requested_density=None if sparsity is None else sparsity.density,
         implementation=pick_implementation(None, config.attention_head_dim, dtype),
         dtype=dtype.name,
-        **_of_run(start),
         **_of_videos(dense, sparse),
         dense_seconds=median_seconds(dense_records),
         sparse_seconds=median_seconds(sparse_records),
@@ -113,17 +116,6 @@ def compare(
         versions=versions(),
     )
     return Comparison(dense, sparse, report)
-
-
-def _of_run(start: PreparedRun) -> dict[str, Any]:
-    """Collect the figures that both runs share."""
-    return {
-        "seed": start.seed,
-        "num_inference_steps": start.schedule.num_steps,
-        "guided_steps": sum(scale != 1 for scale in start.scales),
-        "latents": start.state.latents.shape[1:],
-        "num_tokens": start.layout.num_tokens,
-    }
 
 
 def _of_videos(dense: VideoOutput, sparse: VideoOutput) -> dict[str, Any]:

@@ -54,12 +54,7 @@ def make_fingerprint(**told: Any) -> dict[str, Any]:
 
 
 def check_same_run(
-    path: Path,
-    saved: Fingerprint,
-    current: Fingerprint,
-    *,
-    allow_rounding: bool = False,
-    kind: type[RunSettings] = RunSettings,
+    path: Path, saved: Fingerprint, current: Fingerprint, settings: RunSettings
 ) -> None:
     """Check that two fingerprints are of one run; a missing field has its default.
 
@@ -67,13 +62,13 @@ def check_same_run(
         path: Path of the file, for errors.
         saved: Fingerprint in the file.
         current: Fingerprint of the run that is asked for.
-        allow_rounding: Whether to log a difference in rounding alone (versions of JAX, the device)
-            instead of raising.
-        kind: Class of the settings, whose fields have the effects.
+        settings: Settings of that run; their class says which fields change what, and under
+            `allow_rounding` a difference in rounding alone (versions of JAX, the device) is logged.
 
     Raises:
         ValueError: If they differ; names the differences.
     """
+    kind = type(settings)
     defaults = {name: _plain(value) for name, value in defaults_of(kind).items()}
     before, now = {**defaults, **saved}, {**defaults, **current}
     # In the order of the settings, followed by the rest.
@@ -95,7 +90,7 @@ def check_same_run(
             f"{path} is another run's: the saved one had {was}, this one {is_now}{more} (remove "
             "that file to start anew)"
         )
-    if not allow_rounding:
+    if not settings.allow_rounding:
         raise ValueError(
             f"{path} is another run's: the saved one had {was}, this one {is_now}{more}, which "
             "rounds otherwise: go on with it by allow_rounding=True (--allow-rounding), or remove "

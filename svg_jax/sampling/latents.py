@@ -31,12 +31,7 @@ NO_VAE = Compression(1, 1)  # latents are pixels
 
 
 def latent_shape(
-    config: CogVideoXConfig,
-    *,
-    compression: Compression,
-    num_frames: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
+    config: CogVideoXConfig, num_frames: int, height: int, width: int, compression: Compression
 ) -> tuple[tuple[int, int, int, int], int]:
     """Compute the shape (frames, channels, height, width) of CogVideoX's latents of a video.
 
@@ -45,10 +40,10 @@ def latent_shape(
 
     Args:
         config: Config of the transformer.
+        num_frames: Number of frames.
+        height: Height in pixels.
+        width: Width in pixels.
         compression: Compression by the VAE.
-        num_frames: Number of frames; None is that of training.
-        height: Height in pixels; None is that of training.
-        width: Width in pixels; None is that of training.
 
     Returns:
         The shape, and the number of padding frames in it.
@@ -56,30 +51,18 @@ def latent_shape(
     Raises:
         SettingError: On sizes that the model cannot take; names those that it can.
     """
-    num_frames, height, width = video_size(config, compression, num_frames, height, width)
     rows, columns = latent_size(height, width, compression, config.patch_size)
     frames = (num_frames - 1) // compression.frames + 1
     padding_frames = -frames % (config.patch_size_t or 1)
     return (frames + padding_frames, config.out_channels, rows, columns), padding_frames
 
 
-def video_size(
-    config: CogVideoXConfig,
-    compression: Compression,
-    num_frames: int | None,
-    height: int | None,
-    width: int | None,
-) -> tuple[int, int, int]:
-    """Fill in the frames, height and width that a CogVideoX was trained at."""
-    scale = compression.pixels
-    default = (config.sample_height * scale, config.sample_width * scale)
+def trained_size(config: CogVideoXConfig, compression: Compression) -> tuple[int, int, int]:
+    """Compute the frames, height and width that a CogVideoX was trained at."""
     if config.patch_size_t is not None and compression != NO_VAE:
-        default = _SIZE_OF_1_5
-    return (
-        config.sample_frames if num_frames is None else num_frames,
-        default[0] if height is None else height,
-        default[1] if width is None else width,
-    )
+        return config.sample_frames, *_SIZE_OF_1_5
+    scale = compression.pixels
+    return config.sample_frames, config.sample_height * scale, config.sample_width * scale
 
 
 def decoded_frames(latent_frames: int, compression: Compression) -> int:

@@ -19,8 +19,7 @@ from svg_jax.sampling.components import Component, component_names, in_memory
 from svg_jax.sampling.denoising import denoise
 from svg_jax.sampling.identity import identity_of, make_fingerprint
 from svg_jax.sampling.latents import RELEASED, Compression, to_frames
-from svg_jax.sampling.memory import check_memory
-from svg_jax.sampling.prepared_run import PreparedRun, RunPlan, plan_run
+from svg_jax.sampling.prepared_run import PreparedRun
 from svg_jax.sampling.records import SamplingInfo, StepRecord, VideoOutput
 from svg_jax.sampling.run_state import RunFile, damaged, open_run_file, saved_fingerprint, saving
 from svg_jax.sampling.schedules.config import SchedulerConfig
@@ -172,15 +171,7 @@ class VideoPipeline(ABC, Generic[Settings]):
 
     def open_run_file(self, settings: Settings) -> RunFile:
         """Open the state file of settings that have one; see `run_state.open_run_file`."""
-        assert settings.state_file is not None
-        return open_run_file(
-            settings.state_file,
-            self.fingerprint(settings),
-            save_every=settings.save_every,
-            resume=settings.resume,
-            allow_rounding=settings.allow_rounding,
-            kind=self.settings_class,
-        )
+        return open_run_file(settings, self.fingerprint(settings))
 
     @abstractmethod
     def paper_preset(self, height: int | None = None, width: int | None = None) -> str | None:
@@ -287,47 +278,6 @@ class VideoPipeline(ABC, Generic[Settings]):
             latents: Shape of the video's latents, from `latent_shape`.
             text_tokens: Number of tokens of its prompt.
         """
-
-    def plan(
-        self,
-        settings: Settings,
-        *,
-        guidance_scale: float | int | None,
-        use_dynamic_cfg: bool = False,
-    ) -> RunPlan:
-        """Compute what follows from settings and configs alone, before anything is loaded.
-
-        Args:
-            settings: Settings of the run, all filled in.
-            guidance_scale: Strength of classifier-free guidance, which families name differently.
-            use_dynamic_cfg: See `guidance_scales`.
-
-        Raises:
-            ValueError: On what does not fit the checkpoint, or does not fit into memory.
-        """
-        num_frames, height, width = settings.num_frames, settings.height, settings.width
-        tokens = settings.max_sequence_length
-        if settings.prompt_embeds is not None:
-            tokens = settings.prompt_embeds.shape[1]
-        assert num_frames is not None
-        assert height is not None
-        assert width is not None
-        assert tokens is not None
-        latents, padding_frames = self.latent_shape(num_frames, height, width)
-        plan = plan_run(
-            settings,
-            self.transformer.config,
-            self.scheduler,
-            scale=guidance_scale,
-            use_dynamic_cfg=use_dynamic_cfg,
-            latents=latents,
-            padding_frames=padding_frames,
-            text_tokens=tokens,
-            layout=self.layout(latents, tokens),
-        )
-        video = self.video_size(num_frames, height, width) if self.makes_frames else None
-        check_memory(self.transformer, plan.layout, plan.shape, guided=plan.is_guided, video=video)
-        return plan
 
     def denoise(
         self,

@@ -16,7 +16,7 @@ from svg_jax.masks import sparse_mask, warn_of_lost_sparsity
 from svg_jax.models import Attend, VideoLayout
 from svg_jax.sampling.conditions import Conditions
 from svg_jax.sampling.latents import check_shape, starting_latents
-from svg_jax.sampling.schedules.config import SchedulerConfig
+from svg_jax.sampling.memory import check_memory
 from svg_jax.sampling.schedules.noise import seed_key, seed_of, step_noise
 from svg_jax.sampling.schedules.steps import SamplerState, initial_state
 from svg_jax.sampling.schedules.tables import Schedule, make_schedule
@@ -161,50 +161,48 @@ class RunPlan:
 
 
 def plan_run(
+    pipeline: Any,
     settings: RunSettings,
-    config: Any,
-    scheduler: SchedulerConfig,
     *,
-    scale: float | int | None,
-    use_dynamic_cfg: bool,
-    latents: tuple[int, ...],
-    padding_frames: int,
-    text_tokens: int,
-    layout: VideoLayout,
+    guidance_scale: float | int | None,
+    use_dynamic_cfg: bool = False,
 ) -> RunPlan:
-    """Plan a run.
+    """Compute what follows from settings and configs alone, before anything is loaded.
 
     Args:
+        pipeline: Pipeline of the checkpoint.
         settings: Settings of the run, all filled in.
-        config: Config of the transformer.
-        scheduler: Config of the sampler.
-        scale: Strength of classifier-free guidance.
+        guidance_scale: Strength of classifier-free guidance, which families name differently.
         use_dynamic_cfg: See `guidance_scales`.
-        latents: Shape of a video's latents.
-        padding_frames: See `PreparedRun`.
-        text_tokens: Number of tokens of each prompt.
-        layout: Layout of the sequence with so many text tokens.
 
     Raises:
-        ValueError: On what does not fit the checkpoint.
+        ValueError: On what does not fit the checkpoint, or does not fit into memory.
     """
+    config, scheduler = pipeline.transformer.config, pipeline.scheduler
+    size = settings.num_frames, settings.height, settings.width
+    latents, padding_frames = pipeline.latent_shape(*size)
     num_steps, shape = settings.num_inference_steps, (settings.num_videos, *latents)
+    text_tokens = settings.max_sequence_length
+    if settings.prompt_embeds is not None:
+        text_tokens = settings.prompt_embeds.shape[1]
     assert num_steps is not None
-    assert scale is not None
+    assert text_tokens is not None
+    assert guidance_scale is not None
     assert settings.guidance_interval is not None
+    layout = pipeline.layout(latents, text_tokens)
     if isinstance(settings, FlowSettings) and settings.flow_shift is not None:
         scheduler = dataclasses.replace(scheduler, shift=float(settings.flow_shift))
     schedule = make_schedule(scheduler, num_steps, settings.scheduler)
     scales = guidance_scales(
         schedule.timesteps,
-        scale,
+        guidance_scale,
         interval=settings.guidance_interval,
         use_dynamic_cfg=use_dynamic_cfg,
     )
     check_shape("latents", settings.latents, shape)
     if settings.sparsity is not None:  # a density that leaves nothing is refused
         sparse_mask(layout, settings.sparsity)
-    return RunPlan(
+    plan = RunPlan(
         settings=settings,
         schedule=schedule,
         scales=tuple(scales.tolist()),
@@ -215,6 +213,9 @@ def plan_run(
         text_tokens=text_tokens,
         layout=layout,
     )
+    video = pipeline.video_size(*size) if pipeline.makes_frames else None
+    check_memory(pipeline.transformer, layout, shape, guided=plan.is_guided, video=video)
+    return plan
 
 
 def attends_of(settings: RunSettings, num_layers: int, num_steps: int) -> tuple[Attend, ...]:

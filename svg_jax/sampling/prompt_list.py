@@ -262,7 +262,5 @@ def _is_done(output: Path, fingerprint: Mapping[str, Any], settings: RunSettings
         saved, digest = dict(record["fingerprint"]), record["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: remove it and {output.name} to start anew") from error
-    check_same_run(
-        output, saved, fingerprint, allow_rounding=settings.allow_rounding, kind=type(settings)
-    )
+    check_same_run(output, saved, fingerprint, settings)
     return digest == file_digest(output)

@@ -91,44 +91,29 @@ class RunFile:
         self.path.unlink(missing_ok=True)
 
 
-def open_run_file(
-    path: str | Path,
-    fingerprint: Fingerprint,
-    *,
-    save_every: int,
-    resume: bool,
-    allow_rounding: bool = False,
-    kind: type[RunSettings] = RunSettings,
-) -> RunFile:
-    """Read a state file before the work, if there is one.
+def open_run_file(settings: RunSettings, fingerprint: Fingerprint) -> RunFile:
+    """Read a run's state file before the work, if there is one.
 
     Args:
-        path: Path of the file; there may be none yet.
+        settings: Settings of the run, with a `state_file`.
         fingerprint: Fingerprint of the run that is to be saved there or continued.
-        save_every: Number of steps from one save to the next; 0 saves nothing.
-        resume: Whether to continue the run in the file, if there is one.
-        allow_rounding: Whether to continue a run that was rounded otherwise.
-        kind: Class of the run's settings, whose fields have the effects.
 
     Raises:
         FileExistsError: If there is a state and `resume` is not set: it would be lost.
         FileNotFoundError: If the folder does not exist.
-        ValueError: If the state is another run's or damaged, or `save_every` is negative.
+        ValueError: If the state is another run's or damaged.
     """
-    path = Path(path)
-    if save_every < 0:
-        raise ValueError(f"save_every (--save-every) is at least 0: got {save_every}")
+    assert settings.state_file is not None
+    path = Path(settings.state_file)
     check_writable(path)
     remove_leftovers(path)
-    if path.exists() and not resume:
+    if path.exists() and not settings.resume:
         raise FileExistsError(
             f"{path} holds a run that was not finished: go on with it by resume=True (--resume), "
             "or remove that file to start anew"
         )
-    saved = None
-    if path.exists():
-        saved = load_run(path, fingerprint, allow_rounding=allow_rounding, kind=kind)
-    return RunFile(path, fingerprint, save_every, saved)
+    saved = load_run(path, fingerprint, settings) if path.exists() else None
+    return RunFile(path, fingerprint, settings.save_every, saved)
 
 
 @contextmanager
@@ -210,29 +195,20 @@ def save_run(
         os.fsync(out.fileno())
 
 
-def load_run(
-    path: Path,
-    fingerprint: Fingerprint,
-    *,
-    allow_rounding: bool = False,
-    kind: type[RunSettings] = RunSettings,
-) -> SavedRun:
+def load_run(path: Path, fingerprint: Fingerprint, settings: RunSettings) -> SavedRun:
     """Read a state file.
 
     Args:
         path: Path of the file.
         fingerprint: Fingerprint of the run that is to be continued.
-        allow_rounding: See `open_run_file`.
-        kind: See `open_run_file`.
+        settings: Settings of that run.
 
     Raises:
         OSError: If it cannot be read.
         ValueError: If it is damaged, or another run's; names the differences.
     """
     arrays, header = _read_file(path)
-    check_same_run(
-        path, header["fingerprint"], fingerprint, allow_rounding=allow_rounding, kind=kind
-    )
+    check_same_run(path, header["fingerprint"], fingerprint, settings)
     try:
         records = tuple(_read_record(values, arrays) for values in header["steps"])
     except (KeyError, TypeError, ValueError) as error:

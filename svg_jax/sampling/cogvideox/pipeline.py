@@ -25,10 +25,10 @@ from svg_jax.sampling.latents import (
     check_shape,
     decoded_frames,
     latent_shape,
-    video_size,
+    trained_size,
 )
 from svg_jax.sampling.pipeline import VideoPipeline
-from svg_jax.sampling.prepared_run import PreparedRun
+from svg_jax.sampling.prepared_run import PreparedRun, plan_run
 from svg_jax.sampling.prompt_features import take_prompts
 from svg_jax.sampling.schedules.tables import Schedule
 from svg_jax.sampling.settings import RunSettings, SettingError
@@ -66,7 +66,7 @@ class CogVideoXPipeline(VideoPipeline[CogVideoXSettings]):
     def authors_settings(self) -> dict[str, Any]:
         """See `VideoPipeline.authors_settings`."""
         config = self.transformer.config
-        frames, height, width = video_size(config, self.compression, None, None, None)
+        frames, height, width = trained_size(config, self.compression)
         return {
             "negative_prompt": "",
             "num_frames": frames,
@@ -82,7 +82,7 @@ class CogVideoXPipeline(VideoPipeline[CogVideoXSettings]):
         """See `VideoPipeline.prepare`."""
         settings = self.completed(settings)
         scale, is_dynamic = settings.guidance_scale, settings.use_dynamic_cfg
-        plan = self.plan(settings, guidance_scale=scale, use_dynamic_cfg=is_dynamic)
+        plan = plan_run(self, settings, guidance_scale=scale, use_dynamic_cfg=is_dynamic)
         config, shape = self.transformer.config, plan.shape
         made = self.video_size(settings.num_frames)[0]
         if self.has_vae and made != settings.num_frames:
@@ -112,13 +112,7 @@ class CogVideoXPipeline(VideoPipeline[CogVideoXSettings]):
         self, num_frames: int, height: int, width: int
     ) -> tuple[tuple[int, int, int, int], int]:
         """See `VideoPipeline.latent_shape`: frames, channels, height and width."""
-        return latent_shape(
-            self.transformer.config,
-            compression=self.compression,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-        )
+        return latent_shape(self.transformer.config, num_frames, height, width, self.compression)
 
     def layout(self, latents: tuple[int, ...], text_tokens: int) -> VideoLayout:
         """See `VideoPipeline.layout`."""

@@ -21,7 +21,7 @@ from svg_jax.sampling.hunyuan_video.prompts import HunyuanVideoEncoders, Texts, 
 from svg_jax.sampling.hunyuan_video.settings import HunyuanVideoSettings
 from svg_jax.sampling.latents import check_shape, is_480p, latent_grid
 from svg_jax.sampling.pipeline import VideoOutput, VideoPipeline
-from svg_jax.sampling.prepared_run import PreparedRun
+from svg_jax.sampling.prepared_run import PreparedRun, plan_run
 from svg_jax.sampling.prompt_features import list_of_prompts, repeat_each
 from svg_jax.sampling.records import SamplingInfo
 from svg_jax.sampling.settings import RunSettings, SettingError
@@ -72,7 +72,7 @@ class HunyuanVideoPipeline(VideoPipeline[HunyuanVideoSettings]):
         settings = self.completed(settings)
         assert settings.max_sequence_length is not None
         config = self.transformer.config
-        plan = self.plan(settings, guidance_scale=settings.true_cfg_scale)
+        plan = plan_run(self, settings, guidance_scale=settings.true_cfg_scale)
         guidance = embedded_guidance(
             settings.guidance_scale, self.transformer.dtype, takes_one=config.guidance_embeds
         )

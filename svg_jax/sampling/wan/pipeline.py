@@ -17,7 +17,7 @@ from svg_jax.sampling.components import Component, in_memory, run_encoder
 from svg_jax.sampling.conditions import Conditions
 from svg_jax.sampling.latents import RELEASED, Compression, is_480p, latent_grid
 from svg_jax.sampling.pipeline import VideoPipeline
-from svg_jax.sampling.prepared_run import PreparedRun
+from svg_jax.sampling.prepared_run import PreparedRun, plan_run
 from svg_jax.sampling.prompt_features import take_prompts
 from svg_jax.sampling.settings import RunSettings, SettingError
 from svg_jax.sampling.wan.image_conditions import encode_first_frames
@@ -77,7 +77,7 @@ class WanPipeline(VideoPipeline[WanSettings]):
     def prepare(self, settings: WanSettings) -> PreparedRun:
         """See `VideoPipeline.prepare`."""
         settings = self.completed(settings)
-        plan = self.plan(settings, guidance_scale=settings.guidance_scale)
+        plan = plan_run(self, settings, guidance_scale=settings.guidance_scale)
         config = self.transformer.config
         if config.image_dim is not None and plan.text_tokens != _TEXT_TOKENS:
             raise SettingError(

@@ -284,12 +284,13 @@ def test_a_saved_run_is_of_the_scheduler_that_the_pipeline_has(converted, tmp_pa
     """The folder's cannot be edited, and one that was put in by hand is told from it."""
     pipeline: Any = svg_jax.from_pretrained(converted)
     other = dataclasses.replace(pipeline.scheduler, snr_shift_scale=1.5)
+    settings = pipeline.settings("a red three", seed=0)
     saved, current = (
-        pipe.fingerprint(pipe.settings("a red three", seed=0))
+        pipe.fingerprint(settings)
         for pipe in (pipeline, dataclasses.replace(pipeline, scheduler=other))
     )
     with pytest.raises(ValueError, match=r"scheduler\.snr_shift_scale .*, this one 1\.5"):
-        check_same_run(tmp_path / "state", saved, current)
+        check_same_run(tmp_path / "state", saved, current, settings)
 
 
 def test_a_folder_in_the_hubs_cache_has_its_files_in_blobs(converted, tmp_path):

@@ -40,9 +40,14 @@ from svg_jax.sampling.run_state import (
     save_run,
     saving,
 )
-from svg_jax.sampling.settings import SettingError
+from svg_jax.sampling.settings import FlowSettings, SettingError
 
+SETTINGS = FlowSettings(prompt="a cat")
 KILLS = int(os.environ.get("SVG_JAX_KILLS", "3"))
+
+
+def saved_in(path, save_every):
+    return FlowSettings(prompt="a cat", state_file=path, save_every=save_every)
 
 
 def assert_same_records(records, expected):
@@ -65,22 +70,15 @@ def test_a_resumed_run_of_every_family_and_sampler_is_the_run(name, tmp_path):
     for step in (0, 3):
         with pytest.raises(Killed):
             pipeline(**kept, resume=True, callback_on_step_end=kill_after(step))
-        assert len(load_run(tmp_path / "state", pipeline_fingerprint(pipeline, kept)).records) == (
-            step + 1
-        )
+        settings = pipeline.settings(**kept)
+        saved = load_run(tmp_path / "state", pipeline.fingerprint(settings), settings)
+        assert len(saved.records) == step + 1
     computed = []
     video = pipeline(**kept, resume=True, callback_on_step_end=computed.append)
     assert [record.step for record in computed] == [4, 5]
     np.testing.assert_array_equal(video.latents, whole.latents)
     assert_same_records(video.info.steps, whole.info.steps)
     assert list(tmp_path.iterdir()) == []  # the caller has the video
-
-
-def pipeline_fingerprint(pipeline, arguments):
-    beside = ("state_file", "save_every")
-    return pipeline.fingerprint(
-        pipeline.settings(**{k: v for k, v in arguments.items() if k not in beside})
-    )
 
 
 def test_a_finished_run_that_could_not_be_decoded_is_only_decoded(tmp_path, monkeypatch):
@@ -103,7 +101,7 @@ def test_every_state_and_record_comes_back_bit_for_bit(name, tmp_path):
     odd = state.latents.view(np.uint32)
     odd[0, 0] = [0x80000000, 0x00000001, 0x7FC00001]  # minus zero, a subnormal, a NaN
     save_run(tmp_path / "state", state, records, {"seed": 3})
-    saved = load_run(tmp_path / "state", {"seed": 3})
+    saved = load_run(tmp_path / "state", {"seed": 3}, SETTINGS)
     back = saved.state_like(jax.tree.map(np.zeros_like, state))
     assert jax.tree.structure(back) == jax.tree.structure(state)
     for leaf, expected in zip(jax.tree.leaves(back), jax.tree.leaves(state), strict=True):
@@ -170,19 +168,20 @@ def test_the_same_settings_written_otherwise_are_the_same():
 def test_versions_and_device_belong_to_the_run(name):
     made = make_fingerprint(seed=3)
     with pytest.raises(ValueError, match=f"a is another run's: the saved one had {name} other"):
-        check_same_run(Path("a"), made | {name: "other"}, made)
+        check_same_run(Path("a"), made | {name: "other"}, made, SETTINGS)
 
 
 @pytest.mark.parametrize("name", ["jax", "jaxlib", "device", "dtype"])
 def test_what_rounds_otherwise_can_be_allowed(name, caplog):
     made = make_fingerprint(seed=3, dtype="float32")
     with pytest.raises(ValueError, match=r"rounds otherwise: .* by allow_rounding=True"):
-        check_same_run(Path("a"), made | {name: "other"}, made)
-    check_same_run(Path("a"), made | {name: "other"}, made, allow_rounding=True)
+        check_same_run(Path("a"), made | {name: "other"}, made, SETTINGS)
+    allowed = dataclasses.replace(SETTINGS, state_file="a", allow_rounding=True)
+    check_same_run(Path("a"), made | {name: "other"}, made, allowed)
     assert f"a: goes on with another rounding: the saved run had {name} other" in caplog.text
     for other in ("svg-jax", "weights", "seed"):  # bits: no rounding makes them the same
         with pytest.raises(ValueError, match=r"another run's: .*\(remove that file"):
-            check_same_run(Path("a"), made | {name: "x", other: "x"}, made, allow_rounding=True)
+            check_same_run(Path("a"), made | {name: "x", other: "x"}, made, allowed)
 
 
 def my_attention(query, key, value, *, layout, text_length, layer, step_state):
@@ -222,7 +221,7 @@ def test_a_state_that_is_not_to_be_resumed_is_not_overwritten(tmp_path):
 )
 def test_what_cannot_be_saved_is_said_before_the_work(path, save_every, message, tmp_path):
     with pytest.raises((OSError, ValueError), match=message):
-        open_run_file(tmp_path / path, {}, save_every=save_every, resume=False)
+        open_run_file(saved_in(tmp_path / path, save_every), {})
 
 
 @pytest.mark.parametrize("steps", [range(1, 99), range(-1, 1), range(0, 2, 2), range(1, -1, -1)])
@@ -236,7 +235,7 @@ def test_steps_are_a_runs_own_and_in_a_row(steps):
 def test_a_saved_run_is_not_told_which_steps_to_run(tmp_path):
     pipeline, arguments = pipeline_of("Wan, UniPC")
     del arguments["sparsity"], arguments["warmup"]
-    file = open_run_file(tmp_path / "state", {}, save_every=1, resume=False)
+    file = open_run_file(saved_in(tmp_path / "state", 1), {})
     with pytest.raises(ValueError, match="pass either steps or a file"):
         pipeline.denoise(
             pipeline.prepare(pipeline.settings(**arguments)), steps=range(2), file=file
@@ -257,7 +256,7 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     (tmp_path / f".cat.{dead.pid}.state").touch()
     for name in (f".cat.{os.getppid()}.state", f".dog.{dead.pid}.state", ".cat.1x.state"):
         (tmp_path / name).touch()
-    open_run_file(tmp_path / "cat.state", {}, save_every=1, resume=False)
+    open_run_file(saved_in(tmp_path / "cat.state", 1), {})
     assert f".cat.{dead.pid}.state" not in os.listdir(tmp_path)
     assert len(os.listdir(tmp_path)) == 3
 
@@ -273,7 +272,7 @@ def test_the_loop_waits_for_no_save_but_the_one_before(tmp_path, monkeypatch):
         saves.append(len(records))
 
     monkeypatch.setattr(checkpoint, "save_run", slow_save)
-    file = open_run_file(tmp_path / "state", {}, save_every=2, resume=False)
+    file = open_run_file(saved_in(tmp_path / "state", 2), {})
     records = records_of(3)
     with saving(file) as save:
         save(STATE, records[0])

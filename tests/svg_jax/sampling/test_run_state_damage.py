@@ -14,6 +14,9 @@ from saved_runs import STATES, kill_after, pipeline_of, records_of
 
 from svg_jax.sampling import run_state as checkpoint
 from svg_jax.sampling.run_state import load_run, save_run, saved_fingerprint
+from svg_jax.sampling.settings import FlowSettings
+
+SETTINGS = FlowSettings(prompt="a cat")
 
 
 def test_a_damaged_file_is_refused_wherever_the_damage_is(tmp_path):
@@ -30,7 +33,7 @@ def test_a_damaged_file_is_refused_wherever_the_damage_is(tmp_path):
     for content in (*damaged, b"not a state", whole + b"\0"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"state is damaged or no run's state: remove it"):
-            load_run(path, {"seed": 3})
+            load_run(path, {"seed": 3}, SETTINGS)
 
 
 def signed(arrays):
@@ -98,7 +101,7 @@ def test_what_is_too_large_or_a_pipe_is_not_read(tmp_path):
     path.touch()
     os.truncate(path, 2**40)
     with pytest.raises(ValueError, match="is damaged or no run's state"):
-        load_run(path, {})
+        load_run(path, {}, SETTINGS)
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(ValueError, match="is no file but a device or a pipe"):
@@ -110,4 +113,4 @@ def test_a_state_of_another_format_is_refused(tmp_path, monkeypatch):
         patch.setattr(checkpoint, "FORMAT_VERSION", checkpoint.FORMAT_VERSION + 1)
         save_run(tmp_path / "state", STATES["DDIM"], (), {})
     with pytest.raises(ValueError, match="another version of svg-jax"):
-        load_run(tmp_path / "state", {})
+        load_run(tmp_path / "state", {}, SETTINGS)

@@ -15,7 +15,14 @@ from tiny_configs import COGVIDEOX_2B
 
 from svg_jax.config import PAPER_PRESETS, SparsityConfig, Warmup
 from svg_jax.models import CogVideoXConfig
-from svg_jax.sampling.latents import NO_VAE, RELEASED, Compression, latent_shape, to_frames
+from svg_jax.sampling.latents import (
+    NO_VAE,
+    RELEASED,
+    Compression,
+    latent_shape,
+    to_frames,
+    trained_size,
+)
 from svg_jax.sampling.schedules.noise import step_noise
 
 LATENTS = {"2b": (3, 4, 8, 8), "5b": (3, 4, 8, 8), "1.5": (4, 4, 8, 12), "1.5-I2V": (4, 4, 8, 12)}
@@ -195,6 +202,12 @@ def config(**changes):
     return CogVideoXConfig(**COGVIDEOX_2B | changes)
 
 
+def shape_of(config, compression, size):
+    trained = trained_size(config, compression)
+    trained = dict(zip(("num_frames", "height", "width"), trained, strict=True))
+    return latent_shape(config, **trained | size, compression=compression)
+
+
 FINE = Compression(8, 4)  # of no released VAE
 
 
@@ -213,7 +226,7 @@ FINE = Compression(8, 4)  # of no released VAE
     ],
 )
 def test_latent_shapes(changes, compression, size, expected):
-    assert latent_shape(config(**changes), compression=compression, **size) == expected
+    assert shape_of(config(**changes), compression, size) == expected
 
 
 @pytest.mark.parametrize(
@@ -227,7 +240,7 @@ def test_latent_shapes(changes, compression, size, expected):
 )
 def test_sizes_that_the_model_cannot_take(compression, size, message):
     with pytest.raises(ValueError, match=message):
-        latent_shape(config(), compression=compression, **size)
+        shape_of(config(), compression, size)
 
 
 def test_pixels_of_a_video():
