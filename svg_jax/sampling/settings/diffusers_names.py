@@ -1,4 +1,4 @@
-"""Arguments of diffusers' pipelines that do not exist here, and what stands in their place."""
+"""Arguments that do not exist here, diffusers' above all, and what stands in their place."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -30,6 +30,16 @@ INSTEAD: Mapping[str, str] = MappingProxyType(
         "use_safetensors": "files are recognised by what they hold",
         "subfolder": "svg_jax.convert.load_component loads one component of a converted folder",
         "local_files_only": "set HF_HUB_OFFLINE=1",
+    }
+)
+
+# What a value of its own holds, by today's names and by those of versions before.
+INSIDE_A_VALUE: Mapping[str, str] = MappingProxyType(
+    {
+        "density": "pass sparsity=SparsityConfig(density=…)",
+        "sampled_rows": "pass sparsity=SparsityConfig(sampled_rows=…)",
+        "dense_steps": "pass warmup=Warmup(steps=…)",
+        "dense_layers": "pass warmup=Warmup(layers=…)",
     }
 )
 

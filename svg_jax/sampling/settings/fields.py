@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from svg_jax.convert.formats.values import Shares
-from svg_jax.sampling.settings.diffusers_names import INSTEAD
+from svg_jax.sampling.settings.diffusers_names import INSIDE_A_VALUE, INSTEAD
 from svg_jax.sampling.settings.rules import ArrayOf, Images, Rule
 
 Effect = Literal["bits", "rounding", "none"]
@@ -39,9 +39,9 @@ class UnknownSettingError(SettingError, TypeError):
 
     def __init__(self, field: str, known: Collection[str]) -> None:
         near = difflib.get_close_matches(field, list(known), n=1)
-        hint = f": did you mean {near[0]}?" if near else ""
-        hint = f": {INSTEAD[field]}" if field in INSTEAD else hint
-        ValueError.__init__(self, f"this model takes no {field}{hint}")
+        meant = f"did you mean {near[0]}?" if near else ""
+        hint = INSTEAD.get(field) or INSIDE_A_VALUE.get(field) or meant
+        ValueError.__init__(self, f"this model takes no {field}{hint and ': '}{hint}")
         self.field = field
 
 

@@ -13,7 +13,7 @@ from svg_jax.sampling.cogvideox.settings import CogVideoXSettings
 from svg_jax.sampling.hunyuan_video.settings import HunyuanVideoSettings
 from svg_jax.sampling.settings import SettingError, UnknownSettingError, settings_of
 from svg_jax.sampling.settings.checks import check_settings
-from svg_jax.sampling.settings.diffusers_names import INSTEAD
+from svg_jax.sampling.settings.diffusers_names import INSIDE_A_VALUE, INSTEAD
 from svg_jax.sampling.wan.settings import WanSettings
 
 PAGE = (Path(__file__).parents[3] / "docs/running.md").read_text()
@@ -54,6 +54,18 @@ def test_so_do_arguments_of_from_pretrained(name):
         svg_jax.from_pretrained("tiny", **given)
     with pytest.raises(TypeError, match=r"takes no dtyp: did you mean dtype\?"):
         svg_jax.from_pretrained("tiny", dtyp="bfloat16")
+
+
+def test_what_a_value_holds_is_told_with_the_value():
+    known = settings_of(WanSettings)
+    for name, instead in INSIDE_A_VALUE.items():
+        with pytest.raises(
+            UnknownSettingError, match=rf"^this model takes no {name}: pass "
+        ) as error:
+            check_settings({name: 0.2}, known)
+        value, field = re.findall(r"=(\w+)\((\w+)=", instead)[0]
+        getattr(svg_jax, value)(**{field: 1})
+        assert instead in str(error.value)
 
 
 def test_the_page_has_each_of_them():
