@@ -113,7 +113,7 @@ def test_its_figures_are_those_of_the_committed_results(model, run, case, hub_na
     assert row(run) == [
         f"{1 / attention['whole step']['to dense']:.1f} × faster",
         f"{1 / step['to dense']:.1f} × faster",
-        f"{minutes} minutes, dense {dense}",
+        f"{minutes} minutes instead of {dense}",
     ]
 
 
