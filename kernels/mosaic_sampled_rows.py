@@ -71,13 +71,7 @@ def sampled_attention(
     lead = (splits, len(masks), batch, heads, query.shape[1])
     of_rows = jax.ShapeDtypeStruct(lead, jnp.float32)
     out, row_max, row_sum = mgpu.kernel(
-        partial(
-            _body,
-            edge=edge,
-            tail=tail,
-            factor=scale * mgpu.LOG2_E,
-            interpret=interpret,
-        ),
+        partial(_body, edge=edge, tail=tail, factor=scale * mgpu.LOG2_E, interpret=interpret),
         warpgroups=len(masks) + 1,
         interpret=interpret,
         out_type=(jax.ShapeDtypeStruct((*lead, width), jnp.float32), of_rows, of_rows),

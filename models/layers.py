@@ -130,9 +130,7 @@ def group_norm(
 
 
 def add_gated(
-    hidden: Float[Array, "*shape"],
-    gate: Float[Array, "*gate_shape"],
-    out: Float[Array, "*shape"],
+    hidden: Float[Array, "*shape"], gate: Float[Array, "*gate_shape"], out: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
     """Add `gate * out` to the residual stream, computed in float32."""
     return (hidden.astype(jnp.float32) + gate * out.astype(jnp.float32)).astype(hidden.dtype)

@@ -186,7 +186,9 @@ def generate_videos(
                 error.filename or str(job.output),
             ) from error
         if keep_record:
-            _write_record(job)
+            record = {"sha256": file_digest(job.output), "fingerprint": dict(job.fingerprint)}
+            with written_atomically(_record_path(job.output)) as temporary:
+                temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         job.file.remove()
 
     def make(some: Sequence[VideoJob]) -> None:
@@ -243,12 +245,6 @@ def state_path(output: Path) -> Path:
 
 def _record_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.json")
-
-
-def _write_record(job: VideoJob) -> None:
-    record = {"sha256": file_digest(job.output), "fingerprint": dict(job.fingerprint)}
-    with written_atomically(_record_path(job.output)) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _is_done(output: Path, fingerprint: Mapping[str, Any], settings: RunSettings) -> bool:
