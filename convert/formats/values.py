@@ -150,7 +150,7 @@ def is_number(value: Any, *, whole: bool = False) -> bool:
         return not isinstance(value, bool)
     import numpy as np  # not above: `svg-jax --help` reads the rules
 
-    if isinstance(value, np.timedelta64 | np.longdouble):
+    if type(value) in (np.timedelta64, np.longdouble):
         return False
     return isinstance(value, np.integer if whole else np.integer | np.floating)
 
