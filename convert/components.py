@@ -105,7 +105,7 @@ def select_components(
     if foreign := [f"{name} ({index.classes[name]})" for name in wanted if name not in ported]:
         raise ConversionError(
             f"{where}: {show_some(foreign, 3, 120)} cannot be converted yet: leave it out with "
-            f"components={tuple(ported)!r} (--components {','.join(ported)})."
+            f"components={tuple(ported)!r}."
         )
     if not wanted:
         raise ConversionError(f"{where}: there is no component to convert.")

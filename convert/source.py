@@ -104,7 +104,7 @@ class Source:
             if not os.path.lexists(place):
                 raise ConversionError(
                     f"{place}: is missing, the {component} of this release: fetch it, or leave it "
-                    "out with components=… (--components)."
+                    "out with components=…."
                 )
             check_inside(place, self.allowed)
         stored, said, of = self._find(place, class_name, variant)

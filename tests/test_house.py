@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from house_limits import full_folders, large_functions
 
 ROOT = Path(__file__).parents[1]
+FLAG = re.compile(r"--[a-z]")
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "models": {"models", "kernels"},
@@ -72,6 +74,26 @@ def test_imports_point_one_way(folder):
             if parts[0] == "svg_jax":
                 target = parts[1] if len(parts) > 1 and parts[1] in MAY_IMPORT else "svg_jax"
                 assert target in MAY_IMPORT[folder], f"{path} imports {module}: an arrow back"
+
+
+def strings_of(tree: ast.AST) -> list[str]:
+    """The strings of a module but docstrings, and the names that a field gives its option."""
+    passed_over = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    keywords = (node for node in ast.walk(tree) if isinstance(node, ast.keyword))
+    passed_over |= {keyword.value for keyword in keywords if keyword.arg == "option"}
+    constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return [
+        node.value for node in constants if isinstance(node.value, str) and node not in passed_over
+    ]
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_only_the_command_line_speaks_of_options(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        if path.parent != ROOT / "svg_jax" / "cli":
+            found = [text for text in strings_of(ast.parse(path.read_text())) if FLAG.search(text)]
+            assert not found, f"{path}: say the argument, which svg_jax/cli/errors.py translates"
+    assert any(map(FLAG.search, strings_of(ast.parse('f"pass {a} by --seed"'))))
 
 
 def rooms_of(folder):

@@ -50,7 +50,7 @@ def check_destination(destination: Path, source: Path, nbytes: int, overwrite: b
         if not overwrite:
             raise ConversionError(
                 f"{destination}: is there already: remove it, choose another destination, or "
-                "overwrite it by overwrite=True (--overwrite)."
+                "pass overwrite=True."
             )
         if not any((destination / mark).is_file() for mark in MARKS) or destination.is_symlink():
             raise ConversionError(

@@ -113,7 +113,7 @@ def check_prefix(
             key = show(prefix.removesuffix("."))
             raise ConversionError(
                 f"{where}: all names begin with '{key}', which is not known to stand around "
-                f"weights: if these are meant, give weights_key='{key}' (--weights-key)."
+                f"weights: if these are meant, give weights_key='{key}'."
             )
 
 
@@ -149,7 +149,7 @@ def choose(prefixes: Collection[str], weights_key: str | None, where: object) ->
         )
     raise ConversionError(
         f"{where}: holds weights as {' and as '.join(show(key) for key in meant[:4])}: say which "
-        "are meant with weights_key=… (--weights-key)."
+        "are meant with weights_key=…."
     )
 
 

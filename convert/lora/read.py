@@ -121,8 +121,7 @@ def _read_lora(source: LoraSource, components: Mapping[str, ModuleNames], *, str
     absent = show_some(sorted(found.absent))
     if absent and strict:
         raise ConversionError(
-            f"{file}: has parts for what the model lacks, which strict=True (--strict) forbids: "
-            f"{absent}."
+            f"{file}: has parts for what the model lacks, which strict=True forbids: {absent}."
         )
     if absent:
         _LOGGER.warning("%.80s: parts for what the model lacks are skipped: %s.", file.name, absent)

@@ -79,7 +79,7 @@ def sort_tensors(
     if not found.groups and into not in components:
         raise ConversionError(
             f"{file}: is for the {into}, and what is converted is {where}: choose that with "
-            "lora_into (--lora-into), or other components."
+            "lora_into=…, or other components."
         )
     if not found.groups or found.foreign > len(found.groups):
         count = len(found.groups)

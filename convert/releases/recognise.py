@@ -254,7 +254,7 @@ def _check_kind(stored: Mapping[str, StoredTensor], where: Path) -> None:
     if any(part and part.suffix.kind in ("down", "up") for part in map(read_name, stored)):
         raise ConversionError(
             f"{where}: is a LoRA, and not a model's weights: give the model here, and this file as "
-            "its lora (--lora)."
+            "its lora."
         )
 
 

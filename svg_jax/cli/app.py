@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ import typer
 import svg_jax
 from svg_jax.cli.checkpoint_commands import CHECKPOINT_COMMANDS
 from svg_jax.cli.console import forgiving_streams, say, tell, tell_lines
-from svg_jax.cli.errors import ExitCode, failure_of
+from svg_jax.cli.errors import ExitCode, failure_of, in_options
 from svg_jax.cli.generated import KINDS, OF_WARMUP, SPARSITY, WARMUP, parameters_of
 from svg_jax.cli.options import Given, JsonFile, parameter, with_options
 from svg_jax.cli.signals import ended_by_signals
@@ -267,12 +268,13 @@ def main() -> None:
 def _run(arguments: list[str], *, debug: bool) -> int:
     """Run a command and return its exit code."""
     warnings.showwarning = _show_warning
+    command = typer.main.get_command(app)
+    options = _options_of(command, arguments)
     logger = logging.getLogger("svg_jax")
-    logger.handlers, logger.propagate = [_Echo()], False  # else absl's handler repeats it
+    logger.handlers, logger.propagate = [_Echo(options)], False  # else absl's handler repeats it
     logger.setLevel(logging.INFO)
     # Orbax logs the tracebacks of its threads there, and raises the errors as well.
     logging.getLogger("absl").disabled = not debug
-    command = typer.main.get_command(app)
     try:
         with ended_by_signals(), command.make_context("svg-jax", arguments) as context:
             command.invoke(context)
@@ -281,7 +283,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             tell_lines(traceback.format_exception(error))
-        failure = failure_of(error, _options_of(command, arguments))
+        failure = failure_of(error, options)
         if failure.sentence:
             tell(failure.sentence)
         return failure.code
@@ -297,10 +299,14 @@ def _options_of(group: Any, arguments: list[str]) -> dict[str, str]:
 
 
 class _Echo(logging.Handler):
-    """Print the messages that the package logs."""
+    """Print the messages that the package logs, in which options stand for arguments."""
+
+    def __init__(self, options: Mapping[str, str]):
+        super().__init__()
+        self._options = options
 
     def emit(self, record: logging.LogRecord) -> None:
-        tell(record.getMessage())
+        tell(in_options(record.getMessage(), self._options))
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:

@@ -14,6 +14,7 @@ import dis
 import errno
 import os
 import re
+import shlex
 import tempfile
 import traceback
 import zipfile
@@ -61,6 +62,10 @@ _READERS = {
 }
 _COMPUTING = {"jax", "jaxlib", "flax", "numpy", "orbax", "tensorstore"}  # see no raw input
 _PARSERS = {"json", "ast", "re", "pickle", "zipfile"}  # recurse as deep as their input nests
+_ARGUMENT = re.compile(
+    r"(?<![\w.-])(?P<name>\w+)=(?P<value>\([^()]*\)|'[^']*'|…|[\w.]*\w)"
+    r"|(?<=\bpass )(?P<asked>\w+)\b"
+)
 _FAR_TOO_LONG = 200  # characters of an internal error's message
 
 
@@ -76,7 +81,7 @@ def failure_of(error: BaseException, options: Mapping[str, str] | None = None) -
     code = _foreseen_code(error)
     if code is None:
         return Failure(ExitCode.INTERNAL, _internal_sentence(error))
-    return Failure(code, _sentence(error, options or {}))
+    return Failure(code, in_options(_sentence(error, options or {}), options or {}))
 
 
 def _foreseen_code(error: BaseException) -> int | None:
@@ -169,6 +174,27 @@ def _paths_of(error: BaseException) -> str:
     names = [getattr(error, name, None) for name in ("filename", "filename2")]
     texts = [os.fsdecode(name) for name in names if isinstance(name, str | bytes | os.PathLike)]
     return f"{' to '.join(texts)}: " if texts else ""
+
+
+def in_options(message: str, options: Mapping[str, str]) -> str:
+    """Replace the arguments that a message asks for, such as `resume=True`, by their options.
+
+    Args:
+        message: Message of the library, which names `argument=value`, or says "pass argument".
+        options: Names of the command's options by field.
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found["asked"] or found["name"], found["value"]
+        if name not in options:
+            return found[0]
+        if value in (None, "True", "…"):
+            return options[name]
+        is_tuple = value.startswith("(")
+        value = ",".join(re.findall(r"[\w.-]+", value)) if is_tuple else value.strip("'")
+        return f"{options[name]} {shlex.quote(value)}"
+
+    return _ARGUMENT.sub(option, message)
 
 
 def _with_flags(message: str, field: str, options: Mapping[str, str]) -> str:

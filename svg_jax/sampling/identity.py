@@ -87,17 +87,17 @@ def check_same_run(
     more = "" if shown == names else f"; {len(names) - _NAMED} more differ"
     if rounding != names:
         raise ValueError(
-            f"{path} is another run's: the saved one had {was}, this one {is_now}{more} (remove "
-            "that file to start anew)"
+            f"{path} is another run's: the saved one had {was}, this one {is_now}{more} (delete "
+            "the file to start over)"
         )
     if not settings.allow_rounding:
         raise ValueError(
             f"{path} is another run's: the saved one had {was}, this one {is_now}{more}, which "
-            "rounds otherwise: go on with it by allow_rounding=True (--allow-rounding), or remove "
-            "that file to start anew"
+            "rounds differently: continue with allow_rounding=True, or delete the file to start "
+            "over"
         )
     _LOGGER.warning(
-        "%s: goes on with another rounding: the saved run had %s, this one %s", path, was, is_now
+        "%s: continuing with another rounding: the saved run had %s, this one %s", path, was, is_now
     )
 
 

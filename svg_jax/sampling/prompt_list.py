@@ -83,15 +83,15 @@ def output_paths(output: Path, count: int) -> list[Path]:
     if "{" not in str(output):
         if output.suffix and not output.is_dir():
             raise ValueError(
-                f"for several prompts --output is a folder or a pattern such as "
+                f"output must be a folder for several prompts, or a pattern such as "
                 f"{output.stem}-{{index:03d}}{output.suffix}: got {output}"
             )
         output = output / "{index:03d}.mp4"
     if not _is_pattern(str(output)):
-        raise ValueError(f"--output's pattern is like out/{{index:03d}}.mp4: got {output}")
+        raise ValueError(f"output must have a pattern like out/{{index:03d}}.mp4: got {output}")
     paths = [Path(str(output).format(index=index)) for index in range(count)]
     if len(set(paths)) != count:
-        raise ValueError(f"--output gives two prompts one file: put {{index}} into {output}")
+        raise ValueError(f"output gives two prompts one file: put {{index}} into {output}")
     return paths
 
 
@@ -140,12 +140,12 @@ def plan_videos(
         if written_as is not None and is_foreign and file.saved is None:
             raise FileExistsError(
                 f"{output} is there and was not made from a list of prompts: remove it, or choose "
-                "another --output"
+                "another output"
             )
         jobs.append(VideoJob(own, output, fingerprint, file))
         if file.saved is not None:
             done = len(file.records)
-            _LOGGER.warning("%s: goes on after the first %d steps, which are saved", output, done)
+            _LOGGER.warning("%s: continuing after step %d", output, done)
     return jobs
 
 
@@ -181,8 +181,8 @@ def generate_videos(
                 raise
             raise OSError(
                 error.errno,
-                f"cannot be written ({error.strerror}): the run is saved; --resume goes on from "
-                "there",
+                f"cannot be written ({error.strerror}): the run is saved; resume=True continues "
+                "from there",
                 error.filename or str(job.output),
             ) from error
         if keep_record:
@@ -219,7 +219,9 @@ def generate_videos(
     except KeyboardInterrupt:
         for job in jobs:
             if job.file.path.exists():
-                _LOGGER.warning("%s: its state is saved; --resume goes on from there", job.output)
+                _LOGGER.warning(
+                    "%s: its state is saved; resume=True continues from there", job.output
+                )
         raise
 
 

@@ -109,8 +109,8 @@ def open_run_file(settings: RunSettings, fingerprint: Fingerprint) -> RunFile:
     remove_leftovers(path)
     if path.exists() and not settings.resume:
         raise FileExistsError(
-            f"{path} holds a run that was not finished: go on with it by resume=True (--resume), "
-            "or remove that file to start anew"
+            f"{path} holds a run that was not finished: continue with resume=True, or delete the "
+            "file to start over"
         )
     saved = load_run(path, fingerprint, settings) if path.exists() else None
     return RunFile(path, fingerprint, settings.save_every, saved)

@@ -47,8 +47,8 @@ def check_image(
         return
     if settings.image is None and settings.image_latents is None:
         raise ValueError(
-            "this is an image-to-video checkpoint: pass the image of its first frame (--image), or "
-            "its image_latents"
+            "image is missing: this is an image-to-video checkpoint, which needs its first "
+            "frame, or the image_latents of it"
         )
     if settings.image_latents is not None and len(names) > 1:
         raise ValueError(f"pass either {names[0]} or {names[1]}")

@@ -168,9 +168,7 @@ class CogVideoXPipeline(VideoPipeline[CogVideoXSettings]):
                 words that it does not know.
         """
         if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError(
-                "this checkpoint has no text encoder: pass prompt_embeds (--prompt-embeds)"
-            )
+            raise ValueError("this checkpoint has no text encoder: pass prompt_embeds")
         length = max_sequence_length or self.transformer.config.max_text_seq_length
         input_ids = jnp.asarray(self.tokenizer(prompts, length))
         with in_memory(self.text_encoder) as encoder:

@@ -157,7 +157,7 @@ class HunyuanVideoEncoders:
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
                 "this checkpoint has no text encoder: pass prompt_embeds with their mask and "
-                "pooled_prompt_embeds (--prompt-embeds), and likewise for a negative prompt"
+                "pooled_prompt_embeds, and the same for a negative prompt"
             )
         images = [image for part in parts for image in part.images]
         with in_memory(self.text_encoder) as encoder:

@@ -113,12 +113,10 @@ def _known_images(settings: WanSettings, with_last: bool) -> list[tuple[Image, .
         return []
     if "image" not in known:
         raise ValueError(
-            "this is an image-to-video checkpoint: pass the image of its first frame (--image)"
+            "image is missing: this is an image-to-video checkpoint, which needs its first frame"
         )
     if with_last and "last_image" not in known:
-        raise ValueError(
-            "this checkpoint makes videos between two frames: pass the last_image (--last-image)"
-        )
+        raise ValueError("last_image is missing: this checkpoint makes videos between two frames")
     if not with_last and "last_image" in known:
         raise ValueError("this checkpoint takes one image: it has no use for a last_image")
     each = [images_of_each(image, settings.num_prompts, name) for name, image in known.items()]

@@ -141,7 +141,7 @@ def test_where_weights_are_there_twice_whoever_converts_is_asked_by_name(tmp_pat
     file = write(tmp_path / "a.pt", CHOICES[case](trained, averaged))
     with pytest.raises(ConversionError, match=r"holds weights as .* and as .*: say which") as found:
         plan_conversion(file)
-    assert re.search(r"as (\w+\.)?ema\b.*--weights-key", str(found.value))
+    assert re.search(r"as (\w+\.)?ema\b.* with weights_key=…", str(found.value))
     assert str(file) in str(found.value)
     same(planned(file, weights_key="ema"), plain(tmp_path, averaged))
     other = {"none and a prefix": "."}.get(case, "model")

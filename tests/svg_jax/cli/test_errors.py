@@ -190,7 +190,7 @@ def test_debug_shows_the_traceback(run, monkeypatch, place, fail, code):
             "--prompt is missing: pass --",
         ),
         ("num_frames", "num_frames needs num_inference_steps", "--num-frames needs --steps"),
-        ("save_every", "save_every (--save-every) is at least 0", "save_every (--save-every) is"),
+        ("save_every", "save_every must be at least 0: got -1", "--save-every must be"),
     ],
 )
 def test_a_setting_s_error_names_the_option(run, monkeypatch, field, message, told):
@@ -206,6 +206,36 @@ def test_a_setting_s_error_names_the_option(run, monkeypatch, field, message, to
 def test_what_is_no_option_s_field_is_left_as_it_is(run, monkeypatch, message):
     result = run(*inject(monkeypatch, "convert", raising(ValueError(message))))
     assert result.err == f"svg-jax: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "told"),
+    [
+        ("convert", "out: is there: pass overwrite=True.", "out: is there: pass --overwrite."),
+        ("convert", "a: say which with weights_key=….", "a: say which with --weights-key."),
+        ("convert", "a: give weights_key='a.b'.", "a: give --weights-key a.b."),
+        ("convert", "a: give weights_key='a b'.", "a: give --weights-key 'a b'."),
+        ("convert", "leave it out: components=('vae', 'b').", "leave it out: --components vae,b."),
+        ("convert", "not lora_scale=0.5, resume=True", "not --lora-scale 0.5, resume=True"),
+        (
+            "generate",
+            "no text encoder: pass prompt_embeds",
+            "no text encoder: pass --prompt-embeds",
+        ),
+        ("generate", "a: had num_frames 9, pass a seed", "a: had num_frames 9, pass a seed"),
+    ],
+)
+def test_an_argument_that_is_asked_for_is_told_as_its_option(
+    run, monkeypatch, command, message, told
+):
+    result = run(*inject(monkeypatch, command, raising(ValueError(message))))
+    assert (result.code, result.err) == (2, f"svg-jax: {told}\n")
+    full = raising(OSError(errno.ENOSPC, message, "a.gif"))
+    result = run(*inject(monkeypatch, command, full))
+    assert (result.code, result.err) == (3, f"svg-jax: a.gif: {told}\n")
+    logger = logging.getLogger("svg_jax.somewhere")
+    result = run(*inject(monkeypatch, command, lambda: logger.warning(message)))
+    assert (result.code, result.err) == (0, f"svg-jax: {told}\n")
 
 
 HOSTILE = "\x1b]0;title\x07\x1b[31m\r\x00\x9b1m\u202eevil\u2028\udcff and so on " * 60

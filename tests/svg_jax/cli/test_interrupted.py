@@ -30,12 +30,12 @@ def test_ctrl_c_ends_with_130_and_leaves_what_the_run_goes_on_from(run, model, t
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error == b"svg-jax: a.mp4: its state is saved; --resume goes on from there\n"
+    assert error == b"svg-jax: a.mp4: its state is saved; --resume continues from there\n"
     assert [path.name for path in tmp_path.iterdir()] == [state.name]
 
     before = state.read_bytes()
     refused = [
-        ([], "holds a run that was not finished: go on with it by resume=True (--resume)"),
+        ([], "holds a run that was not finished: continue with --resume, or delete"),
         (["--resume", "--seed", "4"], "the saved one had seed 0, this one 4"),
     ]
     for arguments, sentence in refused:

@@ -176,7 +176,7 @@ def test_a_video_that_cannot_be_written_is_not_lost(run, monkeypatch):
     assert code == 3
     assert error == (
         "svg-jax: a.gif: cannot be written (No space left on device): the run is saved; "
-        "--resume goes on from there\n"
+        "--resume continues from there\n"
     )
     assert os.listdir() == [".a.gif.state"]
     monkeypatch.setattr("svg_jax.sampling.pipeline.denoise", None)  # no step is left

@@ -185,7 +185,7 @@ def test_a_saved_run_knows_it_and_the_latents_show_it(name, field, value, tmp_pa
     saved = arguments | {"state_file": tmp_path / "state", "save_every": 1}
     with pytest.raises(Killed):  # by the package as it was before the field
         before(**saved, callback_on_step_end=kill_after(0))
-    with pytest.raises(ValueError, match=rf"had {field} [01].0, this one {value} \(remove"):
+    with pytest.raises(ValueError, match=rf"had {field} [01].0, this one {value} \(delete"):
         pipeline(**saved, resume=True, allow_rounding=True, **{field: value})
     whole, other = before(**arguments).latents, pipeline(**arguments, **{field: value}).latents
     np.testing.assert_array_equal(pipeline(**saved, resume=True).latents, whole)
@@ -204,5 +204,5 @@ def test_one_that_rounds_otherwise_goes_on_if_that_is_allowed(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"had in_halves False, this one True, .*allow_rounding"):
         pipeline(**saved, resume=True, in_halves=True)
     video = pipeline(**saved, resume=True, in_halves=True, allow_rounding=True)
-    assert "goes on with another rounding: the saved run had in_halves False" in caplog.text
+    assert "continuing with another rounding: the saved run had in_halves False" in caplog.text
     np.testing.assert_array_equal(video.latents, pipeline(**arguments).latents)

@@ -94,15 +94,15 @@ def test_a_list_that_was_stopped_goes_on(generate, expected, monkeypatch):
         patch.setattr(os, "_exit", sys.exit)
         code, _, error = generate()
     assert code == 130
-    assert error == "svg-jax: out/1.npz: its state is saved; --resume goes on from there\n"
+    assert error == "svg-jax: out/1.npz: its state is saved; --resume continues from there\n"
     assert {".0.npz.json", "0.npz", ".1.npz.state"} == set(os.listdir("out"))
 
     code, _, error = generate()
     assert code == 2
-    assert "out/.1.npz.state holds a run that was not finished: go on with it" in error
+    assert "out/.1.npz.state holds a run that was not finished: continue with --resume" in error
     code, out, error = generate("--resume")
     assert (code, out.count("wrote")) == (0, 2)
-    assert error == "svg-jax: out/1.npz: goes on after the first 1 steps, which are saved\n"
+    assert error == "svg-jax: out/1.npz: continuing after step 1\n"
     for index, wanted in enumerate(expected):
         np.testing.assert_array_equal(latents(f"out/{index}.npz"), wanted)
     assert not Path("out/.1.npz.state").exists()
@@ -129,7 +129,7 @@ def test_what_was_made_otherwise_is_not_overwritten(generate):
     record.write_text(json.dumps({"sha256": "", "fingerprint": {"k" * 99: "v" * 99}}))
     code, _, error = generate()
     assert (code, len(error) < 500) == (2, True)
-    assert error.endswith("more differ (remove that file to start anew)\n")
+    assert error.endswith("more differ (delete the file to start over)\n")
     record.unlink()
     os.mkfifo(record)  # which nobody writes to
     assert "out/.0.npz.json is damaged: remove it and 0.npz" in generate()[2]
@@ -176,16 +176,20 @@ def test_a_bad_file_is_one_sentence(content, sentence, generate):
     [
         (["--prompt", "a cat"], "out", "--prompts stands in place of --prompt"),
         (["--labels-out", "l.npz"], "out", "takes no --labels-out"),
-        ([], "a.mp4", "a folder or a pattern such as a-{index:03d}.mp4: got a.mp4"),
-        ([], "out/{name}.mp4", "pattern is like out/{index:03d}.mp4: got out/{name}.mp4"),
-        ([], "out/{index.mp4", "pattern is like"),
-        ([], "out/{index:q}.mp4", "pattern is like"),
-        ([], "out/{index[0]}.mp4", "pattern is like"),
-        ([], "out/{index.real}.mp4", "pattern is like"),
-        ([], "out/{index!r}.mp4", "pattern is like"),
-        ([], "out/{index:999999999999}.mp4", "pattern is like"),  # digits, which fill the memory
-        ([], "out/{index:{index}}.mp4", "pattern is like"),
-        ([], "out/{{index}}.mp4", "gives two prompts one file"),
+        ([], "a.mp4", "--output must be a folder for several prompts, or a pattern such as"),
+        (
+            [],
+            "out/{name}.mp4",
+            "like out/{index:03d}.mp4: got out/{name}.mp4",
+        ),
+        ([], "out/{index.mp4", "--output must have a pattern like"),
+        ([], "out/{index:q}.mp4", "--output must have a pattern like"),
+        ([], "out/{index[0]}.mp4", "--output must have a pattern like"),
+        ([], "out/{index.real}.mp4", "--output must have a pattern like"),
+        ([], "out/{index!r}.mp4", "--output must have a pattern like"),
+        ([], "out/{index:999999999999}.mp4", "must have a pattern like"),  # fills the memory
+        ([], "out/{index:{index}}.mp4", "--output must have a pattern like"),
+        ([], "out/{{index}}.mp4", "--output gives two prompts one file"),
         ([], "out/{index}.avi", "a video is written as .mp4, .gif, .png"),
         ([], "none/{index}.mp4", "there is no folder none"),
         ([], "none", "there is no folder none"),

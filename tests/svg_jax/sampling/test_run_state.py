@@ -118,7 +118,7 @@ def test_a_state_file_is_a_plain_npz(tmp_path):
 
 GRAY = PIL.Image.new("L", (4, 4))
 CHANGES: list[tuple[dict[str, Any], str]] = [
-    ({"seed": 4}, "had seed 3, this one 4 (remove that file to start anew)"),
+    ({"seed": 4}, "had seed 3, this one 4 (delete the file to start over)"),
     ({"seed": 4, "height": 64}, "had height 32 and seed 3, this one 64 and 4"),
     (
         {"prompt": "a dog", "prompt_embeds": None},
@@ -174,13 +174,13 @@ def test_versions_and_device_belong_to_the_run(name):
 @pytest.mark.parametrize("name", ["jax", "jaxlib", "device", "dtype"])
 def test_what_rounds_otherwise_can_be_allowed(name, caplog):
     made = make_fingerprint(seed=3, dtype="float32")
-    with pytest.raises(ValueError, match=r"rounds otherwise: .* by allow_rounding=True"):
+    with pytest.raises(ValueError, match=r"rounds differently: .* with allow_rounding=True"):
         check_same_run(Path("a"), made | {name: "other"}, made, SETTINGS)
     allowed = dataclasses.replace(SETTINGS, state_file="a", allow_rounding=True)
     check_same_run(Path("a"), made | {name: "other"}, made, allowed)
-    assert f"a: goes on with another rounding: the saved run had {name} other" in caplog.text
+    assert f"a: continuing with another rounding: the saved run had {name} other" in caplog.text
     for other in ("svg-jax", "weights", "seed"):  # bits: no rounding makes them the same
-        with pytest.raises(ValueError, match=r"another run's: .*\(remove that file"):
+        with pytest.raises(ValueError, match=r"another run's: .*\(delete the file"):
             check_same_run(Path("a"), made | {name: "x", other: "x"}, made, allowed)
 
 

@@ -169,8 +169,8 @@ NOISE = normal(4, 1, 1, 4, 8, 12)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, r"pass the image of its first frame \(--image\), or its image_latents"),
-        ({"image_noise": NOISE}, "pass the image of its first frame"),
+        ({}, r"image is missing: .* first frame, or the image_latents of it"),
+        ({"image_noise": NOISE}, "image is missing"),
         ({"image": picture(), "image_latents": NOISE}, "pass either image or image_latents"),
         ({"image_latents": NOISE, "image_noise": NOISE}, "either image_latents or image_noise"),
         ({"image": [picture()] * 2}, "one or as many as the prompts: got 2 for 1"),

@@ -210,10 +210,10 @@ LATENTS = np.zeros((1, 4, 3, 4, 6), np.float32)
     [
         ("T2V", {"prompt": "a", "negative_prompt_embeds": embeds(2)}, "as many and as long"),
         ("T2V", TEXT | {"width": 1024}, "exceed the 32 that this model has positions for"),
-        ("I2V", TEXT, "pass the image of its first frame"),
-        ("I2V", TEXT | {"image_embeds": embeds()}, "pass the image of its first frame"),
+        ("I2V", TEXT, "image is missing"),
+        ("I2V", TEXT | {"image_embeds": embeds()}, "image is missing"),
         ("I2V", TEXT | {"image": picture(7), "last_image": picture(7)}, "takes one image"),
-        ("FLF2V", TEXT | {"image": picture(7)}, "between two frames: pass the last_image"),
+        ("FLF2V", TEXT | {"image": picture(7)}, "last_image is missing: .* between two frames"),
         (
             "FLF2V",
             TEXT | {"image": picture(7), "last_image": picture(7), "num_frames": 1},
