@@ -18,15 +18,14 @@ class SparsityConfig:
     Static and hashable, as `VideoLayout` is.
 
     Attributes:
-        density: Share of the S×S attention map to compute, above 0 and up to 1, which is dense.
-            Text is part of it, a first-frame sink comes on top. The official `--sparsity` is this
-            same share.
-        sampled_rows: Number of query rows by which heads are profiled, the same in all batch
-            entries.
-        first_frame_sink: Whether every token attends to the whole first frame, as the paper has it
-            for Wan alone; None is the model's own, which its `VideoLayout` tells.
-        band_multiple: Number of tokens that the band's width is rounded to a multiple of; up or
-            down, as the layout's `band_rounding` says.
+        density: Share of the attention map to compute, above 0; 1 is dense. Text counts; a
+            first-frame sink comes on top. Called --sparsity in the paper's code.
+        sampled_rows: Number of query rows sampled to tell spatial heads from temporal ones; the
+            same rows for all batch entries.
+        first_frame_sink: Whether every token attends to the whole first frame, as in the paper
+            for Wan only; None is the model's own, which its `VideoLayout` tells.
+        band_multiple: Round the band's width to a multiple of this many tokens, up or down as the
+            layout's `band_rounding` says.
     """
 
     density: float | int = 0.25
@@ -62,8 +61,8 @@ class Warmup:
     Static and hashable, as `SparsityConfig` is.
 
     Attributes:
-        steps: Share of the sampling steps, from the first on, that stay dense, from 0 to 1; at
-            least one step if it is over 0.
+        steps: Share of the sampling steps, from the first on, that stay dense, from 0 to 1; if
+            above 0, at least one step.
         layers: Share of the layers, from the first on, that stay dense in every step, from 0 to 1.
     """
 

@@ -29,8 +29,8 @@ app = typer.Typer(
     help="Sparse VideoGen in JAX: video diffusion transformers with sparse attention.\n\n"
     "Example: svg-jax demo",
     epilog="Exit codes: 0 done; 1 values that are not finite; 2 wrong usage or bad input; 3 the "
-    "system refuses (disk, rights, memory, another run, a missing package); 4 damaged folder; "
-    "70 internal error; 130 Ctrl-C.",
+    "system refused (disk space, permissions, memory, another run, a missing package); 4 damaged "
+    "converted folder; 70 internal error; 130 Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -62,7 +62,7 @@ VideoPath = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help="Video to write, the two side by side: .mp4, .gif or .png; a name without suffix "
+        help="Video to write, with both side by side: .mp4, .gif or .png; a name without suffix "
         "writes both .mp4 and .gif.",
         rich_help_panel=OUTPUT,
     ),
@@ -89,22 +89,22 @@ def generate(
         Path | None,
         typer.Option(
             help="File with a prompt on each line, in place of --prompt. Blank lines and # "
-            "comments are skipped, and so are videos that an earlier call made.",
+            "comments are skipped. Videos that already exist are skipped.",
             rich_help_panel=PROMPT,
         ),
     ] = None,
     attention: Annotated[
         Literal["dense", "svg"] | None,
         typer.Option(
-            help="Dense attention, or Sparse VideoGen; default: svg, but dense where no option of "
-            "sparse attention is given and dense is faster on the GPU.",
+            help="Dense attention, or Sparse VideoGen; default: svg; dense on GPUs where dense is "
+            "faster, unless an option of sparse attention is given.",
             rich_help_panel=ATTENTION,
         ),
     ] = None,
     labels_out: Annotated[
         Path | None,
         typer.Option(
-            help="File for labels, errors and densities of all sparse steps: .npz.",
+            help="File (.npz) to write each sparse step's head labels, errors and density to.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -116,7 +116,7 @@ def generate(
 ) -> None:
     """Generate a video from a prompt, or one from each line of a file.
 
-    A run that was stopped, by Ctrl-C or otherwise, goes on with the same command and --resume.
+    A run that was stopped, by Ctrl-C or otherwise, continues with the same command and --resume.
 
     Example: svg-jax generate --model tiny --prompt "a pink two circling over the cat" -o two.gif
     """
@@ -151,7 +151,8 @@ def compare(
     pattern: Annotated[
         Literal["svg", "spatial", "temporal", "random"],
         typer.Option(
-            help="How heads are labelled: by profiling (svg), all as one kind, or at random.",
+            help="How heads are labelled: by profiling (svg), all spatial, all temporal, or "
+            "at random.",
             rich_help_panel=ATTENTION,
         ),
     ] = "svg",
@@ -192,7 +193,8 @@ def demo(
     prompt: Annotated[
         str,
         typer.Option(
-            help="Text of what the video shows; an error lists the few words that the model knows.",
+            help="Text that describes the video; an error lists the few words that the "
+            "model knows.",
             rich_help_panel=PROMPT,
         ),
     ] = "a red three moving left over the flower",
@@ -244,7 +246,9 @@ def _global_options(
     ] = False,
     debug: Annotated[
         bool,
-        typer.Option("--debug", help="Print the traceback of an error; anywhere in a command."),
+        typer.Option(
+            "--debug", help="Print the traceback of any error. May stand anywhere in a command."
+        ),
     ] = False,
 ) -> None:
     """Define the options that stand before a command; `main` reads --debug."""

@@ -25,7 +25,7 @@ _CONVERSION = (
         "Pipeline to convert: a folder in diffusers' layout or Wan-AI's, or a hub id; or one "
         "component's folder, or a file of weights.",
     ),
-    argument("destination", Path, "Folder to make."),
+    argument("destination", Path, "Folder to create."),
     _of_source(
         "components",
         str,
@@ -55,7 +55,7 @@ _CONVERSION = (
         "Dtype to cast weights to, except those that the model keeps in float32; default: no cast.",
         option="--cast",
     ),
-    _of_destination("allow_nonfinite", bool, "Convert NaN and infinities, too, and count them."),
+    _of_destination("allow_nonfinite", bool, "Accept NaN and infinities, and count them."),
     _OVERWRITE,
 )
 
@@ -83,7 +83,7 @@ def convert(
 @with_options(given=(_OVERWRITE,))
 def export(
     source: Annotated[Path, typer.Argument(help="Converted folder.")],
-    destination: Annotated[Path, typer.Argument(help="Folder to make.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to create.")],
     *,
     given: Given,
 ) -> None:

@@ -16,7 +16,8 @@ JsonFile = Annotated[
     Path | None,
     typer.Option(
         "--json",
-        help="File to write the figures to as JSON; - is standard output, which then gets no more.",
+        help="File to write the figures to as JSON; - writes to standard output, and nothing else "
+        "is printed there.",
         rich_help_panel=OUTPUT,
     ),
 ]

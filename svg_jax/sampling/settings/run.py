@@ -54,19 +54,19 @@ class RunSettings:
     samplers: ClassVar[tuple[str, ...]]  # names of the family's own
 
     prompt: str | Sequence[str] | None = of_prompt(
-        None, Prompts(), meaning="Text of what the video shows; in Python also a list of texts"
+        None, Prompts(), meaning="Text that describes the video; in Python also a list of texts"
     )
     negative_prompt: str | Sequence[str] | None = of_prompt(
         None,
         Prompts(),
-        meaning="Text of what guidance leads away from: one for all prompts, or one for each",
+        meaning="Text that guidance leads away from; in Python also a list, one for each prompt",
     )
     prompt_embeds: AnyArray | None = of_prompt(
         None,
         _FEATURES,
         meaning="Text features in place of a prompt; a file is .npy, or .npz with prompt_embeds "
-        "[1, tokens, features] and, for guidance, negative_prompt_embeds; HunyuanVideo needs "
-        "pooled_prompt_embeds and prompt_attention_mask beside each",
+        "[1, tokens, features] and, for guidance, negative_prompt_embeds; HunyuanVideo "
+        "also needs pooled_prompt_embeds and prompt_attention_mask for each",
     )
     negative_prompt_embeds: AnyArray | None = of_prompt(
         None, _FEATURES, meaning="Text features of the negative prompt", option=None
@@ -80,8 +80,8 @@ class RunSettings:
     image: AnyImage | None = of_prompt(
         None,
         Images(),
-        meaning="Image that the video begins with, for image-to-video models: one for all prompts, "
-        "or one for each; it is stretched to the video's size",
+        meaning="Image file that the video begins with, for image-to-video models; stretched to "
+        "the video's size; in Python also an image, or a list of one for each prompt",
     )
     image_latents: AnyArray | None = of_prompt(
         None,
@@ -98,13 +98,13 @@ class RunSettings:
     num_frames: int | None = of_video(
         None,
         _SIZE,
-        meaning="Number of frames; what the model does not make as it is, is rounded up or refused",
+        meaning="Number of frames; a number that the model cannot make is rounded up or refused",
         otherwise="as trained",
     )
     num_videos_per_prompt: int = of_video(
         1,
         _SIZE,
-        meaning="Number of videos of each prompt, each from noise of its own",
+        meaning="Number of videos of each prompt, each from its own noise",
         option="--num-videos",
     )
     num_inference_steps: int | None = of_sampling(
@@ -117,15 +117,15 @@ class RunSettings:
     guidance_scale: float | int | None = of_sampling(
         None,
         RULES["guidance_scale"],
-        meaning="Strength of guidance; 1 or less turns it off, and halves the work (HunyuanVideo "
-        "was distilled to take it as an input, which costs nothing)",
+        meaning="Strength of guidance; 1 or less turns it off and halves the work. HunyuanVideo "
+        "takes it as an input, at no cost",
         otherwise="the model's",
     )
     guidance_interval: tuple[float | int, float | int] | None = of_sampling(
         None,
         RULES["guidance_interval"],
-        meaning="Shares of the steps between which guidance is computed: 0 and 0.3 are the first "
-        "30 %",
+        meaning="Range of steps, as two shares, in which guidance is computed: 0 and 0.3 are the "
+        "first 30 %",
         otherwise="the model's, or all steps",
     )
     scheduler: SamplerName | None = of_sampling(
@@ -143,8 +143,8 @@ class RunSettings:
     latents: AnyArray | None = of_sampling(
         None,
         _LATENTS,
-        meaning="Initial noise in place of the seed's, padding frames included; a file is .npy or "
-        ".npz",
+        meaning="Initial noise to use instead of drawing it from the seed; include padding frames; "
+        "a file is .npy or .npz",
     )
     sparsity: SparsityConfig | None = of_attention(
         None,
@@ -189,7 +189,8 @@ class RunSettings:
         False,
         Flag(),
         # No effect on latents, which a saved run has: it may be decoded otherwise.
-        meaning="Decode by the released tiles: less memory, and not quite the same frames",
+        meaning="Decode in tiles of the released size; needs less memory and changes the frames "
+        "slightly",
     )
     callback_on_step_end: Callable[..., Any] | None = of_output(
         None,
@@ -203,17 +204,19 @@ class RunSettings:
     save_every: int = of_saving(
         5,
         Number(0, whole=True),
-        meaning="Number of steps from one save of the run's state to the next (for an output, in "
-        ".OUTPUT.state beside it); 0: never",
+        meaning="Number of steps between saves of the run's state, to .OUTPUT.state beside the "
+        "output; 0 never saves",
     )
     resume: bool = of_saving(
-        False, Flag(), meaning="Go on from the saved state; start anew if there is none"
+        False,
+        Flag(),
+        meaning="Continue from the saved state, or start from the beginning if there is none",
     )
     allow_rounding: bool = of_saving(
         False,
         Flag(),
-        meaning="Go on also where the saved run's versions, device or dtype were others: from "
-        "there its steps are rounded otherwise",
+        meaning="Continue even if the versions, device or dtype differ; later steps are then "
+        "rounded differently",
     )
 
     def __post_init__(self) -> None:
@@ -271,8 +274,8 @@ class FlowSettings(RunSettings):
     flow_shift: float | int | None = of_sampling(
         None,
         Number(0.01, 1000),
-        meaning="Shift of the noise levels (HunyuanVideo, Wan): the greater, the more steps at "
-        "much noise",
+        meaning="Shift of the noise levels (HunyuanVideo, Wan): the larger it is, the more "
+        "steps are spent at high noise",
         otherwise="the checkpoint's own",
     )
 
@@ -288,7 +291,7 @@ class PlaybackSettings:
     enlarge: int | None = of_output(
         None,
         RULES["enlarge"],
-        meaning="Factor by which the shown video is larger, each way",
+        meaning="Factor by which to enlarge the written video in height and width",
         otherwise="the model's, or 1",
     )
 

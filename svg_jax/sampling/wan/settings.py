@@ -13,7 +13,7 @@ class WanSettings(FlowSettings):
     """Settings of a run of Wan."""
 
     last_image: AnyImage | None = of_prompt(
-        None, Images(), meaning="Image that the video ends with, for Wan's FLF2V models"
+        None, Images(), meaning="Image file that the video ends with, for Wan's FLF2V models"
     )
     image_embeds: AnyArray | None = of_prompt(
         None,
