@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from rich.filesize import decimal
 from rich.table import Table
 
 from svg_jax.cli.console import add_row, printable
@@ -24,7 +25,12 @@ def contents_tables(contents: Contents) -> Iterator[Table | str]:
     yield f"{what}, {'' if contents.converted else 'not '}converted"
     table = _table("component", "class", "parameters", "size", "dtypes")
     for part in contents.components:
-        row = (part.name, part.class_name, f"{part.parameters:,}", _size(part.nbytes))
+        row = (
+            part.name,
+            part.class_name,
+            f"{part.parameters:,}",
+            decimal(part.nbytes, precision=2),
+        )
         add_row(table, *row, ", ".join(_shares(part)))
     for name, class_name in contents.others.items():
         add_row(table, name, class_name)
@@ -94,15 +100,15 @@ def plan_tables(plan: ConversionPlan) -> Iterator[Table | str]:
             part.name,
             part.class_name,
             str(len(part.tensors)),
-            _size(part.nbytes),
-            _size(part.stored_nbytes),
+            decimal(part.nbytes, precision=2),
+            decimal(part.stored_nbytes, precision=2),
             " and ".join(dtypes),
             f"{len(part.unused)}: {show_some(part.unused)}" if part.unused else "",
         )
     yield table
     for lora in plan.loras:
         changed = sum(map(len, lora.changes.values()))
-        size = _size(sum(file.stat().st_size for file in lora.states))
+        size = decimal(sum(file.stat().st_size for file in lora.states), precision=2)
         where = " and ".join(sorted(lora.changes))
         scale = lora.source.scale
         yield f"merges {lora.path} ({size}) at {scale:g} into {changed} tensors of {where}"
@@ -178,13 +184,6 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
-
-
-def _size(nbytes: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= size:
-            return f"{nbytes / size:.2f} {unit}"
-    return f"{nbytes} B"
 
 
 def _shares(part: ComponentContents) -> Iterator[str]:

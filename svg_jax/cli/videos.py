@@ -114,7 +114,7 @@ def generate(
         jobs = plan_videos(pipeline, outputs, settings, written_as=written_as)
         if skipped := len(outputs) - len(jobs):
             say(f"{skipped} of {len(outputs)} videos are there already")
-        if settings.resume and prompts is None and jobs[0].file.saved is None:
+        if settings.resume and prompts is None and jobs[0].file.arrays is None:
             say(f"no run of {output} was saved: it starts at the first step")
         written = []
 

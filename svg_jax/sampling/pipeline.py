@@ -308,11 +308,9 @@ class VideoPipeline(ABC, Generic[Settings]):
         if file is not None:
             if steps is not None:
                 raise ValueError("a saved run knows its steps: pass either steps or a file")
-            if file.saved is not None:
-                run = dataclasses.replace(run, state=file.saved.state_like(run.state))
-                done = file.records
-                if len(done) > run.schedule.num_steps:
-                    raise damaged(file.path)
+            run, done = dataclasses.replace(run, state=file.state_like(run.state)), file.records
+            if len(done) > run.schedule.num_steps:
+                raise damaged(file.path)
             steps = range(len(done), run.schedule.num_steps)
         every = range(run.schedule.num_steps)
         if steps and (steps.step != 1 or steps[0] not in every or steps[-1] not in every):

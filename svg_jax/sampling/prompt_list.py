@@ -137,13 +137,13 @@ def plan_videos(
             continue
         file = pipeline.open_run_file(own)
         is_foreign = output.exists() and not _record_path(output).exists()
-        if written_as is not None and is_foreign and file.saved is None:
+        if written_as is not None and is_foreign and file.arrays is None:
             raise FileExistsError(
                 f"{output} is there and was not made from a list of prompts: remove it, or choose "
                 "another output"
             )
         jobs.append(VideoJob(own, output, fingerprint, file))
-        if file.saved is not None:
+        if file.arrays is not None:
             done = len(file.records)
             _LOGGER.warning("%s: continuing after step %d", output, done)
     return jobs

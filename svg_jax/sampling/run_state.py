@@ -40,32 +40,6 @@ _PROFILE = tuple(field.name for field in dataclasses.fields(SparseAttentionInfo)
 
 
 @dataclass(frozen=True, eq=False)
-class SavedRun:
-    """Content of a state file.
-
-    Attributes:
-        path: Path of the file.
-        arrays: Arrays of the sampler's state, by their place in it.
-        records: Records of the steps that are done.
-    """
-
-    path: Path
-    arrays: Mapping[str, np.ndarray]
-    records: tuple[StepRecord, ...]
-
-    def state_like(self, state: SamplerState) -> SamplerState:
-        """Give the saved state the structure of another one of the same run.
-
-        Raises:
-            ValueError: If names, shapes or dtypes of its arrays differ.
-        """
-        leaves, structure = _named_leaves(state), jax.tree.structure(state)
-        if _kinds(self.arrays) != _kinds(leaves):
-            raise damaged(self.path)
-        return jax.tree.unflatten(structure, [jnp.asarray(self.arrays[name]) for name in leaves])
-
-
-@dataclass(frozen=True, eq=False)
 class RunFile:
     """The file of a run's state, and what was found there.
 
@@ -73,18 +47,29 @@ class RunFile:
         path: Path of the file.
         fingerprint: Fingerprint of the run.
         save_every: Number of steps from one save to the next; 0 saves nothing.
-        saved: Saved run to continue; None starts at the first step.
+        arrays: Arrays of the saved sampler's state, by their place in it; None starts at the first
+            step.
+        records: Records of the steps that were done when the file was opened.
     """
 
     path: Path
     fingerprint: Fingerprint
     save_every: int
-    saved: SavedRun | None
+    arrays: Mapping[str, np.ndarray] | None = None
+    records: tuple[StepRecord, ...] = ()
 
-    @property
-    def records(self) -> tuple[StepRecord, ...]:
-        """Records of the steps that were done when the file was opened."""
-        return () if self.saved is None else self.saved.records
+    def state_like(self, state: SamplerState) -> SamplerState:
+        """Give the saved state the structure of another one of the same run, the first if none is.
+
+        Raises:
+            ValueError: If names, shapes or dtypes of its arrays differ.
+        """
+        if self.arrays is None:
+            return state
+        leaves, structure = _named_leaves(state), jax.tree.structure(state)
+        if _kinds(self.arrays) != _kinds(leaves):
+            raise damaged(self.path)
+        return jax.tree.unflatten(structure, [jnp.asarray(self.arrays[name]) for name in leaves])
 
     def remove(self) -> None:
         """Remove the file, when the outcome is safe elsewhere."""
@@ -112,8 +97,9 @@ def open_run_file(settings: RunSettings, fingerprint: Fingerprint) -> RunFile:
             f"{path} holds a run that was not finished: continue with resume=True, or delete the "
             "file to start over"
         )
-    saved = load_run(path, fingerprint, settings) if path.exists() else None
-    return RunFile(path, fingerprint, settings.save_every, saved)
+    if path.exists():
+        return load_run(path, fingerprint, settings)
+    return RunFile(path, fingerprint, settings.save_every)
 
 
 @contextmanager
@@ -195,7 +181,7 @@ def save_run(
         os.fsync(out.fileno())
 
 
-def load_run(path: Path, fingerprint: Fingerprint, settings: RunSettings) -> SavedRun:
+def load_run(path: Path, fingerprint: Fingerprint, settings: RunSettings) -> RunFile:
     """Read a state file.
 
     Args:
@@ -215,7 +201,7 @@ def load_run(path: Path, fingerprint: Fingerprint, settings: RunSettings) -> Sav
         raise damaged(path) from error
     if [record.step for record in records] != list(range(len(records))):
         raise damaged(path)
-    return SavedRun(path, arrays, records)
+    return RunFile(path, fingerprint, settings.save_every, arrays, records)
 
 
 def _read_record(values: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> StepRecord:
