@@ -4,6 +4,7 @@
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,7 +29,7 @@ class Stopwatch:
     """
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = defaultdict(float)
         self.peak_bytes: dict[str, int] = {}
         self.show: Callable[[str], None] = lambda doing: None
         self._started = self._last = time.perf_counter()
@@ -55,19 +56,16 @@ class Stopwatch:
         """Add the time since the last change to the stage that it was spent in."""
         now = time.perf_counter()
         if self._inside:
-            self._add(self._inside[-1][0], now - self._last)
+            self.seconds[self._inside[-1][0]] += now - self._last
         self._last = now
-
-    def _add(self, name: str, seconds: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def _hear(self, event: str, duration_secs: float, **context: Any) -> None:
         """Move the time of a compilation from the stage that it was part of."""
         del context
         if event in _COMPILATION_EVENTS and _RUNNING.get() is self:
-            self._add(COMPILING, duration_secs)
+            self.seconds[COMPILING] += duration_secs
             if self._inside:
-                self._add(self._inside[-1][0], -duration_secs)
+                self.seconds[self._inside[-1][0]] -= duration_secs
 
 
 _RUNNING: ContextVar[Stopwatch | None] = ContextVar("stopwatch", default=None)

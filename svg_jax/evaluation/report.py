@@ -68,11 +68,8 @@ class ComparisonReport:
             values["psnr"] = None
         return values
 
-    def to_json(self) -> str:
-        """Encode `values` as JSON."""
-        return json.dumps(self.values(), indent=2, allow_nan=False) + "\n"
-
     def save(self, path: str | Path) -> None:
-        """Write the JSON to a file, whole or not at all."""
+        """Write the values to a file as JSON, whole or not at all."""
+        text = json.dumps(self.values(), indent=2, allow_nan=False) + "\n"
         with written_atomically(path) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
 """Videos in any form that users give them, as arrays of frames."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -11,16 +11,6 @@ from svg_jax.media.pixels import as_numpy, channels_last, in_known_range, rgb_of
 Frames = UInt8[np.ndarray, "frames height width 3"] | Float32[np.ndarray, "frames height width 3"]
 # An array of any library, a list of arrays or of Pillow images, or a pipeline's output.
 AnyVideo = Any
-
-
-@runtime_checkable
-class HasFrames(Protocol):
-    """The output of a pipeline."""
-
-    @property
-    def frames(self) -> Any:
-        """Pixels [batch, frames, height, width, 3], or None."""
-        ...
 
 
 def as_frames(video: AnyVideo, name: str = "video") -> Frames:
@@ -49,7 +39,7 @@ def stacked_frames(video: AnyVideo, name: str) -> Shaped[np.ndarray, "frames hei
     Raises:
         ValueError: If it is not exactly one video, or has no pixels.
     """
-    frames = video.frames if isinstance(video, HasFrames) else video
+    frames = getattr(video, "frames", video)  # of a pipeline's output
     if frames is None and video is not None:
         raise ValueError(f"{name}: this output has latents only: there are no frames")
     array = _stack(frames, name) if isinstance(frames, list | tuple) else as_numpy(frames, name)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from svg_jax.media.frames import AnyVideo, HasFrames, as_frames, stacked_frames
+from svg_jax.media.frames import AnyVideo, as_frames, stacked_frames
 
 _Signed = Float[np.ndarray, "frames height width 3"]
 _FURTHEST = 10  # no decoder overshoots that far, and no picture from 0 to 255 is that dark
@@ -73,7 +73,7 @@ def _both(video: AnyVideo, reference: AnyVideo) -> tuple[_Signed, _Signed]:
     given = {"video": video, "reference": reference}
     arrays = {name: stacked_frames(each, name) for name, each in given.items()}
     known = [
-        isinstance(each, HasFrames) or not jax.dtypes.issubdtype(arrays[name].dtype, np.floating)
+        hasattr(each, "frames") or not jax.dtypes.issubdtype(arrays[name].dtype, np.floating)
         for name, each in given.items()
     ]
     if known[0] != known[1]:
