@@ -147,7 +147,7 @@ try:
 except OSError as error:
     print(error.strerror)
 """
-    arguments = [sys.executable, "-c", code, str(tmp_path / "weights")]
+    arguments = [sys.executable, "-B", "-c", code, str(tmp_path / "weights")]  # no cut bytecode
     result = subprocess.run(arguments, capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("File too large\n", "")
 

@@ -30,9 +30,9 @@ def names(folder):
 
 def in_another_process(code, *arguments):
     source = "import os, signal, sys\nfrom pathlib import Path\n" + textwrap.dedent(code)
-    return subprocess.run(
-        [sys.executable, "-c", source, *map(str, arguments)], capture_output=True, text=True
-    )
+    # -B: bytecode that a limit on files cuts short would break later imports.
+    arguments = [sys.executable, "-B", "-c", source, *map(str, arguments)]
+    return subprocess.run(arguments, capture_output=True, text=True)
 
 
 KILLED = """

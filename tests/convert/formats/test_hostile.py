@@ -254,7 +254,8 @@ from svg_jax.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
 main()
 """
-    arguments = [sys.executable, "-c", code, "convert", "source", "out"]
+    # -B: bytecode that the limit cuts short would break later imports, for Python keeps it.
+    arguments = [sys.executable, "-B", "-c", code, "convert", "source", "out"]
     result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (3, "")
     assert result.stderr.startswith("svg-jax: ")

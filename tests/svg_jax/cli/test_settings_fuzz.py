@@ -85,6 +85,7 @@ def commands(draw, kind):
     known = {name: OPTIONS[name] for name in settings_of(kind, PlaybackSettings) if name in OPTIONS}
     rules = {name: each.rule for name, each in known.items()}
     rules |= {"scheduler": Choice(kind.samplers)}
+    rules |= {"num_videos_per_prompt": Number(1, 1000, whole=True)}  # each is a file
     chosen = draw(st.sets(st.sampled_from(sorted(known)), max_size=6)) | {"prompt"}
     chosen -= {"prompt" if "prompt_embeds" in chosen else "prompt_embeds"}
     if "negative_prompt_embeds" in chosen:

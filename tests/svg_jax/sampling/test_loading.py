@@ -376,8 +376,8 @@ def test_the_command_line_takes_a_revision_and_a_variant(hub, tmp_path, run):
 def test_a_revision_or_a_variant_where_it_has_no_meaning(source, run, tmp_path, command):
     convert_pipeline(source, tmp_path / "out")
     for model, option, message in [
-        ("./tiny", "--revision=v1", "tiny: revision='v1' goes with a hub id alone"),
-        ("out", "--variant=fp16", "out: is converted, so that variant='fp16' has no meaning"),
+        ("./tiny", "--revision=v1", "tiny: --revision v1 goes with a hub id alone"),
+        ("out", "--variant=fp16", "out: is converted, so that --variant fp16 has no meaning"),
     ]:
         code, said = run(model, option, command=command)
         assert (code, said.count("\n")) == (2, 1)
