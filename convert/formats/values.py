@@ -81,7 +81,7 @@ class Shares:
         """Say what is wrong with a value; None if nothing is."""
         try:  # an iterator has no length: it would be empty when it is read again
             ends = list(value) if len(value) == 2 and not isinstance(value, str | bytes) else []
-        except TypeError:
+        except Exception:  # of a stranger that has no length, or says so in its own way
             ends = []
         if ends and all(map(is_number, ends)) and 0 <= ends[0] <= ends[1] <= 1:
             return None
