@@ -6,7 +6,9 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import tiny_pipelines
 import torch
+from cogvideox_pipelines import SCHEDULER
 from diffusers.models.autoencoders import vae as vae_module
 from parity import TOLERANCE, randomised, relative_error
 from tiny_configs import COGVIDEOX
@@ -31,14 +33,6 @@ VAE: dict[str, Any] = {
     "scaling_factor": 0.7,
     "down_block_types": ("CogVideoXDownBlock3D",) * 4,
     "up_block_types": ("CogVideoXUpBlock3D",) * 4,
-}
-SCHEDULER: dict[str, Any] = {
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "timestep_spacing": "trailing",
-    "rescale_betas_zero_snr": True,
-    "clip_sample": False,
-    "snr_shift_scale": 1.0,
 }
 CLASSES = {
     "scheduler": "CogVideoXDDIMScheduler",
@@ -94,19 +88,9 @@ def run_diffusers(pipe, monkeypatch, image_noise, **arguments):
     monkeypatch.setattr(
         vae_module, "randn_tensor", lambda *_args, **_kwargs: torch.from_numpy(next(draws))
     )
-    tensors = {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in arguments.items()
-    }
-    found = {}
-
-    def keep(_pipe, _step, _timestep, values):
-        found["latents"] = values["latents"].numpy()
-        return values
-
-    frames = pipe(**CALL, **tensors, callback_on_step_end=keep, output_type="np").frames
+    latents, frames = tiny_pipelines.run_diffusers(pipe, **CALL, **arguments)
     assert next(draws, None) is None  # no draw but these
-    return found["latents"], frames
+    return latents, frames
 
 
 def check(video, latents, frames):
